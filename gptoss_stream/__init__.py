@@ -1,0 +1,53 @@
+"""Rewrite gpt-oss checkpoints into the layout that other code loads, in little memory.
+
+Data flows one way:
+
+    checkpoint   a folder's files, opened: headers checked, tensors described, rows read
+    sources/     how each checkpoint format stores the model's tensors
+    layouts/     what each output tensor is made of
+    planner      both together: every shard, tensor, shape and size, before any data moves
+    executor     makes the plan's shards, segment by segment, in bounded memory
+    converter    plans, checks the output folder, executes, finishes
+
+and on the way: `safetensors_format` headers and index, `dtypes`, `model` the model's numbers and
+tensors, `storage` the words of the sources' tables, `operands` and `patterns` and `recipe` an
+output tensor as a recipe, `mxfp4` and `cast` values, `shard_file` and `scratch` and `run_folder`
+files being written, `companions` small files beside them, `synthesis` random checkpoints, `cli` the
+command line.
+
+    >>> import gptoss_stream
+    >>> report = gptoss_stream.convert("gpt-oss-20b", "gpt-oss-20b-tl")  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .converter import Report, convert
+    from .errors import GptOssStreamError
+    from .planner import Plan, plan
+    from .synthesis import synth
+
+__version__ = "0.1.0"
+
+__all__ = ["GptOssStreamError", "Plan", "Report", "__version__", "convert", "plan", "synth"]
+
+# Imported when first used, so that `--help` and usage errors come at once.
+_HOMES = {
+    "GptOssStreamError": "errors",
+    "Plan": "planner",
+    "Report": "converter",
+    "convert": "converter",
+    "plan": "planner",
+    "synth": "synthesis",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,283 @@
+"""A checkpoint folder, opened: its configuration, its tensors' descriptions, and their bytes.
+
+Knows files and the safetensors format, nothing of gpt-oss. Every header is validated, and held
+against the index, before anything is read. Reading is by rows of a raw tensor from a read-only
+memory map; the pages go back to the system when the rows have been used.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import stat
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import strict_json
+from .dtypes import DType
+from .errors import CheckpointError, ConfigError, HeaderError, machine_error
+from .safetensors_format import (
+    INDEX_NAME,
+    LENGTH_NBYTES,
+    TensorInfo,
+    header_nbytes,
+    parse_header,
+    parse_index,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["Checkpoint", "CheckpointInfo", "RawTensor", "ShardInfo", "describe"]
+
+_MAX_CONFIG_NBYTES = 1_000_000
+_MAX_INDEX_NBYTES = 100_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class ShardInfo:
+    """A safetensors file: its name in the folder, and what tells whether it is still the same."""
+
+    name: str
+    nbytes: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class RawTensor:
+    """A tensor as the checkpoint names and stores it; `offset` is its first byte in the file."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    shard: str
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        return prod(self.shape) * self.dtype.bits // 8
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointInfo:
+    """What a checkpoint folder holds, with no file open."""
+
+    path: Path
+    config: Mapping[str, Any]
+    shards: tuple[ShardInfo, ...]
+    tensors: Mapping[str, RawTensor]
+
+
+def describe(path: str | os.PathLike[str]) -> CheckpointInfo:
+    """Read and check config.json, index and all headers of a checkpoint folder.
+
+    Raises `CheckpointError` (or one of its kinds) for a folder that is no sound checkpoint, and
+    `MachineError` where reading fails. Reads no tensor data.
+    """
+    folder = Path(path).expanduser()
+    try:
+        if not folder.exists():
+            raise CheckpointError(f"{folder}: there is no such folder; check the path")
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: not a folder; name the folder of the checkpoint")
+        config = _read_config(folder)
+        index = folder / INDEX_NAME
+        weight_map = None
+        if index.exists():
+            weight_map = parse_index(_read_small(index, _MAX_INDEX_NBYTES), str(index))
+            names = sorted(set(weight_map.values()))
+            missing = [name for name in names if not (folder / name).exists()]
+            if missing:
+                raise CheckpointError(
+                    f"{index}: {len(missing)} of its {len(names)} shards are not there: "
+                    f"{', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}; download them"
+                )
+        else:
+            names = sorted(p.name for p in folder.glob("*.safetensors") if p.name[0] != ".")
+            if not names:
+                raise CheckpointError(
+                    f"{folder}: no {INDEX_NAME} and no .safetensors file; "
+                    "name the folder of a gpt-oss checkpoint"
+                )
+        return _describe_shards(folder, config, names, weight_map)
+    except OSError as error:
+        raise machine_error(error, f"reading {folder}") from error
+
+
+def _read_small(file: Path, limit: int) -> bytes:
+    with open(_open_regular(file, file.parent), "rb") as opened:
+        data = opened.read(limit + 1)
+    if len(data) > limit:
+        raise CheckpointError(f"{file}: more than {limit} bytes; this is not the file it should be")
+    return data
+
+
+def _read_config(folder: Path) -> Mapping[str, Any]:
+    file = folder / "config.json"
+    if not file.exists():
+        raise ConfigError(f"{file}: missing; a checkpoint folder needs it")
+    try:
+        config = strict_json.loads(_read_small(file, _MAX_CONFIG_NBYTES))
+    except ValueError as error:
+        raise ConfigError(f"{file}: {error}") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{file}: not a JSON object")
+    return config
+
+
+def _open_regular(file: Path, folder: Path) -> int:
+    """A descriptor of a regular file of the folder; links may lead within it or, as in the Hub's
+    cache (snapshots/<commit>/x -> ../../blobs/<hash>), to the blobs beside the snapshots."""
+    target = Path(os.path.realpath(file))
+    home = Path(os.path.realpath(folder))
+    allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if file.is_symlink() and not any(place in target.parents for place in allowed):
+        raise CheckpointError(
+            f"{file}: a link that leads out of the folder, to {target}; copy the file here"
+        )
+    # A pipe or a device would block or never end: open without waiting, then look.
+    descriptor = os.open(target, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CheckpointError(f"{file}: not a regular file")
+    return descriptor
+
+
+def _describe_shards(
+    folder: Path,
+    config: Mapping[str, Any],
+    names: list[str],
+    weight_map: Mapping[str, str] | None,
+) -> CheckpointInfo:
+    shards: list[ShardInfo] = []
+    tensors: dict[str, RawTensor] = {}
+    for name in names:
+        shard, data_start, infos = _read_header(folder, name)
+        shards.append(shard)
+        for info in infos:
+            if info.name in tensors:
+                raise CheckpointError(
+                    f"{folder / name}: tensor {info.name!r} stands in "
+                    f"{tensors[info.name].shard} too; one of them must go"
+                )
+            tensors[info.name] = RawTensor(
+                info.name, info.dtype, info.shape, name, data_start + info.begin
+            )
+    if weight_map is not None:
+        _check_index(folder / INDEX_NAME, weight_map, tensors)
+    return CheckpointInfo(folder, config, tuple(shards), tensors)
+
+
+def _check_index(
+    index: Path, weight_map: Mapping[str, str], tensors: Mapping[str, RawTensor]
+) -> None:
+    for tensor, shard in weight_map.items():
+        if tensor not in tensors or tensors[tensor].shard != shard:
+            where = f"in {tensors[tensor].shard}" if tensor in tensors else "in none of the shards"
+            raise CheckpointError(
+                f"{index}: it says that tensor {tensor!r} lies in {shard}, but it lies {where}; "
+                "download index and shards again"
+            )
+    for tensor, raw in tensors.items():
+        if tensor not in weight_map:
+            raise CheckpointError(
+                f"{index}: tensor {tensor!r} of {raw.shard} is missing from it; "
+                "download index and shards again"
+            )
+
+
+def _read_header(folder: Path, name: str) -> tuple[ShardInfo, int, tuple[TensorInfo, ...]]:
+    file = folder / name
+    with open(_open_regular(file, folder), "rb", buffering=0) as opened:
+        status = os.fstat(opened.fileno())
+        length = header_nbytes(os.pread(opened.fileno(), 64, 0), status.st_size, str(file))
+        header = os.pread(opened.fileno(), length, LENGTH_NBYTES)
+    if len(header) != length:
+        raise HeaderError(f"{file}: it shrank while it was read; is something writing to it?")
+    infos = parse_header(header, status.st_size, str(file))
+    return ShardInfo(name, status.st_size, status.st_mtime_ns), LENGTH_NBYTES + length, infos
+
+
+class Checkpoint:
+    """A described checkpoint with its files mapped, for reading from any number of threads.
+
+    A context manager. Raises `CheckpointError` where a file is no longer what was described.
+    """
+
+    def __init__(self, info: CheckpointInfo) -> None:
+        self.info = info
+        self._maps: dict[str, mmap.mmap] = {}
+        self._opening = threading.Lock()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._maps.clear()  # a map is unmapped with its last view
+
+    def _map(self, name: str) -> mmap.mmap:
+        mapped = self._maps.get(name)
+        if mapped is None:
+            with self._opening:
+                mapped = self._maps.get(name) or self._open(name)
+                self._maps[name] = mapped
+        return mapped
+
+    def _open(self, name: str) -> mmap.mmap:
+        described = next(shard for shard in self.info.shards if shard.name == name)
+        file = self.info.path / name
+        try:
+            descriptor = _open_regular(file, self.info.path)
+            try:
+                status = os.fstat(descriptor)
+                if (status.st_size, status.st_mtime_ns) != (described.nbytes, described.mtime_ns):
+                    raise CheckpointError(f"{file}: it changed after it was planned; run again")
+                return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise machine_error(error, f"reading {file}") from error
+
+    @contextmanager
+    def read(
+        self, tensor: RawTensor, first: int, shape: tuple[int, ...]
+    ) -> Iterator[np.ndarray[Any, Any]]:
+        """`prod(shape)` elements of a tensor from element `first` on, as an array of that shape.
+
+        BF16 comes as its bits (uint16). The array is a view of the map: read-only, without a
+        copy, and gone when the block ends.
+        """
+        import numpy as np
+
+        from .cast import STORAGE
+
+        mapped = self._map(tensor.shard)
+        begin = tensor.offset + first * tensor.dtype.itemsize
+        count = prod(shape)
+        yield np.frombuffer(mapped, STORAGE[tensor.dtype], count, begin).reshape(shape)
+        _give_back(mapped, begin, begin + count * tensor.dtype.itemsize)
+
+    def prefetch(self, tensor: RawTensor, first: int, count: int) -> None:
+        """Ask the system to read elements ahead; returns at once."""
+        begin = tensor.offset + first * tensor.dtype.itemsize
+        end = begin + count * tensor.dtype.itemsize
+        _advise(self._map(tensor.shard), "MADV_WILLNEED", begin, end)
+
+
+def _give_back(mapped: mmap.mmap, begin: int, end: int) -> None:
+    # Mapped pages count as this process's memory until they are unmapped (not the page cache:
+    # what is read twice shortly after comes from there).
+    _advise(mapped, "MADV_DONTNEED", begin, end)
+
+
+def _advise(mapped: mmap.mmap, advice: str, begin: int, end: int) -> None:
+    option = getattr(mmap, advice, None)  # absent on some systems: then it is no help, nor harm
+    if option is not None and end > begin:
+        begin -= begin % mmap.PAGESIZE
+        mapped.madvise(option, begin, end - begin)

@@ -1,0 +1,374 @@
+"""The command line: parses, calls the library, prints. Exit codes: 0 done; 2 bad usage or input;
+3 the machine failed; 130 interrupted (143 by SIGTERM).
+
+Nothing heavy is imported before a command runs, so that --help and usage errors come at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from . import __version__
+from .errors import GptOssStreamError
+
+if TYPE_CHECKING:
+    from .checkpoint import CheckpointInfo
+    from .planner import Plan
+
+__all__ = ["main"]
+
+
+class _Terminated(Exception):
+    """SIGTERM came."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], None] = arguments.run
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        run(arguments)
+        sys.stdout.flush()
+    except GptOssStreamError as error:
+        _say(f"error: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        _say("interrupted; run the same command again to go on")
+        return 128 + signal.SIGINT
+    except _Terminated:
+        _say("terminated; run the same command again to go on")
+        return 128 + signal.SIGTERM
+    except BrokenPipeError:
+        # The reader of our output has left; keep Python from complaining at exit.
+        sys.stdout = None  # type: ignore[assignment]
+        return 128 + signal.SIGPIPE
+    return 0
+
+
+def _terminate(signum: int, frame: object) -> NoReturn:
+    raise _Terminated
+
+
+def _say(message: str) -> None:
+    """One line to stderr, whatever the message holds."""
+    print("gptoss_stream: " + " ".join(message.splitlines()), file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gptoss_stream",
+        description="Rewrite gpt-oss checkpoints into the layout that other code loads, piece by "
+        "piece and in little memory.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    convert = commands.add_parser("convert", help="convert a checkpoint")
+    convert.add_argument("source", metavar="SOURCE", help="folder of a gpt-oss checkpoint")
+    convert.add_argument("output", metavar="OUTPUT", help="folder to write; new, empty or resumed")
+    _add_options(convert)
+    _add_writing_options(convert)
+    convert.add_argument("--json", action="store_true", help="print a report for programs")
+    convert.set_defaults(run=_convert)
+
+    plan = commands.add_parser("plan", help="show what convert would do; moves no data")
+    plan.add_argument("source", metavar="SOURCE", help="folder of a gpt-oss checkpoint")
+    plan.add_argument(
+        "output", metavar="OUTPUT", nargs="?", default=".", help="where it would be written"
+    )
+    _add_options(plan)
+    _add_writing_options(plan)
+    plan.add_argument("--json", action="store_true", help="print the whole plan for programs")
+    plan.set_defaults(run=_plan)
+
+    inspect = commands.add_parser("inspect", help="show what a checkpoint is")
+    inspect.add_argument("source", metavar="SOURCE", help="folder of a gpt-oss checkpoint")
+    inspect.add_argument("--json", action="store_true", help="print it for programs")
+    inspect.set_defaults(run=_inspect)
+
+    synth = commands.add_parser("synth", help="write a random checkpoint to try things with")
+    synth.add_argument("output", metavar="OUTPUT", help="folder to write; new, empty or resumed")
+    synth.add_argument("--preset", default="tiny", metavar="NAME", help="tiny (default), 20b, 120b")
+    for name in _DIMENSIONS:
+        synth.add_argument(f"--{name}", type=int, metavar="N", help="override the preset's")
+    synth.add_argument("--seed", type=int, default=0, metavar="S", help="default 0")
+    synth.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="default 5GB (decimal units)"
+    )
+    _add_writing_options(synth)
+    synth.set_defaults(run=_synth)
+    return parser
+
+
+_DIMENSIONS = (
+    "layers",
+    "experts",
+    "hidden-size",
+    "intermediate-size",
+    "num-attention-heads",
+    "num-key-value-heads",
+    "head-dim",
+    "vocab-size",
+)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--layout", default="transformer-lens", metavar="NAME", help="default transformer-lens"
+    )
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16",
+        metavar="DTYPE",
+        help="bfloat16 (default), float16 or float32",
+    )
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="default 5GB (decimal units)"
+    )
+
+
+def _add_writing_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="threads; default one more than processors"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier output of this tool"
+    )
+    parser.add_argument("--quiet", action="store_true", help="print errors only")
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[tuple[Callable[[int, int], None], Callable[[int], None]]]:
+    """A progress bar in a terminal, nothing elsewhere: (start with total and done, advance)."""
+    if quiet or not sys.stderr.isatty():
+        yield (lambda total, done: None), (lambda nbytes: None)
+        return
+    from tqdm import tqdm
+
+    bar = tqdm(unit="B", unit_scale=True, dynamic_ncols=True, leave=False)
+
+    def start(total: int, done: int) -> None:
+        bar.reset(total)
+        bar.initial = bar.n = done
+        bar.refresh()
+
+    try:
+        yield start, bar.update
+    finally:
+        bar.close()
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from .converter import convert
+
+    with _progress(arguments.quiet) as (start, advance):
+
+        def on_plan(planned: Plan, resumed: int) -> None:
+            if not arguments.quiet:
+                _warn_unused(planned)
+                if resumed:
+                    _say(f"resuming: {_size(resumed)} of {_size(planned.nbytes)} are finished")
+            start(planned.nbytes, resumed)
+
+        report = convert(
+            arguments.source,
+            arguments.output,
+            layout=arguments.layout,
+            dtype=arguments.dtype,
+            max_shard_size=arguments.max_shard_size,
+            workers=arguments.workers,
+            overwrite=arguments.overwrite,
+            on_plan=on_plan,
+            on_bytes=advance,
+        )
+    if arguments.json:
+        print(json.dumps(report.as_dict(), indent=2))
+    elif not arguments.quiet:
+        print(
+            f"{report.output}: {report.tensors} tensors, {_size(report.bytes_out)} in "
+            f"{_count(len(report.shards), 'shard')}, {report.layout} in {report.dtype}"
+        )
+        written = report.bytes_out - report.bytes_resumed
+        print(
+            f"read {_size(report.bytes_in)} and wrote {_size(written)} in {report.seconds:.1f} s "
+            f"({_size(round(written / report.seconds))}/s), peak memory {_size(report.peak_rss)}"
+        )
+
+
+def _warn_unused(planned: Plan) -> None:
+    if planned.unused:
+        shown = ", ".join(planned.unused[:5]) + (", …" if len(planned.unused) > 5 else "")
+        _say(f"warning: {_count(len(planned.unused), 'tensor')} not converted: {shown}")
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from .converter import free_nbytes
+    from .executor import default_workers, memory_nbytes
+    from .planner import plan
+
+    planned = plan(
+        arguments.source,
+        layout=arguments.layout,
+        dtype=arguments.dtype,
+        max_shard_size=arguments.max_shard_size,
+    )
+    workers = default_workers() if arguments.workers is None else arguments.workers
+    free = free_nbytes(Path(arguments.output).expanduser())
+    needed = planned.nbytes + planned.scratch_nbytes
+    memory = memory_nbytes(workers)
+    if arguments.json:
+        print(json.dumps(_plan_as_dict(planned, arguments.dtype, needed, free, memory), indent=2))
+        return
+    model = planned.model
+    print(
+        f"source   {planned.info.path}: {planned.source_format} ({planned.recognised_by})\n"
+        f"model    {_model_line(model)}\n"
+        f"output   {planned.num_tensors} tensors, {planned.layout} in {arguments.dtype}, "
+        f"{_size(planned.nbytes)} in {_count(len(planned.shards), 'shard')}\n"
+        f"disk     {_size(needed)} needed, {_size(free)} free"
+        f"{'' if needed <= free else ': NOT ENOUGH'}\n"
+        f"memory   {_size(memory)} at most, {_count(workers, 'worker')}"
+    )
+    for shard in planned.shards:
+        print(f"  {shard.name}  {_size(shard.nbytes):>9}  {_count(len(shard.tensors), 'tensor')}")
+    _warn_unused(planned)
+
+
+def _model_line(model: Any) -> str:
+    return (
+        f"{_count(model.num_layers, 'layer')}, {_count(model.num_experts, 'expert')} "
+        f"({model.experts_per_token} for each token), "
+        f"{model.num_parameters / 1e9:.3g} billion parameters"
+    )
+
+
+def _plan_as_dict(planned: Plan, dtype: str, needed: int, free: int, memory: int) -> dict[str, Any]:
+    return {
+        "source": str(planned.info.path),
+        "source_format": planned.source_format,
+        "recognised_by": planned.recognised_by,
+        "model": {
+            "layers": planned.model.num_layers,
+            "experts": planned.model.num_experts,
+            "experts_per_token": planned.model.experts_per_token,
+            "parameters": planned.model.num_parameters,
+            **planned.model.dimensions,
+        },
+        "layout": planned.layout,
+        "dtype": dtype,
+        "max_shard_size": planned.max_shard_size,
+        "tensors": planned.num_tensors,
+        "source_bytes": planned.source_nbytes,
+        "data_bytes": planned.data_nbytes,
+        "bytes": planned.nbytes,
+        "disk_needed": needed,
+        "disk_free": free,
+        "memory": memory,
+        "unused": list(planned.unused),
+        "shards": [
+            {
+                "name": shard.name,
+                "bytes": shard.nbytes,
+                "tensors": [
+                    {
+                        "name": tensor.name,
+                        "dtype": tensor.dtype.code,
+                        "shape": list(tensor.shape),
+                        "offset": offset,
+                        "bytes": tensor.nbytes,
+                    }
+                    for tensor, offset in zip(shard.tensors, shard.offsets, strict=True)
+                ],
+            }
+            for shard in planned.shards
+        ],
+    }
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from .checkpoint import describe
+    from .sources import recognise
+
+    info = describe(arguments.source)
+    source, reason = recognise(info)
+    model = source.read_config(info.config)
+    if arguments.json:
+        print(json.dumps(_info_as_dict(info, source.NAME, reason, model.dimensions), indent=2))
+        return
+    total = sum(raw.nbytes for raw in info.tensors.values())
+    print(
+        f"{info.path}: {source.NAME} ({reason})\n"
+        f"{_model_line(model)}\n"
+        f"{_count(len(info.tensors), 'tensor')}, {_size(total)} in "
+        f"{_count(len(info.shards), 'shard')}"
+    )
+    width = max(map(len, info.tensors), default=0)
+    for raw in info.tensors.values():
+        print(f"  {raw.name:{width}}  {raw.dtype.code:4}  {list(raw.shape)}  {raw.shard}")
+
+
+def _info_as_dict(
+    info: CheckpointInfo, name: str, reason: str, dimensions: dict[str, int]
+) -> dict[str, Any]:
+    return {
+        "path": str(info.path),
+        "format": name,
+        "recognised_by": reason,
+        "model": dimensions,
+        "config": dict(info.config),
+        "shards": {shard.name: shard.nbytes for shard in info.shards},
+        "tensors": {
+            raw.name: {
+                "dtype": raw.dtype.code,
+                "shape": list(raw.shape),
+                "shard": raw.shard,
+                "offset": raw.offset,
+                "bytes": raw.nbytes,
+            }
+            for raw in info.tensors.values()
+        },
+    }
+
+
+def _synth(arguments: argparse.Namespace) -> None:
+    from .synthesis import synth
+
+    overrides = {
+        name.replace("-", "_"): getattr(arguments, name.replace("-", "_")) for name in _DIMENSIONS
+    }
+    with _progress(arguments.quiet) as (start, advance):
+        folder = synth(
+            arguments.output,
+            arguments.preset,
+            seed=arguments.seed,
+            max_shard_size=arguments.max_shard_size,
+            workers=arguments.workers,
+            overwrite=arguments.overwrite,
+            on_plan=start,
+            on_bytes=advance,
+            **overrides,
+        )
+    if not arguments.quiet:
+        print(f"{folder}: a random checkpoint ({arguments.preset}, seed {arguments.seed})")
+
+
+def _size(nbytes: int) -> str:
+    """Bytes for people, in decimal units."""
+    size = float(nbytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit in ("B", "kB") else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} TB"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

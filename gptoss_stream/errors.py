@@ -1,0 +1,88 @@
+"""Every error that a user can cause or meet.
+
+GptOssStreamError            exit code 2: what was asked for cannot be done as asked
+ ├ OptionError               an argument is wrong (unknown layout, size that does not parse)
+ ├ CheckpointError           the source cannot be used
+ │  ├ HeaderError            a safetensors header breaks a rule of the format
+ │  ├ ConfigError            config.json is missing, damaged or of another model
+ │  └ TensorError            a tensor is missing, of another dtype or shape, or holds a value
+ │                           that cannot be converted
+ ├ OutputError               the output folder cannot be used (foreign files, a finished run)
+ └ MachineError              exit code 3: the disk is full, an I/O error, no permission
+
+A message is one line: what is wrong, in which file or tensor, and what to do.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "GptOssStreamError",
+    "HeaderError",
+    "MachineError",
+    "OptionError",
+    "OutputError",
+    "TensorError",
+    "machine_error",
+]
+
+
+class GptOssStreamError(Exception):
+    """Base of all errors of this package; `exit_code` is what the command line exits with."""
+
+    exit_code = 2
+
+
+class OptionError(GptOssStreamError):
+    """An argument has a value that cannot be used."""
+
+
+class CheckpointError(GptOssStreamError):
+    """The source is not a checkpoint that can be converted."""
+
+
+class HeaderError(CheckpointError):
+    """A safetensors header breaks a rule of the format."""
+
+
+class ConfigError(CheckpointError):
+    """config.json is missing, damaged, or describes something else than a gpt-oss model."""
+
+
+class TensorError(CheckpointError):
+    """A tensor is missing, has an unexpected dtype or shape, or holds an unusable value."""
+
+
+class OutputError(GptOssStreamError):
+    """The output folder cannot be written to without harm."""
+
+
+class MachineError(GptOssStreamError):
+    """The machine failed: disk full, I/O error, no permission."""
+
+    exit_code = 3
+
+
+_ADVICE = {
+    errno.ENOSPC: "free some space and run again",
+    errno.EDQUOT: "free some of your quota and run again",
+    errno.EFBIG: "this file system holds no file that large; use a smaller --max-shard-size",
+    errno.EACCES: "check its permissions",
+    errno.EPERM: "check its permissions",
+    errno.EROFS: "choose a folder on a writable file system",
+    errno.EIO: "check the disk, then run again",
+    errno.ENAMETOOLONG: "choose a shorter path",
+}
+
+
+def machine_error(error: OSError, doing: str) -> MachineError:
+    """A `MachineError` for an `OSError` that struck while `doing` (as in "writing /x/y")."""
+    reason = error.strerror or str(error)
+    advice = _ADVICE.get(error.errno or 0, "check the disk and the path, then run again")
+    name = os.fspath(error.filename) if isinstance(error.filename, (str, os.PathLike)) else ""
+    where = f" ({name})" if name and name not in doing else ""
+    return MachineError(f"{doing}: {reason}{where}; {advice}")

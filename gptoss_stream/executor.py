@@ -1,0 +1,217 @@
+"""Runs a plan: makes shards, segment by segment, from any number of threads.
+
+A segment is an aligned run of a shard's bytes, small enough to hold. Threads take segments in
+order, make each in a buffer of their own and write it where it belongs, so that some convert
+while others wait for the disk; the thread that completes a shard puts it in its place. Memory is
+therefore set by the number of threads and the size of a segment, not by any tensor, shard or
+layer. Bytes depend on the plan alone.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from .dtypes import DType
+from .errors import GptOssStreamError, machine_error
+from .operands import Reader
+from .planner import PlannedShard
+from .recipe import Part, fill, make_units, prefetch
+from .scratch import StagedTranspose
+from .shard_file import ShardFile, aligned_buffer
+
+__all__ = ["SEGMENT_NBYTES", "default_workers", "execute", "memory_nbytes"]
+
+SEGMENT_NBYTES = 8 << 20
+_INTERPRETER_NBYTES = 45_000_000  # Python with numpy, einops and tqdm
+_WORKER_NBYTES = 6_000_000  # tiles, indices, a cut unit
+
+Buffer: TypeAlias = np.ndarray[Any, Any]
+Task: TypeAlias = Callable[[Buffer], None]
+
+
+def default_workers() -> int:
+    """One thread more than there are processors: one of them is always waiting for the disk."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    processors = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return min(processors + 1, 8)
+
+
+def memory_nbytes(workers: int) -> int:
+    """An upper estimate of the process's peak resident memory."""
+    return _INTERPRETER_NBYTES + workers * (SEGMENT_NBYTES + _WORKER_NBYTES)
+
+
+@dataclass
+class _ShardInProgress:
+    """A shard that threads are working on: its file, its large transposes, what is left."""
+
+    shard: PlannedShard
+    file: ShardFile
+    staged: dict[Part, StagedTranspose]
+    segments_left: int
+    counting: threading.Lock = field(default_factory=threading.Lock)
+
+    def close(self) -> None:
+        """Delete what is not finished."""
+        for transpose in self.staged.values():
+            transpose.close()
+        self.file.discard()
+
+
+class _Run:
+    """One call of `execute`."""
+
+    def __init__(
+        self,
+        shards: Sequence[PlannedShard],
+        reader: Reader,
+        folder: Path,
+        partials: Path,
+        workers: int,
+        on_bytes: Callable[[int], None],
+        segment_nbytes: int,
+    ) -> None:
+        self.reader = reader
+        self.folder = folder
+        self.partials = partials
+        self.workers = workers
+        self.on_bytes = on_bytes
+        self.segment_nbytes = segment_nbytes
+        self.stop = threading.Event()
+        self.error: BaseException | None = None
+        self._in_progress: dict[str, _ShardInProgress] = {}
+        self._tasks = self._all_tasks(shards)
+        self._taking = threading.Lock()
+
+    def _all_tasks(self, shards: Sequence[PlannedShard]) -> Iterator[Task]:
+        for shard in shards:
+            progress = self._begin(shard)
+            for transpose in progress.staged.values():
+                for block in range(len(transpose.blocks)):
+                    yield partial(transpose.stage, block, self.reader)
+            for begin in range(0, shard.nbytes, self.segment_nbytes):
+                yield partial(self._make_segment, progress, begin)
+
+    def _begin(self, shard: PlannedShard) -> _ShardInProgress:
+        file = ShardFile(self.partials / shard.name, self.folder / shard.name, shard.nbytes)
+        progress = _ShardInProgress(shard, file, {}, -(-shard.nbytes // self.segment_nbytes))
+        self._in_progress[shard.name] = progress
+        for number, part in enumerate(shard.staged()):
+            scratch = self.partials / f"{shard.name}.scratch-{number}"
+            progress.staged[part] = StagedTranspose(part, scratch, self.segment_nbytes)
+        return progress
+
+    def _make_segment(self, progress: _ShardInProgress, begin: int, buffer: Buffer) -> None:
+        shard = progress.shard
+        end = min(begin + self.segment_nbytes, shard.nbytes)
+        self._prefetch(shard, begin + self.workers * self.segment_nbytes)
+        if begin < len(shard.header):
+            header = shard.header[begin:end]
+            buffer[: len(header)] = np.frombuffer(header, np.uint8)
+        for tensor, low, high, at in shard.overlapping(begin, end):
+            out = buffer[at - begin : at - begin + high - low]
+            fill(tensor, low, high, out, partial(self._make_units, progress))
+        if self.stop.is_set():
+            return
+        length = end - begin
+        padded = min(-(-length // 4096) * 4096, len(buffer))
+        buffer[length:padded] = 0
+        progress.file.write(buffer[:padded], begin)
+        self.on_bytes(length)
+        with progress.counting:
+            progress.segments_left -= 1
+            last = progress.segments_left == 0
+        if last:
+            self._commit(progress)
+
+    def _make_units(
+        self,
+        progress: _ShardInProgress,
+        part: Part,
+        first: int,
+        last: int,
+        out: Buffer,
+        dtype: DType,
+    ) -> None:
+        staged = progress.staged.get(part) if progress.staged else None
+        if staged is not None:
+            staged.make(first, last, out, dtype, self.stop)
+        else:
+            make_units(part, self.reader, first, last, out, dtype)
+
+    def _prefetch(self, shard: PlannedShard, begin: int) -> None:
+        for tensor, low, high, _ in shard.overlapping(begin, begin + self.segment_nbytes):
+            prefetch(tensor, low, high, self.reader)
+
+    def _commit(self, progress: _ShardInProgress) -> None:
+        progress.file.commit()
+        for transpose in progress.staged.values():
+            transpose.close()
+        del self._in_progress[progress.shard.name]
+
+    def work(self) -> None:
+        """What each thread does: take the next task and do it, until none is left."""
+        try:
+            buffer = aligned_buffer(self.segment_nbytes)
+            while not self.stop.is_set():
+                with self._taking:
+                    task = next(self._tasks, None)
+                if task is None:
+                    return
+                task(buffer)
+        except BaseException as error:
+            with self._taking:
+                self.error = self.error or error
+            self.stop.set()
+
+    def discard(self) -> None:
+        """Delete every partial file."""
+        for progress in list(self._in_progress.values()):
+            progress.close()
+
+
+def execute(
+    shards: Sequence[PlannedShard],
+    reader: Reader,
+    folder: Path,
+    *,
+    partials: Path,
+    workers: int,
+    on_bytes: Callable[[int], None] = lambda nbytes: None,
+    segment_nbytes: int = SEGMENT_NBYTES,
+) -> None:
+    """Make `shards` in `folder`; their partial and scratch files lie in `partials` meanwhile.
+
+    Both folders are on one file system. `on_bytes` is told, from any thread, how many bytes have
+    been written. When this returns every shard is complete, under its name and on the disk. When
+    it raises (`TensorError` for values that cannot be converted, `MachineError`,
+    `KeyboardInterrupt`) those that were complete stay and no partial file does.
+    """
+    run = _Run(shards, reader, folder, partials, workers, on_bytes, segment_nbytes)
+    threads = [threading.Thread(target=run.work, daemon=True) for _ in range(workers)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(0.1)  # in short waits, so that signals are handled meanwhile
+    finally:
+        run.stop.set()
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
+        run.discard()
+    if isinstance(run.error, OSError):
+        raise machine_error(run.error, f"converting to {folder}") from run.error
+    if isinstance(run.error, GptOssStreamError):
+        raise run.error
+    if run.error is not None:
+        raise run.error

@@ -1,0 +1,73 @@
+"""Output layouts, one file each: a table of target tensors and what each is made of.
+
+A layout is a module with
+    ROWS                   a tuple of `Row`, in the order the tensors take in the shards
+    check(model)           raises where the layout cannot carry the model's behaviour
+    companions(model, …)   small files that the output's users need, as {name: bytes}
+The file name is the layout's name, with `_` for `-`: a new file here is a new layout.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, Protocol
+
+from ..dtypes import DType
+from ..errors import OptionError
+from ..model import ModelConfig
+
+__all__ = ["Layout", "Row", "ZeroRow", "load", "names"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a layout: target tensor, model tensor, einops pattern.
+
+    `{l}` and `{e}` stand for each layer and expert. Where only the model tensor has `{e}`, the
+    target stacks the experts along a new first axis. `axes` gives the sizes that the pattern
+    leaves open, in the letters of `model`; `rows` takes every `step`-th row of the model tensor
+    before the pattern. A model tensor that the model lacks (an attention bias) becomes zeros.
+    """
+
+    target: str
+    model_tensor: str
+    pattern: str
+    axes: Mapping[str, str] = field(default_factory=dict)
+    rows: tuple[int, int] = (0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class ZeroRow:
+    """A target that no model tensor gives: zeros of a shape in the letters of `model`."""
+
+    target: str
+    shape: str
+
+
+class Layout(Protocol):
+    """What a module of this folder offers."""
+
+    ROWS: tuple[Row | ZeroRow, ...]
+
+    def check(self, model: ModelConfig) -> None: ...
+
+    def companions(
+        self, model: ModelConfig, config: Mapping[str, Any], dtype: DType
+    ) -> dict[str, bytes]: ...
+
+
+def names() -> tuple[str, ...]:
+    """The layouts there are, from the files of this folder."""
+    return tuple(sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__)))
+
+
+def load(name: str) -> Layout:
+    """The layout of that name; raises `OptionError` for a name that is none."""
+    if name not in names():
+        raise OptionError(f"unknown layout {name!r}; choose one of {', '.join(names())}")
+    module: Any = import_module(f"{__name__}.{name.replace('-', '_')}")
+    layout: Layout = module
+    return layout

@@ -1,0 +1,170 @@
+"""How one model tensor lies in the checkpoint, bound to its raw tensors: what recipes read.
+
+An operand has a shape of one or two axes and loads any block of it. Three kinds: `Plain` (floats
+as they are), `Packed` (MXFP4 blocks and scales) and `Zeros` (nothing stored). None knows names,
+layers or files beyond the raw tensors it was given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+from .checkpoint import RawTensor
+from .dtypes import DType
+from .errors import TensorError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["Operand", "Packed", "Plain", "Reader", "Zeros"]
+
+Span: TypeAlias = tuple[int, int]  # [begin, end)
+
+
+class Reader(Protocol):
+    """Where operands get the elements of raw tensors (see `checkpoint.Checkpoint`)."""
+
+    def read(self, tensor: RawTensor, first: int, shape: tuple[int, ...]) -> Any: ...
+
+    def prefetch(self, tensor: RawTensor, first: int, count: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """Floats from element `first` of a raw tensor on: `stored_shape`, one or two axes.
+
+    `start` and `step` choose elements along `stepped` (0 or 1), the stored axis; `shape` is what
+    is left.
+    """
+
+    raw: RawTensor
+    first: int
+    stored_shape: tuple[int, ...]
+    stepped: int = 0
+    start: int = 0
+    step: int = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        sizes = list(self.stored_shape)
+        sizes[self.stepped] = len(range(self.start, sizes[self.stepped], self.step))
+        return tuple(sizes)
+
+    def _block(self, rows: Span, columns: Span | None) -> tuple[Span, tuple[slice, ...]]:
+        """The stored rows to read, and what to take of them."""
+        width = self.stored_shape[1] if len(self.stored_shape) == 2 else 1
+        begin, end = columns if columns is not None else (0, width)
+        if self.stepped == 1:
+            last = self.start + (end - 1) * self.step + 1
+            return rows, (slice(None), slice(self.start + begin * self.step, last, self.step))
+        stored = self.start + rows[0] * self.step, self.start + (rows[1] - 1) * self.step + 1
+        take = (slice(None, None, self.step), slice(begin, end))
+        return stored, take[: len(self.stored_shape)]
+
+    @contextmanager
+    def load(
+        self, reader: Reader, rows: Span, columns: Span | None, dtype: DType
+    ) -> Iterator[tuple[np.ndarray[Any, Any], DType]]:
+        """The block `[rows, columns]` of `shape`, in the raw tensor's dtype."""
+        (begin, end), take = self._block(rows, columns)
+        rest = self.stored_shape[1:]
+        width = rest[0] if rest else 1
+        with reader.read(self.raw, self.first + begin * width, (end - begin, *rest)) as array:
+            yield array[take], self.raw.dtype
+
+    def prefetch(self, reader: Reader, rows: Span) -> None:
+        """Have the rows read ahead."""
+        (begin, end), _ = self._block(rows, None)
+        width = self.stored_shape[1] if len(self.stored_shape) == 2 else 1
+        reader.prefetch(self.raw, self.first + begin * width, (end - begin) * width)
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """An MXFP4 matrix: `stored_shape` rows and columns from row `first` of the raw tensors on."""
+
+    blocks: RawTensor  # [..., columns / 32, 16] U8
+    scales: RawTensor  # [..., columns / 32] U8
+    first: int
+    stored_shape: tuple[int, int]
+    start: int = 0
+    step: int = 1
+
+    @property
+    def raw(self) -> RawTensor:
+        return self.blocks
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.stored_shape
+        return len(range(self.start, rows, self.step)), columns
+
+    def _rows(self, rows: Span) -> Span:
+        begin = self.first + self.start + rows[0] * self.step
+        return begin, begin + (rows[1] - rows[0] - 1) * self.step + 1
+
+    @contextmanager
+    def load(
+        self, reader: Reader, rows: Span, columns: Span | None, dtype: DType
+    ) -> Iterator[tuple[np.ndarray[Any, Any], DType]]:
+        """The block `[rows, columns]` of `shape`, decoded to `dtype`."""
+        import numpy as np
+
+        from .cast import STORAGE, count_infinities
+        from .mxfp4 import BLOCK_NBYTES, BLOCK_VALUES, NAN_SCALE, decode, largest_scale
+
+        groups = self.stored_shape[1] // BLOCK_VALUES
+        begin, end = self._rows(rows)
+        left, right = columns if columns is not None else (0, self.stored_shape[1])
+        taken = slice(left // BLOCK_VALUES, -(-right // BLOCK_VALUES))
+        with (
+            reader.read(
+                self.blocks,
+                begin * groups * BLOCK_NBYTES,
+                (end - begin, groups, BLOCK_NBYTES),
+            ) as blocks,
+            reader.read(self.scales, begin * groups, (end - begin, groups)) as scales,
+        ):
+            tile_blocks = blocks[:: self.step, taken]
+            tile_scales = scales[:: self.step, taken]
+            largest = int(tile_scales.max())
+            if largest == NAN_SCALE:
+                raise TensorError(
+                    f"{self.scales.shard}: tensor {self.scales.name!r} holds the scale "
+                    f"{NAN_SCALE}, which is NaN; its weights are damaged, download them again"
+                )
+            count, width = tile_scales.shape
+            values = np.empty((count, width * BLOCK_VALUES), STORAGE[dtype])
+            decode(tile_blocks, tile_scales, values, dtype)
+            if largest > largest_scale(dtype) and count_infinities(values, dtype):
+                raise OverflowError(f"values with the scale 2^{largest - 127} exceed {dtype}")
+            skipped = left - taken.start * BLOCK_VALUES
+            yield values[:, skipped : skipped + right - left], dtype
+
+    def prefetch(self, reader: Reader, rows: Span) -> None:
+        """Have the rows read ahead."""
+        begin, end = self._rows(rows)
+        groups = self.stored_shape[1] // 32
+        reader.prefetch(self.blocks, begin * groups * 16, (end - begin) * groups * 16)
+        reader.prefetch(self.scales, begin * groups, (end - begin) * groups)
+
+
+@dataclass(frozen=True, slots=True)
+class Zeros:
+    """A tensor that the model lacks and the target has, all zero."""
+
+    shape: tuple[int, ...]
+
+
+Operand: TypeAlias = Plain | Packed | Zeros
+
+
+def take_rows(operand: Operand, start: int, step: int) -> Operand:
+    """The operand's rows `start::step`, of model rows (whichever stored axis holds them)."""
+    if isinstance(operand, Zeros):
+        rows, *rest = operand.shape
+        return Zeros((len(range(start, rows, step)), *rest))
+    return replace(operand, start=start, step=step)

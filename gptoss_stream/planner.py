@@ -1,0 +1,306 @@
+"""From a source and a layout to a plan: every shard, tensor, shape and size of the output.
+
+Reads headers and configuration, no tensor data, and moves none. All that can be wrong with a
+source and is visible in these is found here, before the first byte is written.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, groupby
+
+from . import layouts, sources, storage
+from .checkpoint import CheckpointInfo, RawTensor, describe
+from .dtypes import DType, output_dtype
+from .errors import ConfigError, OptionError
+from .layouts import Layout, Row, ZeroRow
+from .model import MODEL_TENSORS, ModelConfig
+from .operands import Operand, Packed, Plain, Zeros, take_rows
+from .patterns import Rearrangement, rearrangement
+from .recipe import OutputTensor, Part
+from .safetensors_format import build_header
+
+__all__ = [
+    "DEFAULT_LAYOUT",
+    "DEFAULT_SHARD_SIZE",
+    "Plan",
+    "PlannedShard",
+    "parse_size",
+    "plan",
+    "shards",
+]
+
+DEFAULT_LAYOUT = "transformer-lens"
+DEFAULT_SHARD_SIZE = "5GB"
+STAGED_NBYTES = 64_000_000
+"""A transpose of more than this goes through a scratch file (`scratch`): reading it a few columns
+at a time would read it from disk once for each time."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedShard:
+    """One file of the output: its tensors in order, and where each one's data begins in it."""
+
+    name: str
+    tensors: tuple[OutputTensor, ...]
+    header: bytes = field(repr=False)
+    offsets: tuple[int, ...] = field(repr=False)
+    nbytes: int
+
+    @property
+    def data_nbytes(self) -> int:
+        """Bytes of tensor data."""
+        return self.nbytes - len(self.header)
+
+    def overlapping(self, begin: int, end: int) -> Iterator[tuple[OutputTensor, int, int, int]]:
+        """The tensors with data in bytes `begin … end` of the file: tensor, from and to which of
+        its bytes, and where in the file that is."""
+        for i in range(max(0, bisect_right(self.offsets, begin) - 1), len(self.tensors)):
+            at = self.offsets[i]
+            if at >= end:
+                return
+            low = max(begin, at)
+            high = min(end, at + self.tensors[i].nbytes)
+            if low < high:
+                yield self.tensors[i], low - at, high - at, low
+
+    def staged(self) -> Iterator[Part]:
+        """The parts that are transposed through a scratch file."""
+        return (part for tensor in self.tensors for part in tensor.parts if is_staged(part))
+
+
+def is_staged(part: Part) -> bool:
+    """Whether a part is a transpose too large to be read in columns."""
+    operand = part.operand
+    return (
+        isinstance(operand, Plain)
+        and part.rearrangement.axis == 1
+        and part.elements * operand.raw.dtype.itemsize > STAGED_NBYTES
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All that a conversion will write, decided before any data is read."""
+
+    info: CheckpointInfo = field(repr=False)
+    source_format: str
+    recognised_by: str
+    model: ModelConfig
+    layout: str
+    dtype: DType
+    max_shard_size: int
+    shards: tuple[PlannedShard, ...] = field(repr=False)
+    unused: tuple[str, ...]
+    """Raw tensors that the checkpoint holds and the layout has no use for."""
+
+    @property
+    def num_tensors(self) -> int:
+        """Output tensors."""
+        return sum(len(shard.tensors) for shard in self.shards)
+
+    @property
+    def data_nbytes(self) -> int:
+        """Bytes of tensor data in the output (the index calls it total_size)."""
+        return sum(shard.data_nbytes for shard in self.shards)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the output's shards, headers included."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def source_nbytes(self) -> int:
+        """Bytes of the raw tensors that the output is made of, each counted once."""
+        unused = set(self.unused)
+        return sum(raw.nbytes for raw in self.info.tensors.values() if raw.name not in unused)
+
+    @property
+    def scratch_nbytes(self) -> int:
+        """Disk space that is needed beside the output while it is made."""
+        return max(
+            (
+                sum(part.elements * _raw_dtype(part).itemsize for part in shard.staged())
+                for shard in self.shards
+            ),
+            default=0,
+        )
+
+
+def _raw_dtype(part: Part) -> DType:
+    if not isinstance(part.operand, Plain):
+        raise TypeError("only plain operands are staged")
+    return part.operand.raw.dtype
+
+
+def plan(
+    source: str | os.PathLike[str],
+    *,
+    layout: str = DEFAULT_LAYOUT,
+    dtype: str = "bfloat16",
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+) -> Plan:
+    """Plan the conversion of a checkpoint folder.
+
+    `dtype` is a torch name (bfloat16, float16, float32); `max_shard_size` is in bytes or a text
+    such as "5GB" (decimal units). Raises `OptionError` for an argument that is none of these,
+    `CheckpointError` for a source that cannot be converted, `MachineError` where reading fails.
+    """
+    target_dtype = output_dtype(dtype)
+    limit = parse_size(max_shard_size)
+    target = layouts.load(layout)
+    info = describe(source)
+    format_, reason = sources.recognise(info)
+    try:
+        model = format_.read_config(info.config)
+        target.check(model)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("config.json", str(info.path / "config.json"), 1)) from None
+    storage.check(format_.TENSORS, model, info)
+    tensors = list(_tensors(target, format_.TENSORS, model, info, target_dtype))
+    used = {raw.name for tensor in tensors for raw in _raws(tensor)}
+    return Plan(
+        info=info,
+        source_format=format_.NAME,
+        recognised_by=reason,
+        model=model,
+        layout=layout,
+        dtype=target_dtype,
+        max_shard_size=limit,
+        shards=shards(tensors, limit),
+        unused=tuple(sorted(info.tensors.keys() - used)),
+    )
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of a size such as "5GB", "500MB" or 1000 (decimal units); raises `OptionError`."""
+    match = _SIZE.fullmatch(str(size).strip())
+    nbytes = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
+    if nbytes < 1:
+        raise OptionError(f"{size!r} is not a size; write it as 5GB or 500MB")
+    return nbytes
+
+
+def _raws(tensor: OutputTensor) -> Iterator[RawTensor]:
+    for part in tensor.parts:
+        operand = part.operand
+        if isinstance(operand, Packed):
+            yield from (operand.blocks, operand.scales)
+        elif isinstance(operand, Plain):
+            yield operand.raw
+
+
+def _tensors(
+    layout: Layout, table: storage.StoredTable, model: ModelConfig, info: CheckpointInfo, dtype: DType
+) -> Iterator[OutputTensor]:
+    """Every output tensor, in order: rows with {l} layer by layer, rows with {e} expert by
+    expert within it."""
+    for has_layer, rows in groupby(layout.ROWS, lambda row: "{l}" in row.target):
+        block = list(rows)
+        for layer in range(model.num_layers if has_layer else 1):
+            for has_expert, group in groupby(block, lambda row: "{e}" in row.target):
+                group = list(group)
+                for expert in range(model.num_experts if has_expert else 1):
+                    for row in group:
+                        yield _tensor(row, table, model, info, dtype, layer, expert)
+
+
+def _tensor(
+    row: Row | ZeroRow,
+    table: storage.StoredTable,
+    model: ModelConfig,
+    info: CheckpointInfo,
+    dtype: DType,
+    layer: int,
+    expert: int,
+) -> OutputTensor:
+    name = row.target.format(l=layer, e=expert)
+    if isinstance(row, ZeroRow):
+        shape = model.shape(row.shape)
+        part = Part(Zeros(shape), rearrangement("a -> a" if len(shape) == 1 else "a b -> a b", shape))
+        return OutputTensor(name, dtype, shape, (part,))
+    stacked = "{e}" in row.model_tensor and "{e}" not in row.target
+    parts = []
+    for e in range(model.num_experts) if stacked else (expert,):
+        operand: Operand
+        if model.has(row.model_tensor):
+            operand = storage.bind(table, model, info, row.model_tensor, layer, e)
+        else:
+            operand = Zeros(model.shape(MODEL_TENSORS[row.model_tensor]))
+        operand = take_rows(operand, *row.rows)
+        parts.append(Part(operand, _rearrangement(row, operand.shape, model)))
+    shape = parts[0].rearrangement.shape
+    return OutputTensor(
+        name, dtype, (len(parts), *shape) if stacked else shape, tuple(parts)
+    )
+
+
+def _rearrangement(row: Row, shape: tuple[int, ...], model: ModelConfig) -> Rearrangement:
+    known = tuple((axis, model.size(letters)) for axis, letters in row.axes.items())
+    return rearrangement(row.pattern, shape, known)
+
+
+def shards(
+    tensors: Sequence[OutputTensor], limit: int, first_number: int = 1
+) -> tuple[PlannedShard, ...]:
+    """Lay tensors, in order, into shards of at most `limit` bytes of data.
+
+    One suffices: `model.safetensors`. More: `model-00001-of-000NN.safetensors`, counted from
+    `first_number` (OpenAI's repositories count from 0, and the last number follows suit).
+    """
+    sizes = [tensor.nbytes for tensor in tensors]
+    groups = balanced_groups(sizes, limit)
+    last_number = len(groups) - 1 + first_number
+    result = []
+    first = 0
+    for number, count in enumerate(groups, first_number):
+        members = tuple(tensors[first : first + count])
+        header = build_header((t.name, t.dtype, t.shape) for t in members)
+        starts = accumulate(sizes[first : first + count], initial=len(header))
+        *offsets, end = starts
+        name = (
+            "model.safetensors"
+            if len(groups) == 1
+            else f"model-{number:05d}-of-{last_number:05d}.safetensors"
+        )
+        result.append(PlannedShard(name, members, header, tuple(offsets), end))
+        first += count
+    return tuple(result)
+
+
+def _greedy(sizes: Iterable[int], limit: int) -> list[int]:
+    """How many of the sizes go into each group, in order; one above the limit goes alone."""
+    groups: list[int] = []
+    room = 0
+    for size in sizes:
+        if not groups or size > room:
+            groups.append(0)
+            room = limit
+        groups[-1] += 1
+        room -= size
+    return groups
+
+
+def balanced_groups(sizes: Sequence[int], limit: int) -> list[int]:
+    """Cut sizes, in order, into as few groups of at most `limit` as possible, the largest group
+    being as small as it can: how many sizes go into each.
+
+    A size above the limit makes a group alone.
+    """
+    count = len(_greedy(sizes, limit))
+    low, high = max(sizes, default=1), limit
+    while low < high:
+        middle = (low + high) // 2
+        if len(_greedy(sizes, middle)) <= count:
+            high = middle
+        else:
+            low = middle + 1
+    return _greedy(sizes, min(high, limit))

@@ -1,0 +1,65 @@
+"""Checkpoint formats, one file each: how it is recognised and which raw tensor holds what.
+
+A source is a module with
+    NAME               what `inspect` calls it
+    recognise(info)    why this checkpoint is of this format, or None
+    read_config(json)  the model's numbers from config.json
+    TENSORS            a `storage.StoredTable`
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ..checkpoint import CheckpointInfo
+from ..errors import CheckpointError
+from ..model import ModelConfig
+from ..storage import StoredTable
+from . import hf_mxfp4
+
+__all__ = ["Source", "names", "recognise"]
+
+
+class Source(Protocol):
+    """What a module of this folder offers."""
+
+    NAME: str
+    TENSORS: StoredTable
+
+    def recognise(self, info: CheckpointInfo) -> str | None: ...
+
+    def read_config(self, config: object) -> ModelConfig: ...
+
+
+_SOURCES: tuple[Source, ...] = (hf_mxfp4,)  # type: ignore[assignment]
+
+
+def names() -> tuple[str, ...]:
+    """The formats that can be read."""
+    return tuple(source.NAME for source in _SOURCES)
+
+
+def recognise(info: CheckpointInfo) -> tuple[Source, str]:
+    """The format of a checkpoint and why; raises `CheckpointError` saying what it looks like."""
+    for source in _SOURCES:
+        reason = source.recognise(info)
+        if reason is not None:
+            return source, reason
+    raise CheckpointError(f"{info.path}: {_looks_like(info)}")
+
+
+def _looks_like(info: CheckpointInfo) -> str:
+    model_type = info.config.get("model_type")
+    if model_type not in (None, "gpt_oss"):
+        return f"a checkpoint of model type {str(model_type)[:40]!r}; only gpt_oss is converted"
+    quantization = info.config.get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method") != "mxfp4":
+        method = str(quantization.get("quant_method"))[:40]
+        return f"quantised by {method!r}; only mxfp4 is converted"
+    if any(name.startswith("block.0.") for name in info.tensors):
+        return "OpenAI's own format (original/); name the folder above it"
+    if any("gate_up_projs." in name for name in info.tensors):
+        return "experts unfused into modules (gate_up_projs); re-save it with fused experts"
+    if any(name.endswith(".mlp.experts.gate_up_proj") for name in info.tensors):
+        return "an unquantised gpt-oss checkpoint; only MXFP4 ones are converted"
+    return f"not a gpt-oss checkpoint: config.json has the model type {model_type!r}"

@@ -1,0 +1,45 @@
+"""JSON read strictly: what is ambiguous or not JSON is refused.
+
+Python's `json` takes UTF-16, NaN, duplicate keys (the last wins) and integers of any length, and
+dies of `RecursionError` on deep nesting. A file that two readers understand differently is not
+something to convert, so all of these are errors here.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+__all__ = ["loads"]
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {key!r} stands twice")
+            seen.add(key)
+    return result
+
+
+def loads(data: bytes) -> Any:
+    """The value of a UTF-8 JSON text (RFC 8259); raises `ValueError` saying what is wrong."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start}") from None
+    if text.startswith("\ufeff"):
+        raise ValueError("begins with a byte order mark")
+    try:
+        value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    return value
