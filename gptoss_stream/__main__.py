@@ -1,3 +1,5 @@
+"""python -m gptoss_stream"""
+
 from .cli import main
 
 raise SystemExit(main())

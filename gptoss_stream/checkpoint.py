@@ -272,12 +272,16 @@ class Checkpoint:
 
 def _give_back(mapped: mmap.mmap, begin: int, end: int) -> None:
     # Mapped pages count as this process's memory until they are unmapped (not the page cache:
-    # what is read twice shortly after comes from there).
-    _advise(mapped, "MADV_DONTNEED", begin, end)
+    # what is read twice shortly after comes from there). A fault maps its neighbours too, up to
+    # a large folio of them, and these would stay: so the surroundings go as well.
+    _advise(mapped, "MADV_DONTNEED", begin, end, 2 << 20)
 
 
-def _advise(mapped: mmap.mmap, advice: str, begin: int, end: int) -> None:
+def _advise(
+    mapped: mmap.mmap, advice: str, begin: int, end: int, granularity: int = mmap.PAGESIZE
+) -> None:
     option = getattr(mmap, advice, None)  # absent on some systems: then it is no help, nor harm
     if option is not None and end > begin:
-        begin -= begin % mmap.PAGESIZE
+        begin -= begin % granularity
+        end = min(len(mapped), -(-end // granularity) * granularity)
         mapped.madvise(option, begin, end - begin)

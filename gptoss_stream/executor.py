@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from .dtypes import DType
 from .errors import GptOssStreamError, machine_error
 from .operands import Reader
 from .planner import PlannedShard
-from .recipe import Part, fill, make_units, prefetch
+from .recipe import Part, Piece, fill, make_pieces, prefetch
 from .scratch import StagedTranspose
 from .shard_file import ShardFile, aligned_buffer
 
@@ -34,7 +34,21 @@ _INTERPRETER_NBYTES = 45_000_000  # Python with numpy, einops and tqdm
 _WORKER_NBYTES = 6_000_000  # tiles, indices, a cut unit
 
 Buffer: TypeAlias = np.ndarray[Any, Any]
+_T = TypeVar("_T")
+_Step: TypeAlias = tuple[PlannedShard, int, "Part | None"]
+"""A segment of a shard by where it begins, or a block of a part that is transposed for it."""
+_SPREAD = 4  # segments for each block of a large transpose, at most: what is staged waits on disk
 Task: TypeAlias = Callable[[Buffer], None]
+
+
+def _spread(some: list[_T], others: list[_T], begin: int, end: int) -> list[_T]:
+    """`others` with `some` spread evenly, in order, over its places `begin … end`."""
+    merged = others[:begin]
+    for number, item in enumerate(some):
+        low, high = ((end - begin) * n // len(some) + begin for n in (number, number + 1))
+        merged.append(item)
+        merged += others[low:high]
+    return merged + others[end:]
 
 
 def default_workers() -> int:
@@ -92,19 +106,33 @@ class _Run:
         self._taking = threading.Lock()
 
     def _all_tasks(self, shards: Sequence[PlannedShard]) -> Iterator[Task]:
+        """Every segment, shard by shard, and among those before it the blocks of each large
+        transpose: reading these ahead goes well with writing."""
+        steps: list[_Step] = []
         for shard in shards:
-            progress = self._begin(shard)
-            for transpose in progress.staged.values():
-                for block in range(len(transpose.blocks)):
-                    yield partial(transpose.stage, block, self.reader)
-            for begin in range(0, shard.nbytes, self.segment_nbytes):
-                yield partial(self._make_segment, progress, begin)
+            segments: list[_Step] = [
+                (shard, at, None) for at in range(0, shard.nbytes, self.segment_nbytes)
+            ]
+            for part, offset in shard.staged():
+                needed = len(steps) + offset // self.segment_nbytes
+                count = StagedTranspose.count_blocks(part, self.segment_nbytes)
+                blocks: list[_Step] = [(shard, block, part) for block in range(count)]
+                steps += segments
+                steps = _spread(blocks, steps, max(0, needed - _SPREAD * count), needed)
+                segments = []
+            steps += segments
+        for shard, at, staged in steps:
+            progress = self._in_progress.get(shard.name) or self._begin(shard)
+            if staged is None:
+                yield partial(self._make_segment, progress, at)
+            else:
+                yield partial(self._stage, progress.staged[staged], at)
 
     def _begin(self, shard: PlannedShard) -> _ShardInProgress:
         file = ShardFile(self.partials / shard.name, self.folder / shard.name, shard.nbytes)
         progress = _ShardInProgress(shard, file, {}, -(-shard.nbytes // self.segment_nbytes))
         self._in_progress[shard.name] = progress
-        for number, part in enumerate(shard.staged()):
+        for number, (part, _) in enumerate(shard.staged()):
             scratch = self.partials / f"{shard.name}.scratch-{number}"
             progress.staged[part] = StagedTranspose(part, scratch, self.segment_nbytes)
         return progress
@@ -118,7 +146,7 @@ class _Run:
             buffer[: len(header)] = np.frombuffer(header, np.uint8)
         for tensor, low, high, at in shard.overlapping(begin, end):
             out = buffer[at - begin : at - begin + high - low]
-            fill(tensor, low, high, out, partial(self._make_units, progress))
+            fill(tensor, low, high, out, partial(self._make, progress))
         if self.stop.is_set():
             return
         length = end - begin
@@ -132,20 +160,18 @@ class _Run:
         if last:
             self._commit(progress)
 
-    def _make_units(
-        self,
-        progress: _ShardInProgress,
-        part: Part,
-        first: int,
-        last: int,
-        out: Buffer,
-        dtype: DType,
+    def _make(
+        self, progress: _ShardInProgress, part: Part, pieces: list[Piece], dtype: DType
     ) -> None:
         staged = progress.staged.get(part) if progress.staged else None
         if staged is not None:
-            staged.make(first, last, out, dtype, self.stop)
+            staged.make(pieces, dtype, self.stop)
         else:
-            make_units(part, self.reader, first, last, out, dtype)
+            make_pieces(part, pieces, dtype, self.reader)
+
+    def _stage(self, transpose: StagedTranspose, block: int, buffer: Buffer) -> None:
+        transpose.prefetch(block + self.workers, self.reader)
+        transpose.stage(block, self.reader, buffer)
 
     def _prefetch(self, shard: PlannedShard, begin: int) -> None:
         for tensor, low, high, _ in shard.overlapping(begin, begin + self.segment_nbytes):

@@ -10,6 +10,7 @@ could round or flush.
 
 from __future__ import annotations
 
+import threading
 from functools import lru_cache
 from typing import Any
 
@@ -31,7 +32,8 @@ E2M1 = (+0.0, +0.5, +1.0, +1.5, +2.0, +3.0, +4.0, +6.0,
 """The value of each 4-bit code; bit 3 is the sign, and code 8 is -0.0 and stays it."""
 # fmt: on
 
-_TILE_ROWS = 128  # a tile's indices and values then stay in a core's second-level cache
+_TILE_LOOKUPS = 1 << 15  # a tile's indices and values then stay in a core's second-level cache
+_memory = threading.local()
 _PAIR = {DType.BF16: np.uint32, DType.F16: np.uint32, DType.F32: np.uint64}
 
 
@@ -70,10 +72,24 @@ def decode(
     rows, groups, width = blocks.shape
     table = _pairs(dtype)
     pairs = out.view(table.dtype).reshape(rows, groups, width)
-    index = np.empty((min(rows, _TILE_ROWS), groups, width), np.uint16)
-    for first in range(0, rows, _TILE_ROWS):
-        tile = slice(first, min(first + _TILE_ROWS, rows))
-        indices = index[: tile.stop - first]
-        np.bitwise_or(scales[tile, :, None].astype(np.uint16) << 8, blocks[tile], out=indices)
+    tile_rows = max(1, _TILE_LOOKUPS // (groups * width))
+    narrow, wide = _indices(min(rows, tile_rows) * groups * width)
+    for first in range(0, rows, tile_rows):
+        tile = slice(first, min(first + tile_rows, rows))
+        shape = (tile.stop - first, groups, width)
+        index = narrow[: shape[0] * groups * width].reshape(shape)
+        np.bitwise_or(scales[tile, :, None].astype(np.uint16) << 8, blocks[tile], out=index)
+        # numpy looks up by intp alone and would allocate such a copy itself, for each tile.
+        positions = wide[: index.size].reshape(shape)
+        positions[...] = index
         # mode="clip" writes straight into `out`; every uint16 is a valid index anyway.
-        np.take(table, indices, out=pairs[tile], mode="clip")
+        np.take(table, positions, out=pairs[tile], mode="clip")
+
+
+def _indices(count: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """This thread's memory for indices, used again and again: fresh pages cost more than the
+    look-ups."""
+    if getattr(_memory, "count", 0) < count:
+        _memory.narrow, _memory.wide = np.empty(count, np.uint16), np.empty(count, np.intp)
+        _memory.count = count
+    return _memory.narrow, _memory.wide

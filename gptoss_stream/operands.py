@@ -8,7 +8,7 @@ layers or files beyond the raw tensors it was given.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -27,9 +27,14 @@ Span: TypeAlias = tuple[int, int]  # [begin, end)
 class Reader(Protocol):
     """Where operands get the elements of raw tensors (see `checkpoint.Checkpoint`)."""
 
-    def read(self, tensor: RawTensor, first: int, shape: tuple[int, ...]) -> Any: ...
+    def read(
+        self, tensor: RawTensor, first: int, shape: tuple[int, ...]
+    ) -> AbstractContextManager[np.ndarray[Any, Any]]:
+        """`prod(shape)` elements from element `first` on, for as long as the block lasts."""
+        ...
 
-    def prefetch(self, tensor: RawTensor, first: int, count: int) -> None: ...
+    def prefetch(self, tensor: RawTensor, first: int, count: int) -> None:
+        """Get elements ready that will be read soon; returns at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,7 @@ class Plain:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """What is left of `stored_shape`."""
         sizes = list(self.stored_shape)
         sizes[self.stepped] = len(range(self.start, sizes[self.stepped], self.step))
         return tuple(sizes)
@@ -66,9 +72,14 @@ class Plain:
 
     @contextmanager
     def load(
-        self, reader: Reader, rows: Span, columns: Span | None, dtype: DType
+        self,
+        reader: Reader,
+        rows: Span,
+        columns: Span | None,
+        dtype: DType,
+        into: np.ndarray[Any, Any] | None = None,
     ) -> Iterator[tuple[np.ndarray[Any, Any], DType]]:
-        """The block `[rows, columns]` of `shape`, in the raw tensor's dtype."""
+        """The block `[rows, columns]` of `shape`, in the raw tensor's dtype; never `into`."""
         (begin, end), take = self._block(rows, columns)
         rest = self.stored_shape[1:]
         width = rest[0] if rest else 1
@@ -94,11 +105,8 @@ class Packed:
     step: int = 1
 
     @property
-    def raw(self) -> RawTensor:
-        return self.blocks
-
-    @property
     def shape(self) -> tuple[int, int]:
+        """What `start` and `step` leave of `stored_shape`."""
         rows, columns = self.stored_shape
         return len(range(self.start, rows, self.step)), columns
 
@@ -108,9 +116,15 @@ class Packed:
 
     @contextmanager
     def load(
-        self, reader: Reader, rows: Span, columns: Span | None, dtype: DType
+        self,
+        reader: Reader,
+        rows: Span,
+        columns: Span | None,
+        dtype: DType,
+        into: np.ndarray[Any, Any] | None = None,
     ) -> Iterator[tuple[np.ndarray[Any, Any], DType]]:
-        """The block `[rows, columns]` of `shape`, decoded to `dtype`."""
+        """The block `[rows, columns]` of `shape`, decoded to `dtype`; in `into` itself where
+        that is given and can take it."""
         import numpy as np
 
         from .cast import STORAGE, count_infinities
@@ -137,7 +151,10 @@ class Packed:
                     f"{NAN_SCALE}, which is NaN; its weights are damaged, download them again"
                 )
             count, width = tile_scales.shape
-            values = np.empty((count, width * BLOCK_VALUES), STORAGE[dtype])
+            if into is not None and into.ctypes.data % (2 * dtype.itemsize) == 0:
+                values = into
+            else:
+                values = np.empty((count, width * BLOCK_VALUES), STORAGE[dtype])
             decode(tile_blocks, tile_scales, values, dtype)
             if largest > largest_scale(dtype) and count_infinities(values, dtype):
                 raise OverflowError(f"values with the scale 2^{largest - 127} exceed {dtype}")

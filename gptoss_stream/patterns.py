@@ -37,6 +37,8 @@ class Rearrangement:
     unit_shape: tuple[int, ...]
     tile_sizes: Mapping[str, int]
     """Axis sizes that hold for any piece, as einops wants them beside the pattern."""
+    is_copy: bool
+    """Whether the output is the input unchanged."""
 
 
 def _groups(side: str) -> list[list[str]]:
@@ -77,9 +79,7 @@ def rearrangement(
     axis = next(i for i, group in enumerate(groups) if lead in group)
     if groups[axis][0] != lead or axis > 1:
         raise ValueError(f"pattern {pattern!r} begins with an axis that no run of the input holds")
-    if axis == 1 and (
-        len(groups) != 2 or groups[0] != order[-1:] or len(order) != len(out_groups)
-    ):
+    if axis == 1 and (len(groups) != 2 or groups[0] != order[-1:] or len(order) != len(out_groups)):
         raise ValueError(
             f"pattern {pattern!r} takes columns: it must end with the rows and merge nothing"
         )
@@ -99,4 +99,5 @@ def rearrangement(
         span=prod(sizes[name] for name in groups[axis][1:]),
         unit_shape=unit_shape,
         tile_sizes={name: size for name, size in sizes.items() if name not in streamed},
+        is_copy=groups == out_groups,
     )

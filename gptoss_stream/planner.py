@@ -68,9 +68,12 @@ class PlannedShard:
             if low < high:
                 yield self.tensors[i], low - at, high - at, low
 
-    def staged(self) -> Iterator[Part]:
-        """The parts that are transposed through a scratch file."""
-        return (part for tensor in self.tensors for part in tensor.parts if is_staged(part))
+    def staged(self) -> Iterator[tuple[Part, int]]:
+        """The parts that are transposed through a scratch file, and where their tensors begin."""
+        for tensor, offset in zip(self.tensors, self.offsets, strict=True):
+            for part in tensor.parts:
+                if is_staged(part):
+                    yield part, offset
 
 
 def is_staged(part: Part) -> bool:
@@ -124,7 +127,7 @@ class Plan:
         """Disk space that is needed beside the output while it is made."""
         return max(
             (
-                sum(part.elements * _raw_dtype(part).itemsize for part in shard.staged())
+                sum(part.elements * _raw_dtype(part).itemsize for part, _ in shard.staged())
                 for shard in self.shards
             ),
             default=0,
@@ -159,7 +162,9 @@ def plan(
         model = format_.read_config(info.config)
         target.check(model)
     except ConfigError as error:
-        raise ConfigError(str(error).replace("config.json", str(info.path / "config.json"), 1)) from None
+        raise ConfigError(
+            str(error).replace("config.json", str(info.path / "config.json"), 1)
+        ) from None
     storage.check(format_.TENSORS, model, info)
     tensors = list(_tensors(target, format_.TENSORS, model, info, target_dtype))
     used = {raw.name for tensor in tensors for raw in _raws(tensor)}
@@ -199,15 +204,19 @@ def _raws(tensor: OutputTensor) -> Iterator[RawTensor]:
 
 
 def _tensors(
-    layout: Layout, table: storage.StoredTable, model: ModelConfig, info: CheckpointInfo, dtype: DType
+    layout: Layout,
+    table: storage.StoredTable,
+    model: ModelConfig,
+    info: CheckpointInfo,
+    dtype: DType,
 ) -> Iterator[OutputTensor]:
     """Every output tensor, in order: rows with {l} layer by layer, rows with {e} expert by
     expert within it."""
     for has_layer, rows in groupby(layout.ROWS, lambda row: "{l}" in row.target):
         block = list(rows)
         for layer in range(model.num_layers if has_layer else 1):
-            for has_expert, group in groupby(block, lambda row: "{e}" in row.target):
-                group = list(group)
+            for has_expert, run in groupby(block, lambda row: "{e}" in row.target):
+                group = list(run)
                 for expert in range(model.num_experts if has_expert else 1):
                     for row in group:
                         yield _tensor(row, table, model, info, dtype, layer, expert)
@@ -225,7 +234,9 @@ def _tensor(
     name = row.target.format(l=layer, e=expert)
     if isinstance(row, ZeroRow):
         shape = model.shape(row.shape)
-        part = Part(Zeros(shape), rearrangement("a -> a" if len(shape) == 1 else "a b -> a b", shape))
+        part = Part(
+            Zeros(shape), rearrangement("a -> a" if len(shape) == 1 else "a b -> a b", shape)
+        )
         return OutputTensor(name, dtype, shape, (part,))
     stacked = "{e}" in row.model_tensor and "{e}" not in row.target
     parts = []
@@ -238,9 +249,7 @@ def _tensor(
         operand = take_rows(operand, *row.rows)
         parts.append(Part(operand, _rearrangement(row, operand.shape, model)))
     shape = parts[0].rearrangement.shape
-    return OutputTensor(
-        name, dtype, (len(parts), *shape) if stacked else shape, tuple(parts)
-    )
+    return OutputTensor(name, dtype, (len(parts), *shape) if stacked else shape, tuple(parts))
 
 
 def _rearrangement(row: Row, shape: tuple[int, ...], model: ModelConfig) -> Rearrangement:

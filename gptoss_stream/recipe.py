@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from .dtypes import DType, nbytes
 from .errors import TensorError
-from .operands import Operand, Reader, Zeros
+from .operands import Operand, Packed, Plain, Reader, Zeros
 from .patterns import Rearrangement
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["MakeUnits", "OutputTensor", "Part", "fill", "make_units", "prefetch"]
+__all__ = ["Make", "OutputTensor", "Part", "Piece", "fill", "make_pieces", "prefetch"]
 
 TILE_NBYTES = 1 << 20
 """What is read, rearranged and given back at a time."""
@@ -38,6 +38,7 @@ class Part:
 
     @property
     def elements(self) -> int:
+        """Elements of the output that the part makes."""
         return self.rearrangement.units * prod(self.rearrangement.unit_shape)
 
 
@@ -56,87 +57,106 @@ class OutputTensor:
         return nbytes(self.dtype, self.shape)
 
 
-MakeUnits = Callable[[Part, int, int, "np.ndarray[Any, Any]", DType], None]
-"""Make units `first … last` of a part into an array `[last - first, *unit_shape]` of a dtype."""
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Units `first … first + len(out)` of a part, wanted in `out` `[units, *unit_shape]`."""
+
+    first: int
+    out: np.ndarray[Any, Any]
+
+    @property
+    def last(self) -> int:
+        """The unit after the last."""
+        return self.first + len(self.out)
 
 
-def make_units(
+Make = Callable[[Part, "list[Piece]", DType], None]
+"""Make pieces of a part, each following on the one before, in a dtype."""
+
+
+def make_pieces(
     part: Part,
-    reader: Reader,
-    first: int,
-    last: int,
-    out: np.ndarray[Any, Any],
+    pieces: list[Piece],
     dtype: DType,
+    reader: Reader,
     rows: tuple[int, int] | None = None,
 ) -> None:
-    """Units `first … last` of a part into `out` `[last - first, *unit_shape]`, of `dtype`.
+    """Make pieces of a part; see `Make`.
 
     Where units gather from every row of the operand, `rows` limits them to some of these.
     Raises `OverflowError` for values that the dtype cannot hold.
     """
+    operand, how = part.operand, part.rearrangement
+    if isinstance(operand, Zeros):
+        for piece in pieces:
+            piece.out[...] = 0
+    elif how.axis == 0:
+        for piece in pieces:
+            _make_from_rows(part, operand, piece, dtype, reader)
+    else:
+        _make_from_columns(part, operand, pieces, dtype, reader, rows or (0, operand.shape[0]))
+
+
+def _make_from_rows(
+    part: Part, operand: Plain | Packed, piece: Piece, dtype: DType, reader: Reader
+) -> None:
     from einops import rearrange
 
     from .cast import cast
 
-    operand, how = part.operand, part.rearrangement
-    if isinstance(operand, Zeros):
-        out[...] = 0
-    elif how.axis == 0:
-        unit_nbytes = prod(how.unit_shape) * dtype.itemsize
-        for begin, end in _tiles(first, last, TILE_NBYTES // unit_nbytes):
-            with operand.load(reader, (begin * how.span, end * how.span), None, dtype) as loaded:
-                array, source_dtype = loaded
+    how = part.rearrangement
+    unit_nbytes = prod(how.unit_shape) * dtype.itemsize
+    for begin, end in _tiles(piece.first, piece.last, TILE_NBYTES // unit_nbytes):
+        target = piece.out[begin - piece.first : end - piece.first]
+        span = begin * how.span, end * how.span
+        into = target if how.is_copy else None
+        with operand.load(reader, span, None, dtype, into) as (array, source_dtype):
+            if array is not into:
                 tile = rearrange(array, how.pattern, **how.tile_sizes)
-                target = out[begin - first : end - first].reshape(tile.shape)
-                cast(tile, source_dtype, target, dtype)
-    else:
+                cast(tile, source_dtype, target.reshape(tile.shape), dtype)
+
+
+def _make_from_columns(
+    part: Part,
+    operand: Plain | Packed,
+    pieces: list[Piece],
+    dtype: DType,
+    reader: Reader,
+    rows: tuple[int, int],
+) -> None:
+    from einops import rearrange
+
+    from .cast import cast
+
+    how = part.rearrangement
+    first, last = pieces[0].first, pieces[-1].last
+    top, bottom = rows
+    for begin, end in _tiles(top, bottom, TRANSPOSE_ROWS):
         columns = first * how.span, last * how.span
-        top, bottom = rows or (0, operand.shape[0])
-        for begin, end in _tiles(top, bottom, TRANSPOSE_ROWS):
-            with operand.load(reader, (begin, end), columns, dtype) as (array, source_dtype):
-                tile = rearrange(array, how.pattern, **how.tile_sizes)
-                cast(tile, source_dtype, out[..., begin - top : end - top], dtype)
+        with operand.load(reader, (begin, end), columns, dtype) as (array, source_dtype):
+            tile = rearrange(array, how.pattern, **how.tile_sizes)
+            for piece in pieces:
+                units = tile[piece.first - first : piece.last - first]
+                cast(units, source_dtype, piece.out[..., begin - top : end - top], dtype)
 
 
 def _tiles(first: int, last: int, size: int) -> list[tuple[int, int]]:
     return list(pairwise([*range(first, last, max(1, size)), last]))
 
 
-def fill(
-    tensor: OutputTensor,
-    begin: int,
-    end: int,
-    out: np.ndarray[Any, Any],
-    make: MakeUnits,
-) -> None:
+def fill(tensor: OutputTensor, begin: int, end: int, out: np.ndarray[Any, Any], make: Make) -> None:
     """Bytes `begin … end` of a tensor's data into `out`, uint8 of that length.
 
     Units that straddle an end are made whole and cut. Raises `TensorError`, naming the tensor,
     for values that the dtype cannot hold.
     """
-    import numpy as np
-
-    from .cast import STORAGE
-
-    dtype = tensor.dtype
     at = 0  # where the part begins in the tensor
     try:
         for part in tensor.parts:
-            size = part.elements * dtype.itemsize
+            size = part.elements * tensor.dtype.itemsize
             low, high = max(begin, at), min(end, at + size)
             if low < high:
-                unit_nbytes = prod(part.rearrangement.unit_shape) * dtype.itemsize
-                shape = part.rearrangement.unit_shape
-                for first, last, skip, length in _runs(low - at, high - at, unit_nbytes):
-                    target = out[low - begin : low - begin + length]
-                    low += length
-                    if length == (last - first) * unit_nbytes:
-                        units = target.view(STORAGE[dtype]).reshape(last - first, *shape)
-                        make(part, first, last, units, dtype)
-                    else:
-                        unit = np.empty((1, *shape), STORAGE[dtype])
-                        make(part, first, last, unit, dtype)
-                        target[...] = unit.view(np.uint8).reshape(-1)[skip : skip + length]
+                _fill_part(part, low - at, high - at, out[low - begin : high - begin], tensor, make)
             at += size
     except OverflowError as error:
         raise TensorError(
@@ -144,16 +164,36 @@ def fill(
         ) from None
 
 
-def _runs(begin: int, end: int, unit_nbytes: int) -> list[tuple[int, int, int, int]]:
-    """Bytes `begin … end` as runs (first unit, last unit, bytes skipped, length): a cut unit,
-    whole units, a cut unit, where there are such."""
+def _fill_part(
+    part: Part,
+    begin: int,
+    end: int,
+    out: np.ndarray[Any, Any],
+    tensor: OutputTensor,
+    make: Make,
+) -> None:
+    """Bytes `begin … end` of a part: a cut unit, whole units, a cut unit, where there are such."""
+    import numpy as np
+
+    from .cast import STORAGE
+
+    shape, storage = part.rearrangement.unit_shape, STORAGE[tensor.dtype]
+    unit_nbytes = prod(shape) * tensor.dtype.itemsize
     head = min(end, -(-begin // unit_nbytes) * unit_nbytes)
     tail = max(head, end // unit_nbytes * unit_nbytes)
-    return [
-        (low // unit_nbytes, -(-high // unit_nbytes), low % unit_nbytes, high - low)
-        for low, high in ((begin, head), (head, tail), (tail, end))
-        if low < high
-    ]
+    pieces, cuts = [], []
+    for low, high in ((begin, head), (head, tail), (tail, end)):
+        if low < high:
+            target, skipped = out[low - begin : high - begin], low % unit_nbytes
+            if skipped or high % unit_nbytes:
+                whole = np.empty((1, *shape), storage)
+                cuts.append((target, whole, skipped))
+            else:
+                whole = target.view(storage).reshape(-1, *shape)
+            pieces.append(Piece(low // unit_nbytes, whole))
+    make(part, pieces, tensor.dtype)
+    for target, whole, skipped in cuts:
+        target[...] = whole.view(np.uint8).reshape(-1)[skipped : skipped + len(target)]
 
 
 def prefetch(tensor: OutputTensor, begin: int, end: int, reader: Reader) -> None:

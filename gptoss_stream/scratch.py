@@ -20,7 +20,7 @@ import numpy as np
 from .cast import STORAGE, cast
 from .dtypes import DType
 from .operands import Plain, Reader
-from .recipe import Part, make_units
+from .recipe import Part, Piece, make_pieces
 from .shard_file import ALIGNMENT
 
 __all__ = ["StagedTranspose"]
@@ -29,6 +29,9 @@ __all__ = ["StagedTranspose"]
 class StagedTranspose:
     """A part whose rows go through a scratch file, block by block and from any thread.
 
+    Buffered on purpose: where memory is free the system keeps it there and it never meets the
+    disk, where memory is short it is written like any other file.
+
     Once `stage` has been called with each of `blocks`, `make` gives its units.
     """
 
@@ -36,10 +39,10 @@ class StagedTranspose:
         if not isinstance(part.operand, Plain):
             raise TypeError("only plain operands are staged")
         self._part = part
+        self._operand = part.operand
         self._dtype = part.operand.raw.dtype
-        rows = part.operand.shape[0]
+        rows, step = part.operand.shape[0], _block_rows(part, block_nbytes)
         row_nbytes = part.elements // rows * self._dtype.itemsize
-        step = max(1, block_nbytes // row_nbytes)
         self.blocks = list(pairwise([*range(0, rows, step), rows]))
         self._slot = -(-step * row_nbytes // ALIGNMENT) * ALIGNMENT
         self._row_nbytes = row_nbytes
@@ -51,47 +54,46 @@ class StagedTranspose:
             file, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o600
         )
 
+    @staticmethod
+    def count_blocks(part: Part, block_nbytes: int) -> int:
+        """How many blocks of at most `block_nbytes` a part has."""
+        return -(-part.operand.shape[0] // _block_rows(part, block_nbytes))
+
     def stage(self, block: int, reader: Reader, buffer: np.ndarray[Any, Any]) -> None:
         """Read, transpose and put away one block; `buffer` has room for it."""
         begin, end = self.blocks[block]
         how = self._part.rearrangement
-        nbytes = (end - begin) * self._row_nbytes
-        out = buffer[:nbytes].view(STORAGE[self._dtype])
-        make_units(
-            self._part,
-            reader,
-            0,
-            how.units,
-            out.reshape(how.units, *how.unit_shape[:-1], end - begin),
-            self._dtype,
-            rows=(begin, end),
+        data = buffer[: (end - begin) * self._row_nbytes]
+        whole = data.view(STORAGE[self._dtype]).reshape(
+            how.units, *how.unit_shape[:-1], end - begin
         )
-        _write(self._descriptor, buffer[:nbytes], block * self._slot)
+        make_pieces(self._part, [Piece(0, whole)], self._dtype, reader, (begin, end))
+        _write(self._descriptor, data, block * self._slot)
         with self._counting:
             self._left -= 1
             if self._left == 0:
                 self._ready.set()
 
-    def make(
-        self,
-        first: int,
-        last: int,
-        out: np.ndarray[Any, Any],
-        dtype: DType,
-        stop: threading.Event,
-    ) -> None:
-        """Units `first … last` of the part into `out`; waits for the blocks that are under way."""
+    def prefetch(self, block: int, reader: Reader) -> None:
+        """Have a block read ahead."""
+        if block < len(self.blocks):
+            self._operand.prefetch(reader, self.blocks[block])
+
+    def make(self, pieces: list[Piece], dtype: DType, stop: threading.Event) -> None:
+        """Make pieces of the part (see `recipe.Make`); waits for blocks that are under way."""
         while not self._ready.wait(0.1):
             if stop.is_set():
                 return
-        storage = STORAGE[self._dtype]
-        unit_rows = prod(self._part.rearrangement.unit_shape[:-1])
+        how = self._part.rearrangement
+        first, last = pieces[0].first, pieces[-1].last
+        per_unit = prod(how.unit_shape[:-1])
         for block, (begin, end) in enumerate(self.blocks):
-            width = end - begin
-            run = np.empty((last - first, *out.shape[1:-1], width), storage)
-            at = block * self._slot + first * unit_rows * width * run.itemsize
-            _read(self._descriptor, run, at)
-            cast(run, self._dtype, out[..., begin:end], dtype)
+            run = np.empty((last - first, *how.unit_shape[:-1], end - begin), STORAGE[self._dtype])
+            skipped = first * per_unit * (end - begin) * run.itemsize
+            _read(self._descriptor, run, block * self._slot + skipped)
+            for piece in pieces:
+                units = run[piece.first - first : piece.last - first]
+                cast(units, self._dtype, piece.out[..., begin:end], dtype)
 
     def close(self) -> None:
         """Close and delete the scratch file."""
@@ -101,15 +103,23 @@ class StagedTranspose:
             self._file.unlink(missing_ok=True)
 
 
+def _block_rows(part: Part, block_nbytes: int) -> int:
+    operand = part.operand
+    if not isinstance(operand, Plain):
+        raise TypeError("only plain operands are staged")
+    row_nbytes = part.elements // operand.shape[0] * operand.raw.dtype.itemsize
+    return max(1, block_nbytes // row_nbytes)
+
+
 def _write(descriptor: int, data: np.ndarray[Any, Any], offset: int) -> None:
-    view = memoryview(data)
+    view = data.data
     while view:
         written = os.pwrite(descriptor, view, offset)
         view, offset = view[written:], offset + written
 
 
 def _read(descriptor: int, out: np.ndarray[Any, Any], offset: int) -> None:
-    view = memoryview(out).cast("B")
+    view = out.data.cast("B")
     while view:
         got = os.preadv(descriptor, [view], offset)
         if got == 0:

@@ -65,7 +65,7 @@ class ShardFile:
 
     def write(self, segment: np.ndarray[tuple[int], np.dtype[np.uint8]], offset: int) -> None:
         """Write an aligned segment at an aligned offset; the last may reach beyond the end."""
-        view = memoryview(segment)
+        view = segment.data
         done = 0
         while done < len(view):
             try:

@@ -29,17 +29,19 @@ Expected: TypeAlias = tuple[str, tuple[DType, ...], tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Floats under one raw name; experts, where the model tensor has `{e}`, along its first axis."""
+    """Floats under one raw name; experts, where there is `{e}`, along its first axis."""
 
     raw: str
     dtypes: tuple[DType, ...] = FLOATS
 
     def expected(self, shape: tuple[int, ...]) -> Iterator[Expected]:
+        """Raw tensors for a model tensor of `shape`, all experts' together."""
         yield self.raw, self.dtypes, shape
 
     def bind(
         self, raws: Mapping[str, RawTensor], layer: int, expert: int, shape: tuple[int, ...]
     ) -> Operand:
+        """The operand for one expert's matrix of `shape`, or the whole tensor."""
         return Plain(raws[self.raw.format(l=layer)], expert * prod(shape), shape)
 
 
@@ -51,6 +53,7 @@ class StoredMxfp4:
     scales: str
 
     def expected(self, shape: tuple[int, ...]) -> Iterator[Expected]:
+        """Raw tensors for a model tensor of `shape`, all experts' together."""
         *lead, columns = shape
         groups, rest = divmod(columns, _BLOCK_VALUES)
         if rest:
@@ -64,6 +67,7 @@ class StoredMxfp4:
     def bind(
         self, raws: Mapping[str, RawTensor], layer: int, expert: int, shape: tuple[int, ...]
     ) -> Operand:
+        """The operand for one expert's matrix of `shape`."""
         rows, columns = shape
         blocks, scales = (raws[name.format(l=layer)] for name in (self.blocks, self.scales))
         return Packed(blocks, scales, expert * rows, (rows, columns))

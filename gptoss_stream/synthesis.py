@@ -273,4 +273,6 @@ def _copied(name: str, dtype: DType, shape: tuple[int, ...]) -> OutputTensor:
         rows = shape
     raw = RawTensor(name, dtype, shape, "", 0)
     pattern = "a -> a" if len(rows) == 1 else "a b -> a b"
-    return OutputTensor(name, dtype, shape, (Part(Plain(raw, 0, rows), rearrangement(pattern, rows)),))
+    return OutputTensor(
+        name, dtype, shape, (Part(Plain(raw, 0, rows), rearrangement(pattern, rows)),)
+    )

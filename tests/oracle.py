@@ -5,14 +5,16 @@ Imports nothing of gptoss_stream: what it says is what the package is held to.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config
+from safetensors.torch import load_file, save_file
 from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
 from transformer_lens.loading_from_pretrained import convert_hf_model_config
 from transformer_lens.pretrained.weight_conversions.openai import convert_gpt_oss_weights
+from transformers import AutoConfig, AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, Mxfp4Config
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -24,9 +26,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
 
 def hooked_config(folder: Path) -> dict[str, Any]:
     """TransformerLens's own configuration of the model in a folder."""
-    return convert_hf_model_config(
-        str(folder), hf_cfg=AutoConfig.from_pretrained(folder).to_dict()
-    )
+    return convert_hf_model_config(str(folder), hf_cfg=AutoConfig.from_pretrained(folder).to_dict())
 
 
 def state_dict(folder: Path, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
@@ -51,3 +51,36 @@ def state_dict(folder: Path, dtype: torch.dtype = torch.bfloat16) -> dict[str, t
     )
     tensors = convert_gpt_oss_weights(model, hooked)
     return {name: tensor.detach().to(dtype) for name, tensor in tensors.items()}
+
+
+def make_packed(folder: Path, **settings: Any) -> Path:
+    """Save a small random model of transformers' own, its experts replaced by MXFP4 blocks."""
+    config = GptOssConfig(
+        num_hidden_layers=2,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+        hidden_size=64,
+        intermediate_size=96,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=24,
+        vocab_size=101,
+        sliding_window=8,
+        max_position_embeddings=4096,
+        **settings,
+    )
+    torch.manual_seed(0)
+    GptOssForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = tensors.pop(name).shape
+        blocks = torch.randint(256, (experts, rows, columns // 32, 16), dtype=torch.uint8)
+        tensors[f"{name}_blocks"] = blocks
+        tensors[f"{name}_scales"] = torch.randint(
+            117, 123, (experts, rows, columns // 32), dtype=torch.uint8
+        )
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    text = json.loads((folder / "config.json").read_text())
+    text["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps(text))
+    return folder

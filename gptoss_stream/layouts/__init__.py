@@ -52,11 +52,14 @@ class Layout(Protocol):
 
     ROWS: tuple[Row | ZeroRow, ...]
 
-    def check(self, model: ModelConfig) -> None: ...
+    def check(self, model: ModelConfig) -> None:
+        """Raise `ConfigError` for a model whose behaviour the layout cannot carry."""
 
     def companions(
         self, model: ModelConfig, config: Mapping[str, Any], dtype: DType
-    ) -> dict[str, bytes]: ...
+    ) -> dict[str, bytes]:
+        """Small files for the output's users; `config` is the source's config.json."""
+        ...
 
 
 def names() -> tuple[str, ...]:

@@ -80,9 +80,7 @@ def _rope_type(model: ModelConfig) -> Any:
     return model.rope.get("rope_type", model.rope.get("type", "default"))
 
 
-def companions(
-    model: ModelConfig, config: Mapping[str, Any], dtype: DType
-) -> dict[str, bytes]:
+def companions(model: ModelConfig, config: Mapping[str, Any], dtype: DType) -> dict[str, bytes]:
     """tl_config.json, the fields of a HookedTransformerConfig (its dtype by name), and the
     source's configuration as source_config.json: under its own name, AutoModel would take the
     folder for a Hugging Face checkpoint and fill the model with random weights."""

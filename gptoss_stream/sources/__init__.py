@@ -9,7 +9,8 @@ A source is a module with
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from ..checkpoint import CheckpointInfo
 from ..errors import CheckpointError
@@ -26,12 +27,16 @@ class Source(Protocol):
     NAME: str
     TENSORS: StoredTable
 
-    def recognise(self, info: CheckpointInfo) -> str | None: ...
+    def recognise(self, info: CheckpointInfo) -> str | None:
+        """Why the checkpoint is of this format, or None where it is not."""
+        ...
 
-    def read_config(self, config: object) -> ModelConfig: ...
+    def read_config(self, config: Mapping[str, Any]) -> ModelConfig:
+        """The model's numbers from config.json; raises `ConfigError`."""
+        ...
 
 
-_SOURCES: tuple[Source, ...] = (hf_mxfp4,)  # type: ignore[assignment]
+_SOURCES: tuple[Source, ...] = (hf_mxfp4,)
 
 
 def names() -> tuple[str, ...]:

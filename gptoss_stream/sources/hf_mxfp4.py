@@ -66,6 +66,7 @@ _DEFAULT_ROPE = {
 
 
 def recognise(info: CheckpointInfo) -> str | None:
+    """By config.json alone: the tensors are held against it afterwards."""
     quantization = info.config.get("quantization_config")
     if info.config.get("model_type") != "gpt_oss" or not isinstance(quantization, dict):
         return None
