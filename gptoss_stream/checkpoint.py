@@ -33,7 +33,7 @@ from .safetensors_format import (
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Checkpoint", "CheckpointInfo", "RawTensor", "ShardInfo", "describe"]
+__all__ = ["Checkpoint", "CheckpointInfo", "Extent", "RawTensor", "ShardInfo", "describe"]
 
 _MAX_CONFIG_NBYTES = 1_000_000
 _MAX_INDEX_NBYTES = 100_000_000
@@ -62,6 +62,15 @@ class RawTensor:
     def nbytes(self) -> int:
         """Bytes of its data."""
         return prod(self.shape) * self.dtype.bits // 8
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Elements `first … first + count` of a raw tensor."""
+
+    raw: RawTensor
+    first: int
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +213,12 @@ def _read_header(folder: Path, name: str) -> tuple[ShardInfo, int, tuple[TensorI
     return ShardInfo(name, status.st_size, status.st_mtime_ns), LENGTH_NBYTES + length, infos
 
 
+@dataclass(frozen=True, slots=True)
+class _MappedFile:
+    descriptor: int
+    mapped: mmap.mmap
+
+
 class Checkpoint:
     """A described checkpoint with its files mapped, for reading from any number of threads.
 
@@ -212,24 +227,26 @@ class Checkpoint:
 
     def __init__(self, info: CheckpointInfo) -> None:
         self.info = info
-        self._maps: dict[str, mmap.mmap] = {}
+        self._files: dict[str, _MappedFile] = {}
         self._opening = threading.Lock()
 
     def __enter__(self) -> Checkpoint:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._maps.clear()  # a map is unmapped with its last view
+        for file in self._files.values():
+            os.close(file.descriptor)
+        self._files.clear()  # a map is unmapped with its last view
 
-    def _map(self, name: str) -> mmap.mmap:
-        mapped = self._maps.get(name)
-        if mapped is None:
+    def _file(self, name: str) -> _MappedFile:
+        file = self._files.get(name)
+        if file is None:
             with self._opening:
-                mapped = self._maps.get(name) or self._open(name)
-                self._maps[name] = mapped
-        return mapped
+                file = self._files.get(name) or self._open(name)
+                self._files[name] = file
+        return file
 
-    def _open(self, name: str) -> mmap.mmap:
+    def _open(self, name: str) -> _MappedFile:
         described = next(shard for shard in self.info.shards if shard.name == name)
         file = self.info.path / name
         try:
@@ -238,9 +255,10 @@ class Checkpoint:
                 status = os.fstat(descriptor)
                 if (status.st_size, status.st_mtime_ns) != (described.nbytes, described.mtime_ns):
                     raise CheckpointError(f"{file}: it changed after it was planned; run again")
-                return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
-            finally:
+                return _MappedFile(descriptor, mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ))
+            except BaseException:
                 os.close(descriptor)
+                raise
         except OSError as error:
             raise machine_error(error, f"reading {file}") from error
 
@@ -257,17 +275,28 @@ class Checkpoint:
 
         from .cast import STORAGE
 
-        mapped = self._map(tensor.shard)
+        mapped = self._file(tensor.shard).mapped
         begin = tensor.offset + first * tensor.dtype.itemsize
         count = prod(shape)
         yield np.frombuffer(mapped, STORAGE[tensor.dtype], count, begin).reshape(shape)
         _give_back(mapped, begin, begin + count * tensor.dtype.itemsize)
 
-    def prefetch(self, tensor: RawTensor, first: int, count: int) -> None:
+    def prefetch(self, extent: Extent) -> None:
         """Ask the system to read elements ahead; returns at once."""
-        begin = tensor.offset + first * tensor.dtype.itemsize
-        end = begin + count * tensor.dtype.itemsize
-        _advise(self._map(tensor.shard), "MADV_WILLNEED", begin, end)
+        _advise(self._file(extent.raw.shard).mapped, "MADV_WILLNEED", *_bytes(extent))
+
+    def release(self, extent: Extent) -> None:
+        """Let the system drop elements from the page cache."""
+        if hasattr(os, "posix_fadvise"):
+            begin, end = _bytes(extent)
+            descriptor = self._file(extent.raw.shard).descriptor
+            os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_DONTNEED)
+
+
+def _bytes(extent: Extent) -> tuple[int, int]:
+    size = extent.raw.dtype.itemsize
+    begin = extent.raw.offset + extent.first * size
+    return begin, begin + extent.count * size
 
 
 def _give_back(mapped: mmap.mmap, begin: int, end: int) -> None:

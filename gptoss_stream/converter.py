@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,11 +14,12 @@ from .checkpoint import Checkpoint
 from .companions import carried
 from .dtypes import OUTPUT_DTYPES
 from .errors import MachineError, OptionError, OutputError, machine_error
+from .memory import available_nbytes, peak_rss_nbytes
 from .planner import DEFAULT_LAYOUT, DEFAULT_SHARD_SIZE, Plan, plan
 from .run_folder import RECORD_NAME, RunFolder
 from .safetensors_format import INDEX_NAME, build_index
 
-__all__ = ["Report", "convert", "free_nbytes", "peak_rss_nbytes"]
+__all__ = ["Report", "convert", "free_nbytes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +95,7 @@ def convert(
                     partials=run.work,
                     workers=threads,
                     on_bytes=on_bytes,
+                    scarce=available_nbytes() < 2 * planned.scratch_nbytes + 1_000_000_000,
                 )
             weight_map = {t.name: s.name for s in planned.shards for t in s.tensors}
             run.finish(build_index(planned.data_nbytes, weight_map))
@@ -169,18 +170,3 @@ def _check_space(folder: Path, planned: Plan, resumed: int) -> None:
             f"{folder}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; "
             f"free {(needed - free) / 1e9:.2f} GB or name another output"
         )
-
-
-def peak_rss_nbytes() -> int:
-    """The largest resident memory that this process has had."""
-    try:
-        with open("/proc/self/status", encoding="ascii", errors="replace") as status:
-            for line in status:
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

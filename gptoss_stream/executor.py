@@ -19,11 +19,12 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
+from .checkpoint import Extent
 from .dtypes import DType
 from .errors import GptOssStreamError, machine_error
 from .operands import Reader
 from .planner import PlannedShard
-from .recipe import Part, Piece, fill, make_pieces, prefetch
+from .recipe import Part, Piece, extents, fill, make_pieces
 from .scratch import StagedTranspose
 from .shard_file import ShardFile, aligned_buffer
 
@@ -37,6 +38,7 @@ Buffer: TypeAlias = np.ndarray[Any, Any]
 _T = TypeVar("_T")
 _Step: TypeAlias = tuple[PlannedShard, int, "Part | None"]
 """A segment of a shard by where it begins, or a block of a part that is transposed for it."""
+_REREAD = 8  # segments: further apart than any two that read the same source pages
 _SPREAD = 4  # segments for each block of a large transpose, at most: what is staged waits on disk
 Task: TypeAlias = Callable[[Buffer], None]
 
@@ -92,6 +94,7 @@ class _Run:
         workers: int,
         on_bytes: Callable[[int], None],
         segment_nbytes: int,
+        scarce: bool,
     ) -> None:
         self.reader = reader
         self.folder = folder
@@ -99,6 +102,7 @@ class _Run:
         self.workers = workers
         self.on_bytes = on_bytes
         self.segment_nbytes = segment_nbytes
+        self.scarce = scarce
         self.stop = threading.Event()
         self.error: BaseException | None = None
         self._in_progress: dict[str, _ShardInProgress] = {}
@@ -140,7 +144,8 @@ class _Run:
     def _make_segment(self, progress: _ShardInProgress, begin: int, buffer: Buffer) -> None:
         shard = progress.shard
         end = min(begin + self.segment_nbytes, shard.nbytes)
-        self._prefetch(shard, begin + self.workers * self.segment_nbytes)
+        for extent in self._extents(progress, begin + self.workers * self.segment_nbytes):
+            self.reader.prefetch(extent)
         if begin < len(shard.header):
             header = shard.header[begin:end]
             buffer[: len(header)] = np.frombuffer(header, np.uint8)
@@ -153,6 +158,9 @@ class _Run:
         padded = min(-(-length // 4096) * 4096, len(buffer))
         buffer[length:padded] = 0
         progress.file.write(buffer[:padded], begin)
+        if self.scarce:
+            for extent in self._extents(progress, begin - _REREAD * self.segment_nbytes):
+                self.reader.release(extent)
         self.on_bytes(length)
         with progress.counting:
             progress.segments_left -= 1
@@ -165,17 +173,22 @@ class _Run:
     ) -> None:
         staged = progress.staged.get(part) if progress.staged else None
         if staged is not None:
-            staged.make(pieces, dtype, self.stop)
+            staged.make(pieces, dtype, self.stop, ahead=self.workers)
         else:
             make_pieces(part, pieces, dtype, self.reader)
 
     def _stage(self, transpose: StagedTranspose, block: int, buffer: Buffer) -> None:
         transpose.prefetch(block + self.workers, self.reader)
         transpose.stage(block, self.reader, buffer)
+        if self.scarce:
+            transpose.release(block, self.reader)
 
-    def _prefetch(self, shard: PlannedShard, begin: int) -> None:
-        for tensor, low, high, _ in shard.overlapping(begin, begin + self.segment_nbytes):
-            prefetch(tensor, low, high, self.reader)
+    def _extents(self, progress: _ShardInProgress, begin: int) -> Iterator[Extent]:
+        """What making the segment at `begin` reads."""
+        if begin >= 0:
+            end = begin + self.segment_nbytes
+            for tensor, low, high, _ in progress.shard.overlapping(begin, end):
+                yield from extents(tensor, low, high, without=progress.staged)
 
     def _commit(self, progress: _ShardInProgress) -> None:
         progress.file.commit()
@@ -213,15 +226,19 @@ def execute(
     workers: int,
     on_bytes: Callable[[int], None] = lambda nbytes: None,
     segment_nbytes: int = SEGMENT_NBYTES,
+    scarce: bool = False,
 ) -> None:
     """Make `shards` in `folder`; their partial and scratch files lie in `partials` meanwhile.
 
     Both folders are on one file system. `on_bytes` is told, from any thread, how many bytes have
-    been written. When this returns every shard is complete, under its name and on the disk. When
-    it raises (`TensorError` for values that cannot be converted, `MachineError`,
-    `KeyboardInterrupt`) those that were complete stay and no partial file does.
+    been written. With `scarce` memory, pages of the system's cache are given up as soon as they
+    have been used, instead of leaving that to the system.
+
+    When this returns every shard is complete, under its name and on the disk. When it raises
+    (`TensorError` for values that cannot be converted, `MachineError`, `KeyboardInterrupt`) those
+    that were complete stay and no partial file does.
     """
-    run = _Run(shards, reader, folder, partials, workers, on_bytes, segment_nbytes)
+    run = _Run(shards, reader, folder, partials, workers, on_bytes, segment_nbytes, scarce)
     threads = [threading.Thread(target=run.work, daemon=True) for _ in range(workers)]
     try:
         for thread in threads:

@@ -10,16 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from math import prod
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from .checkpoint import RawTensor
+from .checkpoint import Extent, RawTensor
 from .dtypes import DType
 from .errors import TensorError
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Operand", "Packed", "Plain", "Reader", "Zeros"]
+__all__ = ["Operand", "Packed", "Plain", "Reader", "Zeros", "take_rows"]
 
 Span: TypeAlias = tuple[int, int]  # [begin, end)
 
@@ -33,8 +34,11 @@ class Reader(Protocol):
         """`prod(shape)` elements from element `first` on, for as long as the block lasts."""
         ...
 
-    def prefetch(self, tensor: RawTensor, first: int, count: int) -> None:
+    def prefetch(self, extent: Extent) -> None:
         """Get elements ready that will be read soon; returns at once."""
+
+    def release(self, extent: Extent) -> None:
+        """Forget elements that will not be read again soon."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +90,11 @@ class Plain:
         with reader.read(self.raw, self.first + begin * width, (end - begin, *rest)) as array:
             yield array[take], self.raw.dtype
 
-    def prefetch(self, reader: Reader, rows: Span) -> None:
-        """Have the rows read ahead."""
+    def extents(self, rows: Span) -> Iterator[Extent]:
+        """What loading the rows reads."""
         (begin, end), _ = self._block(rows, None)
         width = self.stored_shape[1] if len(self.stored_shape) == 2 else 1
-        reader.prefetch(self.raw, self.first + begin * width, (end - begin) * width)
+        yield Extent(self.raw, self.first + begin * width, (end - begin) * width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,12 +165,12 @@ class Packed:
             skipped = left - taken.start * BLOCK_VALUES
             yield values[:, skipped : skipped + right - left], dtype
 
-    def prefetch(self, reader: Reader, rows: Span) -> None:
-        """Have the rows read ahead."""
+    def extents(self, rows: Span) -> Iterator[Extent]:
+        """What loading the rows reads."""
         begin, end = self._rows(rows)
-        groups = self.stored_shape[1] // 32
-        reader.prefetch(self.blocks, begin * groups * 16, (end - begin) * groups * 16)
-        reader.prefetch(self.scales, begin * groups, (end - begin) * groups)
+        for raw in (self.blocks, self.scales):
+            width = prod(raw.shape) // prod(self.scales.shape[:-1])
+            yield Extent(raw, begin * width, (end - begin) * width)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,12 +7,13 @@ pattern. All of it is known, with shape and size, before any data is read. `fill
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from .checkpoint import Extent
 from .dtypes import DType, nbytes
 from .errors import TensorError
 from .operands import Operand, Packed, Plain, Reader, Zeros
@@ -21,7 +22,7 @@ from .patterns import Rearrangement
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Make", "OutputTensor", "Part", "Piece", "fill", "make_pieces", "prefetch"]
+__all__ = ["Make", "OutputTensor", "Part", "Piece", "extents", "fill", "make_pieces"]
 
 TILE_NBYTES = 1 << 20
 """What is read, rearranged and given back at a time."""
@@ -196,16 +197,17 @@ def _fill_part(
         target[...] = whole.view(np.uint8).reshape(-1)[skipped : skipped + len(target)]
 
 
-def prefetch(tensor: OutputTensor, begin: int, end: int, reader: Reader) -> None:
-    """Have what bytes `begin … end` of a tensor are made of read ahead."""
-    dtype = tensor.dtype
+def extents(
+    tensor: OutputTensor, begin: int, end: int, without: Container[Part] = ()
+) -> Iterator[Extent]:
+    """What making bytes `begin … end` of a tensor reads, but for the parts `without`."""
     at = 0
     for part in tensor.parts:
-        size = part.elements * dtype.itemsize
+        size = part.elements * tensor.dtype.itemsize
         low, high = max(begin, at) - at, min(end, at + size) - at
         at += size
-        if low < high and not isinstance(part.operand, Zeros):
+        if low < high and part not in without and not isinstance(part.operand, Zeros):
             how = part.rearrangement
-            unit_nbytes = prod(how.unit_shape) * dtype.itemsize
+            unit_nbytes = prod(how.unit_shape) * tensor.dtype.itemsize
             rows = low // unit_nbytes * how.span, -(-high // unit_nbytes) * how.span
-            part.operand.prefetch(reader, rows if how.axis == 0 else (0, part.operand.shape[0]))
+            yield from part.operand.extents(rows if how.axis == 0 else (0, part.operand.shape[0]))

@@ -26,6 +26,9 @@ from .shard_file import ALIGNMENT
 __all__ = ["StagedTranspose"]
 
 
+_WRITING = 8  # blocks of a scratch file that may be on their way to the disk
+
+
 class StagedTranspose:
     """A part whose rows go through a scratch file, block by block and from any thread.
 
@@ -53,6 +56,8 @@ class StagedTranspose:
         self._descriptor = os.open(
             file, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o600
         )
+        # Runs are read where they lie, each once: what the system would read beyond is waste.
+        _advise(self._descriptor, 0, 0, "POSIX_FADV_RANDOM")
 
     @staticmethod
     def count_blocks(part: Part, block_nbytes: int) -> int:
@@ -77,10 +82,23 @@ class StagedTranspose:
     def prefetch(self, block: int, reader: Reader) -> None:
         """Have a block read ahead."""
         if block < len(self.blocks):
-            self._operand.prefetch(reader, self.blocks[block])
+            for extent in self._operand.extents(self.blocks[block]):
+                reader.prefetch(extent)
 
-    def make(self, pieces: list[Piece], dtype: DType, stop: threading.Event) -> None:
-        """Make pieces of the part (see `recipe.Make`); waits for blocks that are under way."""
+    def release(self, block: int, reader: Reader) -> None:
+        """Have a block's pages dropped, of the source and of the scratch file."""
+        for extent in self._operand.extents(self.blocks[block]):
+            reader.release(extent)
+        # Starts writing what is not yet on the disk; a later call drops it.
+        at = max(0, block - _WRITING) * self._slot
+        nbytes = block * self._slot + self._slot - at
+        _advise(self._descriptor, at, nbytes, "POSIX_FADV_DONTNEED")
+
+    def make(self, pieces: list[Piece], dtype: DType, stop: threading.Event, ahead: int) -> None:
+        """Make pieces of the part (see `recipe.Make`); waits for blocks that are under way.
+
+        What the piece so many pieces `ahead` needs is read meanwhile.
+        """
         while not self._ready.wait(0.1):
             if stop.is_set():
                 return
@@ -89,8 +107,9 @@ class StagedTranspose:
         per_unit = prod(how.unit_shape[:-1])
         for block, (begin, end) in enumerate(self.blocks):
             run = np.empty((last - first, *how.unit_shape[:-1], end - begin), STORAGE[self._dtype])
-            skipped = first * per_unit * (end - begin) * run.itemsize
-            _read(self._descriptor, run, block * self._slot + skipped)
+            at = block * self._slot + first * per_unit * (end - begin) * run.itemsize
+            _advise(self._descriptor, at + ahead * run.nbytes, run.nbytes, "POSIX_FADV_WILLNEED")
+            _read(self._descriptor, run, at)
             for piece in pieces:
                 units = run[piece.first - first : piece.last - first]
                 cast(units, self._dtype, piece.out[..., begin:end], dtype)
@@ -109,6 +128,11 @@ def _block_rows(part: Part, block_nbytes: int) -> int:
         raise TypeError("only plain operands are staged")
     row_nbytes = part.elements // operand.shape[0] * operand.raw.dtype.itemsize
     return max(1, block_nbytes // row_nbytes)
+
+
+def _advise(descriptor: int, at: int, nbytes: int, advice: str) -> None:
+    if hasattr(os, advice):
+        os.posix_fadvise(descriptor, at, nbytes, getattr(os, advice))
 
 
 def _write(descriptor: int, data: np.ndarray[Any, Any], offset: int) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .checkpoint import RawTensor
+from .checkpoint import Extent, RawTensor
 from .dtypes import DType
 from .errors import ConfigError, MachineError, OptionError, machine_error
 from .model import MODEL_TENSORS
@@ -148,8 +148,11 @@ class _RandomReader:
         bits = raw.astype("<u8", copy=False).view(kind)[skip : skip + count]
         yield _values(tensor, bits).reshape(shape)
 
-    def prefetch(self, tensor: RawTensor, first: int, count: int) -> None:
+    def prefetch(self, extent: Extent) -> None:
         """Nothing to read."""
+
+    def release(self, extent: Extent) -> None:
+        """Nothing to forget."""
 
 
 def _values(tensor: RawTensor, bits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -14,7 +14,13 @@ from safetensors.torch import load_file, save_file
 from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
 from transformer_lens.loading_from_pretrained import convert_hf_model_config
 from transformer_lens.pretrained.weight_conversions.openai import convert_gpt_oss_weights
-from transformers import AutoConfig, AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, Mxfp4Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    Mxfp4Config,
+)
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
