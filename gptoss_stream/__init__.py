@@ -8,12 +8,13 @@ Data flows one way:
     planner      both together: every shard, tensor, shape and size, before any data moves
     executor     makes the plan's shards, segment by segment, in bounded memory
     converter    plans, checks the output folder, executes, finishes
+    verifier     makes the output again and compares
 
-and on the way: `safetensors_format` headers and index, `dtypes`, `model` the model's numbers and
-tensors, `storage` the words of the sources' tables, `operands` and `patterns` and `recipe` an
-output tensor as a recipe, `mxfp4` and `cast` values, `shard_file` and `scratch` and `run_folder`
-files being written, `companions` small files beside them, `synthesis` random checkpoints, `cli` the
-command line.
+and on the way: `safetensors_format` headers and index, `strict_json`, `dtypes`, `model` the
+model's numbers and tensors, `storage` the words of the sources' tables, `operands`, `patterns` and
+`recipe` an output tensor as a recipe, `mxfp4` and `cast` values, `workers` threads, `shard_file`,
+`scratch` and `run_folder` files being written, `companions` small files beside them, `memory`
+what there is of it, `errors`, `synthesis` random checkpoints, `cli` the command line.
 
     >>> import gptoss_stream
     >>> report = gptoss_stream.convert("gpt-oss-20b", "gpt-oss-20b-tl")  # doctest: +SKIP
@@ -29,13 +30,28 @@ if TYPE_CHECKING:
     from .errors import GptOssStreamError
     from .planner import Plan, plan
     from .synthesis import synth
+    from .verifier import Difference, Verification, verify
 
 __version__ = "0.1.0"
 
-__all__ = ["GptOssStreamError", "Plan", "Report", "__version__", "convert", "plan", "synth"]
+__all__ = [
+    "Difference",
+    "GptOssStreamError",
+    "Plan",
+    "Report",
+    "Verification",
+    "__version__",
+    "convert",
+    "plan",
+    "synth",
+    "verify",
+]
 
 # Imported when first used, so that `--help` and usage errors come at once.
 _HOMES = {
+    "Difference": "verifier",
+    "Verification": "verifier",
+    "verify": "verifier",
     "GptOssStreamError": "errors",
     "Plan": "planner",
     "Report": "converter",

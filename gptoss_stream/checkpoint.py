@@ -24,7 +24,6 @@ from .errors import CheckpointError, ConfigError, HeaderError, machine_error
 from .safetensors_format import (
     INDEX_NAME,
     LENGTH_NBYTES,
-    TensorInfo,
     header_nbytes,
     parse_header,
     parse_index,
@@ -33,7 +32,15 @@ from .safetensors_format import (
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Checkpoint", "CheckpointInfo", "Extent", "RawTensor", "ShardInfo", "describe"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointInfo",
+    "Extent",
+    "RawTensor",
+    "ShardInfo",
+    "describe",
+    "read_header",
+]
 
 _MAX_CONFIG_NBYTES = 1_000_000
 _MAX_INDEX_NBYTES = 100_000_000
@@ -167,17 +174,14 @@ def _describe_shards(
     shards: list[ShardInfo] = []
     tensors: dict[str, RawTensor] = {}
     for name in names:
-        shard, data_start, infos = _read_header(folder, name)
+        shard, found = read_header(folder, name)
         shards.append(shard)
-        for info in infos:
-            if info.name in tensors:
-                raise CheckpointError(
-                    f"{folder / name}: tensor {info.name!r} stands in "
-                    f"{tensors[info.name].shard} too; one of them must go"
-                )
-            tensors[info.name] = RawTensor(
-                info.name, info.dtype, info.shape, name, data_start + info.begin
+        for twice in sorted(tensors.keys() & found.keys()):
+            raise CheckpointError(
+                f"{folder / name}: tensor {twice!r} stands in {tensors[twice].shard} too; "
+                "one of them must go"
             )
+        tensors |= found
     if weight_map is not None:
         _check_index(folder / INDEX_NAME, weight_map, tensors)
     return CheckpointInfo(folder, config, tuple(shards), tensors)
@@ -201,7 +205,8 @@ def _check_index(
             )
 
 
-def _read_header(folder: Path, name: str) -> tuple[ShardInfo, int, tuple[TensorInfo, ...]]:
+def read_header(folder: Path, name: str) -> tuple[ShardInfo, dict[str, RawTensor]]:
+    """A safetensors file of a folder and its tensors; raises `CheckpointError` and `OSError`."""
     file = folder / name
     with open(_open_regular(file, folder), "rb", buffering=0) as opened:
         status = os.fstat(opened.fileno())
@@ -210,7 +215,9 @@ def _read_header(folder: Path, name: str) -> tuple[ShardInfo, int, tuple[TensorI
     if len(header) != length:
         raise HeaderError(f"{file}: it shrank while it was read; is something writing to it?")
     infos = parse_header(header, status.st_size, str(file))
-    return ShardInfo(name, status.st_size, status.st_mtime_ns), LENGTH_NBYTES + length, infos
+    start = LENGTH_NBYTES + length
+    tensors = {i.name: RawTensor(i.name, i.dtype, i.shape, name, start + i.begin) for i in infos}
+    return ShardInfo(name, status.st_size, status.st_mtime_ns), tensors
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,5 @@
-"""The command line: parses, calls the library, prints. Exit codes: 0 done; 2 bad usage or input;
-3 the machine failed; 130 interrupted (143 by SIGTERM).
+"""The command line: parses, calls the library, prints. Exit codes: 0 done; 1 verify found
+differences; 2 bad usage or input; 3 the machine failed; 130 interrupted (143 by SIGTERM).
 
 Nothing heavy is imported before a command runs, so that --help and usage errors come at once.
 """
@@ -32,10 +32,10 @@ class _Terminated(Exception):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = _parser().parse_args(argv)
-    run: Callable[[argparse.Namespace], None] = arguments.run
+    run: Callable[[argparse.Namespace], int | None] = arguments.run
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        run(arguments)
+        code = run(arguments)
         sys.stdout.flush()
     except GptOssStreamError as error:
         _say(f"error: {error}")
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output has left; keep Python from complaining at exit.
         sys.stdout = None
         return 128 + signal.SIGPIPE
-    return 0
+    return code or 0
 
 
 def _terminate(signum: int, frame: object) -> NoReturn:
@@ -93,6 +93,19 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("source", metavar="SOURCE", help="folder of a gpt-oss checkpoint")
     inspect.add_argument("--json", action="store_true", help="print it for programs")
     inspect.set_defaults(run=_inspect)
+
+    verify = commands.add_parser("verify", help="compare an output with what its source gives")
+    verify.add_argument("source", metavar="SOURCE", help="folder of the gpt-oss checkpoint")
+    verify.add_argument("output", metavar="OUTPUT", help="folder of the converted one")
+    verify.add_argument(
+        "--layout", default="transformer-lens", metavar="NAME", help="default transformer-lens"
+    )
+    verify.add_argument("--sample", type=int, metavar="N", help="only N tensors, at random")
+    verify.add_argument("--seed", type=int, default=0, metavar="S", help="of the sample; default 0")
+    verify.add_argument("--workers", type=int, metavar="N", help="threads")
+    verify.add_argument("--quiet", action="store_true", help="print differences only")
+    verify.add_argument("--json", action="store_true", help="print the result for programs")
+    verify.set_defaults(run=_verify)
 
     synth = commands.add_parser("synth", help="write a random checkpoint to try things with")
     synth.add_argument("output", metavar="OUTPUT", help="folder to write; new, empty or resumed")
@@ -211,8 +224,9 @@ def _warn_unused(planned: Plan) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     from .converter import free_nbytes
-    from .executor import default_workers, memory_nbytes
+    from .executor import memory_nbytes
     from .planner import plan
+    from .workers import count_workers
 
     planned = plan(
         arguments.source,
@@ -220,7 +234,7 @@ def _plan(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         max_shard_size=arguments.max_shard_size,
     )
-    workers = default_workers() if arguments.workers is None else arguments.workers
+    workers = count_workers(arguments.workers)
     free = free_nbytes(Path(arguments.output).expanduser())
     needed = planned.nbytes + planned.scratch_nbytes
     memory = memory_nbytes(workers)
@@ -336,6 +350,34 @@ def _info_as_dict(
             for raw in info.tensors.values()
         },
     }
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from .verifier import verify
+
+    with _progress(arguments.quiet) as (start, advance):
+        result = verify(
+            arguments.source,
+            arguments.output,
+            layout=arguments.layout,
+            sample=arguments.sample,
+            seed=arguments.seed,
+            workers=arguments.workers,
+            on_plan=lambda nbytes: start(nbytes, 0),
+            on_bytes=advance,
+        )
+    if arguments.json:
+        print(json.dumps(result.as_dict(), indent=2))
+        return 0 if result.equal else 1
+    for difference in result.differences:
+        print(difference)
+    compared = f"{_count(result.tensors, 'tensor')}, {_size(result.nbytes)}"
+    if not result.equal:
+        print(f"{result.output}: {_count(len(result.differences), 'difference')} ({compared})")
+        return 1
+    if not arguments.quiet:
+        print(f"{result.output}: equal ({compared} compared)")
+    return 0
 
 
 def _synth(arguments: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from . import __version__, layouts
 from .checkpoint import Checkpoint
 from .companions import carried
 from .dtypes import OUTPUT_DTYPES
-from .errors import MachineError, OptionError, OutputError, machine_error
+from .errors import MachineError, OutputError, machine_error
 from .memory import available_nbytes, peak_rss_nbytes
 from .planner import DEFAULT_LAYOUT, DEFAULT_SHARD_SIZE, Plan, plan
 from .run_folder import RECORD_NAME, RunFolder
@@ -64,12 +64,11 @@ def convert(
 
     Raises `OptionError`, `CheckpointError`, `OutputError`, `MachineError`; see `errors`.
     """
-    from .executor import default_workers, execute
+    from .executor import execute
+    from .workers import count_workers
 
     started = time.perf_counter()
-    threads = default_workers() if workers is None else workers
-    if threads < 1:
-        raise OptionError(f"{threads} workers: there must be at least one")
+    threads = count_workers(workers)
     planned = plan(source, layout=layout, dtype=dtype, max_shard_size=max_shard_size)
     folder = Path(output).expanduser()
     _refuse_overlap(planned.info.path, folder)

@@ -9,38 +9,36 @@ layer. Bytes depend on the plan alone.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 
 from .checkpoint import Extent
 from .dtypes import DType
-from .errors import GptOssStreamError, machine_error
+from .errors import machine_error
 from .operands import Reader
 from .planner import PlannedShard
 from .recipe import Part, Piece, extents, fill, make_pieces
 from .scratch import StagedTranspose
-from .shard_file import ShardFile, aligned_buffer
+from .shard_file import ShardFile
+from .workers import Buffer, Task, run_tasks
 
-__all__ = ["SEGMENT_NBYTES", "default_workers", "execute", "memory_nbytes"]
+__all__ = ["SEGMENT_NBYTES", "execute", "memory_nbytes"]
 
 SEGMENT_NBYTES = 8 << 20
 _INTERPRETER_NBYTES = 45_000_000  # Python with numpy, einops and tqdm
 _WORKER_NBYTES = 6_000_000  # tiles, indices, a cut unit
 
-Buffer: TypeAlias = np.ndarray[Any, Any]
 _T = TypeVar("_T")
 _Step: TypeAlias = tuple[PlannedShard, int, "Part | None"]
 """A segment of a shard by where it begins, or a block of a part that is transposed for it."""
 _REREAD = 8  # segments: further apart than any two that read the same source pages
 _SPREAD = 4  # segments for each block of a large transpose, at most: what is staged waits on disk
-Task: TypeAlias = Callable[[Buffer], None]
 
 
 def _spread(some: list[_T], others: list[_T], begin: int, end: int) -> list[_T]:
@@ -51,13 +49,6 @@ def _spread(some: list[_T], others: list[_T], begin: int, end: int) -> list[_T]:
         merged.append(item)
         merged += others[low:high]
     return merged + others[end:]
-
-
-def default_workers() -> int:
-    """One thread more than there are processors: one of them is always waiting for the disk."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    processors = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return min(processors + 1, 8)
 
 
 def memory_nbytes(workers: int) -> int:
@@ -95,6 +86,7 @@ class _Run:
         on_bytes: Callable[[int], None],
         segment_nbytes: int,
         scarce: bool,
+        stop: threading.Event,
     ) -> None:
         self.reader = reader
         self.folder = folder
@@ -103,17 +95,15 @@ class _Run:
         self.on_bytes = on_bytes
         self.segment_nbytes = segment_nbytes
         self.scarce = scarce
-        self.stop = threading.Event()
-        self.error: BaseException | None = None
+        self.stop = stop
+        self.shards = shards
         self._in_progress: dict[str, _ShardInProgress] = {}
-        self._tasks = self._all_tasks(shards)
-        self._taking = threading.Lock()
 
-    def _all_tasks(self, shards: Sequence[PlannedShard]) -> Iterator[Task]:
+    def tasks(self) -> Iterator[Task]:
         """Every segment, shard by shard, and among those before it the blocks of each large
         transpose: reading these ahead goes well with writing."""
         steps: list[_Step] = []
-        for shard in shards:
+        for shard in self.shards:
             segments: list[_Step] = [
                 (shard, at, None) for at in range(0, shard.nbytes, self.segment_nbytes)
             ]
@@ -196,21 +186,6 @@ class _Run:
             transpose.close()
         del self._in_progress[progress.shard.name]
 
-    def work(self) -> None:
-        """What each thread does: take the next task and do it, until none is left."""
-        try:
-            buffer = aligned_buffer(self.segment_nbytes)
-            while not self.stop.is_set():
-                with self._taking:
-                    task = next(self._tasks, None)
-                if task is None:
-                    return
-                task(buffer)
-        except BaseException as error:
-            with self._taking:
-                self.error = self.error or error
-            self.stop.set()
-
     def discard(self) -> None:
         """Delete every partial file."""
         for progress in list(self._in_progress.values()):
@@ -238,23 +213,11 @@ def execute(
     (`TensorError` for values that cannot be converted, `MachineError`, `KeyboardInterrupt`) those
     that were complete stay and no partial file does.
     """
-    run = _Run(shards, reader, folder, partials, workers, on_bytes, segment_nbytes, scarce)
-    threads = [threading.Thread(target=run.work, daemon=True) for _ in range(workers)]
+    stop = threading.Event()
+    run = _Run(shards, reader, folder, partials, workers, on_bytes, segment_nbytes, scarce, stop)
     try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            while thread.is_alive():
-                thread.join(0.1)  # in short waits, so that signals are handled meanwhile
+        run_tasks(run.tasks(), workers, segment_nbytes, stop)
+    except OSError as error:
+        raise machine_error(error, f"converting to {folder}") from error
     finally:
-        run.stop.set()
-        for thread in threads:
-            if thread.ident is not None:
-                thread.join()
         run.discard()
-    if isinstance(run.error, OSError):
-        raise machine_error(run.error, f"converting to {folder}") from run.error
-    if isinstance(run.error, GptOssStreamError):
-        raise run.error
-    if run.error is not None:
-        raise run.error

@@ -69,14 +69,19 @@ class ShardFile:
         done = 0
         while done < len(view):
             try:
-                done += os.pwrite(self._descriptor, view[done:], offset + done)
+                written = os.pwrite(self._descriptor, view[done:], offset + done)
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._direct:
                     raise
                 self._go_buffered()
                 continue
-            if done < len(view):
-                done -= done % ALIGNMENT  # a short write: go on from an aligned place
+            if written == 0:
+                raise OSError(errno.EIO, "the file system takes no more and gives no reason")
+            if self._direct and done + written < len(view):
+                written -= written % ALIGNMENT  # a short write: go on from an aligned place
+                if written == 0:
+                    self._go_buffered()  # which writes the rest, or says why it cannot
+            done += written
         if not self._direct:
             self._flush(len(view))
 

@@ -186,7 +186,8 @@ def synth(
     `MachineError` as `convert` does.
     """
     from .converter import free_nbytes
-    from .executor import default_workers, execute
+    from .executor import execute
+    from .workers import count_workers
 
     if preset not in PRESETS:
         raise OptionError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
@@ -229,7 +230,7 @@ def synth(
                 _RandomReader(seed),
                 folder,
                 partials=run.work,
-                workers=default_workers() if workers is None else workers,
+                workers=count_workers(workers),
                 on_bytes=on_bytes,
             )
             run.finish(_index(planned))

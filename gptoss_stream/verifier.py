@@ -1,0 +1,299 @@
+"""Holds an output against its source: every byte made again and compared.
+
+Trusts neither record nor state of the run that made the output. Headers, index, names, dtypes and
+shapes first; then the data, segment by segment, in bounded memory. Writes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import strict_json
+from .cast import STORAGE, cast
+from .checkpoint import Checkpoint, CheckpointInfo, RawTensor, ShardInfo, read_header
+from .dtypes import OUTPUT_DTYPES, DType
+from .errors import CheckpointError, OptionError, OutputError, machine_error
+from .executor import SEGMENT_NBYTES
+from .planner import DEFAULT_LAYOUT, is_staged, plan
+from .recipe import OutputTensor, Part, Piece, fill, make_pieces
+from .safetensors_format import INDEX_NAME, build_index
+from .workers import Buffer, Task, count_workers, run_tasks
+
+_LINES = 64  # rows of a large transpose compared at a time: what is mapped of them stays small
+
+__all__ = ["Difference", "Verification", "verify"]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Something that is not as it should be.
+
+    `kind` is one of `missing`, `unexpected`, `dtype`, `shape`, `index`, `file` and `value`; for a
+    value, `index` is the first differing element's.
+    """
+
+    kind: str
+    name: str
+    shard: str = ""
+    found: Any = None
+    expected: Any = None
+    index: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        where = f" in {self.shard}" if self.shard else ""
+        at = f" at {list(self.index)}" if self.index else ""
+        if self.found is None and self.expected is None:
+            return f"{self.kind}: {self.name}{where}"
+        return f"{self.kind}: {self.name}{where}{at}: {self.found}, expected {self.expected}"
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What a verification found: how much was compared, and every difference."""
+
+    output: str
+    tensors: int
+    nbytes: int
+    differences: tuple[Difference, ...]
+
+    @property
+    def equal(self) -> bool:
+        """Whether nothing differs."""
+        return not self.differences
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as JSON types."""
+        return {**asdict(self), "equal": self.equal}
+
+
+def verify(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    layout: str = DEFAULT_LAYOUT,
+    sample: int | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+    on_plan: Callable[[int], None] = lambda nbytes: None,
+    on_bytes: Callable[[int], None] = lambda nbytes: None,
+) -> Verification:
+    """Compare an output folder with what its source gives, byte for byte.
+
+    The dtype is the output's own. `sample` compares the data of that many tensors, chosen at
+    random by `seed`, instead of all; names, dtypes, shapes and index are compared in any case.
+    `on_plan` is told how many bytes will be compared, `on_bytes`, from any thread, how many have
+    been. Raises `CheckpointError` for a source and `OutputError` for an output that is none,
+    `MachineError` where reading fails. Differences are not raised but returned.
+    """
+    threads = count_workers(workers)
+    folder = Path(output).expanduser()
+    try:
+        found, differences = _read_output(folder)
+        planned = plan(source, layout=layout, dtype=_dtype_of(found))
+        expected = {tensor.name: tensor for s in planned.shards for tensor in s.tensors}
+        differences += _compare_names(found.tensors, expected)
+        differences += _compare_index(folder, found.tensors)
+        comparable = [t for t in expected.values() if _is_comparable(t, found.tensors)]
+        if sample is not None:
+            if sample < 1:
+                raise OptionError(f"a sample of {sample} tensors: there must be at least one")
+            chosen = random.Random(seed).sample(comparable, min(sample, len(comparable)))
+            comparable = sorted(chosen, key=lambda tensor: tensor.name)
+        nbytes = sum(tensor.nbytes for tensor in comparable)
+        on_plan(nbytes)
+        with Checkpoint(planned.info) as source_files, Checkpoint(found) as output_files:
+            comparison = _Comparison(source_files, output_files, on_bytes)
+            tasks = comparison.tasks(comparable, found.tensors)
+            run_tasks(tasks, threads, SEGMENT_NBYTES, comparison.stop)
+    except OSError as error:
+        raise machine_error(error, f"verifying {folder}") from error
+    differences += sorted(comparison.differences.values(), key=lambda d: d.name)
+    return Verification(str(folder), len(comparable), nbytes, tuple(differences))
+
+
+def _read_output(folder: Path) -> tuple[CheckpointInfo, list[Difference]]:
+    """The tensors of every sound shard in a folder, and what is wrong with the others."""
+    if not folder.is_dir():
+        raise OutputError(f"{folder}: there is no such folder; name a converted one")
+    shards: list[ShardInfo] = []
+    tensors: dict[str, RawTensor] = {}
+    differences = []
+    names = sorted(file.name for file in folder.glob("*.safetensors"))
+    if not names:
+        raise OutputError(f"{folder}: no .safetensors file in it; name a converted folder")
+    for name in names:
+        try:
+            shard, found = read_header(folder, name)
+        except CheckpointError as error:
+            differences.append(Difference("file", name, found=str(error), expected="a sound shard"))
+            continue
+        shards.append(shard)
+        differences += [
+            Difference("unexpected", twice, f"{name}, a second time")
+            for twice in sorted(tensors.keys() & found.keys())
+        ]
+        tensors = {**found, **tensors}
+    return CheckpointInfo(folder, {}, tuple(shards), tensors), differences
+
+
+def _dtype_of(found: CheckpointInfo) -> str:
+    """The torch name of the dtype that most of the output's tensors have."""
+    counts = {
+        name: sum(raw.dtype is dtype for raw in found.tensors.values())
+        for name, dtype in OUTPUT_DTYPES.items()
+    }
+    return max(counts, key=lambda name: counts[name])
+
+
+def _compare_names(
+    found: Mapping[str, RawTensor], expected: Mapping[str, OutputTensor]
+) -> Iterator[Difference]:
+    for name, tensor in expected.items():
+        raw = found.get(name)
+        if raw is None:
+            yield Difference("missing", name)
+        elif raw.dtype is not tensor.dtype:
+            yield Difference("dtype", name, raw.shard, raw.dtype.code, tensor.dtype.code)
+        elif raw.shape != tensor.shape:
+            yield Difference("shape", name, raw.shard, list(raw.shape), list(tensor.shape))
+    for name in sorted(found.keys() - expected.keys()):
+        yield Difference("unexpected", name, found[name].shard)
+
+
+def _is_comparable(tensor: OutputTensor, found: Mapping[str, RawTensor]) -> bool:
+    raw = found.get(tensor.name)
+    return raw is not None and raw.dtype is tensor.dtype and raw.shape == tensor.shape
+
+
+def _compare_index(folder: Path, found: Mapping[str, RawTensor]) -> Iterator[Difference]:
+    """The index must say of the shards what is true."""
+    file = folder / INDEX_NAME
+    if not file.exists():
+        yield Difference("index", INDEX_NAME, found="no file", expected="an index")
+        return
+    expected = build_index(
+        sum(raw.nbytes for raw in found.values()), {n: raw.shard for n, raw in found.items()}
+    )
+    if _parsed(file.read_bytes()) != _parsed(expected):
+        yield Difference("index", INDEX_NAME, found="another", expected="that of the shards")
+
+
+def _parsed(index: bytes) -> Any:
+    try:
+        return strict_json.loads(index)
+    except ValueError as error:
+        return str(error)
+
+
+class _Comparison:
+    """The comparison of the data: a task for each segment, and what they found."""
+
+    def __init__(
+        self, source: Checkpoint, output: Checkpoint, on_bytes: Callable[[int], None]
+    ) -> None:
+        self.source = source
+        self.output = output
+        self.on_bytes = on_bytes
+        self.stop = threading.Event()
+        self.differences: dict[str, Difference] = {}
+        self._noting = threading.Lock()
+
+    def tasks(self, tensors: list[OutputTensor], found: Mapping[str, RawTensor]) -> Iterator[Task]:
+        """Comparisons that cover every byte of the tensors."""
+        for tensor in tensors:
+            raw = found[tensor.name]
+            if any(is_staged(part) for part in tensor.parts):
+                yield from self._block_tasks(tensor, raw)
+                continue
+            for begin in range(0, tensor.nbytes, SEGMENT_NBYTES):
+                yield partial(self._compare_segment, tensor, raw, begin)
+
+    def _compare_segment(
+        self, tensor: OutputTensor, raw: RawTensor, begin: int, buffer: Buffer
+    ) -> None:
+        end = min(begin + SEGMENT_NBYTES, tensor.nbytes)
+        out = buffer[: end - begin]
+        fill(tensor, begin, end, out, partial(make_pieces, reader=self.source))
+        first = begin // tensor.dtype.itemsize
+        expected = out.view(STORAGE[tensor.dtype])
+        with self.output.read(raw, first, expected.shape) as found:
+            unequal = _first_unequal(found, expected)
+            if unequal is not None:
+                self._note(tensor, raw, first + unequal, found[unequal], expected[unequal])
+        self.on_bytes(end - begin)
+
+    def _block_tasks(self, tensor: OutputTensor, raw: RawTensor) -> Iterator[Task]:
+        """A large transpose in blocks of the source's rows, each read once."""
+        first = 0
+        for part in tensor.parts:
+            rows = part.rearrangement.unit_shape[-1]
+            step = max(1, SEGMENT_NBYTES * rows // (part.elements * tensor.dtype.itemsize))
+            for begin in range(0, rows, step):
+                block = begin, min(begin + step, rows)
+                yield partial(self._compare_block, tensor, raw, part, first, block)
+            first += part.elements
+
+    def _compare_block(
+        self,
+        tensor: OutputTensor,
+        raw: RawTensor,
+        part: Part,
+        first: int,
+        block: tuple[int, int],
+        buffer: Buffer,
+    ) -> None:
+        how = part.rearrangement
+        begin, end = block
+        shape = (how.units, *how.unit_shape[:-1], end - begin)
+        nbytes = prod(shape) * tensor.dtype.itemsize
+        expected = buffer[:nbytes].view(STORAGE[tensor.dtype]).reshape(shape)
+        make_pieces(part, [Piece(0, expected)], tensor.dtype, self.source, block)
+        expected = expected.reshape(-1, end - begin)
+        width = how.unit_shape[-1]
+        for line in range(0, len(expected), _LINES):
+            lines = expected[line : line + _LINES]
+            at = first + line * width
+            with self.output.read(raw, at, (len(lines), width)) as whole:
+                found = whole[:, begin:end]
+                unequal = _first_unequal(found, lines)
+                if unequal is not None:
+                    row, column = divmod(unequal, end - begin)
+                    element = at + row * width + begin + column
+                    self._note(tensor, raw, element, found[row, column], lines[row, column])
+        self.on_bytes(nbytes)
+
+    def _note(
+        self, tensor: OutputTensor, raw: RawTensor, element: int, found: Any, expected: Any
+    ) -> None:
+        index = tuple(int(i) for i in np.unravel_index(element, tensor.shape))
+        values = _value(found, tensor.dtype), _value(expected, tensor.dtype)
+        difference = Difference("value", tensor.name, raw.shard, *values, index)
+        with self._noting:
+            known = self.differences.get(tensor.name)
+            if known is None or index < known.index:
+                self.differences[tensor.name] = difference
+
+
+def _first_unequal(found: Buffer, expected: Buffer) -> int | None:
+    """The first element whose bits differ (equal NaNs are equal, 0.0 and -0.0 are not)."""
+    integer = f"u{expected.itemsize}"
+    unequal = (found.view(integer) != expected.view(integer)).reshape(-1)
+    first = int(unequal.argmax())
+    return first if unequal[first] else None
+
+
+def _value(element: Any, dtype: DType) -> float:
+    """A stored element as a number for people."""
+    wide = np.empty(1, np.float32)
+    cast(np.array([element], STORAGE[dtype]), dtype, wide, DType.F32)
+    return float(wide[0])

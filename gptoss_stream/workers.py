@@ -1,0 +1,71 @@
+"""Threads that take tasks in order and do them, each with a buffer of its own."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from .errors import OptionError
+from .shard_file import aligned_buffer
+
+__all__ = ["Buffer", "Task", "count_workers", "run_tasks"]
+
+Buffer: TypeAlias = np.ndarray[Any, Any]
+Task: TypeAlias = Callable[[Buffer], None]
+
+
+def count_workers(workers: int | None) -> int:
+    """The number of threads: as asked, or one more than there are processors, since one of them
+    is always waiting for the disk. Raises `OptionError` for less than one."""
+    if workers is None:
+        affinity = getattr(os, "sched_getaffinity", None)
+        processors = len(affinity(0)) if affinity else os.cpu_count() or 1
+        return min(processors + 1, 8)
+    if workers < 1:
+        raise OptionError(f"{workers} workers: there must be at least one")
+    return workers
+
+
+def run_tasks(
+    tasks: Iterator[Task], workers: int, buffer_nbytes: int, stop: threading.Event
+) -> None:
+    """Do all tasks, which are taken in order, with a page-aligned buffer of `buffer_nbytes` for
+    each thread.
+
+    The first error ends the others after the task they are at, and is raised; so does an
+    exception in the calling thread, such as `KeyboardInterrupt`. `stop` is set by then.
+    """
+    taking = threading.Lock()
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            buffer = aligned_buffer(buffer_nbytes)
+            while not stop.is_set():
+                with taking:
+                    task = next(tasks, None)
+                if task is None:
+                    return
+                task(buffer)
+        except BaseException as error:
+            errors.append(error)
+            stop.set()
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(0.1)  # in short waits, so that signals are handled meanwhile
+    finally:
+        stop.set()
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
+    if errors:
+        raise errors[0]

@@ -1,0 +1,151 @@
+"""The command line, run as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import gptoss_stream
+
+
+def run(*arguments, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "gptoss_stream", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["--version"], ["x"], []])
+def test_help_and_usage_errors_import_nothing_heavy(arguments):
+    code = (
+        "import sys, gptoss_stream.cli as c\n"
+        f"try: c.main({arguments!r})\n"
+        "except SystemExit as e: print('exit', e.code)\n"
+        "print(sorted({'numpy', 'torch', 'einops', 'tqdm', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.endswith("[]\n")
+    assert "exit" in done.stdout
+    assert ("exit 0" in done.stdout) == bool(arguments and arguments[-1].startswith("--"))
+
+
+def test_converting_imports_no_torch(checkpoints, tmp_path):
+    code = (
+        "import sys, gptoss_stream as g\n"
+        f"g.convert({str(checkpoints())!r}, {str(tmp_path / 'out')!r})\n"
+        "print(sorted({'torch', 'transformers', 'safetensors'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_convert_reports_for_people_and_programs(checkpoints, tmp_path):
+    source = checkpoints()
+    done = run("convert", source, tmp_path / "a")
+    assert done.returncode == 0
+    assert "176 tensors" in done.stdout
+    assert done.stderr == ""  # no progress bar in a pipe
+    done = run("convert", source, tmp_path / "b", "--json")
+    report = json.loads(done.stdout)
+    assert report["tensors"] == 176
+    assert report["bytes_out"] == sum(report["shards"].values())
+    assert report["peak_rss"] > 0
+    assert report["seconds"] > 0
+    done = run("convert", source, tmp_path / "c", "--quiet")
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_plan_shows_and_prints_the_whole_plan(checkpoints, tmp_path):
+    done = run("plan", checkpoints(), tmp_path, "--max-shard-size", "500KB")
+    assert done.returncode == 0
+    for word in ("4 layers", "5 experts", "176 tensors", "model-00003-of-00003", "free", "at most"):
+        assert word in done.stdout
+    whole = json.loads(run("plan", checkpoints(), "--json", "--dtype", "float32").stdout)
+    tensors = {t["name"]: t for shard in whole["shards"] for t in shard["tensors"]}
+    assert len(tensors) == whole["tensors"] == 176
+    assert tensors["blocks.3.attn.W_Q"]["shape"] == [4, 96, 32]
+    assert tensors["unembed.W_U"]["dtype"] == "F32"
+    assert whole["data_bytes"] == sum(t["bytes"] for t in tensors.values())
+
+
+def test_inspect_shows_a_checkpoint(checkpoints):
+    done = run("inspect", checkpoints())
+    assert "hf-mxfp4" in done.stdout
+    assert "model.layers.3.mlp.experts.gate_up_proj_blocks" in done.stdout
+    whole = json.loads(run("inspect", checkpoints(), "--json").stdout)
+    assert whole["format"] == "hf-mxfp4"
+    assert whole["tensors"]["lm_head.weight"]["shape"] == [1009, 96]
+
+
+def test_bad_input_is_one_line_and_two(tmp_path):
+    done = run("convert", tmp_path / "nowhere", tmp_path / "out")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("gptoss_stream: error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_full_disk_is_three(checkpoints, tmp_path):
+    """A file larger than the process may write stands for a disk that fills up."""
+    done = run(
+        "convert",
+        checkpoints(),
+        tmp_path / "out",
+        preexec_fn=lambda: (
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+            __import__("resource").setrlimit(__import__("resource").RLIMIT_FSIZE, (500_000,) * 2),
+        ),
+    )
+    assert done.returncode == 3
+    assert done.stderr.count("\n") == 1
+    assert "File too large" in done.stderr
+    assert not list((tmp_path / "out").glob("*.safetensors*"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_stop_promptly_with_one_line(number, code, tmp_path):
+    source = gptoss_stream.synth(tmp_path / "source", vocab_size=400_000, hidden_size=512, layers=1)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gptoss_stream", "convert", source, tmp_path / "out"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    work = tmp_path / "out/.gptoss_stream"
+    while not list(work.glob("*.safetensors")):
+        time.sleep(0.005)
+    process.send_signal(number)
+    begin = time.monotonic()
+    _, stderr = process.communicate(timeout=20)
+    assert time.monotonic() - begin < 10
+    assert process.returncode == code
+    assert stderr.count("\n") == 1
+    assert "run the same command again" in stderr
+    assert not list((tmp_path / "out").glob("*.safetensors*"))
+    assert not list(work.glob("*.safetensors*"))
+    done = run("convert", source, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_terminal_sees_a_progress_bar(checkpoints, tmp_path):
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gptoss_stream", "convert", checkpoints(), tmp_path / "out"],
+        stderr=theirs,
+        stdout=subprocess.DEVNULL,
+    )
+    assert process.wait(60) == 0
+    seen = os.read(ours, 100_000).decode()
+    os.close(theirs)
+    os.close(ours)
+    assert "1.46M/1.46M" in seen  # of the bytes
+    assert "B/s" in seen

@@ -1,0 +1,349 @@
+"""What a conversion leaves in its folder, and what it refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file as load_numpy
+from safetensors.torch import load_file, save_file
+
+import gptoss_stream
+from gptoss_stream import executor
+from gptoss_stream.errors import (
+    CheckpointError,
+    ConfigError,
+    GptOssStreamError,
+    MachineError,
+    OptionError,
+    OutputError,
+    TensorError,
+)
+
+
+def digests(folder) -> dict[str, str]:
+    return {
+        str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in sorted(folder.rglob("*"))
+        if f.is_file()
+    }
+
+
+def rewrite(folder, change) -> None:
+    """Change the tensors of a one-shard checkpoint."""
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def configure(folder, **changes) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config.update(changes)
+    file.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+
+
+def test_the_bytes_depend_on_nothing_but_source_and_options(checkpoints, tmp_path, monkeypatch):
+    """Neither on the threads, nor on segments of any size, nor on whether a transpose is staged."""
+    source = checkpoints()
+    gptoss_stream.convert(source, tmp_path / "a", max_shard_size="300KB", workers=1)
+    expected = digests(tmp_path / "a")
+    assert len(expected) > 8
+    for number, (workers, segment, staged) in enumerate(
+        [(1, 4096, 64_000_000), (2, 12_288, 1000), (3, 65_536, 1000), (7, 8 << 20, 1)]
+    ):
+        monkeypatch.setattr(
+            executor.execute,
+            "__kwdefaults__",
+            {
+                **executor.execute.__kwdefaults__,
+                "segment_nbytes": segment,
+                "scarce": number % 2 == 0,
+            },
+        )
+        monkeypatch.setattr("gptoss_stream.planner.STAGED_NBYTES", staged)
+        out = tmp_path / str(number)
+        gptoss_stream.convert(source, out, max_shard_size="300KB", workers=workers)
+        assert digests(out) == expected
+
+
+def test_what_lies_beside_the_weights(tiny, tmp_path):
+    carried = {
+        "tokenizer.json": b'{"version": "1.0"}\r\n',
+        "tokenizer_config.json": b"{}",
+        "special_tokens_map.json": b"{ }",
+        "chat_template.jinja": "{{ messages }} ü".encode(),
+        "generation_config.json": b'{"eos_token_id": [1, 2]}',
+        "additional_chat_templates/tool.jinja": b"{{ tools }}",
+    }
+    for name, data in carried.items():
+        (tiny / name).parent.mkdir(exist_ok=True)
+        (tiny / name).write_bytes(data)
+    (tiny / "README.md").write_text("a model card, which speaks of the source")
+    out = tmp_path / "out"
+    report = gptoss_stream.convert(tiny, out)
+    for name, data in carried.items():
+        assert (out / name).read_bytes() == data
+    assert not (out / "config.json").exists()  # AutoModel would fill the model at random
+    assert not (out / "README.md").exists()
+    source_config = json.loads((out / "source_config.json").read_text())
+    assert source_config == json.loads((tiny / "config.json").read_text())
+    record = json.loads((out / "gptoss_stream.json").read_text())
+    assert record["version"] == gptoss_stream.__version__
+    assert record["source_format"] == "hf-mxfp4"
+    assert (record["layout"], record["dtype"]) == ("transformer-lens", "bfloat16")
+    assert {*record["files"]} == {str(f.relative_to(out)) for f in out.rglob("*") if f.is_file()}
+    assert not (out / ".gptoss_stream").exists()
+    assert report.shards == {"model.safetensors": (out / "model.safetensors").stat().st_size}
+    assert report.tensors == len(load_file(out / "model.safetensors"))
+    assert report.bytes_out == sum(report.shards.values())
+
+
+def test_the_shards_are_sound_safetensors(checkpoints, tmp_path):
+    out = tmp_path / "out"
+    report = gptoss_stream.convert(checkpoints(), out, max_shard_size="500KB")
+    assert len(report.shards) > 1
+    umask = os.umask(0)
+    os.umask(umask)
+    for name in report.shards:
+        with safe_open(out / name, "np") as shard:
+            assert shard.metadata() == {"format": "pt"}
+        header = int.from_bytes((out / name).read_bytes()[:8], "little")
+        assert header % 8 == 0
+        assert stat.S_IMODE((out / name).stat().st_mode) == 0o666 & ~umask
+        assert load_numpy(out / name)
+
+
+def test_what_is_not_used_is_said(tiny, tmp_path):
+    rewrite(tiny, lambda t: t.update({"model.layers.0.rotary.inv_freq": t["model.norm.weight"]}))
+    report = gptoss_stream.convert(tiny, tmp_path / "out")
+    assert report.unused == ("model.layers.0.rotary.inv_freq",)
+    assert gptoss_stream.plan(tiny).unused == report.unused
+
+
+def test_overwrite_replaces_what_the_tool_made_and_nothing_else(checkpoints, tmp_path):
+    source, out = checkpoints(layers=1), tmp_path / "out"
+    gptoss_stream.convert(source, out, max_shard_size="100KB")
+    with pytest.raises(OutputError, match="finished conversion; add --overwrite"):
+        gptoss_stream.convert(source, out)
+    gptoss_stream.convert(source, out, overwrite=True)
+    assert [f.name for f in out.glob("*.safetensors")] == ["model.safetensors"]
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"not this tool's \(notes.txt\)"):
+        gptoss_stream.convert(source, out, overwrite=True)
+    assert (out / "notes.txt").read_text() == "mine"
+    assert (out / "model.safetensors").exists()
+
+
+def test_a_folder_with_foreign_files_is_refused(checkpoints, tmp_path):
+    (tmp_path / "model.safetensors").write_text("somebody's")
+    with pytest.raises(OutputError, match=r"not this tool's \(model.safetensors\)"):
+        gptoss_stream.convert(checkpoints(layers=1), tmp_path, overwrite=True)
+    assert [f.name for f in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("where", [".", "inside", "..", "link"])
+def test_source_and_output_must_lie_apart(where, tiny):
+    output = tiny / where
+    if where == "link":
+        output = tiny.parent / "link"
+        output.symlink_to(tiny)
+    before = digests(tiny)
+    with pytest.raises(OutputError, match="one folder, or one lies inside"):
+        gptoss_stream.convert(tiny, output)
+    assert digests(tiny) == before
+
+
+def test_too_little_room_is_said_with_the_numbers(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr("gptoss_stream.converter.free_nbytes", lambda folder: 1_000_000)
+    with pytest.raises(MachineError, match=r"0\.74 GB are needed|are needed and 0\.00 GB are free"):
+        gptoss_stream.convert(checkpoints(), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+REFUSED_CONFIGS = {
+    "another model": ({"model_type": "llama", "quantization_config": ...}, "'llama'"),
+    "another quantisation": ({"quantization_config": {"quant_method": "gptq"}}, "'gptq'"),
+    "no layers": ({"num_hidden_layers": 0}, "num_layers is 0"),
+    "negative": ({"hidden_size": -96}, "hidden_size is -96"),
+    "a billion layers": ({"num_hidden_layers": 10**9, "layer_types": ...}, "num_layers is 10000"),
+    "a float": ({"vocab_size": 1009.0}, "vocab_size is '1009.0'"),
+    "true": ({"num_local_experts": True}, "num_local_experts is 'True'"),
+    "a string": ({"head_dim": "32"}, "head_dim is '32'"),
+    "absent": ({"intermediate_size": ...}, "intermediate_size is missing"),
+    "heads that do not divide": ({"num_key_value_heads": 3}, "cannot share 3"),
+    "layer_types too short": ({"layer_types": ["full_attention"]}, "1 layer_types for 2"),
+    "layer_types of another kind": ({"layer_types": [["x"], {}]}, "layer_types must be"),
+    "another clamp": ({"swiglu_limit": 5.0}, "swiglu_limit is 5.0"),
+    "another rotary embedding": ({"rope_scaling": {"rope_type": "linear"}}, "'linear'"),
+    "YaRN without its factor": ({"rope_scaling": {"rope_type": "yarn"}}, "YaRN needs factor"),
+    "bias neither true nor false": ({"attention_bias": 1}, "attention_bias is neither"),
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), REFUSED_CONFIGS.values(), ids=REFUSED_CONFIGS.keys()
+)
+def test_configurations_that_are_refused(changes, message, tiny, tmp_path):
+    configure(tiny, **changes)
+    with pytest.raises(CheckpointError) as refusal:
+        gptoss_stream.convert(tiny, tmp_path / "out")
+    assert message in str(refusal.value)
+    assert str(tiny) in str(refusal.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"{", b"\xff", b'{"a": NaN}', b'{"a":' * 9999])
+def test_a_config_that_is_no_json_object_is_refused(text, tiny, tmp_path):
+    (tiny / "config.json").write_bytes(text)
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        gptoss_stream.convert(tiny, tmp_path / "out")
+
+
+DAMAGES = {
+    "a layer missing": (
+        lambda t: [t.pop(n) for n in list(t) if ".layers.1." in n],
+        "19 tensors that config.json calls for are missing",
+    ),
+    "scales missing": (
+        lambda t: t.pop("model.layers.1.mlp.experts.down_proj_scales"),
+        "'model.layers.1.mlp.experts.down_proj_scales'",
+    ),
+    "a bias missing": (
+        lambda t: t.pop("model.layers.0.self_attn.q_proj.bias"),
+        "'model.layers.0.self_attn.q_proj.bias'",
+    ),
+    "wrong shape": (
+        lambda t: t.update({"model.norm.weight": t["model.norm.weight"][:-1].clone()}),
+        "is BF16 [95]; config.json calls for BF16 or F16 or F32 [96]",
+    ),
+    "wrong dtype": (
+        lambda t: t.update({"model.norm.weight": t["model.norm.weight"].double()}),
+        "'model.norm.weight' is F64 [96]",
+    ),
+    "transposed": (
+        lambda t: t.update({"lm_head.weight": t["lm_head.weight"].T.contiguous()}),
+        "'lm_head.weight' is BF16 [96, 1009]",
+    ),
+    "one expert less": (
+        lambda t: t.update(
+            {n: x[:-1].clone() for n, x in t.items() if n.endswith("layers.0.mlp.router.weight")}
+        ),
+        "is BF16 [4, 96]",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES.keys())
+def test_tensors_that_the_configuration_does_not_call_for(damage, message, tiny, tmp_path):
+    rewrite(tiny, damage)
+    with pytest.raises(TensorError) as refusal:
+        gptoss_stream.convert(tiny, tmp_path / "out")
+    assert message in str(refusal.value)
+    assert str(tiny) in str(refusal.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("scale", "dtype", "refused"),
+    [
+        (255, "bfloat16", "'model.layers.1.mlp.experts.down_proj_scales' holds the scale 255"),
+        (254, "bfloat16", "output tensor 'blocks.1.mlp.experts.2.W_out.weight'"),
+        (252, "bfloat16", None),
+        (0, "bfloat16", None),
+        (141, "float16", "output tensor 'blocks.1.mlp.experts.2.W_out.weight'"),
+        (140, "float16", None),
+    ],
+)
+def test_scales_at_the_ends(scale, dtype, refused, tiny, tmp_path):
+    """NaN, and values that a dtype cannot hold, are refused by name; the last that fit are not."""
+
+    def change(tensors):
+        tensors["model.layers.1.mlp.experts.down_proj_scales"][2, 7, 1] = scale
+        tensors["model.layers.1.mlp.experts.down_proj_blocks"][2, 7, 1, 3] = 0x77
+
+    rewrite(tiny, change)
+    if refused is None:
+        gptoss_stream.convert(tiny, tmp_path / "out", dtype=dtype)
+        return
+    with pytest.raises(TensorError) as refusal:
+        gptoss_stream.convert(tiny, tmp_path / "out", dtype=dtype)
+    assert refused in str(refusal.value)
+    assert not list((tmp_path / "out").glob("*.safetensors*"))
+
+
+def test_a_weight_that_float16_cannot_hold(tiny, tmp_path):
+    rewrite(tiny, lambda t: t["model.layers.1.self_attn.o_proj.weight"].__setitem__((3, 5), 70000))
+    gptoss_stream.convert(tiny, tmp_path / "bf16")
+    with pytest.raises(TensorError, match=r"'blocks\.1\.attn\.W_O': 1 values are too large"):
+        gptoss_stream.convert(tiny, tmp_path / "f16", dtype="float16")
+
+
+def test_infinities_and_nans_of_the_source_stay(tiny, tmp_path):
+    """They are the source's own; a cast must not take them for its overflow."""
+
+    def change(tensors):
+        tensors["model.norm.weight"][:3] = np.inf
+        tensors["model.norm.weight"][3] = np.nan
+
+    rewrite(tiny, change)
+    for dtype in ("bfloat16", "float16", "float32"):
+        gptoss_stream.convert(tiny, tmp_path / dtype, dtype=dtype)
+        found = load_file(tmp_path / dtype / "model.safetensors")["ln_final.w"]
+        assert found[:3].isinf().all()
+        assert found[3].isnan()
+        assert found[4:].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "options", [{"layout": "x"}, {"dtype": "int8"}, {"max_shard_size": "x"}, {"workers": 0}]
+)
+def test_options_that_are_none(options, checkpoints, tmp_path):
+    with pytest.raises(OptionError):
+        gptoss_stream.convert(checkpoints(layers=1), tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_that_is_none(tmp_path):
+    for source in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(GptOssStreamError, match=str(source)):
+            gptoss_stream.convert(source, tmp_path / "out")
+
+
+def test_names_with_spaces_letters_and_links(tiny, tmp_path, monkeypatch):
+    """And the Hub's cache, whose snapshots are links to blobs."""
+    snapshot = tmp_path / "models--öpen ai/snapshots/abc"
+    blobs = tmp_path / "models--öpen ai/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(tiny.iterdir())):
+        (blobs / str(number)).write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    link = tmp_path / "link to it"
+    link.symlink_to(snapshot)
+    monkeypatch.chdir(tmp_path)
+    gptoss_stream.convert("link to it", "a  ü")
+    gptoss_stream.convert(tiny, tmp_path / "plain")
+    assert (tmp_path / "a  ü/model.safetensors").read_bytes() == (
+        tmp_path / "plain/model.safetensors"
+    ).read_bytes()
+
+
+def test_a_link_out_of_the_folder_is_refused(tiny, tmp_path):
+    (tiny / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    (tiny / "model.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
+    with pytest.raises(CheckpointError, match="a link that leads out of the folder"):
+        gptoss_stream.convert(tiny, tmp_path / "out")
+
+
+def test_a_pipe_is_refused_at_once(tiny, tmp_path):
+    (tiny / "model.safetensors").unlink()
+    os.mkfifo(tiny / "model.safetensors")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        gptoss_stream.convert(tiny, tmp_path / "out")
