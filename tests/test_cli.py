@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -136,16 +139,20 @@ def test_signals_stop_promptly_with_one_line(number, code, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_terminal_sees_a_progress_bar(checkpoints, tmp_path):
+def test_a_terminal_sees_a_progress_bar(tmp_path):
+    source = gptoss_stream.synth(tmp_path / "source", vocab_size=400_000, hidden_size=512, layers=1)
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     process = subprocess.Popen(
-        [sys.executable, "-m", "gptoss_stream", "convert", checkpoints(), tmp_path / "out"],
+        [sys.executable, "-m", "gptoss_stream", "convert", source, tmp_path / "out"],
         stderr=theirs,
         stdout=subprocess.DEVNULL,
     )
     assert process.wait(60) == 0
+    os.set_blocking(ours, False)
     seen = os.read(ours, 100_000).decode()
     os.close(theirs)
     os.close(ours)
-    assert "1.46M/1.46M" in seen  # of the bytes
+    assert "/821M" in seen  # bytes in all
     assert "B/s" in seen
+    assert "%|" in seen

@@ -58,7 +58,7 @@ def test_every_flipped_bit_is_found_where_it_is(staged, copy, monkeypatch):
         start = 8 + int.from_bytes(data[:8], "little")
         at = rng.randrange(start, len(data))
         data[at] ^= 1 << rng.randrange(8)
-        before = load_file(shard)
+        before = {n: t.clone() for n, t in load_file(shard).items()}
         original = shard.read_bytes()
         shard.write_bytes(data)
         after = load_file(shard)

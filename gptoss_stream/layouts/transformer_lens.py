@@ -72,6 +72,8 @@ def check(model: ModelConfig) -> None:
             f"config.json: rotary embeddings of the type {_rope_type(model)!r}, which "
             "TransformerLens does not compute for gpt-oss; its results would be wrong"
         )
+    if _rope_type(model) == "yarn":
+        _yarn(model.rope)
     if "sliding_attention" in model.layer_types and model.sliding_window is None:
         raise ConfigError("config.json: layers with sliding_attention, but no sliding_window")
 
