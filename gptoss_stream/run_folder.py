@@ -56,6 +56,8 @@ class RunFolder:
         try:
             self._prepare()
         except BaseException:
+            if not (self.work / "run.json").exists():
+                shutil.rmtree(self.work, ignore_errors=True)
             self._release()
             raise
         return self
@@ -86,7 +88,10 @@ class RunFolder:
             try:
                 with open(file, "rb") as opened:
                     run = strict_json.loads(opened.read(_MAX_NBYTES))
-                return run, {str(name) for name in run["files"]}
+                names = {str(name) for name in run["files"]}
+                if any(".." in Path(name).parts or Path(name).is_absolute() for name in names):
+                    raise ValueError("a file outside the folder")
+                return run, names
             except FileNotFoundError:
                 continue
             except (ValueError, TypeError, KeyError):
@@ -135,8 +140,10 @@ class RunFolder:
             self._write(self.work / "run.json", _json(state))
 
     def _delete(self, names: set[str]) -> None:
-        # The index first: without it nothing looks finished.
-        for name in sorted(names | {RECORD_NAME}, key=lambda name: name != INDEX_NAME):
+        # The index first: without it nothing looks finished. What says which files are the
+        # tool's last: a deletion that was interrupted can then be repeated.
+        order = sorted(names - {INDEX_NAME, RECORD_NAME})
+        for name in (INDEX_NAME, *order, RECORD_NAME):
             (self.path / name).unlink(missing_ok=True)
         (self.work / "run.json").unlink(missing_ok=True)
         sync_folder(self.path)

@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import stat
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -133,6 +135,7 @@ def test_overwrite_replaces_what_the_tool_made_and_nothing_else(checkpoints, tmp
     gptoss_stream.convert(source, out, max_shard_size="100KB")
     with pytest.raises(OutputError, match="finished conversion; add --overwrite"):
         gptoss_stream.convert(source, out)
+    assert not (out / ".gptoss_stream").exists()
     gptoss_stream.convert(source, out, overwrite=True)
     assert [f.name for f in out.glob("*.safetensors")] == ["model.safetensors"]
     (out / "notes.txt").write_text("mine")
@@ -348,3 +351,39 @@ def test_a_pipe_is_refused_at_once(tiny, tmp_path):
     os.mkfifo(tiny / "model.safetensors")
     with pytest.raises(CheckpointError, match="not a regular file"):
         gptoss_stream.convert(tiny, tmp_path / "out")
+
+
+def test_an_interrupted_run_goes_on_with_what_is_missing(checkpoints, tmp_path, monkeypatch):
+    """Killed after its second shard; another run with other options is refused meanwhile."""
+    source, out = checkpoints(), tmp_path / "out"
+    gptoss_stream.convert(source, tmp_path / "whole", max_shard_size="300KB")
+    code = (
+        "import os, gptoss_stream as g\n"
+        "from gptoss_stream.shard_file import ShardFile\n"
+        "commit, done = ShardFile.commit, []\n"
+        "def dying(self):\n"
+        "    commit(self)\n"
+        "    done.append(1)\n"
+        "    if len(done) == 2: os.kill(os.getpid(), 9)\n"
+        "ShardFile.commit = dying\n"
+        f"g.convert({str(source)!r}, {str(out)!r}, max_shard_size='300KB', workers=1)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+    finished = {file: file.stat().st_mtime_ns for file in out.glob("*.safetensors")}
+    assert len(finished) == 2
+    assert not (out / "model.safetensors.index.json").exists()
+    with pytest.raises(OutputError, match="differs in dtype; repeat that run"):
+        gptoss_stream.convert(source, out, max_shard_size="300KB", dtype="float32")
+    report = gptoss_stream.convert(source, out, max_shard_size="300KB")
+    assert report.bytes_resumed == sum(file.stat().st_size for file in finished)
+    assert {file: file.stat().st_mtime_ns for file in finished} == finished
+    assert digests(out) == digests(tmp_path / "whole")
+
+
+def test_a_second_run_into_a_folder_is_refused_at_once(checkpoints, tmp_path):
+    def meanwhile(plan, resumed):
+        with pytest.raises(OutputError, match="another run is writing to it"):
+            gptoss_stream.convert(checkpoints(), tmp_path / "out")
+
+    gptoss_stream.convert(checkpoints(), tmp_path / "out", on_plan=meanwhile)
+    assert (tmp_path / "out/model.safetensors").exists()
