@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import strict_json
 from .dtypes import DType
-from .errors import CheckpointError, ConfigError, HeaderError, machine_error
+from .errors import CheckpointError, ConfigError, HeaderError, machine_error, user_path
 from .safetensors_format import (
     INDEX_NAME,
     LENGTH_NBYTES,
@@ -96,7 +96,7 @@ def describe(path: str | os.PathLike[str]) -> CheckpointInfo:
     Raises `CheckpointError` (or one of its kinds) for a folder that is no sound checkpoint, and
     `MachineError` where reading fails. Reads no tensor data.
     """
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     try:
         if not folder.exists():
             raise CheckpointError(f"{folder}: there is no such folder; check the path")

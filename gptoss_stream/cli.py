@@ -12,11 +12,10 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
-from .errors import GptOssStreamError
+from .errors import GptOssStreamError, machine_error, user_path
 
 if TYPE_CHECKING:
     from .checkpoint import CheckpointInfo
@@ -40,16 +39,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except GptOssStreamError as error:
         _say(f"error: {error}")
         return error.exit_code
+    except BrokenPipeError:
+        # The reader of our output has left; keep Python from complaining at exit.
+        sys.stdout = None
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        _say(f"error: {machine_error(error, 'printing')}")
+        sys.stdout = None
+        return 3
     except KeyboardInterrupt:
         _say("interrupted; run the same command again to go on")
         return 128 + signal.SIGINT
     except _Terminated:
         _say("terminated; run the same command again to go on")
         return 128 + signal.SIGTERM
-    except BrokenPipeError:
-        # The reader of our output has left; keep Python from complaining at exit.
-        sys.stdout = None
-        return 128 + signal.SIGPIPE
     return code or 0
 
 
@@ -235,7 +238,7 @@ def _plan(arguments: argparse.Namespace) -> None:
         max_shard_size=arguments.max_shard_size,
     )
     workers = count_workers(arguments.workers)
-    free = free_nbytes(Path(arguments.output).expanduser())
+    free = free_nbytes(user_path(arguments.output))
     needed = planned.nbytes + planned.scratch_nbytes
     memory = memory_nbytes(workers)
     if arguments.json:

@@ -13,7 +13,7 @@ from . import __version__, layouts
 from .checkpoint import Checkpoint
 from .companions import carried
 from .dtypes import OUTPUT_DTYPES
-from .errors import MachineError, OutputError, machine_error
+from .errors import MachineError, OutputError, machine_error, user_path
 from .memory import available_nbytes, peak_rss_nbytes
 from .planner import DEFAULT_LAYOUT, DEFAULT_SHARD_SIZE, Plan, plan
 from .run_folder import RECORD_NAME, RunFolder
@@ -70,17 +70,23 @@ def convert(
     started = time.perf_counter()
     threads = count_workers(workers)
     planned = plan(source, layout=layout, dtype=dtype, max_shard_size=max_shard_size)
-    folder = Path(output).expanduser()
+    folder = user_path(output)
     _refuse_overlap(planned.info.path, folder)
     companions = layouts.load(layout).companions(planned.model, planned.info.config, planned.dtype)
     copies = list(carried(planned.info.path))
     identity = _identity(planned)
     files = [*copies, *companions, *(s.name for s in planned.shards), RECORD_NAME, INDEX_NAME]
     try:
+        if overwrite:
+            # What is there is not deleted for a run that cannot succeed.
+            _check_space(folder, planned.nbytes + planned.scratch_nbytes, _size_on_disk(folder))
+        for name in copies:
+            with open(planned.info.path / name, "rb"):
+                pass
         with RunFolder(folder, identity, files, overwrite=overwrite) as run:
             missing = [s for s in planned.shards if not run.is_finished(s.name, s.nbytes)]
             resumed = planned.nbytes - sum(shard.nbytes for shard in missing)
-            _check_space(folder, planned, resumed)
+            _check_space(folder, sum(s.nbytes + s.scratch_nbytes for s in missing))
             on_plan(planned, resumed)
             for name in copies:
                 run.copy(planned.info.path / name, name)
@@ -151,21 +157,25 @@ def _same(one: Path, other: Path) -> bool:
 
 def free_nbytes(folder: Path) -> int:
     """Bytes that can still be written to the file system of a folder, which need not exist."""
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
     try:
-        status = os.statvfs(folder)
+        there = folder.absolute()
+        while not there.exists():
+            there = there.parent
+        status = os.statvfs(there)
     except OSError as error:
         raise machine_error(error, f"asking for the free space of {folder}") from error
     return status.f_bavail * status.f_frsize
 
 
-def _check_space(folder: Path, planned: Plan, resumed: int) -> None:
-    needed = planned.nbytes - resumed + planned.scratch_nbytes
-    free = free_nbytes(folder)
+def _check_space(folder: Path, needed: int, given_up: int = 0) -> None:
+    """Refuse to begin what cannot end; `given_up` bytes will be deleted first."""
+    free = free_nbytes(folder) + given_up
     if needed > free:
         raise MachineError(
             f"{folder}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; "
             f"free {(needed - free) / 1e9:.2f} GB or name another output"
         )
+
+
+def _size_on_disk(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

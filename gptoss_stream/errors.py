@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 
 __all__ = [
     "CheckpointError",
@@ -28,6 +29,7 @@ __all__ = [
     "OutputError",
     "TensorError",
     "machine_error",
+    "user_path",
 ]
 
 
@@ -65,6 +67,14 @@ class MachineError(GptOssStreamError):
     """The machine failed: disk full, I/O error, no permission."""
 
     exit_code = 3
+
+
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """A path that a user gave, `~` expanded; raises `OptionError` for an unknown `~user`."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise OptionError(f"{os.fspath(path)}: {error}") from None
 
 
 _ADVICE = {

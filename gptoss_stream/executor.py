@@ -107,14 +107,13 @@ class _Run:
             segments: list[_Step] = [
                 (shard, at, None) for at in range(0, shard.nbytes, self.segment_nbytes)
             ]
+            steps += segments
             for part, offset in shard.staged():
-                needed = len(steps) + offset // self.segment_nbytes
+                # All blocks come before the first segment that waits for them.
+                needed = steps.index(segments[offset // self.segment_nbytes])
                 count = StagedTranspose.count_blocks(part, self.segment_nbytes)
                 blocks: list[_Step] = [(shard, block, part) for block in range(count)]
-                steps += segments
                 steps = _spread(blocks, steps, max(0, needed - _SPREAD * count), needed)
-                segments = []
-            steps += segments
         for shard, at, staged in steps:
             progress = self._in_progress.get(shard.name) or self._begin(shard)
             if staged is None:
@@ -169,9 +168,7 @@ class _Run:
 
     def _stage(self, transpose: StagedTranspose, block: int, buffer: Buffer) -> None:
         transpose.prefetch(block + self.workers, self.reader)
-        transpose.stage(block, self.reader, buffer)
-        if self.scarce:
-            transpose.release(block, self.reader)
+        transpose.stage(block, self.reader, buffer, release=self.scarce)
 
     def _extents(self, progress: _ShardInProgress, begin: int) -> Iterator[Extent]:
         """What making the segment at `begin` reads."""

@@ -168,10 +168,12 @@ def integer(config: Mapping[str, Any], key: str, default: int | None = None) -> 
 
 
 def number(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    """A number of a configuration; raises `ConfigError` where it is absent or something else."""
-    value = config.get(key, default)
+    """A number of a configuration, null standing for the default; raises `ConfigError` where it
+    is absent or something else."""
+    value = config.get(key)
+    value = default if value is None else value
     if value is None:
         raise ConfigError(f"config.json: {key} is missing")
-    if type(value) not in (int, float) or value != value or abs(value) == float("inf"):
+    if type(value) not in (int, float) or not abs(value) < 1e300:
         raise ConfigError(f"config.json: {key} is {str(value)[:40]!r}; it must be a number")
     return float(value)

@@ -56,6 +56,11 @@ class PlannedShard:
         """Bytes of tensor data."""
         return self.nbytes - len(self.header)
 
+    @property
+    def scratch_nbytes(self) -> int:
+        """Disk space that is needed beside the shard while it is made."""
+        return sum(part.elements * _raw_dtype(part).itemsize for part, _ in self.staged())
+
     def overlapping(self, begin: int, end: int) -> Iterator[tuple[OutputTensor, int, int, int]]:
         """The tensors with data in bytes `begin … end` of the file: tensor, from and to which of
         its bytes, and where in the file that is."""
@@ -125,13 +130,7 @@ class Plan:
     @property
     def scratch_nbytes(self) -> int:
         """Disk space that is needed beside the output while it is made."""
-        return max(
-            (
-                sum(part.elements * _raw_dtype(part).itemsize for part, _ in shard.staged())
-                for shard in self.shards
-            ),
-            default=0,
-        )
+        return sum(shard.scratch_nbytes for shard in self.shards)
 
 
 def _raw_dtype(part: Part) -> DType:
@@ -188,7 +187,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 def parse_size(size: int | str) -> int:
     """Bytes of a size such as "5GB", "500MB" or 1000 (decimal units); raises `OptionError`."""
     match = _SIZE.fullmatch(str(size).strip())
-    nbytes = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
+    nbytes = int(float(match[1]) * _UNITS[match[2].upper()]) if match and len(match[1]) < 20 else 0
     if nbytes < 1:
         raise OptionError(f"{size!r} is not a size; write it as 5GB or 500MB")
     return nbytes

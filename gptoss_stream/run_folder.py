@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,10 +24,10 @@ from .errors import OutputError
 from .safetensors_format import INDEX_NAME
 from .shard_file import sync_folder
 
-__all__ = ["RECORD_NAME", "RunFolder"]
+__all__ = ["RECORD_NAME", "WORK_NAME", "RunFolder"]
 
 RECORD_NAME = "gptoss_stream.json"
-_WORK_NAME = ".gptoss_stream"
+WORK_NAME = ".gptoss_stream"
 _MAX_NBYTES = 50_000_000
 
 
@@ -41,7 +42,7 @@ class RunFolder:
         self, path: Path, identity: Mapping[str, Any], files: Sequence[str], *, overwrite: bool
     ) -> None:
         self.path = path
-        self.work = path / _WORK_NAME
+        self.work = path / WORK_NAME
         self._identity = dict(identity)
         self._files = list(files)
         self._overwrite = overwrite
@@ -105,7 +106,7 @@ class RunFolder:
         if not self.path.is_dir():
             return
         _, ours = self._known()
-        ours |= {_WORK_NAME, RECORD_NAME, INDEX_NAME} if ours or self.work.exists() else set()
+        ours |= {WORK_NAME, RECORD_NAME, INDEX_NAME} if ours or self.work.exists() else set()
         tops = {name.split("/")[0] for name in ours}
         foreign = sorted(p.name for p in self.path.iterdir() if p.name not in tops)
         if foreign:
@@ -146,6 +147,9 @@ class RunFolder:
         for name in (INDEX_NAME, *order, RECORD_NAME):
             (self.path / name).unlink(missing_ok=True)
         (self.work / "run.json").unlink(missing_ok=True)
+        for folder in {Path(name).parent for name in names} - {Path()}:
+            with suppress(OSError):  # something else may lie in it
+                (self.path / folder).rmdir()
         sync_folder(self.path)
 
     def is_finished(self, name: str, nbytes: int) -> bool:
@@ -189,4 +193,4 @@ class RunFolder:
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(value, indent=2) + "\n").encode()

@@ -64,8 +64,11 @@ class StagedTranspose:
         """How many blocks of at most `block_nbytes` a part has."""
         return -(-part.operand.shape[0] // _block_rows(part, block_nbytes))
 
-    def stage(self, block: int, reader: Reader, buffer: np.ndarray[Any, Any]) -> None:
-        """Read, transpose and put away one block; `buffer` has room for it."""
+    def stage(
+        self, block: int, reader: Reader, buffer: np.ndarray[Any, Any], *, release: bool
+    ) -> None:
+        """Read, transpose and put away one block; `buffer` has room for it. `release` has the
+        block's pages dropped, of the source and of the scratch file."""
         begin, end = self.blocks[block]
         how = self._part.rearrangement
         data = buffer[: (end - begin) * self._row_nbytes]
@@ -74,6 +77,8 @@ class StagedTranspose:
         )
         make_pieces(self._part, [Piece(0, whole)], self._dtype, reader, (begin, end))
         _write(self._descriptor, data, block * self._slot)
+        if release:
+            self._release(block, reader)
         with self._counting:
             self._left -= 1
             if self._left == 0:
@@ -85,8 +90,7 @@ class StagedTranspose:
             for extent in self._operand.extents(self.blocks[block]):
                 reader.prefetch(extent)
 
-    def release(self, block: int, reader: Reader) -> None:
-        """Have a block's pages dropped, of the source and of the scratch file."""
+    def _release(self, block: int, reader: Reader) -> None:
         for extent in self._operand.extents(self.blocks[block]):
             reader.release(extent)
         # Starts writing what is not yet on the disk; a later call drops it.

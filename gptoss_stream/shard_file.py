@@ -68,16 +68,17 @@ class ShardFile:
         view = segment.data
         done = 0
         while done < len(view):
+            direct = self._direct  # another thread may find out meanwhile that it is not taken
             try:
                 written = os.pwrite(self._descriptor, view[done:], offset + done)
             except OSError as error:
-                if error.errno != errno.EINVAL or not self._direct:
+                if error.errno != errno.EINVAL or not direct:
                     raise
                 self._go_buffered()
                 continue
             if written == 0:
                 raise OSError(errno.EIO, "the file system takes no more and gives no reason")
-            if self._direct and done + written < len(view):
+            if direct and done + written < len(view):
                 written -= written % ALIGNMENT  # a short write: go on from an aligned place
                 if written == 0:
                     self._go_buffered()  # which writes the rest, or says why it cannot
@@ -90,7 +91,7 @@ class ShardFile:
         import fcntl
 
         flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
-        fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~self._direct)
+        fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
         self._direct = 0
 
     def _flush(self, nbytes: int) -> None:

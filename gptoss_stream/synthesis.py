@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from . import __version__
 from .checkpoint import Extent, RawTensor
 from .dtypes import DType
-from .errors import ConfigError, MachineError, OptionError, machine_error
+from .errors import ConfigError, MachineError, OptionError, machine_error, user_path
 from .model import MODEL_TENSORS
 from .operands import Plain
 from .patterns import rearrangement
@@ -195,11 +195,13 @@ def synth(
     dimensions = replace(PRESETS[preset], **chosen)
     if dimensions.experts_per_token > dimensions.experts and "experts_per_token" not in chosen:
         dimensions = replace(dimensions, experts_per_token=dimensions.experts)
+    if dimensions.layers > 1024:
+        raise OptionError(f"{dimensions.layers} layers: there may be 1024 at most")
     if not 0 <= seed < 2**64:
         raise OptionError(f"seed {seed}: it must lie in 0 to 2^64 - 1")
     planned = shards(_raw_tensors(dimensions), parse_size(max_shard_size), first_number=0)
     nbytes = sum(shard.nbytes for shard in planned)
-    folder = Path(output).expanduser()
+    folder = user_path(output)
     small = {
         "config.json": _json(dimensions.config()),
         "generation_config.json": _json({"eos_token_id": dimensions.vocab_size - 1}),

@@ -18,14 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from . import strict_json
+from . import layouts, strict_json
 from .cast import STORAGE, cast
 from .checkpoint import Checkpoint, CheckpointInfo, RawTensor, ShardInfo, read_header
+from .companions import carried
 from .dtypes import OUTPUT_DTYPES, DType
-from .errors import CheckpointError, OptionError, OutputError, machine_error
+from .errors import CheckpointError, OptionError, OutputError, machine_error, user_path
 from .executor import SEGMENT_NBYTES
-from .planner import DEFAULT_LAYOUT, is_staged, plan
+from .planner import DEFAULT_LAYOUT, Plan, is_staged, plan
 from .recipe import OutputTensor, Part, Piece, fill, make_pieces
+from .run_folder import WORK_NAME
 from .safetensors_format import INDEX_NAME, build_index
 from .workers import Buffer, Task, count_workers, run_tasks
 
@@ -90,19 +92,21 @@ def verify(
     """Compare an output folder with what its source gives, byte for byte.
 
     The dtype is the output's own. `sample` compares the data of that many tensors, chosen at
-    random by `seed`, instead of all; names, dtypes, shapes and index are compared in any case.
+    random by `seed`, instead of all; names, dtypes, shapes, index and the small
+    files beside the weights are compared in any case.
     `on_plan` is told how many bytes will be compared, `on_bytes`, from any thread, how many have
     been. Raises `CheckpointError` for a source and `OutputError` for an output that is none,
     `MachineError` where reading fails. Differences are not raised but returned.
     """
     threads = count_workers(workers)
-    folder = Path(output).expanduser()
+    folder = user_path(output)
     try:
         found, differences = _read_output(folder)
         planned = plan(source, layout=layout, dtype=_dtype_of(found))
         expected = {tensor.name: tensor for s in planned.shards for tensor in s.tensors}
         differences += _compare_names(found.tensors, expected)
         differences += _compare_index(folder, found.tensors)
+        differences += _compare_companions(folder, planned)
         comparable = [t for t in expected.values() if _is_comparable(t, found.tensors)]
         if sample is not None:
             if sample < 1:
@@ -186,6 +190,23 @@ def _compare_index(folder: Path, found: Mapping[str, RawTensor]) -> Iterator[Dif
     )
     if _parsed(file.read_bytes()) != _parsed(expected):
         yield Difference("index", INDEX_NAME, found="another", expected="that of the shards")
+
+
+def _compare_companions(folder: Path, planned: Plan) -> Iterator[Difference]:
+    """The small files beside the weights, and whether a run is still unfinished."""
+    expected = layouts.load(planned.layout).companions(
+        planned.model, planned.info.config, planned.dtype
+    )
+    for name in carried(planned.info.path):
+        expected[name] = (planned.info.path / name).read_bytes()
+    for name, data in expected.items():
+        file = folder / name
+        if not file.is_file():
+            yield Difference("missing", name)
+        elif file.read_bytes() != data:
+            yield Difference("file", name, found="other bytes", expected="what convert writes")
+    if (folder / WORK_NAME).exists():
+        yield Difference("unexpected", f"{WORK_NAME}, of an unfinished run")
 
 
 def _parsed(index: bytes) -> Any:
@@ -292,8 +313,8 @@ def _first_unequal(found: Buffer, expected: Buffer) -> int | None:
     return first if unequal[first] else None
 
 
-def _value(element: Any, dtype: DType) -> float:
-    """A stored element as a number for people."""
+def _value(element: Any, dtype: DType) -> float | str:
+    """A stored element as a number; what JSON has no number for as a word."""
     wide = np.empty(1, np.float32)
     cast(np.array([element], STORAGE[dtype]), dtype, wide, DType.F32)
-    return float(wide[0])
+    return float(wide[0]) if np.isfinite(wide[0]) else str(wide[0])

@@ -14,19 +14,22 @@ from .shard_file import aligned_buffer
 
 __all__ = ["Buffer", "Task", "count_workers", "run_tasks"]
 
+_MOST = 256
+
 Buffer: TypeAlias = np.ndarray[Any, Any]
 Task: TypeAlias = Callable[[Buffer], None]
 
 
 def count_workers(workers: int | None) -> int:
     """The number of threads: as asked, or one more than there are processors, since one of them
-    is always waiting for the disk. Raises `OptionError` for less than one."""
+    is always waiting for the disk. Raises `OptionError` for none or
+    absurdly many."""
     if workers is None:
         affinity = getattr(os, "sched_getaffinity", None)
         processors = len(affinity(0)) if affinity else os.cpu_count() or 1
         return min(processors + 1, 8)
-    if workers < 1:
-        raise OptionError(f"{workers} workers: there must be at least one")
+    if not 1 <= workers <= _MOST:
+        raise OptionError(f"{workers} workers: there must be 1 to {_MOST}")
     return workers
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -171,6 +175,58 @@ def test_too_little_room_is_said_with_the_numbers(checkpoints, tmp_path, monkeyp
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
+def test_large_transposes_of_one_shard_do_not_wait_for_each_other(
+    checkpoints, tmp_path, monkeypatch
+):
+    """Three of them, with their blocks taken long before or right before they are needed."""
+    source = checkpoints(layers=2)
+    gptoss_stream.convert(source, tmp_path / "plain")
+    monkeypatch.setattr("gptoss_stream.planner.STAGED_NBYTES", 20_000)
+    assert len(list(gptoss_stream.plan(source).shards[0].staged())) == 3
+    for segment, workers in ((4096, 1), (65_536, 3), (1 << 20, 2)):
+        monkeypatch.setattr(
+            executor.execute,
+            "__kwdefaults__",
+            {**executor.execute.__kwdefaults__, "segment_nbytes": segment},
+        )
+        out = tmp_path / f"{segment}"
+        gptoss_stream.convert(source, out, workers=workers)
+        assert digests(out) == digests(tmp_path / "plain")
+
+
+def test_a_file_system_that_refuses_direct_writes_late(checkpoints, tmp_path, monkeypatch):
+    """It takes the flag and then answers EINVAL to every thread: the run goes on, buffered."""
+    gptoss_stream.convert(checkpoints(), tmp_path / "direct")
+    pwrite = os.pwrite
+
+    def refusing(descriptor, data, offset):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            time.sleep(0.05)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return pwrite(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", refusing)
+    monkeypatch.setattr(
+        executor.execute,
+        "__kwdefaults__",
+        {**executor.execute.__kwdefaults__, "segment_nbytes": 65_536},
+    )
+    gptoss_stream.convert(checkpoints(), tmp_path / "buffered", workers=4)
+    assert digests(tmp_path / "buffered") == digests(tmp_path / "direct")
+
+
+def test_overwrite_deletes_nothing_for_a_run_that_cannot_succeed(
+    checkpoints, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    gptoss_stream.convert(checkpoints(), out)
+    before = digests(out)
+    monkeypatch.setattr("gptoss_stream.converter.free_nbytes", lambda folder: 1000)
+    with pytest.raises(MachineError, match="are needed"):
+        gptoss_stream.convert(checkpoints(), out, overwrite=True, dtype="float32")
+    assert digests(out) == before
+
+
 REFUSED_CONFIGS = {
     "another model": ({"model_type": "llama", "quantization_config": ...}, "'llama'"),
     "another quantisation": ({"quantization_config": {"quant_method": "gptq"}}, "'gptq'"),
@@ -187,6 +243,18 @@ REFUSED_CONFIGS = {
     "another clamp": ({"swiglu_limit": 5.0}, "swiglu_limit is 5.0"),
     "another rotary embedding": ({"rope_scaling": {"rope_type": "linear"}}, "'linear'"),
     "YaRN without its factor": ({"rope_scaling": {"rope_type": "yarn"}}, "YaRN needs factor"),
+    "YaRN with a word for a number": (
+        {
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 32.0,
+                "original_max_position_embeddings": 4096,
+                "beta_fast": "abc",
+            }
+        },
+        "beta_fast is 'abc'",
+    ),
+    "an epsilon of 400 digits": ({"rms_norm_eps": 10**400}, "rms_norm_eps is"),
     "bias neither true nor false": ({"attention_bias": 1}, "attention_bias is neither"),
 }
 
@@ -306,7 +374,15 @@ def test_infinities_and_nans_of_the_source_stay(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"layout": "x"}, {"dtype": "int8"}, {"max_shard_size": "x"}, {"workers": 0}]
+    "options",
+    [
+        {"layout": "x"},
+        {"dtype": "int8"},
+        {"max_shard_size": "x"},
+        {"max_shard_size": "9" * 400},
+        {"workers": 0},
+        {"workers": 100_000},
+    ],
 )
 def test_options_that_are_none(options, checkpoints, tmp_path):
     with pytest.raises(OptionError):
@@ -315,8 +391,8 @@ def test_options_that_are_none(options, checkpoints, tmp_path):
 
 
 def test_a_source_that_is_none(tmp_path):
-    for source in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(GptOssStreamError, match=str(source)):
+    for source in (tmp_path / "nowhere", tmp_path, "~nobody-of-that-name/x"):
+        with pytest.raises(GptOssStreamError, match=re.escape(str(source))):
             gptoss_stream.convert(source, tmp_path / "out")
 
 

@@ -130,6 +130,9 @@ DAMAGES = {
         lambda o: edit_index(o, lambda i: i["metadata"].update(total_size=1)),
         "index",
     ),
+    "a damaged configuration": (lambda o: (o / "tl_config.json").write_text("garbage"), "file"),
+    "no source_config.json": (lambda o: (o / "source_config.json").unlink(), "missing"),
+    "an unfinished run": (lambda o: (o / ".gptoss_stream").mkdir(), "unexpected"),
     "a name missing": (lambda o: edit_index(o, lambda i: i["weight_map"].popitem()), "index"),
     "a tensor in two shards": (
         lambda o: shutil.copy(first_shard(o), o / "again.safetensors"),

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..dtypes import OUTPUT_DTYPES, DType
 from ..errors import ConfigError
-from ..model import ModelConfig
+from ..model import ModelConfig, number
 from . import Row, ZeroRow
 
 __all__ = ["ROWS", "check", "companions"]
@@ -93,7 +93,7 @@ def companions(model: ModelConfig, config: Mapping[str, Any], dtype: DType) -> d
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def hooked_transformer_config(model: ModelConfig, dtype: DType) -> dict[str, Any]:
@@ -135,21 +135,20 @@ def hooked_transformer_config(model: ModelConfig, dtype: DType) -> dict[str, Any
 
 
 def _yarn(rope: Mapping[str, Any]) -> dict[str, Any]:
-    factor = rope.get("factor")
+    factor = number(rope, "factor", 0.0)
     original = rope.get("original_max_position_embeddings")
-    if not isinstance(factor, (int, float)) or type(original) is not int or factor < 1:
+    if type(original) is not int or factor < 1:
         raise ConfigError(
             "config.json: YaRN needs factor (1 or more) and original_max_position_embeddings"
         )
-    attention_factor = rope.get("attention_factor")
-    if attention_factor is None:
-        attention_factor = 0.1 * math.log(factor) + 1.0  # transformers: get_mscale(factor)
+    # transformers' default: get_mscale(factor)
+    attention_factor = number(rope, "attention_factor", 0.1 * math.log(factor) + 1.0)
     return {
         "use_yarn_rope": True,
-        "yarn_factor": float(factor),
-        "yarn_attention_factor": float(attention_factor),
-        "yarn_beta_fast": float(rope.get("beta_fast") or 32.0),
-        "yarn_beta_slow": float(rope.get("beta_slow") or 1.0),
+        "yarn_factor": factor,
+        "yarn_attention_factor": attention_factor,
+        "yarn_beta_fast": number(rope, "beta_fast", 32.0),
+        "yarn_beta_slow": number(rope, "beta_slow", 1.0),
         "yarn_original_max_position_embeddings": original,
         "yarn_truncate": bool(rope.get("truncate", True)),
     }
