@@ -15,13 +15,10 @@ from transformer_lens.pretrained.weight_conversions.openai import convert_gpt_os
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("source", type=Path)
-    parser.add_argument("output", type=Path)
-    arguments = parser.parse_args()
+def converted(source: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the HookedTransformer, in bfloat16; the tests' oracle too."""
     model = AutoModelForCausalLM.from_pretrained(
-        arguments.source,
+        source,
         dtype=torch.bfloat16,
         quantization_config=Mxfp4Config(dequantize=True),
     )
@@ -41,7 +38,16 @@ def main() -> None:
         dtype=torch.bfloat16,
         device="cpu",
     )
-    tensors = convert_gpt_oss_weights(model, hooked)
+    tensors: dict[str, torch.Tensor] = convert_gpt_oss_weights(model, hooked)
+    return tensors
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("output", type=Path)
+    arguments = parser.parse_args()
+    tensors = converted(arguments.source)
     save_file({name: t.detach().contiguous() for name, t in tensors.items()}, arguments.output)
 
 

@@ -63,10 +63,14 @@ class Plain:
         sizes[self.stepped] = len(range(self.start, sizes[self.stepped], self.step))
         return tuple(sizes)
 
+    @property
+    def _width(self) -> int:
+        """Elements of a stored row."""
+        return self.stored_shape[1] if len(self.stored_shape) == 2 else 1
+
     def _block(self, rows: Span, columns: Span | None) -> tuple[Span, tuple[slice, ...]]:
         """The stored rows to read, and what to take of them."""
-        width = self.stored_shape[1] if len(self.stored_shape) == 2 else 1
-        begin, end = columns if columns is not None else (0, width)
+        begin, end = columns if columns is not None else (0, self._width)
         if self.stepped == 1:
             last = self.start + (end - 1) * self.step + 1
             return rows, (slice(None), slice(self.start + begin * self.step, last, self.step))
@@ -85,16 +89,14 @@ class Plain:
     ) -> Iterator[tuple[np.ndarray[Any, Any], DType]]:
         """The block `[rows, columns]` of `shape`, in the raw tensor's dtype; never `into`."""
         (begin, end), take = self._block(rows, columns)
-        rest = self.stored_shape[1:]
-        width = rest[0] if rest else 1
-        with reader.read(self.raw, self.first + begin * width, (end - begin, *rest)) as array:
+        shape = (end - begin, *self.stored_shape[1:])
+        with reader.read(self.raw, self.first + begin * self._width, shape) as array:
             yield array[take], self.raw.dtype
 
     def extents(self, rows: Span) -> Iterator[Extent]:
         """What loading the rows reads."""
         (begin, end), _ = self._block(rows, None)
-        width = self.stored_shape[1] if len(self.stored_shape) == 2 else 1
-        yield Extent(self.raw, self.first + begin * width, (end - begin) * width)
+        yield Extent(self.raw, self.first + begin * self._width, (end - begin) * self._width)
 
 
 @dataclass(frozen=True, slots=True)
