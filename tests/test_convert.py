@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -15,6 +14,7 @@ import time
 
 import numpy as np
 import pytest
+from runs import digests
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -29,14 +29,6 @@ from gptoss_stream.errors import (
     OutputError,
     TensorError,
 )
-
-
-def digests(folder) -> dict[str, str]:
-    return {
-        str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest()
-        for f in sorted(folder.rglob("*"))
-        if f.is_file()
-    }
 
 
 def rewrite(folder, change) -> None:

@@ -1,0 +1,61 @@
+"""Runs of the command line as its users start it: to be ended, hindered, and held to a whole one."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+WORK_NAME = ".gptoss_stream"
+INDEX_NAME = "model.safetensors.index.json"
+ROOT = Path(__file__).parents[1]
+OPTIONS = ("--max-shard-size", "300KB", "--quiet")
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file in a folder, by its name in the folder."""
+    return {
+        str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in sorted(folder.rglob("*"))
+        if f.is_file()
+    }
+
+
+def convert_command(source: Path, output: Path, *options: str) -> list[str]:
+    """The command line of a conversion into several shards."""
+    command = [sys.executable, "-m", "gptoss_stream", "convert", str(source), str(output)]
+    return [*command, *OPTIONS, *options]
+
+
+def run(command: list[str], **options) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, in a minute at most."""
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, **options)
+
+
+def assert_clean_error(done: subprocess.CompletedProcess[str], *codes: int) -> None:
+    """An error as the user must see it: one line, and an exit code that was meant."""
+    assert done.returncode in codes, (done.returncode, done.stderr)
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("gptoss_stream: ")
+
+
+def assert_nothing_half_written(output: Path, whole: dict[str, str]) -> None:
+    """Whatever stands under a final name is as in the whole output; with an index, all is there."""
+    found = {n: d for n, d in digests(output).items() if not n.startswith(f"{WORK_NAME}/")}
+    assert found.items() <= whole.items(), sorted(found.keys() - whole.keys()) or sorted(
+        name for name in found if found[name] != whole[name]
+    )
+    if INDEX_NAME in found:
+        assert found == whole
+
+
+def assert_resumes(source: Path, output: Path, whole: dict[str, str], *options: str) -> None:
+    """The same command again, with nothing done by hand, gives the whole output."""
+    done = run(convert_command(source, output, *options))
+    if INDEX_NAME in digests(output) and done.returncode == 2:
+        assert "finished conversion" in done.stderr  # it was whole before
+    else:
+        assert done.returncode == 0, done.stderr
+    assert digests(output) == whole
