@@ -1,4 +1,4 @@
-"""Runs of the command line as its users start it: to be ended, hindered, and held to a whole one."""
+"""Runs of the command line as users start it: ended, hindered, and held to a whole one."""
 
 from __future__ import annotations
 
