@@ -7,14 +7,15 @@ Data flows one way:
     layouts/     what each output tensor is made of
     planner      both together: every shard, tensor, shape and size, before any data moves
     executor     makes the plan's shards, segment by segment, in bounded memory
-    converter    plans, checks the output folder, executes, finishes
+    output       a folder from empty, or where an earlier run stopped, to finished
+    converter    plans and makes the output
     verifier     makes the output again and compares
 
 and on the way: `safetensors_format` headers and index, `strict_json`, `dtypes`, `model` the
 model's numbers and tensors, `storage` the words of the sources' tables, `operands`, `patterns` and
 `recipe` an output tensor as a recipe, `mxfp4` and `cast` values, `workers` threads, `shard_file`,
-`scratch` and `run_folder` files being written, `companions` small files beside them, `memory`
-what there is of it, `errors`, `synthesis` random checkpoints, `cli` the command line.
+`scratch` and `run_folder` files being written, `checksums` of them, `companions` small files beside
+them, `memory` what there is of it, `errors`, `synthesis` random checkpoints, `cli` the commands.
 
     >>> import gptoss_stream
     >>> report = gptoss_stream.convert("gpt-oss-20b", "gpt-oss-20b-tl")  # doctest: +SKIP
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from .errors import GptOssStreamError
     from .planner import Plan, plan
     from .synthesis import synth
-    from .verifier import Difference, Verification, verify
+    from .verifier import Difference, Verification, verify, verify_checksums
 
 __version__ = "0.1.0"
 
@@ -45,6 +46,7 @@ __all__ = [
     "plan",
     "synth",
     "verify",
+    "verify_checksums",
 ]
 
 # Imported when first used, so that `--help` and usage errors come at once.
@@ -52,6 +54,7 @@ _HOMES = {
     "Difference": "verifier",
     "Verification": "verifier",
     "verify": "verifier",
+    "verify_checksums": "verifier",
     "GptOssStreamError": "errors",
     "Plan": "planner",
     "Report": "converter",

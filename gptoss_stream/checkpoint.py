@@ -1,13 +1,11 @@
 """A checkpoint folder, opened: its configuration, its tensors' descriptions, and their bytes.
 
 Knows files and the safetensors format, nothing of gpt-oss. Every header is validated, and held
-against the index, before anything is read. Reading is by rows of a raw tensor from a read-only
-memory map; the pages go back to the system when the rows have been used.
+against the index, before anything is read. Reading is by rows of a raw tensor.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 import stat
 import threading
@@ -220,22 +218,20 @@ def read_header(folder: Path, name: str) -> tuple[ShardInfo, dict[str, RawTensor
     return ShardInfo(name, status.st_size, status.st_mtime_ns), tensors
 
 
-@dataclass(frozen=True, slots=True)
-class _MappedFile:
-    descriptor: int
-    mapped: mmap.mmap
-
-
 class Checkpoint:
-    """A described checkpoint with its files mapped, for reading from any number of threads.
+    """A described checkpoint with its files open, for reading from any number of threads.
 
-    A context manager. Raises `CheckpointError` where a file is no longer what was described.
+    A context manager. Reads by `pread` into memory that each thread keeps and uses again: a mapped
+    file that shrinks kills the process that reads it, without an exception (SIGBUS). Raises
+    `CheckpointError` where a file is no longer what was described, `MachineError` where reading
+    fails.
     """
 
     def __init__(self, info: CheckpointInfo) -> None:
         self.info = info
-        self._files: dict[str, _MappedFile] = {}
+        self._files: dict[str, _OpenFile] = {}
         self._opening = threading.Lock()
+        self._memory = threading.local()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -243,9 +239,9 @@ class Checkpoint:
     def __exit__(self, *exception: object) -> None:
         for file in self._files.values():
             os.close(file.descriptor)
-        self._files.clear()  # a map is unmapped with its last view
+        self._files.clear()
 
-    def _file(self, name: str) -> _MappedFile:
+    def _file(self, name: str) -> _OpenFile:
         file = self._files.get(name)
         if file is None:
             with self._opening:
@@ -253,21 +249,18 @@ class Checkpoint:
                 self._files[name] = file
         return file
 
-    def _open(self, name: str) -> _MappedFile:
+    def _open(self, name: str) -> _OpenFile:
         described = next(shard for shard in self.info.shards if shard.name == name)
-        file = self.info.path / name
+        path = self.info.path / name
         try:
-            descriptor = _open_regular(file, self.info.path)
-            try:
-                status = os.fstat(descriptor)
-                if (status.st_size, status.st_mtime_ns) != (described.nbytes, described.mtime_ns):
-                    raise CheckpointError(f"{file}: it changed after it was planned; run again")
-                return _MappedFile(descriptor, mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ))
-            except BaseException:
-                os.close(descriptor)
-                raise
+            descriptor = _open_regular(path, self.info.path)
+            status = os.fstat(descriptor)
         except OSError as error:
-            raise machine_error(error, f"reading {file}") from error
+            raise machine_error(error, f"reading {path}") from error
+        if (status.st_size, status.st_mtime_ns) != (described.nbytes, described.mtime_ns):
+            os.close(descriptor)
+            raise _changed(path)
+        return _OpenFile(path, descriptor, _state(status))
 
     @contextmanager
     def read(
@@ -275,49 +268,70 @@ class Checkpoint:
     ) -> Iterator[np.ndarray[Any, Any]]:
         """`prod(shape)` elements of a tensor from element `first` on, as an array of that shape.
 
-        BF16 comes as its bits (uint16). The array is a view of the map: read-only, without a
-        copy, and gone when the block ends.
+        BF16 comes as its bits (uint16). The array's memory is used again when the block ends.
         """
         import numpy as np
 
         from .cast import STORAGE
 
-        mapped = self._file(tensor.shard).mapped
-        begin = tensor.offset + first * tensor.dtype.itemsize
-        count = prod(shape)
-        yield np.frombuffer(mapped, STORAGE[tensor.dtype], count, begin).reshape(shape)
-        _give_back(mapped, begin, begin + count * tensor.dtype.itemsize)
+        nbytes = prod(shape) * tensor.dtype.itemsize
+        free: list[np.ndarray[Any, Any]] = self._memory.__dict__.setdefault("free", [])
+        memory = free.pop() if free else np.empty(0, np.uint8)
+        if len(memory) < nbytes:
+            memory = np.empty(nbytes, np.uint8)
+        self._read_into(memory[:nbytes], tensor, first * tensor.dtype.itemsize)
+        yield memory[:nbytes].view(STORAGE[tensor.dtype]).reshape(shape)
+        free.append(memory)
+
+    def _read_into(self, out: np.ndarray[Any, Any], tensor: RawTensor, begin: int) -> None:
+        file = self._file(tensor.shard)
+        view, at = out.data, tensor.offset + begin
+        try:
+            while view:
+                count = os.preadv(file.descriptor, [view], at)
+                if count == 0:
+                    raise _changed(file.path)
+                view, at = view[count:], at + count
+        except OSError as error:
+            raise machine_error(error, f"reading {file.path} at byte {at}") from error
+
+    def check_unchanged(self) -> None:
+        """Raise `CheckpointError` if a file was written to since it was opened: what was read may
+        then be in part of one state and in part of another."""
+        for file in list(self._files.values()):
+            if _state(os.fstat(file.descriptor)) != file.state:
+                raise _changed(file.path)
 
     def prefetch(self, extent: Extent) -> None:
         """Ask the system to read elements ahead; returns at once."""
-        _advise(self._file(extent.raw.shard).mapped, "MADV_WILLNEED", *_bytes(extent))
+        self._advise(extent, "POSIX_FADV_WILLNEED")
 
     def release(self, extent: Extent) -> None:
         """Let the system drop elements from the page cache."""
-        if hasattr(os, "posix_fadvise"):
-            begin, end = _bytes(extent)
+        self._advise(extent, "POSIX_FADV_DONTNEED")
+
+    def _advise(self, extent: Extent, advice: str) -> None:
+        if hasattr(os, advice):  # absent on some systems: then it is no help, nor harm
+            size = extent.raw.dtype.itemsize
+            begin = extent.raw.offset + extent.first * size
             descriptor = self._file(extent.raw.shard).descriptor
-            os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(descriptor, begin, extent.count * size, getattr(os, advice))
 
 
-def _bytes(extent: Extent) -> tuple[int, int]:
-    size = extent.raw.dtype.itemsize
-    begin = extent.raw.offset + extent.first * size
-    return begin, begin + extent.count * size
+@dataclass(frozen=True, slots=True)
+class _OpenFile:
+    path: Path
+    descriptor: int
+    state: tuple[int, ...]
 
 
-def _give_back(mapped: mmap.mmap, begin: int, end: int) -> None:
-    # Mapped pages count as this process's memory until they are unmapped (not the page cache:
-    # what is read twice shortly after comes from there). A fault maps its neighbours too, up to
-    # a large folio of them, and these would stay: so the surroundings go as well.
-    _advise(mapped, "MADV_DONTNEED", begin, end, 2 << 20)
+def _state(status: os.stat_result) -> tuple[int, ...]:
+    """What every write to a file changes. Not the change time: a new link changes it too."""
+    return status.st_size, status.st_mtime_ns
 
 
-def _advise(
-    mapped: mmap.mmap, advice: str, begin: int, end: int, granularity: int = mmap.PAGESIZE
-) -> None:
-    option = getattr(mmap, advice, None)  # absent on some systems: then it is no help, nor harm
-    if option is not None and end > begin:
-        begin -= begin % granularity
-        end = min(len(mapped), -(-end // granularity) * granularity)
-        mapped.madvise(option, begin, end - begin)
+def _changed(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: it changed while it was being read; see that nothing writes to it, then start "
+        "again with --overwrite"
+    )

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
-from .errors import GptOssStreamError, machine_error, user_path
+from .errors import GptOssStreamError, MachineError, OptionError, machine_error, user_path
 
 if TYPE_CHECKING:
     from .checkpoint import CheckpointInfo
@@ -24,16 +24,17 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 
-class _Terminated(Exception):
+class _Terminated(BaseException):
     """SIGTERM came."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    arguments = _parser().parse_args(argv)
-    run: Callable[[argparse.Namespace], int | None] = arguments.run
-    signal.signal(signal.SIGTERM, _terminate)
     try:
+        signal.signal(signal.SIGINT, _stop)
+        signal.signal(signal.SIGTERM, _stop)
+        arguments = _parser().parse_args(argv)
+        run: Callable[[argparse.Namespace], int | None] = arguments.run
         code = run(arguments)
         sys.stdout.flush()
     except GptOssStreamError as error:
@@ -43,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output has left; keep Python from complaining at exit.
         sys.stdout = None
         return 128 + signal.SIGPIPE
+    except MemoryError:
+        _say("error: not enough memory; give it more, or use fewer --workers")
+        return MachineError.exit_code
     except OSError as error:
         _say(f"error: {machine_error(error, 'printing')}")
         sys.stdout = None
@@ -53,11 +57,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _Terminated:
         _say("terminated; run the same command again to go on")
         return 128 + signal.SIGTERM
+    finally:
+        _end_at_signals()
     return code or 0
 
 
-def _terminate(signum: int, frame: object) -> NoReturn:
-    raise _Terminated
+def _stop(signum: int, frame: object) -> NoReturn:
+    _end_at_signals()
+    raise KeyboardInterrupt if signum == signal.SIGINT else _Terminated
+
+
+def _end_at_signals() -> None:
+    """From here on a signal, a second one for instance, ends the process without a word."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _say(message: str) -> None:
@@ -79,6 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("output", metavar="OUTPUT", help="folder to write; new, empty or resumed")
     _add_options(convert)
     _add_writing_options(convert)
+    convert.add_argument(
+        "--checksums", action="store_true", help="write SHA256SUMS too, of all files"
+    )
     convert.add_argument("--json", action="store_true", help="print a report for programs")
     convert.set_defaults(run=_convert)
 
@@ -98,8 +114,13 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(run=_inspect)
 
     verify = commands.add_parser("verify", help="compare an output with what its source gives")
-    verify.add_argument("source", metavar="SOURCE", help="folder of the gpt-oss checkpoint")
+    verify.add_argument(
+        "source", metavar="SOURCE", nargs="?", help="folder of the gpt-oss checkpoint"
+    )
     verify.add_argument("output", metavar="OUTPUT", help="folder of the converted one")
+    verify.add_argument(
+        "--checksums", action="store_true", help="hold OUTPUT against its SHA256SUMS, not a SOURCE"
+    )
     verify.add_argument(
         "--layout", default="transformer-lens", metavar="NAME", help="default transformer-lens"
     )
@@ -202,6 +223,7 @@ def _convert(arguments: argparse.Namespace) -> None:
             max_shard_size=arguments.max_shard_size,
             workers=arguments.workers,
             overwrite=arguments.overwrite,
+            checksums=arguments.checksums,
             on_plan=on_plan,
             on_bytes=advance,
         )
@@ -213,6 +235,9 @@ def _convert(arguments: argparse.Namespace) -> None:
             f"{_count(len(report.shards), 'shard')}, {report.layout} in {report.dtype}"
         )
         written = report.bytes_out - report.bytes_resumed
+        if report.bytes_resumed == report.bytes_out:
+            print("nothing was left to do")
+            return
         print(
             f"read {_size(report.bytes_in)} and wrote {_size(written)} in {report.seconds:.1f} s "
             f"({_size(round(written / report.seconds))}/s), peak memory {_size(report.peak_rss)}"
@@ -226,8 +251,8 @@ def _warn_unused(planned: Plan) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from .converter import free_nbytes
     from .executor import memory_nbytes
+    from .output import free_nbytes
     from .planner import plan
     from .workers import count_workers
 
@@ -356,25 +381,33 @@ def _info_as_dict(
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from .verifier import verify
+    from .verifier import verify, verify_checksums
 
+    if (arguments.source is None) != arguments.checksums:
+        raise OptionError("verify takes either SOURCE and OUTPUT, or OUTPUT and --checksums")
     with _progress(arguments.quiet) as (start, advance):
-        result = verify(
-            arguments.source,
-            arguments.output,
-            layout=arguments.layout,
-            sample=arguments.sample,
-            seed=arguments.seed,
-            workers=arguments.workers,
-            on_plan=lambda nbytes: start(nbytes, 0),
-            on_bytes=advance,
-        )
+        if arguments.checksums:
+            result = verify_checksums(
+                arguments.output, on_plan=lambda nbytes: start(nbytes, 0), on_bytes=advance
+            )
+        else:
+            result = verify(
+                arguments.source,
+                arguments.output,
+                layout=arguments.layout,
+                sample=arguments.sample,
+                seed=arguments.seed,
+                workers=arguments.workers,
+                on_plan=lambda nbytes: start(nbytes, 0),
+                on_bytes=advance,
+            )
     if arguments.json:
         print(json.dumps(result.as_dict(), indent=2))
         return 0 if result.equal else 1
     for difference in result.differences:
         print(difference)
-    compared = f"{_count(result.tensors, 'tensor')}, {_size(result.nbytes)}"
+    what = _count(result.files, "file") if arguments.checksums else _count(result.tensors, "tensor")
+    compared = f"{what}, {_size(result.nbytes)}"
     if not result.equal:
         print(f"{result.output}: {_count(len(result.differences), 'difference')} ({compared})")
         return 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import time
 from collections.abc import Callable
@@ -13,13 +15,11 @@ from . import __version__, layouts
 from .checkpoint import Checkpoint
 from .companions import carried
 from .dtypes import OUTPUT_DTYPES
-from .errors import MachineError, OutputError, machine_error, user_path
+from .errors import OutputError, user_path
 from .memory import available_nbytes, peak_rss_nbytes
 from .planner import DEFAULT_LAYOUT, DEFAULT_SHARD_SIZE, Plan, plan
-from .run_folder import RECORD_NAME, RunFolder
-from .safetensors_format import INDEX_NAME, build_index
 
-__all__ = ["Report", "convert", "free_nbytes"]
+__all__ = ["Report", "convert"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,19 +52,22 @@ def convert(
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     workers: int | None = None,
     overwrite: bool = False,
+    checksums: bool = False,
     on_plan: Callable[[Plan, int], None] = lambda plan, resumed: None,
     on_bytes: Callable[[int], None] = lambda nbytes: None,
 ) -> Report:
     """Convert a checkpoint folder to `layout`, into the folder `output`.
 
     Options as in `plan`; `workers` is the number of threads (by default one more than there are
-    processors) and changes speed and memory, never the bytes. `on_plan` is told the plan and how
-    many bytes of it were finished before, `on_bytes`, from any thread, of bytes written. An
-    interrupted run goes on where it stopped when the same call is made again.
+    processors) and changes speed and memory, never the bytes. `checksums` writes `SHA256SUMS`, of
+    all files, as `sha256sum -c` reads it; `overwrite` deletes what an earlier run of this tool
+    made in `output`, and nothing else. `on_plan` is told the plan and how many bytes of it were
+    finished before, `on_bytes`, from any thread, of bytes written. An interrupted run goes on
+    where it stopped when the same call is made again; where all is finished, that does nothing.
 
     Raises `OptionError`, `CheckpointError`, `OutputError`, `MachineError`; see `errors`.
     """
-    from .executor import execute
+    from .output import Contents, make_output
     from .workers import count_workers
 
     started = time.perf_counter()
@@ -72,40 +75,21 @@ def convert(
     planned = plan(source, layout=layout, dtype=dtype, max_shard_size=max_shard_size)
     folder = user_path(output)
     _refuse_overlap(planned.info.path, folder)
-    companions = layouts.load(layout).companions(planned.model, planned.info.config, planned.dtype)
-    copies = list(carried(planned.info.path))
-    identity = _identity(planned)
-    files = [*copies, *companions, *(s.name for s in planned.shards), RECORD_NAME, INDEX_NAME]
-    try:
-        if overwrite:
-            # What is there is not deleted for a run that cannot succeed.
-            _check_space(folder, planned.nbytes + planned.scratch_nbytes, _size_on_disk(folder))
-        for name in copies:
-            with open(planned.info.path / name, "rb"):
-                pass
-        with RunFolder(folder, identity, files, overwrite=overwrite) as run:
-            missing = [s for s in planned.shards if not run.is_finished(s.name, s.nbytes)]
-            resumed = planned.nbytes - sum(shard.nbytes for shard in missing)
-            _check_space(folder, sum(s.nbytes + s.scratch_nbytes for s in missing))
-            on_plan(planned, resumed)
-            for name in copies:
-                run.copy(planned.info.path / name, name)
-            for name, data in companions.items():
-                run.write(name, data)
-            with Checkpoint(planned.info) as checkpoint:
-                execute(
-                    missing,
-                    checkpoint,
-                    folder,
-                    partials=run.work,
-                    workers=threads,
-                    on_bytes=on_bytes,
-                    scarce=available_nbytes() < 2 * planned.scratch_nbytes + 1_000_000_000,
-                )
-            weight_map = {t.name: s.name for s in planned.shards for t in s.tensors}
-            run.finish(build_index(planned.data_nbytes, weight_map))
-    except OSError as error:
-        raise machine_error(error, f"writing to {folder}") from error
+    companions: dict[str, bytes | Path] = {
+        **{name: planned.info.path / name for name in carried(planned.info.path)},
+        **layouts.load(layout).companions(planned.model, planned.info.config, planned.dtype),
+    }
+    with Checkpoint(planned.info) as checkpoint:
+        resumed = make_output(
+            folder,
+            Contents(_identity(planned), planned.shards, companions, checksums),
+            checkpoint,
+            overwrite=overwrite,
+            workers=threads,
+            on_start=lambda resumed: on_plan(planned, resumed),
+            on_bytes=on_bytes,
+            scarce=available_nbytes() < 2 * planned.scratch_nbytes + 1_000_000_000,
+        )
     return Report(
         output=str(folder),
         layout=layout,
@@ -129,12 +113,24 @@ def _identity(planned: Plan) -> dict[str, Any]:
         "version": __version__,
         "source": str(planned.info.path.resolve()),
         "source_files": {s.name: [s.nbytes, s.mtime_ns] for s in planned.info.shards},
+        "source_config": _digest(json.dumps(planned.info.config, sort_keys=True).encode()),
         "source_format": planned.source_format,
         "layout": planned.layout,
         "dtype": torch_name,
         "max_shard_size": planned.max_shard_size,
         "unused": list(planned.unused),
+        "plan": _digest(
+            *(
+                f"{raw.shard} {raw.name} {raw.dtype.code} {raw.shape} {raw.offset}\n".encode()
+                for raw in planned.info.tensors.values()
+            ),
+            *(shard.name.encode() + shard.header for shard in planned.shards),
+        ),
     }
+
+
+def _digest(*texts: bytes) -> str:
+    return hashlib.sha256(b"".join(texts)).hexdigest()
 
 
 def _refuse_overlap(source: Path, output: Path) -> None:
@@ -153,29 +149,3 @@ def _same(one: Path, other: Path) -> bool:
         return one == other or os.path.samefile(one, other)
     except OSError:
         return False
-
-
-def free_nbytes(folder: Path) -> int:
-    """Bytes that can still be written to the file system of a folder, which need not exist."""
-    try:
-        there = folder.absolute()
-        while not there.exists():
-            there = there.parent
-        status = os.statvfs(there)
-    except OSError as error:
-        raise machine_error(error, f"asking for the free space of {folder}") from error
-    return status.f_bavail * status.f_frsize
-
-
-def _check_space(folder: Path, needed: int, given_up: int = 0) -> None:
-    """Refuse to begin what cannot end; `given_up` bytes will be deleted first."""
-    free = free_nbytes(folder) + given_up
-    if needed > free:
-        raise MachineError(
-            f"{folder}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; "
-            f"free {(needed - free) / 1e9:.2f} GB or name another output"
-        )
-
-
-def _size_on_disk(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

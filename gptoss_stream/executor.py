@@ -19,8 +19,8 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 
 from .checkpoint import Extent
+from .checksums import OrderedSum
 from .dtypes import DType
-from .errors import machine_error
 from .operands import Reader
 from .planner import PlannedShard
 from .recipe import Part, Piece, extents, fill, make_pieces
@@ -64,6 +64,7 @@ class _ShardInProgress:
     file: ShardFile
     staged: dict[Part, StagedTranspose]
     segments_left: int
+    sum: OrderedSum | None
     counting: threading.Lock = field(default_factory=threading.Lock)
 
     def close(self) -> None:
@@ -84,6 +85,7 @@ class _Run:
         partials: Path,
         workers: int,
         on_bytes: Callable[[int], None],
+        on_sum: Callable[[str, str], None] | None,
         segment_nbytes: int,
         scarce: bool,
         stop: threading.Event,
@@ -93,6 +95,7 @@ class _Run:
         self.partials = partials
         self.workers = workers
         self.on_bytes = on_bytes
+        self.on_sum = on_sum
         self.segment_nbytes = segment_nbytes
         self.scarce = scarce
         self.stop = stop
@@ -123,7 +126,9 @@ class _Run:
 
     def _begin(self, shard: PlannedShard) -> _ShardInProgress:
         file = ShardFile(self.partials / shard.name, self.folder / shard.name, shard.nbytes)
-        progress = _ShardInProgress(shard, file, {}, -(-shard.nbytes // self.segment_nbytes))
+        segments = -(-shard.nbytes // self.segment_nbytes)
+        running_sum = OrderedSum() if self.on_sum else None
+        progress = _ShardInProgress(shard, file, {}, segments, running_sum)
         self._in_progress[shard.name] = progress
         for number, (part, _) in enumerate(shard.staged()):
             scratch = self.partials / f"{shard.name}.scratch-{number}"
@@ -147,6 +152,8 @@ class _Run:
         padded = min(-(-length // 4096) * 4096, len(buffer))
         buffer[length:padded] = 0
         progress.file.write(buffer[:padded], begin)
+        if progress.sum is not None:
+            progress.sum.add(begin, buffer[:length], self.stop)
         if self.scarce:
             for extent in self._extents(progress, begin - _REREAD * self.segment_nbytes):
                 self.reader.release(extent)
@@ -178,6 +185,11 @@ class _Run:
                 yield from extents(tensor, low, high, without=progress.staged)
 
     def _commit(self, progress: _ShardInProgress) -> None:
+        if self.stop.is_set():
+            return  # some segment may have been left out
+        self.reader.check_unchanged()
+        if self.on_sum is not None and progress.sum is not None:
+            self.on_sum(progress.shard.name, progress.sum.hexdigest())
         progress.file.commit()
         for transpose in progress.staged.values():
             transpose.close()
@@ -197,24 +209,26 @@ def execute(
     partials: Path,
     workers: int,
     on_bytes: Callable[[int], None] = lambda nbytes: None,
+    on_sum: Callable[[str, str], None] | None = None,
     segment_nbytes: int = SEGMENT_NBYTES,
     scarce: bool = False,
 ) -> None:
     """Make `shards` in `folder`; their partial and scratch files lie in `partials` meanwhile.
 
     Both folders are on one file system. `on_bytes` is told, from any thread, how many bytes have
-    been written. With `scarce` memory, pages of the system's cache are given up as soon as they
-    have been used, instead of leaving that to the system.
+    been written; `on_sum`, of each shard, right before it gets its name, the SHA-256, which is
+    taken of the bytes as they are made. With `scarce` memory, pages of the system's cache are
+    given up as soon as they have been used, instead of leaving that to the system.
 
     When this returns every shard is complete, under its name and on the disk. When it raises
-    (`TensorError` for values that cannot be converted, `MachineError`, `KeyboardInterrupt`) those
-    that were complete stay and no partial file does.
+    (`OSError` of writing, `TensorError` for values that cannot be converted, what the reader
+    raises, `KeyboardInterrupt`) those that were complete stay and no partial file does.
     """
     stop = threading.Event()
-    run = _Run(shards, reader, folder, partials, workers, on_bytes, segment_nbytes, scarce, stop)
+    run = _Run(
+        shards, reader, folder, partials, workers, on_bytes, on_sum, segment_nbytes, scarce, stop
+    )
     try:
         run_tasks(run.tasks(), workers, segment_nbytes, stop)
-    except OSError as error:
-        raise machine_error(error, f"converting to {folder}") from error
     finally:
         run.discard()

@@ -40,6 +40,9 @@ class Reader(Protocol):
     def release(self, extent: Extent) -> None:
         """Forget elements that will not be read again soon."""
 
+    def check_unchanged(self) -> None:
+        """Raise if what was read so far may not have been of one state of its files."""
+
 
 @dataclass(frozen=True, slots=True)
 class Plain:

@@ -3,6 +3,7 @@
 While a run is under way the folder holds `.gptoss_stream/`:
     lock          held by the running process; a dead one holds nothing
     run.json      what the run is: tool version, source files, options, planned output files
+    *.sha256      sums of shards, each written before its shard gets its name
     *.safetensors shards in the making, and scratch files
 and, beside it, whatever is finished. A shard gets its final name only when all of it is on the
 disk, so that under its final name it is complete. `.gptoss_stream/` goes when the run is done;
@@ -11,15 +12,16 @@ the record `gptoss_stream.json` then says what the folder is and which files are
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from . import strict_json
+from .checksums import SUMS_NAME, build_sums, parse_sums
 from .errors import OutputError
 from .safetensors_format import INDEX_NAME
 from .shard_file import sync_folder
@@ -29,70 +31,107 @@ __all__ = ["RECORD_NAME", "WORK_NAME", "RunFolder"]
 RECORD_NAME = "gptoss_stream.json"
 WORK_NAME = ".gptoss_stream"
 _MAX_NBYTES = 50_000_000
+_CHUNK_NBYTES = 1 << 20
+_CONSEQUENCES = ("plan", "files", "unused")  # said only where nothing else differs
 
 
 class RunFolder:
-    """The output folder of one run, locked. A context manager.
+    """The output folder of one run.
 
+    `identity` (JSON values) is what two runs must have in common to be the same run; `source` in
+    it is only for people: the same files under another path are the same source.
     Raises `OutputError` for a folder that is in use, holds foreign files, or belongs to another
     run, and `OSError` as the system does.
     """
 
     def __init__(
-        self, path: Path, identity: Mapping[str, Any], files: Sequence[str], *, overwrite: bool
+        self,
+        path: Path,
+        identity: Mapping[str, Any],
+        shards: Sequence[str],
+        companions: Mapping[str, bytes | Path],
+        checksums: bool,
     ) -> None:
         self.path = path
         self.work = path / WORK_NAME
-        self._identity = dict(identity)
-        self._files = list(files)
-        self._overwrite = overwrite
-        self._lock: IO[bytes] | None = None
+        self._companions = companions
+        self._checksums = checksums
+        sums = [SUMS_NAME] if checksums else []
+        files = [*companions, *shards, *sums, RECORD_NAME, INDEX_NAME]
+        self._state: dict[str, Any] = {**identity, "checksums": checksums, "files": files}
+        self._sums: dict[str, str] = {}
 
-    def __enter__(self) -> RunFolder:
+    @contextmanager
+    def locked(self, *, overwrite: bool) -> Iterator[None]:
+        """Hold the folder against other runs, cleaned of leftovers; `overwrite` deletes what an
+        earlier run made, and only that. Leaves no trace if nothing is begun meanwhile."""
         if self.path.exists() and not self.path.is_dir():
             raise OutputError(f"{self.path}: a file, not a folder; name another output")
-        self._refuse_foreign()
-        self.work.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
+        existed = self.path.exists()
+        if not self.work.exists():
+            self._refuse_foreign()
+        lock = self._take_lock()
         try:
-            self._prepare()
-        except BaseException:
-            if not (self.work / "run.json").exists():
-                shutil.rmtree(self.work, ignore_errors=True)
-            self._release()
-            raise
-        return self
+            self._refuse_foreign()
+            self._prepare(overwrite)
+            yield
+        finally:
+            if not self._run_file.exists():
+                self._remove_work()
+                if not existed:
+                    with suppress(OSError):  # something is in it: then it stays
+                        self.path.rmdir()
+            lock.close()
 
-    def __exit__(self, *exception: object) -> None:
-        self._release()
+    @property
+    def _run_file(self) -> Path:
+        return self.work / "run.json"
 
-    def _take_lock(self) -> None:
+    def _take_lock(self) -> IO[str]:
         import fcntl
 
-        self._lock = open(self.work / "lock", "ab")  # noqa: SIM115 (held for the whole run)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._release()
-            raise OutputError(
-                f"{self.path}: another run is writing to it; wait for it or name another output"
-            ) from None
+        while True:
+            self.work.mkdir(parents=True, exist_ok=True)
+            try:
+                lock = open(self.work / "lock", "a+")  # noqa: SIM115 (held for the whole run)
+            except FileNotFoundError:
+                continue  # a run has just ended, and taken its work folder away
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                with lock:
+                    lock.seek(0)
+                    holder = lock.read(20).strip()
+                raise OutputError(
+                    f"{self.path}: another run{f' (process {holder})' if holder else ''} is "
+                    "writing to it; wait for it or name another output"
+                ) from None
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock.fileno()), os.stat(self.work / "lock")):
+                    lock.truncate(0)
+                    lock.write(f"{os.getpid()}\n")
+                    lock.flush()
+                    return lock
+            lock.close()  # of a run that has just ended
 
-    def _release(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+    def _remove_work(self) -> None:
+        """The lock last: until then the folder is held."""
+        with suppress(FileNotFoundError):
+            for file in sorted(self.work.iterdir(), key=lambda file: file.name == "lock"):
+                file.unlink(missing_ok=True)
+        with suppress(OSError):  # another run may have begun in it, now that it could
+            self.work.rmdir()
+            sync_folder(self.path)
 
-    def _known(self) -> tuple[Mapping[str, Any] | None, set[str]]:
-        """The run that the folder belongs to, if any, and the files that are the tool's."""
-        for file in (self.work / "run.json", self.path / RECORD_NAME):
+    def _known(self) -> Mapping[str, Any] | None:
+        """The state of the run that the folder belongs to, if any."""
+        for file in (self._run_file, self.path / RECORD_NAME):
             try:
                 with open(file, "rb") as opened:
                     run = strict_json.loads(opened.read(_MAX_NBYTES))
-                names = {str(name) for name in run["files"]}
-                if any(".." in Path(name).parts or Path(name).is_absolute() for name in names):
+                names = [Path(name) for name in run["files"]]
+                if not names or any(".." in name.parts or name.is_absolute() for name in names):
                     raise ValueError("a file outside the folder")
-                return run, names
             except FileNotFoundError:
                 continue
             except (ValueError, TypeError, KeyError):
@@ -100,15 +139,16 @@ class RunFolder:
                     f"{file}: damaged, so that it is not clear which files are the tool's; "
                     "delete the folder yourself or name another output"
                 ) from None
-        return None, set()
+            return dict(run)
+        return None
 
     def _refuse_foreign(self) -> None:
         if not self.path.is_dir():
             return
-        _, ours = self._known()
-        ours |= {WORK_NAME, RECORD_NAME, INDEX_NAME} if ours or self.work.exists() else set()
-        tops = {name.split("/")[0] for name in ours}
-        foreign = sorted(p.name for p in self.path.iterdir() if p.name not in tops)
+        known = self._known()
+        files = known["files"] if known else ()
+        ours = {WORK_NAME, *(str(name).split("/")[0] for name in files)}
+        foreign = sorted(p.name for p in self.path.iterdir() if p.name not in ours)
         if foreign:
             raise OutputError(
                 f"{self.path}: it holds files that are not this tool's "
@@ -116,80 +156,131 @@ class RunFolder:
                 "name an empty or new folder"
             )
 
-    def _prepare(self) -> None:
-        known, ours = self._known()
-        if known is not None and self._overwrite:
-            self._delete(ours)
+    def _prepare(self, overwrite: bool) -> None:
+        known = self._known()
+        if known is not None and overwrite:
+            self._delete(known["files"])
             known = None
         if known is not None:
-            if not (self.work / "run.json").exists():
-                raise OutputError(
-                    f"{self.path}: it holds a finished conversion; add --overwrite to replace it"
-                )
-            differing = [key for key in self._identity if known.get(key) != self._identity[key]]
+            differing = list(_differences(known, self._state))
             if differing:
+                unfinished = self._run_file.exists()
                 raise OutputError(
-                    f"{self.path}: it holds an unfinished run that differs in "
-                    f"{', '.join(differing)}; repeat that run to resume it, or add --overwrite "
-                    "to replace it"
+                    f"{self.path}: it holds {'an unfinished' if unfinished else 'a finished'} run "
+                    f"that differs in {'; '.join(differing)}; "
+                    f"{'repeat that run to resume it, ' if unfinished else ''}"
+                    "add --overwrite to replace it, or name another output"
                 )
+            self._state = dict(known)
         for leftover in self.work.iterdir():
-            if leftover.name not in ("lock", "run.json"):
+            if leftover.name not in ("lock", "run.json") and leftover.suffix != ".sha256":
                 leftover.unlink()
-        if known is None:
-            state = {**self._identity, "files": self._files}
-            self._write(self.work / "run.json", _json(state))
+        if self._checksums:
+            self._read_sums()
 
-    def _delete(self, names: set[str]) -> None:
+    def _delete(self, names: Sequence[str]) -> None:
         # The index first: without it nothing looks finished. What says which files are the
         # tool's last: a deletion that was interrupted can then be repeated.
-        order = sorted(names - {INDEX_NAME, RECORD_NAME})
+        order = sorted({*names} - {INDEX_NAME, RECORD_NAME})
         for name in (INDEX_NAME, *order, RECORD_NAME):
             (self.path / name).unlink(missing_ok=True)
-        (self.work / "run.json").unlink(missing_ok=True)
+        for file in self.work.iterdir():
+            if file.name != "lock":
+                file.unlink()
         for folder in {Path(name).parent for name in names} - {Path()}:
             with suppress(OSError):  # something else may lie in it
                 (self.path / folder).rmdir()
         sync_folder(self.path)
 
+    def _read_sums(self) -> None:
+        with suppress(FileNotFoundError, ValueError):  # such shards are made again
+            self._sums = parse_sums((self.path / SUMS_NAME).read_bytes())
+        for file in self.work.glob("*.sha256"):
+            self._sums[file.stem] = file.read_text().strip()
+
     def is_finished(self, name: str, nbytes: int) -> bool:
-        """Whether a shard is complete: it is when it stands under its name."""
+        """Whether a shard is complete, and summed where that is wanted: it is complete when it
+        stands under its name."""
+        if self._checksums and name not in self._sums:
+            return False
         try:
             return (self.path / name).stat().st_size == nbytes
         except FileNotFoundError:
             return False
 
-    def write(self, name: str, data: bytes) -> None:
-        """Write a small file durably, whole or not at all."""
+    @property
+    def is_complete(self) -> bool:
+        """Whether the run was finished, and everything it made is still there."""
+        return not self._run_file.exists() and all(
+            (self.path / name).is_file() for name in self._state["files"]
+        )
+
+    def begin(self) -> None:
+        """Say what the run is, and write the small files."""
+        if not self._run_file.exists():
+            self._write(self._run_file, _json(self._state))
+        for name in (INDEX_NAME, RECORD_NAME):  # of a finished run that has lost a file
+            (self.path / name).unlink(missing_ok=True)
+        for name, data in self._companions.items():
+            self._write_named(name, data)
+
+    def note_sum(self, name: str, digest: str) -> None:
+        """Keep the sum of a shard that is about to get its name."""
+        self._sums[name] = digest
+        self._write(self.work / f"{name}.sha256", f"{digest}\n".encode())
+
+    def finish(self, index: bytes) -> None:
+        """Write record, sums and index, the last of all, and remove the work folder."""
+        record = _json(self._state)
+        self._write_named(RECORD_NAME, record)
+        if self._checksums:
+            digest = hashlib.sha256(index).hexdigest()
+            sums = {name: self._sums[name] for name in self._state["files"] if name in self._sums}
+            self._write(self.path / SUMS_NAME, build_sums({**sums, INDEX_NAME: digest}))
+        self._write(self.path / INDEX_NAME, index)
+        self._run_file.unlink()
+        sync_folder(self.work)
+
+    def _write_named(self, name: str, data: bytes | Path) -> None:
         target = self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        self._write(target, data)
+        self._sums[name] = self._write(target, data)
 
-    def copy(self, source: Path, name: str) -> None:
-        """Copy a file byte for byte, durably, whole or not at all."""
-        target = self.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(source, "rb") as opened:
-            self._write(target, opened)
-
-    def _write(self, target: Path, data: bytes | IO[bytes]) -> None:
+    def _write(self, target: Path, data: bytes | Path) -> str:
+        """Write or copy a small file durably, whole or not at all; returns its SHA-256."""
         partial = self.work / f"{target.name}.partial"
+        digest = hashlib.sha256()
         with open(partial, "wb") as opened:
-            if isinstance(data, bytes):
-                opened.write(data)
-            else:
-                shutil.copyfileobj(data, opened, 1 << 20)
+            for chunk in [data] if isinstance(data, bytes) else _chunks(data):
+                digest.update(chunk)
+                opened.write(chunk)
             opened.flush()
             os.fsync(opened.fileno())
         os.rename(partial, target)
         sync_folder(target.parent)
+        return digest.hexdigest()
 
-    def finish(self, index: bytes) -> None:
-        """Write record and index, the last of all, and remove the work folder."""
-        self.write(RECORD_NAME, _json({**self._identity, "files": self._files}))
-        self.write(INDEX_NAME, index)
-        shutil.rmtree(self.work)
-        sync_folder(self.path)
+
+def _chunks(file: Path) -> Iterator[bytes]:
+    with open(file, "rb") as opened:
+        while chunk := opened.read(_CHUNK_NBYTES):
+            yield chunk
+
+
+def _differences(known: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """What two states differ in, with both values where these say something."""
+    differing = [key for key in {**now, **known} if known.get(key) != now.get(key)]
+    causes = [key for key in differing if key not in ("source", *_CONSEQUENCES)]
+    for key in causes or [key for key in differing if key != "source"]:
+        there, here = known.get(key), now.get(key)
+        if isinstance(there, dict) and isinstance(here, dict):
+            names = sorted(n for n in {**there, **here} if there.get(n) != here.get(n))
+            yield f"{key} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        elif isinstance(there, list) and isinstance(here, list):
+            names = sorted({*map(str, there)} ^ {*map(str, here)})
+            yield f"{key} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        else:
+            yield f"{key} ({str(there)[:24]} there, {str(here)[:24]} now)"
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -88,13 +88,20 @@ def check(table: StoredTable, model: ModelConfig, info: CheckpointInfo) -> None:
     """Hold every raw tensor that the table needs against the headers.
 
     Raises `TensorError` naming file, tensor, what was found and what was expected. Several
-    missing tensors are named at once.
+    missing tensors are named at once. Tensors of a layer beyond the model's last are refused,
+    others that the table does not name are not its business.
     """
     missing: list[str] = []
     for name, storage in _present(model, table):
         shape = model.shape(MODEL_TENSORS[name])
         whole = (model.num_experts, *shape) if "{e}" in name else shape
         for template, dtypes, raw_shape in storage.expected(whole):
+            beyond = info.tensors.get(template.format(l=model.num_layers))
+            if beyond is not None and "{l}" in template:
+                raise TensorError(
+                    f"{info.path / beyond.shard}: tensor {beyond.name!r} is of a layer that "
+                    f"config.json, with {model.num_layers} layers, has not; check config.json"
+                )
             for layer, _ in model.instances(template):
                 raw_name = template.format(l=layer)
                 raw = info.tensors.get(raw_name)

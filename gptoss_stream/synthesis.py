@@ -20,14 +20,12 @@ from typing import TYPE_CHECKING, Any
 from . import __version__
 from .checkpoint import Extent, RawTensor
 from .dtypes import DType
-from .errors import ConfigError, MachineError, OptionError, machine_error, user_path
+from .errors import ConfigError, OptionError, user_path
 from .model import MODEL_TENSORS
 from .operands import Plain
 from .patterns import rearrangement
-from .planner import PlannedShard, parse_size, shards
+from .planner import parse_size, shards
 from .recipe import OutputTensor, Part
-from .run_folder import RECORD_NAME, RunFolder
-from .safetensors_format import INDEX_NAME, build_index
 from .sources import hf_mxfp4
 
 if TYPE_CHECKING:
@@ -154,6 +152,9 @@ class _RandomReader:
     def release(self, extent: Extent) -> None:
         """Nothing to forget."""
 
+    def check_unchanged(self) -> None:
+        """Nothing that could change."""
+
 
 def _values(tensor: RawTensor, bits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Random bits made into values of a size that a trained model's have."""
@@ -185,8 +186,7 @@ def synth(
     hidden_size, …). Raises `OptionError` for dimensions that no model can have, `OutputError` and
     `MachineError` as `convert` does.
     """
-    from .converter import free_nbytes
-    from .executor import execute
+    from .output import Contents, make_output
     from .workers import count_workers
 
     if preset not in PRESETS:
@@ -214,40 +214,20 @@ def synth(
         "dimensions": dimensions.config(),
         "max_shard_size": parse_size(max_shard_size),
     }
-    files = [*small, *(shard.name for shard in planned), RECORD_NAME, INDEX_NAME]
-    try:
-        with RunFolder(folder, identity, files, overwrite=overwrite) as run:
-            missing = [s for s in planned if not run.is_finished(s.name, s.nbytes)]
-            needed = sum(shard.nbytes for shard in missing)
-            if needed > free_nbytes(folder):
-                raise MachineError(
-                    f"{folder}: {needed / 1e9:.2f} GB are needed and "
-                    f"{free_nbytes(folder) / 1e9:.2f} GB are free; choose fewer --layers"
-                )
-            on_plan(nbytes, nbytes - needed)
-            for name, data in small.items():
-                run.write(name, data)
-            execute(
-                missing,
-                _RandomReader(seed),
-                folder,
-                partials=run.work,
-                workers=count_workers(workers),
-                on_bytes=on_bytes,
-            )
-            run.finish(_index(planned))
-    except OSError as error:
-        raise machine_error(error, f"writing to {folder}") from error
+    make_output(
+        folder,
+        Contents(identity, planned, small),
+        _RandomReader(seed),
+        overwrite=overwrite,
+        workers=count_workers(workers),
+        on_start=lambda resumed: on_plan(nbytes, resumed),
+        on_bytes=on_bytes,
+    )
     return folder
 
 
 def _json(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
-
-
-def _index(planned: tuple[PlannedShard, ...]) -> bytes:
-    weight_map = {tensor.name: shard.name for shard in planned for tensor in shard.tensors}
-    return build_index(sum(shard.data_nbytes for shard in planned), weight_map)
 
 
 def _raw_tensors(dimensions: Dimensions) -> list[OutputTensor]:

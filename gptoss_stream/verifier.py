@@ -1,4 +1,4 @@
-"""Holds an output against its source: every byte made again and compared.
+"""Holds an output against its source: every byte made again and compared. Or against its sums.
 
 Trusts neither record nor state of the run that made the output. Headers, index, names, dtypes and
 shapes first; then the data, segment by segment, in bounded memory. Writes nothing.
@@ -6,6 +6,7 @@ shapes first; then the data, segment by segment, in bounded memory. Writes nothi
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import threading
@@ -21,6 +22,7 @@ import numpy as np
 from . import layouts, strict_json
 from .cast import STORAGE, cast
 from .checkpoint import Checkpoint, CheckpointInfo, RawTensor, ShardInfo, read_header
+from .checksums import SUMS_NAME, parse_sums
 from .companions import carried
 from .dtypes import OUTPUT_DTYPES, DType
 from .errors import CheckpointError, OptionError, OutputError, machine_error, user_path
@@ -33,15 +35,15 @@ from .workers import Buffer, Task, count_workers, run_tasks
 
 _LINES = 64  # rows of a large transpose compared at a time: what is mapped of them stays small
 
-__all__ = ["Difference", "Verification", "verify"]
+__all__ = ["Difference", "Verification", "verify", "verify_checksums"]
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
     """Something that is not as it should be.
 
-    `kind` is one of `missing`, `unexpected`, `dtype`, `shape`, `index`, `file` and `value`; for a
-    value, `index` is the first differing element's.
+    `kind` is one of `missing`, `unexpected`, `dtype`, `shape`, `index`, `file`, `checksum` and
+    `value`; for a value, `index` is the first differing element's.
     """
 
     kind: str
@@ -61,10 +63,12 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What a verification found: how much was compared, and every difference."""
+    """What a verification found: how much was compared (tensors, or files by their sums), and
+    every difference."""
 
     output: str
     tensors: int
+    files: int
     nbytes: int
     differences: tuple[Difference, ...]
 
@@ -119,10 +123,58 @@ def verify(
             comparison = _Comparison(source_files, output_files, on_bytes)
             tasks = comparison.tasks(comparable, found.tensors)
             run_tasks(tasks, threads, SEGMENT_NBYTES, comparison.stop)
+            source_files.check_unchanged()
+            output_files.check_unchanged()
     except OSError as error:
         raise machine_error(error, f"verifying {folder}") from error
     differences += sorted(comparison.differences.values(), key=lambda d: d.name)
-    return Verification(str(folder), len(comparable), nbytes, tuple(differences))
+    return Verification(str(folder), len(comparable), 0, nbytes, tuple(differences))
+
+
+def verify_checksums(
+    output: str | os.PathLike[str],
+    *,
+    on_plan: Callable[[int], None] = lambda nbytes: None,
+    on_bytes: Callable[[int], None] = lambda nbytes: None,
+) -> Verification:
+    """Hold the files of an output folder against its own `SHA256SUMS`, without the source.
+
+    Finds what has changed since the folder was written; whether it was right then, only `verify`
+    can tell. `on_plan` and `on_bytes` as there. Raises `OutputError` for a folder without sums,
+    `MachineError` where reading fails. Differences are not raised but returned.
+    """
+    folder = user_path(output)
+    differences: list[Difference] = []
+    nbytes = 0
+    try:
+        if not (folder / SUMS_NAME).is_file():
+            raise OutputError(f"{folder}: no {SUMS_NAME} in it; convert --checksums writes one")
+        try:
+            sums = parse_sums((folder / SUMS_NAME).read_bytes())
+        except ValueError as error:
+            sums = {}
+            differences.append(Difference("checksum", SUMS_NAME, found=str(error)))
+        present = {name: folder / name for name in sums if (folder / name).is_file()}
+        differences += [Difference("missing", name) for name in sums if name not in present]
+        differences += [
+            Difference("unexpected", file.name)
+            for file in sorted(folder.glob("*.safetensors"))
+            if file.name not in sums
+        ]
+        on_plan(sum(file.stat().st_size for file in present.values()))
+        for name, file in present.items():
+            digest = hashlib.sha256()
+            with open(file, "rb", buffering=0) as opened:
+                while chunk := opened.read(SEGMENT_NBYTES):
+                    digest.update(chunk)
+                    nbytes += len(chunk)
+                    on_bytes(len(chunk))
+            if digest.hexdigest() != sums[name]:
+                differences.append(Difference("checksum", name, "", digest.hexdigest(), sums[name]))
+        differences += _compare_state(folder)
+    except OSError as error:
+        raise machine_error(error, f"verifying {folder}") from error
+    return Verification(str(folder), 0, len(present), nbytes, tuple(differences))
 
 
 def _read_output(folder: Path) -> tuple[CheckpointInfo, list[Difference]]:
@@ -205,6 +257,10 @@ def _compare_companions(folder: Path, planned: Plan) -> Iterator[Difference]:
             yield Difference("missing", name)
         elif file.read_bytes() != data:
             yield Difference("file", name, found="other bytes", expected="what convert writes")
+    yield from _compare_state(folder)
+
+
+def _compare_state(folder: Path) -> Iterator[Difference]:
     if (folder / WORK_NAME).exists():
         yield Difference("unexpected", f"{WORK_NAME}, of an unfinished run")
 

@@ -46,11 +46,23 @@ def names() -> tuple[str, ...]:
 
 def recognise(info: CheckpointInfo) -> tuple[Source, str]:
     """The format of a checkpoint and why; raises `CheckpointError` saying what it looks like."""
+    _refuse_mixed(info)
     for source in _SOURCES:
         reason = source.recognise(info)
         if reason is not None:
             return source, reason
     raise CheckpointError(f"{info.path}: {_looks_like(info)}")
+
+
+def _refuse_mixed(info: CheckpointInfo) -> None:
+    """Two versions of one tensor: nothing says which one counts."""
+    for name, raw in info.tensors.items():
+        plain = info.tensors.get(name.removesuffix("_blocks")) if name.endswith("_blocks") else None
+        if plain is not None:
+            raise CheckpointError(
+                f"{info.path / raw.shard}: tensor {name!r} is MXFP4, and {plain.name!r} in "
+                f"{plain.shard} is the same unquantised; remove one of them"
+            )
 
 
 def _looks_like(info: CheckpointInfo) -> str:
