@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+
+from gptoss_stream.cli import main
 
 WORK_NAME = ".gptoss_stream"
 INDEX_NAME = "model.safetensors.index.json"
@@ -31,6 +37,35 @@ def convert_command(source: Path, output: Path, *options: str) -> list[str]:
 def run(command: list[str], **options) -> subprocess.CompletedProcess[str]:
     """Run a command to its end, in a minute at most."""
     return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, **options)
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Raise `TimeoutError` in what takes longer."""
+
+    def stop(signum, frame):
+        raise TimeoutError(f"more than {seconds} s")
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def run_here(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a command line in this process: for runs by the hundred. In 20 seconds at most."""
+    out, err = io.StringIO(), io.StringIO()
+    command = [str(argument) for argument in arguments]
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with redirect_stdout(out), redirect_stderr(err), at_most(20):
+            code = main(command)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
 
 def assert_clean_error(done: subprocess.CompletedProcess[str], *codes: int) -> None:
