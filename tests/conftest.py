@@ -32,3 +32,10 @@ def checkpoints(tmp_path_factory):
 def tiny(checkpoints, tmp_path) -> Path:
     """A tiny checkpoint of one's own, to damage."""
     return Path(shutil.copytree(checkpoints(layers=2), tmp_path / "source"))
+
+
+@pytest.fixture
+def several(checkpoints, tmp_path) -> Path:
+    """A tiny checkpoint of four shards, to damage."""
+    source = checkpoints(layers=2, max_shard_size="200KB")
+    return Path(shutil.copytree(source, tmp_path / "source"))

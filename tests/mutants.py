@@ -158,8 +158,7 @@ def sound_header(rng: random.Random) -> Header:
             entry[1][1] = list(shape)
             entry[2][1] = [at, at := at + bits // 8]
             entries.append([rng.choice("abcdeü") + f"t{number}.weight"[: rng.randrange(10)], entry])
-    unique = {name: entry for name, entry in entries}
-    if len(unique) != len(entries):
+    if len({name for name, _ in entries}) != len(entries):
         entries = [[f"{number}{name}", entry] for number, (name, entry) in enumerate(entries)]
     return Header(Pairs(entries), rng.randbytes(at))
 

@@ -67,7 +67,7 @@ def read_tensors(folder: Path) -> dict[str, Stored]:
 
 
 def edit_tensors(folder: Path, change) -> None:
-    """Change a folder's tensors, whose shards and index are then written anew, all of them sound."""
+    """Change a folder's tensors, and write its shards and its index anew, all of them sound."""
     tensors = read_tensors(folder)
     shards = {tensor.shard for tensor in tensors.values()}
     change(tensors)

@@ -6,7 +6,6 @@ import errno
 import fcntl
 import json
 import os
-import re
 import stat
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import time
 
 import numpy as np
 import pytest
+from damages import scale
 from runs import digests
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -21,13 +21,9 @@ from safetensors.torch import load_file, save_file
 import gptoss_stream
 from gptoss_stream import executor
 from gptoss_stream.errors import (
-    CheckpointError,
-    ConfigError,
-    GptOssStreamError,
     MachineError,
     OptionError,
     OutputError,
-    TensorError,
 )
 
 
@@ -37,13 +33,6 @@ def rewrite(folder, change) -> None:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-
-def configure(folder, **changes) -> None:
-    file = folder / "config.json"
-    config = json.loads(file.read_text())
-    config.update(changes)
-    file.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
 
 
 def test_the_bytes_depend_on_nothing_but_source_and_options(checkpoints, tmp_path, monkeypatch):
@@ -219,134 +208,15 @@ def test_overwrite_deletes_nothing_for_a_run_that_cannot_succeed(
     assert digests(out) == before
 
 
-REFUSED_CONFIGS = {
-    "another model": ({"model_type": "llama", "quantization_config": ...}, "'llama'"),
-    "another quantisation": ({"quantization_config": {"quant_method": "gptq"}}, "'gptq'"),
-    "no layers": ({"num_hidden_layers": 0}, "num_layers is 0"),
-    "negative": ({"hidden_size": -96}, "hidden_size is -96"),
-    "a billion layers": ({"num_hidden_layers": 10**9, "layer_types": ...}, "num_layers is 10000"),
-    "a float": ({"vocab_size": 1009.0}, "vocab_size is '1009.0'"),
-    "true": ({"num_local_experts": True}, "num_local_experts is 'True'"),
-    "a string": ({"head_dim": "32"}, "head_dim is '32'"),
-    "absent": ({"intermediate_size": ...}, "intermediate_size is missing"),
-    "heads that do not divide": ({"num_key_value_heads": 3}, "cannot share 3"),
-    "layer_types too short": ({"layer_types": ["full_attention"]}, "1 layer_types for 2"),
-    "layer_types of another kind": ({"layer_types": [["x"], {}]}, "layer_types must be"),
-    "another clamp": ({"swiglu_limit": 5.0}, "swiglu_limit is 5.0"),
-    "another rotary embedding": ({"rope_scaling": {"rope_type": "linear"}}, "'linear'"),
-    "YaRN without its factor": ({"rope_scaling": {"rope_type": "yarn"}}, "YaRN needs factor"),
-    "YaRN with a word for a number": (
-        {
-            "rope_scaling": {
-                "rope_type": "yarn",
-                "factor": 32.0,
-                "original_max_position_embeddings": 4096,
-                "beta_fast": "abc",
-            }
-        },
-        "beta_fast is 'abc'",
-    ),
-    "an epsilon of 400 digits": ({"rms_norm_eps": 10**400}, "rms_norm_eps is"),
-    "bias neither true nor false": ({"attention_bias": 1}, "attention_bias is neither"),
-}
-
-
 @pytest.mark.parametrize(
-    ("changes", "message"), REFUSED_CONFIGS.values(), ids=REFUSED_CONFIGS.keys()
+    ("value", "dtype"), [(252, "bfloat16"), (0, "bfloat16"), (140, "float16"), (141, "bfloat16")]
 )
-def test_configurations_that_are_refused(changes, message, tiny, tmp_path):
-    configure(tiny, **changes)
-    with pytest.raises(CheckpointError) as refusal:
-        gptoss_stream.convert(tiny, tmp_path / "out")
-    assert message in str(refusal.value)
-    assert str(tiny) in str(refusal.value)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("text", [b"", b"[]", b"{", b"\xff", b'{"a": NaN}', b'{"a":' * 9999])
-def test_a_config_that_is_no_json_object_is_refused(text, tiny, tmp_path):
-    (tiny / "config.json").write_bytes(text)
-    with pytest.raises(ConfigError, match=r"config\.json"):
-        gptoss_stream.convert(tiny, tmp_path / "out")
-
-
-DAMAGES = {
-    "a layer missing": (
-        lambda t: [t.pop(n) for n in list(t) if ".layers.1." in n],
-        "19 tensors that config.json calls for are missing",
-    ),
-    "scales missing": (
-        lambda t: t.pop("model.layers.1.mlp.experts.down_proj_scales"),
-        "'model.layers.1.mlp.experts.down_proj_scales'",
-    ),
-    "a bias missing": (
-        lambda t: t.pop("model.layers.0.self_attn.q_proj.bias"),
-        "'model.layers.0.self_attn.q_proj.bias'",
-    ),
-    "wrong shape": (
-        lambda t: t.update({"model.norm.weight": t["model.norm.weight"][:-1].clone()}),
-        "is BF16 [95]; config.json calls for BF16 or F16 or F32 [96]",
-    ),
-    "wrong dtype": (
-        lambda t: t.update({"model.norm.weight": t["model.norm.weight"].double()}),
-        "'model.norm.weight' is F64 [96]",
-    ),
-    "transposed": (
-        lambda t: t.update({"lm_head.weight": t["lm_head.weight"].T.contiguous()}),
-        "'lm_head.weight' is BF16 [96, 1009]",
-    ),
-    "one expert less": (
-        lambda t: t.update(
-            {n: x[:-1].clone() for n, x in t.items() if n.endswith("layers.0.mlp.router.weight")}
-        ),
-        "is BF16 [4, 96]",
-    ),
-}
-
-
-@pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES.keys())
-def test_tensors_that_the_configuration_does_not_call_for(damage, message, tiny, tmp_path):
-    rewrite(tiny, damage)
-    with pytest.raises(TensorError) as refusal:
-        gptoss_stream.convert(tiny, tmp_path / "out")
-    assert message in str(refusal.value)
-    assert str(tiny) in str(refusal.value)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("scale", "dtype", "refused"),
-    [
-        (255, "bfloat16", "'model.layers.1.mlp.experts.down_proj_scales' holds the scale 255"),
-        (254, "bfloat16", "output tensor 'blocks.1.mlp.experts.2.W_out.weight'"),
-        (252, "bfloat16", None),
-        (0, "bfloat16", None),
-        (141, "float16", "output tensor 'blocks.1.mlp.experts.2.W_out.weight'"),
-        (140, "float16", None),
-    ],
-)
-def test_scales_at_the_ends(scale, dtype, refused, tiny, tmp_path):
-    """NaN, and values that a dtype cannot hold, are refused by name; the last that fit are not."""
-
-    def change(tensors):
-        tensors["model.layers.1.mlp.experts.down_proj_scales"][2, 7, 1] = scale
-        tensors["model.layers.1.mlp.experts.down_proj_blocks"][2, 7, 1, 3] = 0x77
-
-    rewrite(tiny, change)
-    if refused is None:
-        gptoss_stream.convert(tiny, tmp_path / "out", dtype=dtype)
-        return
-    with pytest.raises(TensorError) as refusal:
-        gptoss_stream.convert(tiny, tmp_path / "out", dtype=dtype)
-    assert refused in str(refusal.value)
-    assert not list((tmp_path / "out").glob("*.safetensors*"))
-
-
-def test_a_weight_that_float16_cannot_hold(tiny, tmp_path):
-    rewrite(tiny, lambda t: t["model.layers.1.self_attn.o_proj.weight"].__setitem__((3, 5), 70000))
-    gptoss_stream.convert(tiny, tmp_path / "bf16")
-    with pytest.raises(TensorError, match=r"'blocks\.1\.attn\.W_O': 1 values are too large"):
-        gptoss_stream.convert(tiny, tmp_path / "f16", dtype="float16")
+def test_the_last_scales_that_fit_are_converted(value, dtype, several, tmp_path):
+    """Beneath the largest code; one more is refused (`test_bad_input`)."""
+    scale(value)(several)
+    gptoss_stream.convert(several, tmp_path / "out", dtype=dtype)
+    found = load_file(tmp_path / "out/model.safetensors")["blocks.1.mlp.experts.2.W_out.weight"]
+    assert found[7, 38:40].tolist() == [6 * 2.0 ** (value - 127)] * 2
 
 
 def test_infinities_and_nans_of_the_source_stay(tiny, tmp_path):
@@ -382,12 +252,6 @@ def test_options_that_are_none(options, checkpoints, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_source_that_is_none(tmp_path):
-    for source in (tmp_path / "nowhere", tmp_path, "~nobody-of-that-name/x"):
-        with pytest.raises(GptOssStreamError, match=re.escape(str(source))):
-            gptoss_stream.convert(source, tmp_path / "out")
-
-
 def test_names_with_spaces_letters_and_links(tiny, tmp_path, monkeypatch):
     """And the Hub's cache, whose snapshots are links to blobs."""
     snapshot = tmp_path / "models--öpen ai/snapshots/abc"
@@ -405,20 +269,6 @@ def test_names_with_spaces_letters_and_links(tiny, tmp_path, monkeypatch):
     assert (tmp_path / "a  ü/model.safetensors").read_bytes() == (
         tmp_path / "plain/model.safetensors"
     ).read_bytes()
-
-
-def test_a_link_out_of_the_folder_is_refused(tiny, tmp_path):
-    (tiny / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
-    (tiny / "model.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
-    with pytest.raises(CheckpointError, match="a link that leads out of the folder"):
-        gptoss_stream.convert(tiny, tmp_path / "out")
-
-
-def test_a_pipe_is_refused_at_once(tiny, tmp_path):
-    (tiny / "model.safetensors").unlink()
-    os.mkfifo(tiny / "model.safetensors")
-    with pytest.raises(CheckpointError, match="not a regular file"):
-        gptoss_stream.convert(tiny, tmp_path / "out")
 
 
 def test_an_interrupted_run_goes_on_with_what_is_missing(checkpoints, tmp_path, monkeypatch):

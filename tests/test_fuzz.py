@@ -87,7 +87,9 @@ def theirs(file: bytes) -> tuple[dict | None, str]:
 
 
 def is_a_line(message: str, *names: str) -> bool:
-    return len(message.splitlines()) == 1 and len(message) < 1500 and any(n in message for n in names)
+    return (
+        len(message.splitlines()) == 1 and len(message) < 1500 and any(n in message for n in names)
+    )
 
 
 @pytest.mark.parametrize(
