@@ -6,8 +6,8 @@ import json
 import random
 import shutil
 
+import numpy as np
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 import gptoss_stream
@@ -46,32 +46,101 @@ def test_what_convert_made_is_equal(dtype, checkpoints, tmp_path, monkeypatch):
         )
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A pair with little in it, to be verified by the thousand; each test leaves it as it was."""
+    folder = tmp_path_factory.mktemp("small")
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 65, "head_dim": 8}
+    gptoss_stream.synth(folder / "source", layers=2, experts=2, **sizes)
+    gptoss_stream.convert(folder / "source", folder / "out", max_shard_size="20KB")
+    return folder / "source", folder / "out"
+
+
+def regions(output) -> dict[str, list[tuple]]:
+    """Every place of an output by the part that it lies in: as (file, byte, tensor or None)."""
+    found: dict[str, list[tuple]] = {}
+    for shard in sorted(output.glob("*.safetensors")):
+        raw = shard.read_bytes()
+        start = 8 + int.from_bytes(raw[:8], "little")
+        written = len(raw[:start].rstrip(b" "))
+        metadata = raw.index(b"__metadata__"), raw.index(b"}") + 1
+        parts = {"length": (0, 8), "header": (8, written), "padding": (written, start)}
+        for part, (first, end) in {**parts, "metadata": metadata}.items():
+            found.setdefault(part, []).extend((shard, at, None) for at in range(first, end))
+        for name, entry in json.loads(raw[8:start]).items():
+            if name != "__metadata__":
+                first, end = (start + offset for offset in entry["data_offsets"])
+                places = {"first": [first], "last": [end - 1], "data": range(first, end)}
+                for part, ats in {**places, "middle": [(first + end) // 2]}.items():
+                    found.setdefault(part, []).extend((shard, at, (name, first)) for at in ats)
+    for name in (INDEX, "tl_config.json", "source_config.json", "generation_config.json"):
+        found[name] = [(output / name, at, None) for at in range((output / name).stat().st_size)]
+    return found
+
+
 @pytest.mark.parametrize("staged", [64_000_000, 1000])
-def test_every_flipped_bit_is_found_where_it_is(staged, copy, monkeypatch):
+@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_every_flipped_bit_is_found_where_it_is(staged, count, small, monkeypatch):
+    """Of the data: the tensor, the element and its value. Of all else: the file or the tensor."""
     monkeypatch.setattr("gptoss_stream.planner.STAGED_NBYTES", staged)
-    source, output = copy
-    rng = random.Random(staged)
-    shards = sorted(output.glob("*.safetensors"))
-    for _ in range(60):
-        shard = rng.choice(shards)
-        data = bytearray(shard.read_bytes())
-        start = 8 + int.from_bytes(data[:8], "little")
-        at = rng.randrange(start, len(data))
+    source, output = small
+    rng, parts = random.Random(staged + count), regions(output)
+    tensors = {n: t for f in output.glob("*.safetensors") for n, t in load_file(f).items()}
+    missed = []
+    for number in range(count):
+        part = list(parts)[number % len(parts)]
+        file, at, tensor = rng.choice(parts[part])
+        original = file.read_bytes()
+        data = bytearray(original)
         data[at] ^= 1 << rng.randrange(8)
-        before = {n: t.clone() for n, t in load_file(shard).items()}
-        original = shard.read_bytes()
-        shard.write_bytes(data)
-        after = load_file(shard)
-        (name,) = (
-            n for n in before if not before[n].view(torch.int16).equal(after[n].view(torch.int16))
-        )
-        (place,) = (before[name].view(torch.int16) != after[name].view(torch.int16)).nonzero()
-        (difference,) = gptoss_stream.verify(source, output).differences
-        assert (difference.kind, difference.name, difference.shard) == ("value", name, shard.name)
-        assert difference.index == tuple(place.tolist())
-        assert difference.expected == before[name][difference.index].item()
-        shard.write_bytes(original)
+        file.write_bytes(data)
+        differences = gptoss_stream.verify(source, output, workers=1).differences
+        file.write_bytes(original)
+        if tensor is not None:
+            name, first = tensor
+            index = np.unravel_index((at - first) // 2, tensors[name].shape)
+            known = [
+                (d.kind, d.name, d.shard, d.index, d.expected, str(d.found) != str(d.expected))
+                for d in differences
+            ]
+            value = tensors[name][tuple(index)].item()
+            if known != [("value", name, file.name, tuple(index), value, True)]:
+                missed.append((part, name, index, known))
+        elif not any(d.name in tensors or file.name in (d.name, d.shard) for d in differences):
+            missed.append((part, file.name, at, bytes(data[max(0, at - 30) : at + 30])))
+    assert missed == []
     assert gptoss_stream.verify(source, output).equal
+
+
+@pytest.mark.parametrize("count", [4, pytest.param(100, marks=pytest.mark.slow)])
+def test_a_clean_copy_raises_no_alarm(count, tmp_path, monkeypatch):
+    """Of random checkpoints, with random options, and compared in pieces of random sizes."""
+    rng = random.Random(count)
+    for number in range(count):
+        sizes = {"layers": rng.randrange(1, 4), "experts": rng.randrange(1, 4), "hidden_size": 32}
+        source = gptoss_stream.synth(
+            tmp_path / f"source{number}",
+            seed=number,
+            vocab_size=rng.randrange(2, 300),
+            head_dim=rng.choice((8, 16, 26)),
+            intermediate_size=rng.choice((32, 64, 96)),
+            max_shard_size=rng.choice(("5GB", "30KB", "7KB")),
+            **sizes,
+        )
+        out = tmp_path / f"out{number}"
+        gptoss_stream.convert(
+            source,
+            out,
+            dtype=rng.choice(("bfloat16", "float16", "float32")),
+            max_shard_size=rng.choice(("5GB", "100KB", "9KB", 1)),
+            workers=rng.randrange(1, 5),
+        )
+        copied = shutil.copytree(out, tmp_path / f"copy{number}")
+        with monkeypatch.context() as patch:
+            patch.setattr("gptoss_stream.verifier.SEGMENT_NBYTES", rng.choice((4096, 65_536)))
+            patch.setattr("gptoss_stream.planner.STAGED_NBYTES", rng.choice((100, 64_000_000)))
+            assert gptoss_stream.verify(source, copied, workers=rng.randrange(1, 5)).equal
+            assert gptoss_stream.verify(source, copied, sample=3, seed=number).equal
 
 
 def first_shard(output):
@@ -83,6 +152,12 @@ def replace_tensors(output, change):
     tensors = load_file(shard)
     change(tensors)
     save_file(tensors, shard, {"format": "pt"})
+
+
+def swap(one, other):
+    one.rename(one.with_suffix(".aside"))
+    other.rename(one)
+    one.with_suffix(".aside").rename(other)
 
 
 def edit_index(output, change):
@@ -109,6 +184,7 @@ DAMAGES = {
         ),
         "value",
     ),
+    "two shards swapped": (lambda o: swap(*sorted(o.glob("*.safetensors"))[:2]), "index"),
     "a tensor missing": (lambda o: replace_tensors(o, lambda t: t.popitem()), "missing"),
     "a tensor too many": (
         lambda o: replace_tensors(o, lambda t: t.update(extra=t["embed.W_E"][:1].clone())),
@@ -151,6 +227,20 @@ def test_every_other_damage_is_found(damage, kind, copy, capsys):
     printed = capsys.readouterr().out
     assert f"{kind}: " in printed
     assert "difference" in printed
+
+
+def test_every_missing_file_is_named(small):
+    """But for the record of the run, which says nothing that is compared."""
+    source, output = small
+    for file in sorted(output.iterdir()):
+        if file.name != "gptoss_stream.json":
+            data = file.read_bytes()
+            file.unlink()
+            differences = gptoss_stream.verify(source, output).differences
+            file.write_bytes(data)
+            lost = {d.name for d in differences} & {file.name, INDEX}
+            assert lost, (file.name, differences)
+    assert gptoss_stream.verify(source, output).equal
 
 
 def test_swapped_experts_are_found(copy):
