@@ -6,8 +6,6 @@ import errno
 import fcntl
 import json
 import os
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -252,33 +250,6 @@ def test_names_with_spaces_letters_and_links(tiny, tmp_path, monkeypatch):
     assert (tmp_path / "a  ü/model.safetensors").read_bytes() == (
         tmp_path / "plain/model.safetensors"
     ).read_bytes()
-
-
-def test_an_interrupted_run_goes_on_with_what_is_missing(checkpoints, tmp_path, monkeypatch):
-    """Killed after its second shard; another run with other options is refused meanwhile."""
-    source, out = checkpoints(), tmp_path / "out"
-    gptoss_stream.convert(source, tmp_path / "whole", max_shard_size="300KB")
-    code = (
-        "import os, gptoss_stream as g\n"
-        "from gptoss_stream.shard_file import ShardFile\n"
-        "commit, done = ShardFile.commit, []\n"
-        "def dying(self):\n"
-        "    commit(self)\n"
-        "    done.append(1)\n"
-        "    if len(done) == 2: os.kill(os.getpid(), 9)\n"
-        "ShardFile.commit = dying\n"
-        f"g.convert({str(source)!r}, {str(out)!r}, max_shard_size='300KB', workers=1)"
-    )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
-    finished = {file: file.stat().st_mtime_ns for file in out.glob("*.safetensors")}
-    assert len(finished) == 2
-    assert not (out / "model.safetensors.index.json").exists()
-    with pytest.raises(OutputError, match=r"dtype \(bfloat16 there, float32 now\); repeat"):
-        gptoss_stream.convert(source, out, max_shard_size="300KB", dtype="float32")
-    report = gptoss_stream.convert(source, out, max_shard_size="300KB")
-    assert report.bytes_resumed == sum(file.stat().st_size for file in finished)
-    assert {file: file.stat().st_mtime_ns for file in finished} == finished
-    assert digests(out) == digests(tmp_path / "whole")
 
 
 def test_a_second_run_into_a_folder_is_refused_at_once(checkpoints, tmp_path):

@@ -1,0 +1,321 @@
+"""What may change between an interrupted run and the next, and what must not.
+
+Each row changes one thing after a run into seven shards was killed at its second. The next run is
+refused, by a line that says what differs, and touches nothing; or, where the change is harmless,
+it makes the same bytes as a run that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from damages import CONFIG, INDEX, LAST, SHARD, Damage, config, gone, header_text, text
+from runs import ROOT, WORK_NAME, assert_clean_error, digests, run_here
+from shards import edit_json, write_shard
+
+import gptoss_stream
+from gptoss_stream import layouts
+
+SIZE = ("--max-shard-size", "150KB")
+KILLED = """
+import os, sys, gptoss_stream
+from gptoss_stream.shard_file import ShardFile
+commit, done = ShardFile.commit, []
+def dying(self):
+    commit(self)
+    done.append(1)
+    if len(done) == 2:
+        os.kill(os.getpid(), 9)
+ShardFile.commit = dying
+gptoss_stream.convert(sys.argv[1], sys.argv[2], max_shard_size="150KB", workers=1)
+"""
+
+
+def die(source: Path, output: Path) -> None:
+    """Begin a conversion in a process that kills itself when two shards are finished."""
+    done = subprocess.run([sys.executable, "-c", KILLED, source, output], cwd=ROOT, timeout=60)
+    assert done.returncode == -9
+    assert len(list(output.glob("*.safetensors"))) == 2
+
+
+class Interrupted(NamedTuple):
+    source: Path
+    output: Path
+
+
+@pytest.fixture(scope="module")
+def kept(checkpoints, tmp_path_factory):
+    """An interrupted run, and copies of its folders to restore them from."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    made = checkpoints(layers=2, max_shard_size="200KB")
+    source = Path(shutil.copytree(made, folder / "source"))
+    (source / "tokenizer.json").write_text("{}")
+    die(source, folder / "out")
+    for name in ("source", "out"):
+        shutil.copytree(folder / name, folder / f"kept/{name}")
+    return folder
+
+
+@pytest.fixture
+def run(kept) -> Interrupted:
+    """The interrupted run as it was left: the same paths, bytes and times of every file."""
+    for name in ("source", "out"):
+        shutil.rmtree(kept / name, ignore_errors=True)
+        shutil.copytree(kept / "kept" / name, kept / name, symlinks=True)
+    return Interrupted(kept / "source", kept / "out")
+
+
+def resume(run: Interrupted, *options: str) -> subprocess.CompletedProcess[str]:
+    """The same command again, but for these options."""
+    return run_here("convert", *run, *SIZE, "--quiet", *options)
+
+
+def whole(run: Interrupted, *options: str) -> dict[str, str]:
+    """What a run that nothing interrupts makes of the source as it is now."""
+    fresh = run.output.with_name("fresh")
+    assert run_here("convert", run.source, fresh, *SIZE, "--quiet", *options).returncode == 0
+    made = digests(fresh)
+    shutil.rmtree(fresh)
+    return made
+
+
+def at_the_same_time(change: Damage, name: str = SHARD) -> Damage:
+    """A change to a file that leaves its time as it was."""
+
+    def damage(folder: Path) -> None:
+        before = (folder / name).stat()
+        change(folder)
+        os.utime(folder / name, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    return damage
+
+
+def later(folder: Path) -> None:
+    """A shard of the same bytes, written a little later."""
+    after = (folder / SHARD).stat().st_mtime_ns + 1000
+    os.utime(folder / SHARD, ns=(after, after))
+
+
+def swapped(names: bytes) -> bytes:
+    """A header in which two tensors of one shape have changed names: not a byte more or less."""
+    one, other = b"0.self_attn.k_proj", b"0.self_attn.v_proj"
+    return names.replace(one, b"\0").replace(other, one).replace(b"\0", other)
+
+
+def under_another_name(folder: Path) -> None:
+    (folder / LAST).rename(folder / "last.safetensors")
+    edit_json(folder / INDEX, rename)
+
+
+def rename(index: dict) -> None:
+    lasts = {name for name, shard in index["weight_map"].items() if shard == LAST}
+    index["weight_map"].update(dict.fromkeys(lasts, "last.safetensors"))
+
+
+def one_more(folder: Path) -> None:
+    entry = {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}
+    write_shard(folder / "more.safetensors", {"extra": entry}, b"x")
+    edit_json(folder / INDEX, lambda index: index["weight_map"].update(extra="more.safetensors"))
+
+
+def test_an_interrupted_run_goes_on_with_what_is_missing(run):
+    """Shards that were finished are not made again, and the bytes are those of one run."""
+    finished = {file: file.stat().st_mtime_ns for file in run.output.glob("*.safetensors")}
+    assert not (run.output / INDEX).exists()
+    report = gptoss_stream.convert(*run, max_shard_size="150KB")
+    assert report.bytes_resumed == sum(file.stat().st_size for file in finished)
+    assert {file: file.stat().st_mtime_ns for file in finished} == finished
+    assert digests(run.output) == whole(run)
+
+
+# What differs, and what the line says of it.
+SOURCES = {
+    "a shard of another time": (later, "source_files"),
+    "a shard of another size": (
+        at_the_same_time(header_text(lambda text: text + b" " * 8)),
+        "source_files",
+    ),
+    "a shard of another header": (at_the_same_time(header_text(swapped)), "differs in"),
+    "a shard of another name": (under_another_name, "source_files"),
+    "one shard more": (one_more, "source_files"),
+    "another value in config.json": (config(rope_theta=10_000), "config"),
+    "a value that only config.json has": (config(note="another"), "config"),
+    "other weights by config.json": (config(attention_bias=False), "differs in"),
+    "one shard less": (gone(INDEX, LAST), "tensors that config.json calls for are missing"),
+}
+OPTIONS = {
+    "float16": (["--dtype", "float16"], "dtype"),
+    "float32": (["--dtype", "float32"], "dtype"),
+    "a smaller size": (["--max-shard-size", "100KB"], "max_shard_size"),
+    "a larger size": (["--max-shard-size", "5GB"], "max_shard_size"),
+    "size and dtype": (["--max-shard-size", "5GB", "--dtype", "float32"], "dtype, max_shard_size"),
+    **{
+        f"layout {name}": (["--layout", name], "layout")
+        for name in layouts.names()
+        if name != "transformer-lens"
+    },
+}
+
+
+def assert_refused(run: Interrupted, options: list[str], *words: str) -> None:
+    before = digests(run.source), digests(run.output)
+    done = resume(run, *options)
+    assert_clean_error(done, 2)
+    assert all(word in done.stderr for word in words), done.stderr
+    assert (digests(run.source), digests(run.output)) == before
+
+
+@pytest.mark.parametrize(("damage", "word"), SOURCES.values(), ids=SOURCES.keys())
+def test_another_source_is_refused(damage, word, run):
+    """It says what differs and how to begin anew, touches nothing, and does so when told to."""
+    damage(run.source)
+    if "missing" in word:  # no source at all any more
+        assert_refused(run, [], word)
+        return
+    assert_refused(run, [], word, "unfinished run", "--overwrite")
+    assert resume(run, "--overwrite").returncode == 0
+    assert digests(run.output) == whole(run)
+
+
+@pytest.mark.parametrize(("options", "word"), OPTIONS.values(), ids=OPTIONS.keys())
+def test_other_options_are_refused(options, word, run):
+    """It says what differs and how to begin anew, touches nothing, and does so when told to."""
+    assert_refused(run, options, word, "unfinished run", "--overwrite")
+    assert resume(run, *options, "--overwrite").returncode == 0
+    assert digests(run.output) == whole(run, *options)
+    assert resume(run, *options, "--overwrite").returncode == 0
+
+
+def test_a_source_elsewhere_is_refused(run):
+    """The same files in another folder may be another model."""
+    other = Interrupted(run.source.rename(run.source.with_name("moved")), run.output)
+    try:
+        assert_refused(other, [], "differs in source;", "--overwrite")
+    finally:
+        other.source.rename(run.source)
+
+
+STATES = {
+    "of another version": (lambda s: s.update(version="0.0.1"), "version"),
+    "of another tool": (lambda s: s.update(tool="another"), "tool"),
+    "of another format": (lambda s: s.update(source_format="another"), "source_format"),
+    "without its source": (lambda s: s.pop("source"), "source"),
+    "without its files": (lambda s: s.pop("files"), "damaged"),
+    "with files that are none": (lambda s: s.update(files=5), "damaged"),
+    "with files of another kind": (lambda s: s.update(files=[1, 2]), ""),
+    "with no files": (lambda s: s.update(files=[]), "not this tool's"),
+    "with a file above": (lambda s: s["files"].append("../source/config.json"), "damaged"),
+    "with a file further above": (lambda s: s["files"].append("a/../../x"), "damaged"),
+    "with a file elsewhere": (lambda s: s["files"].append("/etc/hostname"), "damaged"),
+}
+TEXTS = {
+    "cut": lambda text: text[: len(text) // 2],
+    "empty": lambda text: b"",
+    "an array": lambda text: b"[]",
+    "null": lambda text: b"null",
+    "a string": lambda text: b'"files"',
+    "zeros": lambda text: bytes(len(text)),
+    "UTF-16": lambda text: text.decode().encode("utf-16"),
+    "with a key twice": lambda text: text.replace(b'"dtype"', b'"layout"'),
+    "deep": lambda text: b'{"files":' * 10_000,
+}
+
+
+@pytest.mark.parametrize("options", [[], ["--overwrite"]], ids=["resumed", "overwritten"])
+@pytest.mark.parametrize(("change", "word"), STATES.values(), ids=STATES.keys())
+def test_another_state_is_refused(change, word, options, run):
+    """And one that does not say which files are the tool's is not believed in deleting either."""
+    edit_json(run.output / WORK_NAME / "run.json", change)
+    if options and word in ("version", "tool", "source_format", "source"):
+        assert resume(run, *options).returncode == 0
+        assert digests(run.output) == whole(run)
+    else:
+        assert_refused(run, options, word)
+
+
+@pytest.mark.parametrize("options", [[], ["--overwrite"]], ids=["resumed", "overwritten"])
+@pytest.mark.parametrize("change", TEXTS.values(), ids=TEXTS.keys())
+def test_a_damaged_state_is_refused(change, options, run):
+    """With or without --overwrite: it does not say which files may be deleted."""
+    state = run.output / WORK_NAME / "run.json"
+    state.write_bytes(change(state.read_bytes()))
+    assert_refused(run, options, "run.json", "damaged")
+
+
+def test_a_state_that_is_gone_leaves_files_of_nobody(run):
+    (run.output / WORK_NAME / "run.json").unlink()
+    assert_refused(run, [], "not this tool's")
+    assert_refused(run, ["--overwrite"], "not this tool's")
+
+
+HARMLESS = {
+    "a shard gone": lambda run: min(run.output.glob("*.safetensors")).unlink(),
+    "a shard cut": lambda run: os.truncate(min(run.output.glob("*.safetensors")), 100_000),
+    "leftovers": lambda run: (run.output / WORK_NAME / "x.safetensors").write_bytes(b"x" * 999),
+    "a small file cut": lambda run: os.truncate(run.output / "tl_config.json", 10),
+    "a small file gone": lambda run: (run.output / "source_config.json").unlink(),
+    "the lock gone": lambda run: (run.output / WORK_NAME / "lock").unlink(),
+    "a model card": lambda run: (run.source / "README.md").write_text("# A model"),
+    "a file of PyTorch's": lambda run: (run.source / "pytorch_model.bin").write_bytes(b"PK"),
+}
+
+
+@pytest.mark.parametrize("change", HARMLESS.values(), ids=HARMLESS.keys())
+def test_what_is_harmless_is_resumed(change, run):
+    """To the same bytes as those of one run."""
+    change(run)
+    done = resume(run)
+    assert done.returncode == 0, done.stderr
+    assert digests(run.output) == whole(run)
+
+
+@pytest.mark.parametrize("options", [["--workers", "1"], ["--max-shard-size", "150000"]])
+def test_options_of_the_same_bytes_are_resumed(options, run):
+    assert resume(run, *options).returncode == 0
+    assert digests(run.output) == whole(run)
+
+
+def test_the_same_source_by_another_path_is_resumed(run, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(run.source)
+    monkeypatch.chdir(tmp_path)
+    assert resume(Interrupted(Path("link"), run.output)).returncode == 0
+    assert digests(run.output) == whole(run)
+
+
+def spaced(name: str) -> Damage:
+    """A JSON file of the same value in other bytes."""
+    return lambda folder: edit_json(folder / name, lambda value: None)
+
+
+# Whether these are taken for a change is not promised.
+EITHER = {
+    "a tokenizer file changed": text("tokenizer.json", b'{"version": "2"}'),
+    "a tokenizer file more": text("tokenizer_config.json", b"{}"),
+    "a tokenizer file less": gone("tokenizer.json"),
+    "a chat template more": text("chat_template.jinja", b"{{ messages }}"),
+    "an index in other bytes": spaced(INDEX),
+    "a configuration in other bytes": spaced(CONFIG),
+    "no index": gone(INDEX),
+}
+
+
+@pytest.mark.parametrize("damage", EITHER.values(), ids=EITHER.keys())
+def test_small_files_are_never_mixed(damage, run):
+    """Refused, or the bytes of one run of the source as it is now: nothing of what it was."""
+    damage(run.source)
+    before = digests(run.output)
+    done = resume(run)
+    if done.returncode == 0:
+        assert digests(run.output) == whole(run)
+    else:
+        assert_clean_error(done, 2)
+        assert "--overwrite" in done.stderr
+        assert digests(run.output) == before
+        assert resume(run, "--overwrite").returncode == 0
+        assert digests(run.output) == whole(run)
