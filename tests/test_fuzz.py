@@ -200,7 +200,7 @@ def test_a_damaged_shard_in_a_checkpoint(seed, count, small):
             elif {
                 name: mutant[raw.offset : raw.offset + raw.nbytes]
                 for name, raw in read_header(small, shard.name)[1].items()
-            } != {name: data for name, (_, _, data) in read.items()}:
+            } != {name: value for name, (_, _, value) in read.items()}:
                 failures.add("read_header and parse_header differ", mutant)
             try:
                 expected += tensors_of(gptoss_stream.plan(small)) == tensors_of(plan)
