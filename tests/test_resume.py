@@ -212,7 +212,7 @@ STATES = {
     "with no files": (lambda s: s.update(files=[]), "not this tool's"),
     "with a file above": (lambda s: s["files"].append("../source/config.json"), "damaged"),
     "with a file further above": (lambda s: s["files"].append("a/../../x"), "damaged"),
-    "with a file elsewhere": (lambda s: s["files"].append("/etc/hostname"), "damaged"),
+    "with a file elsewhere": (lambda s: s["files"].append(s["source"] + "/config.json"), "damaged"),
 }
 TEXTS = {
     "cut": lambda text: text[: len(text) // 2],
