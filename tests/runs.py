@@ -9,6 +9,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from gptoss_stream.cli import main
@@ -95,3 +97,45 @@ def assert_resumes(source: Path, output: Path, whole: dict[str, str], *options: 
     done = run(convert_command(source, output, *options))
     assert done.returncode == 0, done.stderr
     assert digests(output) == whole
+
+
+def strike(
+    command: list[str], output: Path, blow: Callable[[], None], after: float | None
+) -> tuple[subprocess.CompletedProcess[str], bool]:
+    """Run a conversion and deal it a blow some seconds after it began to write, or when it ended.
+
+    Gives the ended process, and whether it was still running when the blow fell.
+    """
+    before = _changed(output / WORK_NAME)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    with process:
+        try:
+            if after is None:
+                process.wait(60)
+            else:
+                while process.poll() is None and _changed(output / WORK_NAME) == before:
+                    time.sleep(0.0005)
+                time.sleep(after)
+            running = process.poll() is None
+            blow()
+            stdout, stderr = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr), running
+
+
+def seconds_of_writing(command: list[str], output: Path) -> float:
+    """How long a conversion runs from when it begins to write."""
+    began: list[float] = []
+    done, _ = strike(command, output, lambda: began.append(time.perf_counter()), after=0)
+    assert done.returncode == 0, done.stderr
+    return time.perf_counter() - began[0]
+
+
+def _changed(folder: Path) -> int | None:
+    try:
+        return folder.stat().st_mtime_ns
+    except OSError:
+        return None

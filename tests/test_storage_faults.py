@@ -1,0 +1,230 @@
+"""Power cuts and full disks: nothing half written, and the same command goes on.
+
+The disks are real file systems, the runs are those of the command line.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import resource
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+from disks import (
+    JOURNAL_FLUSHED,
+    JOURNAL_LOST,
+    ext4,
+    ext4_image,
+    lose_power,
+    remount,
+    tmpfs,
+)
+from runs import (
+    INDEX_NAME,
+    OPTIONS,
+    WORK_NAME,
+    assert_clean_error,
+    assert_nothing_half_written,
+    assert_resumes,
+    convert_command,
+    digests,
+    run,
+    seconds_of_writing,
+    strike,
+)
+
+MB = 1_000_000
+
+
+def many(quick: int, slow: int) -> pytest.MarkDecorator:
+    """A number of trials that takes seconds, and one that proves something."""
+    return pytest.mark.parametrize("count", [quick, pytest.param(slow, marks=pytest.mark.slow)])
+
+
+@pytest.fixture
+def source(checkpoints) -> Path:
+    return checkpoints()
+
+
+@pytest.fixture
+def whole(source, tmp_path) -> dict[str, str]:
+    """The digests of an output that nothing disturbed."""
+    assert run(convert_command(source, tmp_path / "whole")).returncode == 0
+    return digests(tmp_path / "whole")
+
+
+def changed_command(change: str, source: Path, output: Path) -> list[str]:
+    """The conversion with a change to Python's `os`, which the product knows nothing of."""
+    code = f"import os, sys, gptoss_stream.cli\n{change}\nsys.exit(gptoss_stream.cli.main())"
+    return [sys.executable, "-c", code, "convert", str(source), str(output), *OPTIONS]
+
+
+# ------------------------------------------------------------------------------- power losses
+
+
+def survive_power_losses(
+    source: Path,
+    whole: dict[str, str],
+    folder: Path,
+    count: int,
+    *,
+    options: str = "",
+    change: str = "",
+) -> int:
+    """Convert to a disk that loses its power, again and again; assert what must then be there.
+
+    One loss in five comes right after the run has ended, the others at random while it writes; one
+    in four is followed by another during the resumed run. Gives how many struck a running one.
+    """
+    image = ext4_image(folder / "image", 64 << 20)
+    disk = folder / "disk"
+    output = disk / "out"
+    command = changed_command(change, source, output)
+    with ext4(image, disk, options):
+        seconds = seconds_of_writing(command, output)
+        shutil.rmtree(output)
+    chance = random.Random(count)
+    live = 0
+    for number in range(count):
+        journal = (JOURNAL_FLUSHED, JOURNAL_LOST)[number % 2]
+        after = None if number % 10 < 2 else chance.uniform(0, seconds)
+        with ext4(image, disk, options):
+            done, running = strike(command, output, partial(lose_power, disk, journal), after)
+        live += running
+        with ext4(image, disk, options):
+            assert_nothing_half_written(output, whole)
+            finished = INDEX_NAME in digests(output)
+            if done.returncode == 0:
+                assert finished, "a run said that it was done, and its output is gone"
+            else:
+                assert_clean_error(done, 3)
+            if finished or chance.random() < 0.75:
+                assert_resumes(source, output, whole)
+                assert not (output / WORK_NAME).exists()
+                shutil.rmtree(output)
+    return live
+
+
+@many(quick=5, slow=200)
+def test_power_losses(count, source, whole, tmp_path):
+    """Under a final name stand the right bytes or nothing, with an index all of it; a run that
+    said it was done is done; and the same command makes of the rest what was to be."""
+    live = survive_power_losses(source, whole, tmp_path, count)
+    assert live >= count / 3
+
+
+@many(quick=3, slow=100)
+def test_power_losses_where_data_is_written_after_names(count, source, whole, tmp_path):
+    """The same on an ext4 that may let a file's new size reach the disk before its data."""
+    survive_power_losses(source, whole, tmp_path, count, options="data=writeback")
+
+
+@many(quick=3, slow=100)
+def test_power_losses_where_shards_go_through_the_page_cache(count, source, whole, tmp_path):
+    """The same where a system has no direct writing."""
+    survive_power_losses(source, whole, tmp_path, count, change="os.O_DIRECT = 0")
+
+
+@pytest.mark.parametrize("change", ["", "; os.O_DIRECT = 0"], ids=["direct", "buffered"])
+def test_without_fsync_power_losses_are_seen(change, source, whole, tmp_path):
+    """The control: a product that waits for no disk fails these very trials."""
+    change = "os.fsync = os.fdatasync = lambda descriptor: None" + change
+    with pytest.raises(AssertionError, match=r"json|safetensors|its output is gone"):
+        survive_power_losses(source, whole, tmp_path, 10, change=change)
+
+
+# --------------------------------------------------------------------------------- full disks
+
+
+def needed_nbytes(source: Path) -> int:
+    """What the shards need on the disk, as the tool says."""
+    command = [sys.executable, "-m", "gptoss_stream", "plan", str(source), *OPTIONS, "--json"]
+    return json.loads(run(command).stdout)["disk_needed"]
+
+
+def page_sizes(low: int, high: int, count: int) -> list[int]:
+    """`count` different multiples of a page, from `low` to just below `high`."""
+    return [low + (high - low) * n // count // 4096 * 4096 for n in range(count - 1)] + [
+        (high - 1) // 4096 * 4096
+    ]
+
+
+@many(quick=8, slow=50)
+def test_a_disk_that_is_too_small_is_refused_at_once(count, source, whole, tmp_path):
+    """With the space that is needed and that there is; and it goes on when there is enough."""
+    disk, output = tmp_path / "disk", tmp_path / "disk/out"
+    for size in page_sizes(64 << 10, needed_nbytes(source), count):
+        with tmpfs(disk, size):
+            done = run(convert_command(source, output))
+            assert_clean_error(done, 3)
+            assert re.search(r"[\d.]+ [kMG]?B are needed and [\d.]+ [kMG]?B are free", done.stderr)
+            assert all(name.startswith(WORK_NAME) for name in digests(output))
+            remount(disk, f"size={16 * MB}")
+            assert_resumes(source, output, whole)
+
+
+FILL_THEN_CONVERT = """
+import os, sys, gptoss_stream
+source, output, ballast, left = sys.argv[1:]
+def fill(planned, resumed):
+    status = os.statvfs(output)
+    with open(ballast, "wb") as file:
+        nbytes = status.f_bavail * status.f_frsize - int(left)
+        os.posix_fallocate(file.fileno(), 0, nbytes)
+try:
+    gptoss_stream.convert(source, output, max_shard_size="300KB", on_plan=fill)
+except gptoss_stream.GptOssStreamError as error:
+    print("gptoss_stream:", error, file=sys.stderr)
+    sys.exit(error.exit_code)
+"""
+
+
+def assert_survives_filling(source: Path, whole: dict[str, str], disk: Path, left: int) -> None:
+    """Convert while something else takes the disk's space but for `left` bytes; then free it."""
+    output, ballast = disk / "out", disk / "ballast"
+    child = [sys.executable, "-c", FILL_THEN_CONVERT, source, output, ballast, left]
+    done = run([str(argument) for argument in child])
+    assert_clean_error(done, 3)
+    assert_nothing_half_written(output, whole)
+    ballast.unlink()
+    assert_resumes(source, output, whole)
+    assert re.search(r"[\d.]+ [kMG]B", done.stderr), done.stderr
+    assert "again" in done.stderr
+
+
+@many(quick=6, slow=50)
+def test_a_disk_that_fills_during_the_run(count, source, whole, tmp_path):
+    """The error says how much is missing; when that is freed, the same command goes on."""
+    for left in page_sizes(0, needed_nbytes(source), count):
+        with tmpfs(tmp_path / "disk", 16 * MB) as disk:
+            assert_survives_filling(source, whole, disk, left)
+
+
+@many(quick=2, slow=20)
+def test_an_ext4_that_fills_during_the_run(count, source, whole, tmp_path):
+    """The same with direct writing, and where the space is gone only when data is placed."""
+    image = ext4_image(tmp_path / "image", 32 << 20)
+    for left in page_sizes(0, needed_nbytes(source), count):
+        with ext4(image, tmp_path / "disk") as disk:
+            assert_survives_filling(source, whole, disk, left)
+            shutil.rmtree(disk / "out")
+
+
+@pytest.mark.parametrize("limit", [100, 10_001, 150_000, 291_800])
+def test_files_may_not_grow_that_large(limit, source, whole, tmp_path):
+    """A limit on file size cuts a write short in the middle of a shard, at no round place."""
+    output = tmp_path / "out"
+
+    def set_limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    done = run(convert_command(source, output), preexec_fn=set_limit)
+    assert_clean_error(done, 3)
+    assert "File too large" in done.stderr
+    assert_nothing_half_written(output, whole)
+    assert_resumes(source, output, whole)
