@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import signal
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -97,6 +98,18 @@ def assert_resumes(source: Path, output: Path, whole: dict[str, str], *options: 
     done = run(convert_command(source, output, *options))
     assert done.returncode == 0, done.stderr
     assert digests(output) == whole
+
+
+def limit_file_size(nbytes: int) -> Callable[[], None]:
+    """What a new process does so that none of its files can grow beyond a size."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, nbytes))
+
+
+def interrupted(source: Path, output: Path) -> None:
+    """Begin a conversion, and let it fail at its first shard."""
+    done = run(convert_command(source, output), preexec_fn=limit_file_size(150_000))
+    assert_clean_error(done, 3)
+    assert (output / WORK_NAME).exists()
 
 
 def strike(

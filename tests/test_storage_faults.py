@@ -6,9 +6,9 @@ The disks are real file systems, the runs are those of the command line.
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
-import resource
 import shutil
 import sys
 from functools import partial
@@ -23,6 +23,7 @@ from disks import (
     lose_power,
     remount,
     tmpfs,
+    tool,
 )
 from runs import (
     INDEX_NAME,
@@ -33,6 +34,8 @@ from runs import (
     assert_resumes,
     convert_command,
     digests,
+    interrupted,
+    limit_file_size,
     run,
     seconds_of_writing,
     strike,
@@ -46,16 +49,17 @@ def many(quick: int, slow: int) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("count", [quick, pytest.param(slow, marks=pytest.mark.slow)])
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def source(checkpoints) -> Path:
     return checkpoints()
 
 
-@pytest.fixture
-def whole(source, tmp_path) -> dict[str, str]:
+@pytest.fixture(scope="module")
+def whole(source, tmp_path_factory) -> dict[str, str]:
     """The digests of an output that nothing disturbed."""
-    assert run(convert_command(source, tmp_path / "whole")).returncode == 0
-    return digests(tmp_path / "whole")
+    output = tmp_path_factory.mktemp("whole") / "out"
+    assert run(convert_command(source, output)).returncode == 0
+    return digests(output)
 
 
 def changed_command(change: str, source: Path, output: Path) -> list[str]:
@@ -219,12 +223,109 @@ def test_an_ext4_that_fills_during_the_run(count, source, whole, tmp_path):
 def test_files_may_not_grow_that_large(limit, source, whole, tmp_path):
     """A limit on file size cuts a write short in the middle of a shard, at no round place."""
     output = tmp_path / "out"
-
-    def set_limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    done = run(convert_command(source, output), preexec_fn=set_limit)
+    done = run(convert_command(source, output), preexec_fn=limit_file_size(limit))
     assert_clean_error(done, 3)
     assert "File too large" in done.stderr
     assert_nothing_half_written(output, whole)
     assert_resumes(source, output, whole)
+
+
+# ------------------------------------------------------- what may not be read, or not be written
+
+
+def without_override(command: list[str]) -> list[str]:
+    """A command for which permissions count, even if root runs it."""
+    if os.geteuid():
+        return command
+    drop = "-dac_override,-dac_read_search"
+    return [tool("setpriv"), f"--bounding-set={drop}", f"--inh-caps={drop}", *command]
+
+
+@pytest.mark.parametrize("name", ["", "config.json", INDEX_NAME, "model.safetensors", "vocab.json"])
+def test_a_source_that_may_not_be_read(name, tiny, tmp_path):
+    """Is a clean error that names the file, before anything is written."""
+    (tiny / "vocab.json").write_text("{}")
+    mode = (tiny / name).stat().st_mode
+    (tiny / name).chmod(0)
+    try:
+        done = run(without_override(convert_command(tiny, tmp_path / "out")))
+    finally:
+        (tiny / name).chmod(mode)
+    assert_clean_error(done, 3)
+    assert "Permission denied" in done.stderr
+    assert str(tiny / name) in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("where", ["parent", "output"])
+def test_a_folder_that_may_not_be_written(where, source, whole, tmp_path):
+    """Is a clean error; nothing is left of it, and it goes on once it may."""
+    output = tmp_path / "parent/output"
+    locked = {"parent": output.parent, "output": output}[where]
+    locked.mkdir(parents=True)
+    locked.chmod(0o555)
+    done = run(without_override(convert_command(source, output)))
+    assert_clean_error(done, 3)
+    assert "Permission denied" in done.stderr
+    assert str(output) in done.stderr
+    assert not list(locked.iterdir())
+    locked.chmod(0o755)
+    assert_resumes(source, output, whole)
+
+
+def test_a_disk_that_may_not_be_written(source, whole, tmp_path):
+    """A read-only file system is a clean error, and it goes on once it is writable."""
+    with tmpfs(tmp_path / "disk", 16 * MB) as disk:
+        for begin in (lambda: None, partial(interrupted, source, disk / "out")):
+            begin()
+            remount(disk, "ro")
+            done = run(convert_command(source, disk / "out"))
+            assert_clean_error(done, 3)
+            assert "Read-only file system" in done.stderr
+            remount(disk, "rw")
+            assert_nothing_half_written(disk / "out", whole)
+        assert_resumes(source, disk / "out", whole)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x/" * 3000, "é" * 200])
+def test_a_path_that_is_too_long(name, source, tmp_path):
+    """Is a clean error, with nothing made of what is not too long in it."""
+    done = run(convert_command(source, tmp_path / name))
+    assert_clean_error(done, 2, 3)
+    assert "too long" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("depth", [".", "file"])
+def test_an_output_that_is_a_file(depth, source, tmp_path):
+    """Or lies in one: a clean error, and the file stays."""
+    (tmp_path / "out").write_text("mine")
+    done = run(convert_command(source, tmp_path / "out" / depth, "--overwrite"))
+    assert_clean_error(done, 2, 3)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+NAMES = {
+    "spaces": " a  name with spaces ",
+    "letters": "модель-ü-模型-😀",
+    "a line break": "two\nlines",
+    "bytes that are no text": os.fsdecode(b"\xff\xfe"),
+    "folders to be made": "a/b/c",
+}
+
+
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES.keys())
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_names_that_folders_may_have(name, encoding, tiny, tmp_path):
+    """Source and output may have any name that the system allows, whatever the terminal can show;
+    an unfinished run in them is taken up again."""
+    source, output = tmp_path / "sources" / name, tmp_path / "outputs" / name
+    source.parent.mkdir(parents=True)
+    tiny.rename(source)
+    interrupted(source, output)
+    command = [part for part in convert_command(source, output) if part != "--quiet"]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = run(command, env=environment, encoding="utf-8", errors="surrogateescape")
+    assert done.returncode == 0, done.stderr
+    assert "in 4 shards" in done.stdout
+    assert len(list(output.glob("*.safetensors"))) == 4

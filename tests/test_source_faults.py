@@ -1,0 +1,307 @@
+"""A source that changes during the run, that is the output by another name, or that names files
+which are none of its own: the output is right or not there, and nothing is written to the source.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import stat
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+from disks import mounted
+from runs import (
+    INDEX_NAME,
+    ROOT,
+    WORK_NAME,
+    assert_clean_error,
+    assert_nothing_half_written,
+    convert_command,
+    digests,
+    interrupted,
+    run,
+    seconds_of_writing,
+    strike,
+)
+
+SHARD = "model.safetensors"
+
+
+# ----------------------------------------------------------------- a source that changes meanwhile
+
+
+def blanked(file: Path) -> bytes:
+    """A shard's bytes, the latter half of them zeros: sound numbers still, but others."""
+    data = file.read_bytes()
+    return data[: len(data) // 2] + bytes(len(data) - len(data) // 2)
+
+
+def truncate(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 3)
+
+
+def overwrite(file: Path) -> None:
+    with open(file, "r+b") as opened:
+        opened.write(blanked(file))
+
+
+def replace(file: Path) -> None:
+    other = file.with_suffix(".new")
+    other.write_bytes(blanked(file))
+    other.rename(file)
+
+
+def replace_by_one_of_the_same_age(file: Path) -> None:
+    other = file.with_suffix(".new")
+    other.write_bytes(blanked(file))
+    shutil.copystat(file, other)
+    other.rename(file)
+
+
+CHANGES = (truncate, overwrite, replace, replace_by_one_of_the_same_age, Path.unlink)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("count", [4, pytest.param(50, marks=pytest.mark.slow)])
+def test_a_shard_that_changes_during_the_run(change, count, checkpoints, tmp_path):
+    """The run ends with the right output or with a clean error, by no signal; and what it leaves
+    under a final name was made of the old bytes alone."""
+    original = checkpoints(
+        layers=4,
+        experts=12,
+        hidden_size=288,
+        intermediate_size=288,
+        vocab_size=3000,
+        max_shard_size="3MB",
+    )
+    source, output = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(original, source)
+    command = convert_command(source, output, "--max-shard-size", "10MB")
+    seconds = seconds_of_writing(command, output)
+    whole = digests(output)
+    chance = random.Random(count)
+    live = 0
+    for _ in range(count):
+        shutil.rmtree(output)
+        victim = chance.choice(sorted(source.glob("*.safetensors")))
+        after = chance.uniform(0, seconds)
+        done, running = strike(command, output, partial(change, victim), after)
+        live += running
+        if done.returncode == 0:
+            assert digests(output) == whole, f"{victim.name} after {after:.3f} s"
+        else:
+            assert_clean_error(done, 2, 3)
+            assert_nothing_half_written(output, whole)
+        victim.unlink(missing_ok=True)
+        shutil.copy2(original / victim.name, victim)
+    assert live >= count / 2
+
+
+# --------------------------------------------------------------------- other names of the source
+
+
+def link(source: Path) -> Path:
+    """A symbolic link to a folder, beside it."""
+    (source.parent / "link").symlink_to(source)
+    return source.parent / "link"
+
+
+ALIASES: dict[str, Callable[[Path], Path | str]] = {
+    "the same folder": lambda source: source,
+    "a folder inside": lambda source: source / "out",
+    "a folder far inside": lambda source: source / "a/b/../c",
+    "the folder around": lambda source: source.parent,
+    "a link": link,
+    "a folder behind a link": lambda source: link(source) / "out",
+    "a link to a folder to come inside": lambda source: link(source / "out"),
+    "a slash at the end": lambda source: f"{source}/",
+    "two dots": lambda source: f"{source}/../{source.name}",
+    "a relative path": lambda source: os.path.relpath(source, ROOT),
+    "the home folder's": lambda source: f"~/{source.name}",
+}
+
+
+def everything(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Everything below a folder, with what changes when it is written to."""
+    return {
+        path: (path.lstat().st_size, path.lstat().st_mtime_ns) for path in sorted(folder.rglob("*"))
+    }
+
+
+def assert_refused_before_any_write(source: Path, output: Path | str) -> None:
+    before = digests(source), everything(source.parent)
+    done = run(
+        convert_command(source, output, "--overwrite"),
+        env={**os.environ, "HOME": str(source.parent)},
+    )
+    assert_clean_error(done, 2)
+    assert "one folder, or one lies inside the other" in done.stderr
+    assert (digests(source), everything(source.parent)) == before
+
+
+@pytest.mark.parametrize("alias", ALIASES.values(), ids=ALIASES.keys())
+def test_an_output_that_is_the_source_by_another_name(alias, tiny):
+    """Is refused before anything is written, even with --overwrite."""
+    assert_refused_before_any_write(tiny, alias(tiny))
+
+
+@pytest.mark.parametrize(
+    ("bound", "output"), [("source", ""), ("source", "out"), (".", ""), (".", "source/out")]
+)
+def test_an_output_on_another_mount_of_the_source(bound, output, tiny, tmp_path_factory):
+    """Likewise where the two paths have nothing in common."""
+    with mounted(tmp_path_factory.mktemp("mount"), "--bind", str(tiny.parent / bound)) as mount:
+        assert_refused_before_any_write(tiny, mount / output)
+
+
+def test_an_output_whose_name_differs_in_case(tiny, tmp_path):
+    """Is another folder, or, where case does not count, the same, which is refused."""
+    before = digests(tiny)
+    done = run(convert_command(tiny, tiny.with_name("SOURCE")))
+    assert done.returncode == (2 if (tmp_path / "Source").exists() else 0), done.stderr
+    assert digests(tiny) == before
+
+
+def shard_is_the_sources(source: Path, output: Path) -> None:
+    """A finished output, in which somebody put the source's shard for one of its own."""
+    assert run(convert_command(source, output)).returncode == 0
+    shard = next(output.glob("*.safetensors"))
+    shard.unlink()
+    shard.hardlink_to(source / SHARD)
+
+
+def leftovers_are_the_sources(source: Path, output: Path, make_link: Callable) -> None:
+    """An unfinished output, whose files in the making are the source's."""
+    interrupted(source, output)
+    names = ["run.json.partial", *(f"model-0000{n}-of-00005.safetensors" for n in (1, 2))]
+    for name in names:
+        make_link(source / SHARD, output / WORK_NAME / name)
+
+
+def templates_are_the_sources(source: Path, output: Path) -> None:
+    """A finished output, whose only folder is the source's."""
+    templates = "additional_chat_templates"
+    (source / templates).mkdir()
+    (source / templates / "tool.jinja").write_text("{{ tools }}")
+    assert run(convert_command(source, output)).returncode == 0
+    shutil.rmtree(output / templates)
+    (output / templates).symlink_to(source / templates)
+
+
+def work_folder_is_the_source(source: Path, output: Path) -> None:
+    output.mkdir()
+    (output / WORK_NAME).symlink_to(source)
+
+
+def work_folder_of_a_finished_output_is_the_source(source: Path, output: Path) -> None:
+    assert run(convert_command(source, output)).returncode == 0
+    (output / WORK_NAME).symlink_to(source)
+
+
+ENTANGLEMENTS = {
+    "a shard": shard_is_the_sources,
+    "hard links as leftovers": partial(leftovers_are_the_sources, make_link=os.link),
+    "symbolic links as leftovers": partial(leftovers_are_the_sources, make_link=os.symlink),
+    "a folder": templates_are_the_sources,
+    "the work folder": work_folder_is_the_source,
+    "the work folder, not needed": work_folder_of_a_finished_output_is_the_source,
+}
+
+
+@pytest.mark.parametrize("entangle", ENTANGLEMENTS.values(), ids=ENTANGLEMENTS.keys())
+def test_an_output_in_which_something_is_the_sources(entangle, tiny, tmp_path):
+    """Is replaced without the source, or refused; the source stays as it is."""
+    entangle(tiny, tmp_path / "out")
+    before = digests(tiny)
+    assert run(convert_command(tiny, tmp_path / "whole")).returncode == 0
+    done = run(convert_command(tiny, tmp_path / "out", "--overwrite"))
+    assert digests(tiny) == before
+    if done.returncode:
+        assert_clean_error(done, 2)
+    else:
+        assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+# --------------------------------------------------------------------- names in the source's index
+
+
+Put = Callable[[Path], object]
+"""Puts something into a checkpoint's folder, and gives what its index is to name."""
+
+
+def copied_to(name: str) -> Put:
+    """The real shard, which would do were it not for its name."""
+
+    def put(source: Path) -> str:
+        (source / name).parent.mkdir(exist_ok=True)
+        shutil.copy(source / SHARD, source / name)
+        return name
+
+    return put
+
+
+def made(name: str, make: Callable[[Path], object]) -> Put:
+    def put(source: Path) -> str:
+        make(source / name)
+        return name
+
+    return put
+
+
+def device(file: Path) -> None:
+    try:
+        os.mknod(file, stat.S_IFCHR | 0o600, os.makedev(1, 5))
+    except PermissionError:
+        pytest.skip("needs the right to make a device file")
+
+
+def link_out(file: Path) -> None:
+    file.symlink_to(shutil.move(file.parent / SHARD, file.parent.parent))
+
+
+INDEX_NAMES: dict[str, Put] = {
+    "absolute": lambda source: str(source / SHARD),
+    "outside": copied_to("../other.safetensors"),
+    "in a folder": copied_to("sub/model.safetensors"),
+    "by way of a dot": lambda source: f"./{SHARD}",
+    "a backslash": copied_to("..\\model.safetensors"),
+    "NUL": lambda source: f"{SHARD}\0",
+    "empty": lambda source: "",
+    "dots": lambda source: "..",
+    "hidden": copied_to(".model.safetensors"),
+    "another suffix": copied_to("model.bin"),
+    "home": lambda source: f"~/{SHARD}",
+    "a pipe": made("pipe.safetensors", os.mkfifo),
+    "a device": made("zero.safetensors", device),
+    "a folder": made("folder.safetensors", Path.mkdir),
+    "a link out": made("link.safetensors", link_out),
+    "a link to itself": made("loop.safetensors", lambda file: file.symlink_to(file)),
+    "longer than names may be": lambda source: "m" * 244 + ".safetensors",
+    "much longer": lambda source: "m" * 100_000 + ".safetensors",
+    "a look-alike letter": copied_to("m\u043edel.safetensors"),
+    "a look-alike slash": copied_to("..\u2215model.safetensors"),
+    "a line break": copied_to("model.safetensors\n"),
+    "a terminal's command": copied_to("\x1b[2J.safetensors"),
+    "half a character": lambda source: "\ud800.safetensors",
+    "a number": lambda source: 7,
+}
+
+
+@pytest.mark.parametrize("put", INDEX_NAMES.values(), ids=INDEX_NAMES.keys())
+def test_a_name_in_the_index_that_is_none_of_a_shard(put, tiny, tmp_path):
+    """Is refused in a line of plain characters; nothing is written, and nothing waited for."""
+    index = json.loads((tiny / INDEX_NAME).read_text())
+    name = put(tiny)
+    index["weight_map"] = dict.fromkeys(index["weight_map"], name)
+    (tiny / INDEX_NAME).write_text(json.dumps(index))
+    before = everything(tmp_path)
+    done = run(convert_command(tiny, tmp_path / "out"))
+    assert_clean_error(done, 2)
+    assert done.stderr.removesuffix("\n").isprintable()
+    assert len(done.stderr) < 1000
+    assert everything(tmp_path) == before
