@@ -113,24 +113,28 @@ def interrupted(source: Path, output: Path) -> None:
 
 
 def strike(
-    command: list[str], output: Path, blow: Callable[[], None], after: float | None
+    command: list[str], output: Path, blow: Callable[[], None], files: int | None, pause: float = 0
 ) -> tuple[subprocess.CompletedProcess[str], bool]:
-    """Run a conversion and deal it a blow some seconds after it began to write, or when it ended.
+    """Run a conversion and deal it a blow in the midst of it, or (`files` None) when it has ended.
 
-    Gives the ended process, and whether it was still running when the blow fell.
+    The midst is some seconds, `pause`, after it began to write and so many files of the output
+    stood under their names. Gives the ended process, and whether it ran when the blow fell.
     """
-    before = _changed(output / WORK_NAME)
+    work = output / WORK_NAME
+    before = _changed(work)
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
     )
     with process:
         try:
-            if after is None:
+            if files is None:
                 process.wait(60)
             else:
-                while process.poll() is None and _changed(output / WORK_NAME) == before:
-                    time.sleep(0.0005)
-                time.sleep(after)
+                while process.poll() is None and (
+                    _changed(work) == before or len([*output.iterdir()]) <= files
+                ):
+                    time.sleep(0.0003)
+                time.sleep(pause)
             running = process.poll() is None
             blow()
             stdout, stderr = process.communicate(timeout=60)
@@ -142,7 +146,7 @@ def strike(
 def seconds_of_writing(command: list[str], output: Path) -> float:
     """How long a conversion runs from when it begins to write."""
     began: list[float] = []
-    done, _ = strike(command, output, lambda: began.append(time.perf_counter()), after=0)
+    done, _ = strike(command, output, lambda: began.append(time.perf_counter()), files=0)
     assert done.returncode == 0, done.stderr
     return time.perf_counter() - began[0]
 

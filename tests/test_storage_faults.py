@@ -90,15 +90,16 @@ def survive_power_losses(
     output = disk / "out"
     command = changed_command(change, source, output)
     with ext4(image, disk, options):
-        seconds = seconds_of_writing(command, output)
+        pause = seconds_of_writing(command, output) / len(whole)
         shutil.rmtree(output)
     chance = random.Random(count)
     live = 0
     for number in range(count):
         journal = (JOURNAL_FLUSHED, JOURNAL_LOST)[number % 2]
-        after = None if number % 10 < 2 else chance.uniform(0, seconds)
+        files = None if number % 10 < 2 else chance.randrange(len(whole))
         with ext4(image, disk, options):
-            done, running = strike(command, output, partial(lose_power, disk, journal), after)
+            blow = partial(lose_power, disk, journal)
+            done, running = strike(command, output, blow, files, chance.uniform(0, pause))
         live += running
         with ext4(image, disk, options):
             assert_nothing_half_written(output, whole)
@@ -119,7 +120,7 @@ def test_power_losses(count, source, whole, tmp_path):
     """Under a final name stand the right bytes or nothing, with an index all of it; a run that
     said it was done is done; and the same command makes of the rest what was to be."""
     live = survive_power_losses(source, whole, tmp_path, count)
-    assert live >= count / 3
+    assert live >= count // 3
 
 
 @many(quick=3, slow=100)
