@@ -34,7 +34,7 @@ def mounted(folder: Path, *what: str) -> Iterator[Path]:
     folder.mkdir(exist_ok=True)
     done = subprocess.run([tool("mount"), *what, str(folder)], capture_output=True, text=True)
     if done.returncode:
-        pytest.skip(f"needs the right to mount: {done.stderr.strip()}")
+        pytest.skip(f"needs the right to mount: {done.stderr.splitlines()[0]}")
     try:
         yield folder
     finally:

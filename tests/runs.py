@@ -22,11 +22,11 @@ ROOT = Path(__file__).parents[1]
 OPTIONS = ("--max-shard-size", "300KB", "--quiet")
 
 
-def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file in a folder, by its name in the folder."""
+def digests(folder: Path, pattern: str = "*") -> dict[str, str]:
+    """SHA-256 of every file in a folder whose name fits, by its path in the folder."""
     return {
         str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest()
-        for f in sorted(folder.rglob("*"))
+        for f in sorted(folder.rglob(pattern))
         if f.is_file()
     }
 

@@ -224,7 +224,7 @@ def test_an_ext4_that_fills_during_the_run(count, source, whole, tmp_path):
             shutil.rmtree(disk / "out")
 
 
-@pytest.mark.parametrize("limit", [100, 10_001, 150_000, 291_800])
+@pytest.mark.parametrize("limit", [100, 150_001, 294_000])
 def test_files_may_not_grow_that_large(limit, source, whole, tmp_path):
     """A limit on file size cuts a write short in the middle of a shard, at no round place."""
     output = tmp_path / "out"
@@ -238,22 +238,29 @@ def test_files_may_not_grow_that_large(limit, source, whole, tmp_path):
 # ------------------------------------------------------- what may not be read, or not be written
 
 
-def without_override(command: list[str]) -> list[str]:
-    """A command for which permissions count, even if root runs it."""
-    if os.geteuid():
-        return command
-    drop = "-dac_override,-dac_read_search"
-    return [tool("setpriv"), f"--bounding-set={drop}", f"--inh-caps={drop}", *command]
+@pytest.fixture
+def permissions_count(tmp_path) -> list[str]:
+    """What goes before a command to make permissions count, even if root runs it."""
+    prefix = []
+    if os.geteuid() == 0:
+        drop = "-dac_override,-dac_read_search"
+        prefix = [tool("setpriv"), f"--bounding-set={drop}", f"--inh-caps={drop}"]
+    probe = tmp_path / "probe"
+    probe.touch(0)
+    if run([*prefix, "cat", str(probe)]).returncode == 0:
+        pytest.skip("needs the right to give up capabilities")
+    probe.unlink()
+    return prefix
 
 
 @pytest.mark.parametrize("name", ["", "config.json", INDEX_NAME, "model.safetensors", "vocab.json"])
-def test_a_source_that_may_not_be_read(name, tiny, tmp_path):
+def test_a_source_that_may_not_be_read(name, permissions_count, tiny, tmp_path):
     """Is a clean error that names the file, before anything is written."""
     (tiny / "vocab.json").write_text("{}")
     mode = (tiny / name).stat().st_mode
     (tiny / name).chmod(0)
     try:
-        done = run(without_override(convert_command(tiny, tmp_path / "out")))
+        done = run([*permissions_count, *convert_command(tiny, tmp_path / "out")])
     finally:
         (tiny / name).chmod(mode)
     assert_clean_error(done, 3)
@@ -263,13 +270,13 @@ def test_a_source_that_may_not_be_read(name, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["parent", "output"])
-def test_a_folder_that_may_not_be_written(where, source, whole, tmp_path):
+def test_a_folder_that_may_not_be_written(where, permissions_count, source, whole, tmp_path):
     """Is a clean error; nothing is left of it, and it goes on once it may."""
     output = tmp_path / "parent/output"
     locked = {"parent": output.parent, "output": output}[where]
     locked.mkdir(parents=True)
     locked.chmod(0o555)
-    done = run(without_override(convert_command(source, output)))
+    done = run([*permissions_count, *convert_command(source, output)])
     assert_clean_error(done, 3)
     assert "Permission denied" in done.stderr
     assert str(output) in done.stderr
@@ -326,7 +333,10 @@ def test_names_that_folders_may_have(name, encoding, tiny, tmp_path):
     an unfinished run in them is taken up again."""
     source, output = tmp_path / "sources" / name, tmp_path / "outputs" / name
     source.parent.mkdir(parents=True)
-    tiny.rename(source)
+    try:
+        tiny.rename(source)
+    except OSError as error:
+        pytest.skip(f"needs a file system with such names: {error}")
     interrupted(source, output)
     command = [part for part in convert_command(source, output) if part != "--quiet"]
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
