@@ -7,7 +7,6 @@ against the index, before anything is read. Reading is by rows of a raw tensor.
 from __future__ import annotations
 
 import os
-import stat
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from . import strict_json
 from .dtypes import DType
 from .errors import CheckpointError, ConfigError, HeaderError, machine_error, user_path
+from .regular_file import NotRegularError, open_regular
 from .safetensors_format import (
     INDEX_NAME,
     LENGTH_NBYTES,
@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 _MAX_CONFIG_NBYTES = 1_000_000
-_MAX_INDEX_NBYTES = 100_000_000
+_MAX_INDEX_NBYTES = 25_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,7 @@ class ShardInfo:
     name: str
     nbytes: int
     mtime_ns: int
+    inode: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +136,11 @@ def _read_small(file: Path, limit: int) -> bytes:
 def _read_config(folder: Path) -> Mapping[str, Any]:
     file = folder / "config.json"
     if not file.exists():
+        if (folder / "model.bin").exists():
+            raise ConfigError(
+                f"{file}: missing; this looks like the released metal/, which is not converted: "
+                "name the folder above it"
+            )
         raise ConfigError(f"{file}: missing; a checkpoint folder needs it")
     try:
         config = strict_json.loads(_read_small(file, _MAX_CONFIG_NBYTES))
@@ -155,12 +161,10 @@ def _open_regular(file: Path, folder: Path) -> int:
         raise CheckpointError(
             f"{file}: a link that leads out of the folder, to {target}; copy the file here"
         )
-    # A pipe or a device would block or never end: open without waiting, then look.
-    descriptor = os.open(target, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise CheckpointError(f"{file}: not a regular file")
-    return descriptor
+    try:
+        return open_regular(target)
+    except NotRegularError:
+        raise CheckpointError(f"{file}: not a regular file; put the file itself there") from None
 
 
 def _describe_shards(
@@ -172,7 +176,7 @@ def _describe_shards(
     shards: list[ShardInfo] = []
     tensors: dict[str, RawTensor] = {}
     for name in names:
-        shard, found = read_header(folder, name)
+        shard, found, _ = read_header(folder, name)
         shards.append(shard)
         for twice in sorted(tensors.keys() & found.keys()):
             raise CheckpointError(
@@ -203,8 +207,9 @@ def _check_index(
             )
 
 
-def read_header(folder: Path, name: str) -> tuple[ShardInfo, dict[str, RawTensor]]:
-    """A safetensors file of a folder and its tensors; raises `CheckpointError` and `OSError`."""
+def read_header(folder: Path, name: str) -> tuple[ShardInfo, dict[str, RawTensor], dict[str, str]]:
+    """A safetensors file of a folder, its tensors and its metadata; raises `CheckpointError` and
+    `OSError`."""
     file = folder / name
     with open(_open_regular(file, folder), "rb", buffering=0) as opened:
         status = os.fstat(opened.fileno())
@@ -212,10 +217,10 @@ def read_header(folder: Path, name: str) -> tuple[ShardInfo, dict[str, RawTensor
         header = os.pread(opened.fileno(), length, LENGTH_NBYTES)
     if len(header) != length:
         raise HeaderError(f"{file}: it shrank while it was read; is something writing to it?")
-    infos = parse_header(header, status.st_size, str(file))
+    infos, metadata = parse_header(header, status.st_size, str(file))
     start = LENGTH_NBYTES + length
     tensors = {i.name: RawTensor(i.name, i.dtype, i.shape, name, start + i.begin) for i in infos}
-    return ShardInfo(name, status.st_size, status.st_mtime_ns), tensors
+    return _shard_info(name, status), tensors, metadata
 
 
 class Checkpoint:
@@ -257,10 +262,10 @@ class Checkpoint:
             status = os.fstat(descriptor)
         except OSError as error:
             raise machine_error(error, f"reading {path}") from error
-        if (status.st_size, status.st_mtime_ns) != (described.nbytes, described.mtime_ns):
+        if _shard_info(name, status) != described:
             os.close(descriptor)
             raise _changed(path)
-        return _OpenFile(path, descriptor, _state(status))
+        return _OpenFile(path, descriptor, described)
 
     @contextmanager
     def read(
@@ -299,7 +304,7 @@ class Checkpoint:
         """Raise `CheckpointError` if a file was written to since it was opened: what was read may
         then be in part of one state and in part of another."""
         for file in list(self._files.values()):
-            if _state(os.fstat(file.descriptor)) != file.state:
+            if _shard_info(file.described.name, os.fstat(file.descriptor)) != file.described:
                 raise _changed(file.path)
 
     def prefetch(self, extent: Extent) -> None:
@@ -322,12 +327,12 @@ class Checkpoint:
 class _OpenFile:
     path: Path
     descriptor: int
-    state: tuple[int, ...]
+    described: ShardInfo
 
 
-def _state(status: os.stat_result) -> tuple[int, ...]:
-    """What every write to a file changes. Not the change time: a new link changes it too."""
-    return status.st_size, status.st_mtime_ns
+def _shard_info(name: str, status: os.stat_result) -> ShardInfo:
+    # Not the change time: a new link to the file, or one less, changes it too.
+    return ShardInfo(name, status.st_size, status.st_mtime_ns, status.st_ino)
 
 
 def _changed(path: Path) -> CheckpointError:

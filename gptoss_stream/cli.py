@@ -7,6 +7,7 @@ Nothing heavy is imported before a command runs, so that --help and usage errors
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import signal
 import sys
@@ -33,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         signal.signal(signal.SIGINT, _stop)
         signal.signal(signal.SIGTERM, _stop)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold any bytes
         arguments = _parser().parse_args(argv)
         run: Callable[[argparse.Namespace], int | None] = arguments.run
         code = run(arguments)

@@ -98,6 +98,15 @@ class ModelConfig:
                 raise ConfigError(
                     f"config.json: {name} is {getattr(self, name)}; it must lie in 1 to {limit}"
                 )
+        windows = {
+            "max_position_embeddings": self.max_position_embeddings,
+            "sliding_window": 1 if self.sliding_window is None else self.sliding_window,
+            "rope_theta": self.rope_theta,
+            "rms_norm_eps": self.rms_norm_eps,
+        }
+        for name, value in windows.items():
+            if not value > 0:
+                raise ConfigError(f"config.json: {name} is {value}; it must be positive")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"config.json: {self.num_heads} attention heads cannot share "

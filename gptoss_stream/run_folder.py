@@ -23,6 +23,7 @@ from typing import IO, Any
 from . import strict_json
 from .checksums import SUMS_NAME, build_sums, parse_sums
 from .errors import OutputError
+from .regular_file import open_regular
 from .safetensors_format import INDEX_NAME
 from .shard_file import sync_folder
 
@@ -67,6 +68,7 @@ class RunFolder:
         earlier run made, and only that. Leaves no trace if nothing is begun meanwhile."""
         if self.path.exists() and not self.path.is_dir():
             raise OutputError(f"{self.path}: a file, not a folder; name another output")
+        self._refuse_links()
         existed = self.path.exists()
         if not self.work.exists():
             self._refuse_foreign()
@@ -83,6 +85,17 @@ class RunFolder:
                         self.path.rmdir()
             lock.close()
 
+    def _refuse_links(self) -> None:
+        """What is written or deleted through a folder that is a link belongs to somebody else."""
+        known = self._known() if self.path.is_dir() and not self.work.is_symlink() else None
+        names = [*self._state["files"], *(known["files"] if known else ())]
+        for folder in {self.work, *((self.path / name).parent for name in names)} - {self.path}:
+            if folder.is_symlink():
+                raise OutputError(
+                    f"{folder}: a link to {os.path.realpath(folder)}; remove the link or name "
+                    "another output"
+                )
+
     @property
     def _run_file(self) -> Path:
         return self.work / "run.json"
@@ -91,7 +104,7 @@ class RunFolder:
         import fcntl
 
         while True:
-            self.work.mkdir(parents=True, exist_ok=True)
+            self._make_folders()
             try:
                 lock = open(self.work / "lock", "a+")  # noqa: SIM115 (held for the whole run)
             except FileNotFoundError:
@@ -114,6 +127,13 @@ class RunFolder:
                     return lock
             lock.close()  # of a run that has just ended
 
+    def _make_folders(self) -> None:
+        """The folder and its work folder, with their names on the disk."""
+        made = [p for p in (self.work, self.path, *self.path.parents) if not p.exists()]
+        self.work.mkdir(parents=True, exist_ok=True)
+        for folder in made:
+            sync_folder(folder.parent)
+
     def _remove_work(self) -> None:
         """The lock last: until then the folder is held."""
         with suppress(FileNotFoundError):
@@ -127,7 +147,7 @@ class RunFolder:
         """The state of the run that the folder belongs to, if any."""
         for file in (self._run_file, self.path / RECORD_NAME):
             try:
-                with open(file, "rb") as opened:
+                with open(open_regular(file), "rb") as opened:
                     run = strict_json.loads(opened.read(_MAX_NBYTES))
                 names = [Path(name) for name in run["files"]]
                 if not names or any(".." in name.parts or name.is_absolute() for name in names):

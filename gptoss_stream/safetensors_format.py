@@ -4,9 +4,12 @@ No file is opened here. The format (safetensors README, "Format"): 8 bytes, the 
 a little-endian u64; the header, a JSON object that maps each tensor's name to its dtype, shape and
 `data_offsets` (from the end of the header), space-padded; then the data, without holes.
 
-Stricter than safetensors 0.8's own reader on purpose, since each of these makes two readers see
-two different files: duplicate names (it keeps the last), unknown fields of an entry (it ignores
-them), entries written as arrays, `"__metadata__": null`.
+Stricter than safetensors 0.8's own reader on purpose. Since each makes two readers see two
+different files: duplicate names (it keeps the last), unknown fields of an entry (it ignores them),
+entries written as arrays, a dtype written as `{"U8": null}`, `"__metadata__": null`. Since no
+checkpoint has them: names that are empty, longer than 1,000 or with control characters, more than 8
+dimensions, sizes and products beyond 2^48, headers of more than 25 MB, which the Hub refuses too
+(parsed, a header takes up to 25 times its size).
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ __all__ = [
     "INDEX_NAME",
     "LENGTH_NBYTES",
     "MAX_HEADER_NBYTES",
+    "METADATA",
     "TensorInfo",
     "build_header",
     "build_index",
@@ -35,12 +39,15 @@ __all__ = [
 
 INDEX_NAME = "model.safetensors.index.json"
 LENGTH_NBYTES = 8
-MAX_HEADER_NBYTES = 100_000_000  # safetensors: MAX_HEADER_SIZE
+MAX_HEADER_NBYTES = 25_000_000  # huggingface_hub: SAFETENSORS_MAX_HEADER_LENGTH
+METADATA = {"format": "pt"}
+"""What a shard says of itself, as transformers asks."""
 _ALIGNMENT = 8  # safetensors pads its headers to this
 _MAX_ELEMENTS = 2**48
 _MAX_RANK = 8
+_MAX_NAME = 1000
 _DTYPES = {dtype.code: dtype for dtype in DType}
-_SHARD_NAME = re.compile(r"[A-Za-z0-9._-]{1,251}\.safetensors")
+_SHARD_NAME = re.compile(r"[A-Za-z0-9._-]{1,243}\.safetensors")  # at most 255 bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +86,8 @@ def header_nbytes(first_bytes: bytes, file_nbytes: int, file: str) -> int:
             if first_bytes.startswith(prefix):
                 raise HeaderError(f"{file}: not a safetensors file but {what}")
         raise HeaderError(
-            f"{file}: its header length says {length}, the format allows {MAX_HEADER_NBYTES} at "
-            "most; the file is damaged or not safetensors"
+            f"{file}: its header length says {length}, and {MAX_HEADER_NBYTES} is the most; the "
+            "file is damaged or not safetensors"
         )
     if LENGTH_NBYTES + length > file_nbytes:
         raise HeaderError(
@@ -90,26 +97,28 @@ def header_nbytes(first_bytes: bytes, file_nbytes: int, file: str) -> int:
     return length
 
 
-def parse_header(header: bytes, file_nbytes: int, file: str) -> tuple[TensorInfo, ...]:
-    """The tensors of a header (the JSON alone), in order of their data; raises `HeaderError`."""
+def parse_header(
+    header: bytes, file_nbytes: int, file: str
+) -> tuple[tuple[TensorInfo, ...], dict[str, str]]:
+    """The tensors of a header (the JSON alone), in order of their data, and its metadata.
+
+    Raises `HeaderError`.
+    """
     try:
         entries = strict_json.loads(header)
     except ValueError as error:
         raise HeaderError(f"{file}: the header is {_unquoted(error)}") from None
     if not isinstance(entries, dict):
         raise HeaderError(f"{file}: the header is not a JSON object")
-    if "__metadata__" in entries:
-        metadata = entries.pop("__metadata__")
-        if not isinstance(metadata, dict) or not all(
-            isinstance(value, str) for value in metadata.values()
-        ):
-            raise HeaderError(f"{file}: __metadata__ is not a map of strings to strings")
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise HeaderError(f"{file}: __metadata__ is not a map of strings to strings")
     infos = sorted(
         (_entry(name, entry, file) for name, entry in entries.items()),
         key=lambda info: (info.begin, info.end),
     )
     _check_coverage(infos, file_nbytes - LENGTH_NBYTES - len(header), file)
-    return tuple(infos)
+    return tuple(infos), metadata
 
 
 def _unquoted(error: ValueError) -> str:
@@ -123,8 +132,10 @@ def _is_size(value: Any) -> bool:
 
 def _entry(name: str, entry: Any, file: str) -> TensorInfo:
     def bad(reason: str) -> HeaderError:
-        return HeaderError(f"{file}: tensor {name!r}: {reason}")
+        return HeaderError(f"{file}: tensor {name[:_MAX_NAME]!r}: {reason}")
 
+    if len(name) > _MAX_NAME:
+        raise bad(f"a name of {len(name)} characters; {_MAX_NAME} at most are supported")
     if not name or any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in name):
         raise bad("a name that is empty or holds control characters or lone surrogates")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
@@ -175,9 +186,9 @@ def _check_coverage(infos: list[TensorInfo], data_nbytes: int, file: str) -> Non
 def build_header(tensors: Iterable[tuple[str, DType, tuple[int, ...]]]) -> bytes:
     """Length and header of a shard that holds `tensors` in this order, without holes.
 
-    Its metadata is {"format": "pt"}, as transformers asks; its length is a multiple of 8.
+    Its metadata is `METADATA`; its length is a multiple of 8.
     """
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": METADATA}
     at = 0
     for name, dtype, shape in tensors:
         nbits = dtype.bits
@@ -209,7 +220,7 @@ def parse_index(text: bytes, file: str) -> dict[str, str]:
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not _SHARD_NAME.fullmatch(shard) or shard[0] == ".":
             raise HeaderError(
-                f"{file}: tensor {name!r} lies in {str(shard)[:80]!r}, which is not the name of a "
-                "safetensors file in this folder"
+                f"{file}: tensor {name[:_MAX_NAME]!r} lies in {str(shard)[:80]!r}, which is not "
+                "the name of a safetensors file in this folder"
             )
     return weight_map

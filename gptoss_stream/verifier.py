@@ -29,8 +29,8 @@ from .errors import CheckpointError, OptionError, OutputError, machine_error, us
 from .executor import SEGMENT_NBYTES
 from .planner import DEFAULT_LAYOUT, Plan, is_staged, plan
 from .recipe import OutputTensor, Part, Piece, fill, make_pieces
-from .run_folder import WORK_NAME
-from .safetensors_format import INDEX_NAME, build_index
+from .run_folder import RECORD_NAME, WORK_NAME
+from .safetensors_format import INDEX_NAME, METADATA, build_index
 from .workers import Buffer, Task, count_workers, run_tasks
 
 _LINES = 64  # rows of a large transpose compared at a time: what is mapped of them stays small
@@ -189,11 +189,13 @@ def _read_output(folder: Path) -> tuple[CheckpointInfo, list[Difference]]:
         raise OutputError(f"{folder}: no .safetensors file in it; name a converted folder")
     for name in names:
         try:
-            shard, found = read_header(folder, name)
+            shard, found, metadata = read_header(folder, name)
         except CheckpointError as error:
             differences.append(Difference("file", name, found=str(error), expected="a sound shard"))
             continue
         shards.append(shard)
+        if metadata != METADATA:
+            differences.append(Difference("file", name, "", f"metadata {metadata}", METADATA))
         differences += [
             Difference("unexpected", twice, f"{name}, a second time")
             for twice in sorted(tensors.keys() & found.keys())
@@ -234,7 +236,7 @@ def _is_comparable(tensor: OutputTensor, found: Mapping[str, RawTensor]) -> bool
 def _compare_index(folder: Path, found: Mapping[str, RawTensor]) -> Iterator[Difference]:
     """The index must say of the shards what is true."""
     file = folder / INDEX_NAME
-    if not file.exists():
+    if not file.is_file():
         yield Difference("index", INDEX_NAME, found="no file", expected="an index")
         return
     expected = build_index(
@@ -261,6 +263,12 @@ def _compare_companions(folder: Path, planned: Plan) -> Iterator[Difference]:
 
 
 def _compare_state(folder: Path) -> Iterator[Difference]:
+    """The record must be there and readable; what it says is not believed here."""
+    record = folder / RECORD_NAME
+    if not record.is_file():
+        yield Difference("missing", RECORD_NAME)
+    elif not isinstance(_parsed(record.read_bytes()), dict):
+        yield Difference("file", RECORD_NAME, found="no JSON object", expected="a record")
     if (folder / WORK_NAME).exists():
         yield Difference("unexpected", f"{WORK_NAME}, of an unfinished run")
 

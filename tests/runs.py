@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
-import signal
 import resource
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from gptoss_stream.cli import main

@@ -90,7 +90,7 @@ def ours(file: bytes) -> tuple[dict | None, str]:
     try:
         length = header_nbytes(file[:64], len(file), "x.safetensors")
         start = LENGTH_NBYTES + length
-        infos = parse_header(file[LENGTH_NBYTES:start], len(file), "x.safetensors")
+        infos, _ = parse_header(file[LENGTH_NBYTES:start], len(file), "x.safetensors")
     except HeaderError as error:
         return None, str(error)
     assert all(0 <= info.begin <= info.end <= len(file) - start for info in infos)

@@ -22,7 +22,7 @@ from gptoss_stream.safetensors_format import (
 
 def parse(data: bytes):
     length = header_nbytes(data[:64], len(data), "x.safetensors")
-    return parse_header(data[8 : 8 + length], len(data), "x.safetensors")
+    return parse_header(data[8 : 8 + length], len(data), "x.safetensors")[0]
 
 
 def entry(dtype="U8", shape=(4,), offsets=(0, 4), **more):

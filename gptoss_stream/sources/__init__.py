@@ -51,7 +51,7 @@ def recognise(info: CheckpointInfo) -> tuple[Source, str]:
         reason = source.recognise(info)
         if reason is not None:
             return source, reason
-    raise CheckpointError(f"{info.path}: {_looks_like(info)}")
+    raise CheckpointError(_looks_like(info))
 
 
 def _refuse_mixed(info: CheckpointInfo) -> None:
@@ -66,17 +66,23 @@ def _refuse_mixed(info: CheckpointInfo) -> None:
 
 
 def _looks_like(info: CheckpointInfo) -> str:
+    config = info.path / "config.json"
     model_type = info.config.get("model_type")
     if model_type not in (None, "gpt_oss"):
-        return f"a checkpoint of model type {str(model_type)[:40]!r}; only gpt_oss is converted"
+        found = str(model_type)[:40]
+        return f"{config}: a checkpoint of model type {found!r}; only gpt_oss is converted"
     quantization = info.config.get("quantization_config")
-    if isinstance(quantization, dict) and quantization.get("quant_method") != "mxfp4":
+    if quantization is not None and not isinstance(quantization, dict):
+        return f"{config}: quantization_config is not an object"
+    if quantization is not None and quantization.get("quant_method") != "mxfp4":
         method = str(quantization.get("quant_method"))[:40]
-        return f"quantised by {method!r}; only mxfp4 is converted"
+        return f"{config}: quantised by {method!r}; only mxfp4 is converted"
     if any(name.startswith("block.0.") for name in info.tensors):
-        return "OpenAI's own format (original/); name the folder above it"
+        return f"{info.path}: OpenAI's own format (original/); name the folder above it"
     if any("gate_up_projs." in name for name in info.tensors):
-        return "experts unfused into modules (gate_up_projs); re-save it with fused experts"
+        return (
+            f"{info.path}: experts unfused into modules (gate_up_projs); re-save it with fused ones"
+        )
     if any(name.endswith(".mlp.experts.gate_up_proj") for name in info.tensors):
-        return "an unquantised gpt-oss checkpoint; only MXFP4 ones are converted"
-    return f"not a gpt-oss checkpoint: config.json has the model type {model_type!r}"
+        return f"{info.path}: an unquantised gpt-oss checkpoint; only MXFP4 ones are converted"
+    return f"{config}: not of a gpt-oss checkpoint: it has the model type {model_type!r}"
