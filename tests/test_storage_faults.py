@@ -161,7 +161,7 @@ def page_sizes(low: int, high: int, count: int) -> list[int]:
 def test_a_disk_that_is_too_small_is_refused_at_once(count, source, whole, tmp_path):
     """With the space that is needed and that there is; and it goes on when there is enough."""
     output = tmp_path / "disk/out"
-    sizes = page_sizes(64 << 10, needed_nbytes(source), count)
+    sizes = page_sizes(4096, needed_nbytes(source), count)
     for size in sizes:
         with tmpfs(tmp_path / "disk", size) as disk:
             done = run(convert_command(source, output))
