@@ -111,7 +111,7 @@ def _identity(planned: Plan) -> dict[str, Any]:
     return {
         "tool": "gptoss_stream",
         "version": __version__,
-        "source": str(planned.info.path.resolve()),
+        "source": os.fsencode(planned.info.path.resolve()).decode(errors="backslashreplace"),
         "source_files": {s.name: [s.nbytes, s.mtime_ns] for s in planned.info.shards},
         "source_config": _digest(json.dumps(planned.info.config, sort_keys=True).encode()),
         "source_format": planned.source_format,

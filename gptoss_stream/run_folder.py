@@ -72,13 +72,15 @@ class RunFolder:
         existed = self.path.exists()
         if not self.work.exists():
             self._refuse_foreign()
+        ours = not self.work.exists()
         lock = self._take_lock()
         try:
             self._refuse_foreign()
             self._prepare(overwrite)
+            ours = True
             yield
         finally:
-            if not self._run_file.exists():
+            if ours and not self._run_file.exists():
                 self._remove_work()
                 if not existed:
                     with suppress(OSError):  # something is in it: then it stays

@@ -198,7 +198,7 @@ TENSORS = {
     "a layer too many": (config(num_hidden_layers=1, layer_types=["full_attention"]),
                          CONFIG, "model.layers.1."),
     "a layer left out": (renamed(lambda n: n.replace("layers.1.", "layers.2.")),
-                         "model.layers.1.", "missing"),
+                         "model.layers.2.", "layer"),
     "a tensor missing": (without(HEAD), f"'{HEAD}'"),
     "a bias missing": (without("0.self_attn.q_proj.bias"), "layers.0.self_attn.q_proj.bias'"),
     "blocks without scales": (without(SCALES), f"'{SCALES}'", "missing"),
