@@ -13,7 +13,8 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .errors import GptOssStreamError, MachineError, OptionError, machine_error, user_path
@@ -65,9 +66,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code or 0
 
 
-def _stop(signum: int, frame: object) -> NoReturn:
+def _stop(signum: int, frame: FrameType | None) -> None:
+    """End what runs. Not in the middle of an import, in whose callbacks an exception gets lost."""
+    if _is_importing(frame):
+        signal.signal(signal.SIGALRM, lambda _, later: _stop(signum, later))
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        return
     _end_at_signals()
     raise KeyboardInterrupt if signum == signal.SIGINT else _Terminated
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _end_at_signals() -> None:
