@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import io
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 
 from gptoss_stream.cli import main
@@ -155,3 +157,77 @@ def _changed(folder: Path) -> int | None:
         return folder.stat().st_mtime_ns
     except OSError:
         return None
+
+
+def stamps(output: Path) -> dict[str, tuple[int, int]]:
+    """What tells a finished shard from one that was made again."""
+    found = {file.name: file.stat() for file in output.glob("*.safetensors")}
+    return {name: (status.st_ino, status.st_mtime_ns) for name, status in found.items()}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A conversion that has been done undisturbed: what it gives, and how long it takes."""
+
+    source: Path
+    options: tuple[str, ...]
+    whole: dict[str, str]
+    seconds: float
+
+    @classmethod
+    def done(cls, source: Path, output: Path, *options: str) -> Conversion:
+        """Do it, several times for the least time."""
+        seconds = []
+        for _ in range(3):
+            shutil.rmtree(output, ignore_errors=True)
+            begin = time.monotonic()
+            assert run(convert_command(source, output, *options)).returncode == 0
+            seconds.append(time.monotonic() - begin)
+        return cls(source, options, digests(output), min(seconds))
+
+    def command(self, output: Path, *options: str) -> list[str]:
+        """The same conversion into another folder."""
+        return convert_command(self.source, output, *self.options, *options)
+
+    @contextmanager
+    def running(self, output: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+        """A process that does it, and is killed in the end."""
+        pipe, command = subprocess.PIPE, self.command(output, *options)
+        process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.communicate()
+
+    def assert_sound(self, output: Path) -> None:
+        """As any end must leave it: nothing half-written, nothing to do by hand or twice."""
+        assert_nothing_half_written(output, self.whole)
+        finished = stamps(output)
+        assert_resumes(self.source, output, self.whole, *self.options)
+        assert finished.items() <= stamps(output).items()
+
+
+def wait_until(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    """Wait until a process has come so far, or is at its end."""
+    deadline = time.monotonic() + 30
+    while process.poll() is None and not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def finish(process: subprocess.Popen[str], seconds: float) -> subprocess.CompletedProcess[str]:
+    """The end of a process that has so much time left."""
+    out, err = process.communicate(timeout=seconds)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def status(process: subprocess.Popen[str], field: str) -> str:
+    """What Linux says of a process in /proc."""
+    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    return next(line for line in lines if line.startswith(f"{field}:")).split()[1]
+
+
+def catches(process: subprocess.Popen[str], signum: int) -> bool:
+    """Whether a process has come to handling a signal; before, Python itself is starting."""
+    return bool(int(status(process, "SigCgt"), 16) >> (signum - 1) & 1)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from runs import ROOT
+from runs import ROOT, finish
 
 CALLS = (
     "openat,?mkdir,mkdirat,write,pwrite64,?pwritev,ftruncate,fsync,fdatasync,?rename,?renameat,"
@@ -30,6 +30,7 @@ them."""
 class Call:
     """A system call on files of a folder: their paths in it, and the log's lines that it spans."""
 
+    thread: str
     name: str
     paths: tuple[str, ...]
     begin: int
@@ -52,7 +53,7 @@ def parse(log: Iterable[str], folder: Path) -> list[Call]:
         if name and within.search(text):
             arguments = text.partition(") = ")[0]  # an opened file is named again as the result
             paths = tuple(path or "." for path in within.findall(arguments))
-            calls.append(Call(name[1], paths, begin, end))
+            calls.append(Call(thread, name[1], paths, begin, end))
     return calls
 
 
@@ -155,6 +156,6 @@ def end_failing(
     where the fault is `lasting`, as that and all later ones."""
     fault = f"inject={calls}:error={error}:when={'1+' if lasting else '1'}"
     with attached(process, "-e", f"trace={calls}", "-e", fault, "-o", str(log), paths=paths):
-        out, err = process.communicate(timeout=60)
+        done = finish(process, 60)
     assert "(INJECTED)" in log.read_text(errors="replace")
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    return done
