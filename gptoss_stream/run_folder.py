@@ -141,9 +141,11 @@ class RunFolder:
         with suppress(FileNotFoundError):
             for file in sorted(self.work.iterdir(), key=lambda file: file.name == "lock"):
                 file.unlink(missing_ok=True)
-        with suppress(OSError):  # another run may have begun in it, now that it could
+        try:
             self.work.rmdir()
-            sync_folder(self.path)
+        except OSError:
+            return  # another run may have begun in it, now that it could
+        sync_folder(self.path)
 
     def _known(self) -> Mapping[str, Any] | None:
         """The state of the run that the folder belongs to, if any."""
