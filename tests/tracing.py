@@ -99,9 +99,10 @@ def attached(
         **popen,
     )
     try:
-        said = tracer.stderr.readline()
-        if "attached" not in said:
-            raise RuntimeError(f"strace cannot attach: {said}")
+        said = ""
+        while "attached" not in said:
+            if not (said := tracer.stderr.readline()):
+                raise RuntimeError("strace cannot attach to a process here")
         process.send_signal(signal.SIGCONT)
         yield
     finally:
