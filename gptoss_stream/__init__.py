@@ -11,12 +11,12 @@ Data flows one way:
     converter    plans and makes the output
     verifier     makes the output again and compares
 
-and on the way: `safetensors_format` headers and index, `strict_json`, `dtypes`, `model` the
-model's numbers and tensors, `storage` the words of the sources' tables, `operands`, `patterns` and
-`recipe` an output tensor as a recipe, `mxfp4` and `cast` values, `workers` threads, `shard_file`,
-`scratch` and `run_folder` files being written, `checksums` of them, `companions` small files beside
-them, `regular_file`, `memory` what there is of it, `errors`, `synthesis` random checkpoints, `cli`
-the command line.
+and on the way: `safetensors_format` headers and index, `strict_json`, `dtypes`, `model` the model's
+numbers and tensors, `storage` the words of the sources' tables, `selection` which tensors are
+wanted, `operands`, `patterns` and `recipe` an output tensor as a recipe, `mxfp4` and `cast` values,
+`workers` threads, `shard_file`, `scratch` and `run_folder` files being written, `checksums` of
+them, `companions` small files beside them, `regular_file`, `memory` what there is of it, `errors`,
+`synthesis` random checkpoints, `cli` the command line.
 
     >>> import gptoss_stream
     >>> report = gptoss_stream.convert("gpt-oss-20b", "gpt-oss-20b-tl")  # doctest: +SKIP
@@ -28,9 +28,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import layouts, sources
     from .converter import Report, convert
     from .errors import GptOssStreamError
     from .planner import Plan, plan
+    from .selection import Selection
     from .synthesis import synth
     from .verifier import Difference, Verification, verify, verify_checksums
 
@@ -41,10 +43,13 @@ __all__ = [
     "GptOssStreamError",
     "Plan",
     "Report",
+    "Selection",
     "Verification",
     "__version__",
     "convert",
+    "layouts",
     "plan",
+    "sources",
     "synth",
     "verify",
     "verify_checksums",
@@ -59,6 +64,7 @@ _HOMES = {
     "GptOssStreamError": "errors",
     "Plan": "planner",
     "Report": "converter",
+    "Selection": "selection",
     "convert": "converter",
     "plan": "planner",
     "synth": "synthesis",
@@ -70,4 +76,6 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
         globals()[name] = value
         return value
+    if name in ("layouts", "sources"):
+        return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

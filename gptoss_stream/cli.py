@@ -11,7 +11,7 @@ import io
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from .errors import GptOssStreamError, MachineError, OptionError, machine_error,
 if TYPE_CHECKING:
     from .checkpoint import CheckpointInfo
     from .planner import Plan
+    from .selection import Selection
 
 __all__ = ["main"]
 
@@ -138,9 +139,8 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--checksums", action="store_true", help="hold OUTPUT against its SHA256SUMS, not a SOURCE"
     )
-    verify.add_argument(
-        "--layout", default="transformer-lens", metavar="NAME", help="default transformer-lens"
-    )
+    verify.add_argument("--layout", metavar="NAME", help="default: what the output's record says")
+    _add_selection_options(verify)
     verify.add_argument("--sample", type=int, metavar="N", help="only N tensors, at random")
     verify.add_argument("--seed", type=int, default=0, metavar="S", help="of the sample; default 0")
     verify.add_argument("--workers", type=int, metavar="N", help="threads")
@@ -150,6 +150,9 @@ def _parser() -> argparse.ArgumentParser:
 
     synth = commands.add_parser("synth", help="write a random checkpoint to try things with")
     synth.add_argument("output", metavar="OUTPUT", help="folder to write; new, empty or resumed")
+    synth.add_argument(
+        "--format", default="hf-mxfp4", metavar="NAME", help="hf-mxfp4 (default), hf-bf16, openai"
+    )
     synth.add_argument("--preset", default="tiny", metavar="NAME", help="tiny (default), 20b, 120b")
     for name in _DIMENSIONS:
         synth.add_argument(f"--{name}", type=int, metavar="N", help="override the preset's")
@@ -159,6 +162,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_writing_options(synth)
     synth.set_defaults(run=_synth)
+
+    layouts = commands.add_parser("layouts", help="list layouts and source formats")
+    layouts.add_argument("--json", action="store_true", help="print them for programs")
+    layouts.set_defaults(run=_layouts)
     return parser
 
 
@@ -178,6 +185,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layout", default="transformer-lens", metavar="NAME", help="default transformer-lens"
     )
+    _add_selection_options(parser)
     parser.add_argument(
         "--dtype",
         default="bfloat16",
@@ -187,6 +195,44 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="default 5GB (decimal units)"
     )
+
+
+def _add_selection_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--source-format", metavar="NAME", help="hf-mxfp4, hf-bf16 or openai; default: recognised"
+    )
+    part = parser.add_argument_group("in part", "each option restricts what it speaks of")
+    part.add_argument("--layers", metavar="LIST", help="such as 0-3,7; -1 is the last")
+    part.add_argument("--experts", metavar="LIST", help="such as 0,5-9; -1 is the last")
+    part.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="GROUP",
+        help="attention, experts, router, embeddings or norms; may be repeated",
+    )
+    for name in ("include", "exclude"):
+        part.add_argument(
+            f"--{name}",
+            action="append",
+            default=[],
+            metavar="GLOB",
+            help="on names of output tensors; may be repeated",
+        )
+
+
+def _selection(arguments: argparse.Namespace) -> Selection | None:
+    """The selection that was asked for, if any."""
+    from .selection import Selection
+
+    selection = Selection(
+        arguments.layers,
+        arguments.experts,
+        tuple(arguments.only),
+        tuple(arguments.include),
+        tuple(arguments.exclude),
+    )
+    return None if selection == Selection() else selection
 
 
 def _add_writing_options(parser: argparse.ArgumentParser) -> None:
@@ -238,6 +284,8 @@ def _convert(arguments: argparse.Namespace) -> None:
             layout=arguments.layout,
             dtype=arguments.dtype,
             max_shard_size=arguments.max_shard_size,
+            selection=_selection(arguments),
+            source_format=arguments.source_format,
             workers=arguments.workers,
             overwrite=arguments.overwrite,
             checksums=arguments.checksums,
@@ -248,8 +296,9 @@ def _convert(arguments: argparse.Namespace) -> None:
         print(json.dumps(report.as_dict(), indent=2))
     elif not arguments.quiet:
         print(
-            f"{report.output}: {report.tensors} tensors, {_size(report.bytes_out)} in "
+            f"{report.output}: {_count(report.tensors, 'tensor')}, {_size(report.bytes_out)} in "
             f"{_count(len(report.shards), 'shard')}, {report.layout} in {report.dtype}"
+            f"{', a part of the model' if report.partial else ''}"
         )
         written = report.bytes_out - report.bytes_resumed
         if report.bytes_resumed == report.bytes_out:
@@ -278,6 +327,8 @@ def _plan(arguments: argparse.Namespace) -> None:
         layout=arguments.layout,
         dtype=arguments.dtype,
         max_shard_size=arguments.max_shard_size,
+        selection=_selection(arguments),
+        source_format=arguments.source_format,
     )
     workers = count_workers(arguments.workers)
     free = free_nbytes(user_path(arguments.output))
@@ -290,8 +341,10 @@ def _plan(arguments: argparse.Namespace) -> None:
     print(
         f"source   {planned.info.path}: {planned.source_format} ({planned.recognised_by})\n"
         f"model    {_model_line(model)}\n"
-        f"output   {planned.num_tensors} tensors, {planned.layout} in {arguments.dtype}, "
-        f"{_size(planned.nbytes)} in {_count(len(planned.shards), 'shard')}\n"
+        f"output   {_count(planned.num_tensors, 'tensor')}{_part(planned.selection.as_dict())}, "
+        f"{planned.layout} in {arguments.dtype}, "
+        f"{_size(planned.nbytes)} in {_count(len(planned.shards), 'shard')}, "
+        f"of {_size(planned.source_nbytes)} read\n"
         f"disk     {_size(needed)} needed, {_size(free)} free"
         f"{'' if needed <= free else ': NOT ENOUGH'}\n"
         f"memory   {_size(memory)} at most, {_count(workers, 'worker')}"
@@ -299,6 +352,12 @@ def _plan(arguments: argparse.Namespace) -> None:
     for shard in planned.shards:
         print(f"  {shard.name}  {_size(shard.nbytes):>9}  {_count(len(shard.tensors), 'tensor')}")
     _warn_unused(planned)
+
+
+def _part(selection: Mapping[str, Any]) -> str:
+    """A selection in words; nothing for all."""
+    chosen = [f"{name} {','.join(map(str, value))}" for name, value in selection.items()]
+    return f" ({'; '.join(chosen)})" if chosen else ""
 
 
 def _model_line(model: Any) -> str:
@@ -322,6 +381,8 @@ def _plan_as_dict(planned: Plan, dtype: str, needed: int, free: int, memory: int
             **planned.model.dimensions,
         },
         "layout": planned.layout,
+        "partial": planned.is_partial,
+        "selection": planned.selection.as_dict(),
         "dtype": dtype,
         "max_shard_size": planned.max_shard_size,
         "tensors": planned.num_tensors,
@@ -412,6 +473,8 @@ def _verify(arguments: argparse.Namespace) -> int:
                 arguments.source,
                 arguments.output,
                 layout=arguments.layout,
+                selection=_selection(arguments),
+                source_format=arguments.source_format,
                 sample=arguments.sample,
                 seed=arguments.seed,
                 workers=arguments.workers,
@@ -424,7 +487,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     for difference in result.differences:
         print(difference)
     what = _count(result.files, "file") if arguments.checksums else _count(result.tensors, "tensor")
-    compared = f"{what}, {_size(result.nbytes)}"
+    compared = f"{what}, {_size(result.nbytes)}{_part(result.selection)}"
     if not result.equal:
         print(f"{result.output}: {_count(len(result.differences), 'difference')} ({compared})")
         return 1
@@ -443,6 +506,7 @@ def _synth(arguments: argparse.Namespace) -> None:
         folder = synth(
             arguments.output,
             arguments.preset,
+            format=arguments.format,
             seed=arguments.seed,
             max_shard_size=arguments.max_shard_size,
             workers=arguments.workers,
@@ -452,7 +516,20 @@ def _synth(arguments: argparse.Namespace) -> None:
             **overrides,
         )
     if not arguments.quiet:
-        print(f"{folder}: a random checkpoint ({arguments.preset}, seed {arguments.seed})")
+        print(
+            f"{folder}: a random checkpoint "
+            f"({arguments.preset}, {arguments.format}, seed {arguments.seed})"
+        )
+
+
+def _layouts(arguments: argparse.Namespace) -> None:
+    from . import layouts, sources
+
+    known = {"layouts": list(layouts.names()), "sources": list(sources.names())}
+    if arguments.json:
+        print(json.dumps(known, indent=2))
+    else:
+        print("\n".join(f"{kind:8} {', '.join(names)}" for kind, names in known.items()))
 
 
 def _size(nbytes: int) -> str:

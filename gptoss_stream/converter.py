@@ -14,10 +14,11 @@ from typing import Any
 from . import __version__, layouts
 from .checkpoint import Checkpoint
 from .companions import carried
-from .dtypes import OUTPUT_DTYPES
+from .dtypes import torch_name
 from .errors import OutputError, user_path
 from .memory import available_nbytes, peak_rss_nbytes
 from .planner import DEFAULT_LAYOUT, DEFAULT_SHARD_SIZE, Plan, plan
+from .selection import Selection
 
 __all__ = ["Report", "convert"]
 
@@ -29,6 +30,7 @@ class Report:
     output: str
     layout: str
     dtype: str
+    partial: bool
     tensors: int
     bytes_in: int
     bytes_out: int
@@ -50,6 +52,8 @@ def convert(
     layout: str = DEFAULT_LAYOUT,
     dtype: str = "bfloat16",
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    selection: Selection | None = None,
+    source_format: str | None = None,
     workers: int | None = None,
     overwrite: bool = False,
     checksums: bool = False,
@@ -72,12 +76,21 @@ def convert(
 
     started = time.perf_counter()
     threads = count_workers(workers)
-    planned = plan(source, layout=layout, dtype=dtype, max_shard_size=max_shard_size)
+    planned = plan(
+        source,
+        layout=layout,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        selection=selection,
+        source_format=source_format,
+    )
     folder = user_path(output)
     _refuse_overlap(planned.info.path, folder)
     companions: dict[str, bytes | Path] = {
         **{name: planned.info.path / name for name in carried(planned.info.path)},
-        **layouts.load(layout).companions(planned.model, planned.info.config, planned.dtype),
+        **layouts.load(layout).companions(
+            planned.model, planned.info.config, planned.dtype, partial=planned.is_partial
+        ),
     }
     with Checkpoint(planned.info) as checkpoint:
         resumed = make_output(
@@ -94,6 +107,7 @@ def convert(
         output=str(folder),
         layout=layout,
         dtype=dtype,
+        partial=planned.is_partial,
         tensors=planned.num_tensors,
         bytes_in=planned.source_nbytes,
         bytes_out=planned.nbytes,
@@ -107,7 +121,6 @@ def convert(
 
 def _identity(planned: Plan) -> dict[str, Any]:
     """What makes two runs the same run; also the record of how the output was made."""
-    torch_name = next(name for name, value in OUTPUT_DTYPES.items() if value is planned.dtype)
     return {
         "tool": "gptoss_stream",
         "version": __version__,
@@ -116,7 +129,9 @@ def _identity(planned: Plan) -> dict[str, Any]:
         "source_config": _digest(json.dumps(planned.info.config, sort_keys=True).encode()),
         "source_format": planned.source_format,
         "layout": planned.layout,
-        "dtype": torch_name,
+        "partial": planned.is_partial,
+        "selection": planned.selection.as_dict(),
+        "dtype": torch_name(planned.dtype),
         "max_shard_size": planned.max_shard_size,
         "unused": list(planned.unused),
         "plan": _digest(

@@ -11,7 +11,7 @@ from math import prod
 
 from .errors import OptionError
 
-__all__ = ["OUTPUT_DTYPES", "DType", "nbytes", "output_dtype"]
+__all__ = ["OUTPUT_DTYPES", "DType", "nbytes", "output_dtype", "torch_name"]
 
 
 class DType(Enum):
@@ -64,6 +64,11 @@ def output_dtype(name: str) -> DType:
     except KeyError:
         names = ", ".join(OUTPUT_DTYPES)
         raise OptionError(f"unknown dtype {name!r}; choose one of {names}") from None
+
+
+def torch_name(dtype: DType) -> str:
+    """The torch name of an output dtype."""
+    return next(name for name, value in OUTPUT_DTYPES.items() if value is dtype)
 
 
 def nbytes(dtype: DType, shape: Sequence[int]) -> int:

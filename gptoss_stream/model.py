@@ -18,7 +18,14 @@ from typing import Any
 
 from .errors import ConfigError
 
-__all__ = ["MODEL_TENSORS", "ModelConfig", "integer", "number"]
+__all__ = [
+    "LAYER_KINDS",
+    "MODEL_TENSORS",
+    "ModelConfig",
+    "alternating_layers",
+    "integer",
+    "number",
+]
 
 MODEL_TENSORS: Mapping[str, str] = {
     "embed_tokens.weight": "V H",
@@ -43,6 +50,9 @@ MODEL_TENSORS: Mapping[str, str] = {
     "lm_head.weight": "V H",
 }
 """Every tensor of the model and its shape, for each layer `{l}` and expert `{e}`."""
+
+LAYER_KINDS = ("sliding_attention", "full_attention")
+"""What `layer_types` may hold; in the released models they alternate, beginning with the first."""
 
 _ATTENTION_BIASES = frozenset(
     f"layers.{{l}}.self_attn.{which}_proj.bias" for which in ("q", "k", "v", "o")
@@ -145,7 +155,9 @@ class ModelConfig:
         return tuple(self.size(product) for product in letters.split())
 
     def has(self, model_tensor: str) -> bool:
-        """Whether this model has the tensor, given by its name in `MODEL_TENSORS`."""
+        """Whether this model has a tensor of its own, given by its name in `MODEL_TENSORS`."""
+        if self.tied_embeddings and model_tensor == "lm_head.weight":
+            return False
         return self.attention_bias or model_tensor not in _ATTENTION_BIASES
 
     def instances(self, template: str) -> Iterator[tuple[int, int]]:
@@ -162,8 +174,14 @@ class ModelConfig:
             * (self.num_layers if "{l}" in name else 1)
             * (self.num_experts if "{e}" in name else 1)
             for name, letters in MODEL_TENSORS.items()
-            if self.has(name) and not (self.tied_embeddings and name == "lm_head.weight")
+            if self.has(name)
         )
+
+
+def alternating_layers(num_layers: int) -> tuple[str, ...]:
+    """The released models' layer types. A hostile count makes no tuple of that length."""
+    count = max(0, min(num_layers, _LIMITS["num_layers"] + 1))
+    return tuple(LAYER_KINDS[layer % 2] for layer in range(count))
 
 
 def integer(config: Mapping[str, Any], key: str, default: int | None = None) -> int:

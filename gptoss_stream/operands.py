@@ -48,22 +48,22 @@ class Reader(Protocol):
 class Plain:
     """Floats from element `first` of a raw tensor on: `stored_shape`, one or two axes.
 
-    `start` and `step` choose elements along `stepped` (0 or 1), the stored axis; `shape` is what
-    is left.
+    The model's rows are the stored rows, or the stored columns where it `is_transposed`. `start`
+    and `step` choose among them; `shape` is what is left, with the axes as they are stored.
     """
 
     raw: RawTensor
     first: int
     stored_shape: tuple[int, ...]
-    stepped: int = 0
+    is_transposed: bool = False
     start: int = 0
     step: int = 1
 
     @property
     def shape(self) -> tuple[int, ...]:
         """What is left of `stored_shape`."""
-        sizes = list(self.stored_shape)
-        sizes[self.stepped] = len(range(self.start, sizes[self.stepped], self.step))
+        sizes, axis = list(self.stored_shape), int(self.is_transposed)
+        sizes[axis] = len(range(self.start, sizes[axis], self.step))
         return tuple(sizes)
 
     @property
@@ -74,7 +74,7 @@ class Plain:
     def _block(self, rows: Span, columns: Span | None) -> tuple[Span, tuple[slice, ...]]:
         """The stored rows to read, and what to take of them."""
         begin, end = columns if columns is not None else (0, self._width)
-        if self.stepped == 1:
+        if self.is_transposed:
             last = self.start + (end - 1) * self.step + 1
             return rows, (slice(None), slice(self.start + begin * self.step, last, self.step))
         stored = self.start + rows[0] * self.step, self.start + (rows[1] - 1) * self.step + 1

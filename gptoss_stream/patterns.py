@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
-__all__ = ["Rearrangement", "rearrangement"]
+__all__ = ["Rearrangement", "rearrangement", "transposed"]
 
 _TOKEN = re.compile(r"\(([^()]*)\)|(\w+)")
 
@@ -43,6 +43,13 @@ class Rearrangement:
 
 def _groups(side: str) -> list[list[str]]:
     return [(grouped or single).split() for grouped, single in _TOKEN.findall(side)]
+
+
+def transposed(pattern: str) -> str:
+    """The pattern for an input whose two axes are swapped."""
+    left, _, right = pattern.partition("->")
+    first, second = (match[0] for match in _TOKEN.finditer(left))
+    return f"{second} {first} ->{right}"
 
 
 def _sizes(

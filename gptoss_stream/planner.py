@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 
@@ -18,17 +18,20 @@ from .checkpoint import CheckpointInfo, RawTensor, describe
 from .dtypes import DType, output_dtype
 from .errors import ConfigError, OptionError
 from .layouts import Layout, Row, ZeroRow
-from .model import MODEL_TENSORS, ModelConfig
+from .model import ModelConfig
 from .operands import Operand, Packed, Plain, Zeros, take_rows
-from .patterns import Rearrangement, rearrangement
-from .recipe import OutputTensor, Part
+from .patterns import Rearrangement, rearrangement, transposed
+from .recipe import OutputTensor, Part, extents
 from .safetensors_format import build_header
+from .selection import ResolvedSelection, Selection
 
 __all__ = [
     "DEFAULT_LAYOUT",
     "DEFAULT_SHARD_SIZE",
+    "LayoutTensor",
     "Plan",
     "PlannedShard",
+    "layout_tensors",
     "parse_size",
     "plan",
     "shards",
@@ -102,6 +105,9 @@ class Plan:
     layout: str
     dtype: DType
     max_shard_size: int
+    selection: ResolvedSelection
+    is_partial: bool
+    """Whether the output holds but a part of the model's tensors."""
     shards: tuple[PlannedShard, ...] = field(repr=False)
     unused: tuple[str, ...]
     """Raw tensors that the checkpoint holds and the layout has no use for."""
@@ -124,13 +130,28 @@ class Plan:
     @property
     def source_nbytes(self) -> int:
         """Bytes of the raw tensors that the output is made of, each counted once."""
-        unused = set(self.unused)
-        return sum(raw.nbytes for raw in self.info.tensors.values() if raw.name not in unused)
+        touched: dict[str, list[tuple[int, int]]] = {}
+        sizes = {}
+        for shard in self.shards:
+            for tensor in shard.tensors:
+                for extent in extents(tensor, 0, tensor.nbytes):
+                    sizes[extent.raw.name] = extent.raw.dtype.itemsize
+                    runs = touched.setdefault(extent.raw.name, [])
+                    runs.append((extent.first, extent.first + extent.count))
+        return sum(sizes[name] * _union_length(runs) for name, runs in touched.items())
 
     @property
     def scratch_nbytes(self) -> int:
         """Disk space that is needed beside the output while it is made."""
         return sum(shard.scratch_nbytes for shard in self.shards)
+
+
+def _union_length(runs: list[tuple[int, int]]) -> int:
+    length, reached = 0, 0
+    for begin, end in sorted(runs):
+        length += max(0, end - max(begin, reached))
+        reached = max(reached, end)
+    return length
 
 
 def _raw_dtype(part: Part) -> DType:
@@ -145,18 +166,24 @@ def plan(
     layout: str = DEFAULT_LAYOUT,
     dtype: str = "bfloat16",
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    selection: Selection | None = None,
+    source_format: str | None = None,
 ) -> Plan:
     """Plan the conversion of a checkpoint folder.
 
     `dtype` is a torch name (bfloat16, float16, float32); `max_shard_size` is in bytes or a text
-    such as "5GB" (decimal units). Raises `OptionError` for an argument that is none of these,
+    such as "5GB" (decimal units); `source_format` overrides what is recognised (see
+    `sources.names`). Raises `OptionError` for an argument that is none of these,
     `CheckpointError` for a source that cannot be converted, `MachineError` where reading fails.
     """
     target_dtype = output_dtype(dtype)
     limit = parse_size(max_shard_size)
     target = layouts.load(layout)
+    chosen_format = None if source_format is None else sources.load(source_format)
     info = describe(source)
-    format_, reason = sources.recognise(info)
+    format_, reason = (
+        sources.recognise(info) if chosen_format is None else (chosen_format, "as asked")
+    )
     try:
         model = format_.read_config(info.config)
         target.check(model)
@@ -165,8 +192,13 @@ def plan(
             str(error).replace("config.json", str(info.path / "config.json"), 1)
         ) from None
     storage.check(format_.TENSORS, model, info)
-    tensors = list(_tensors(target, format_.TENSORS, model, info, target_dtype))
-    used = {raw.name for tensor in tensors for raw in _raws(tensor)}
+    resolved = (selection or Selection()).resolve(model)
+    whole = [*layout_tensors(target, format_.TENSORS, model, info.tensors, target_dtype)]
+    _refuse_cut_stacks(whole, resolved, layout)
+    tensors = [t.tensor for t in whole if resolved.takes(t.tensor.name, *t.made_of)]
+    if not tensors:
+        raise OptionError(f"the selection {resolved.as_dict()} chooses no tensor of {layout}")
+    used = {raw.name for t in whole for raw in _raws(t.tensor)}
     return Plan(
         info=info,
         source_format=format_.NAME,
@@ -175,6 +207,8 @@ def plan(
         layout=layout,
         dtype=target_dtype,
         max_shard_size=limit,
+        selection=resolved,
+        is_partial=len(tensors) < len(whole),
         shards=shards(tensors, limit),
         unused=tuple(sorted(info.tensors.keys() - used)),
     )
@@ -202,30 +236,63 @@ def _raws(tensor: OutputTensor) -> Iterator[RawTensor]:
             yield operand.raw
 
 
-def _tensors(
+@dataclass(frozen=True, slots=True)
+class LayoutTensor:
+    """An output tensor and what it is made of: a model tensor, and its layer and expert where
+    there are such (of a tensor that stacks the experts, none)."""
+
+    tensor: OutputTensor
+    made_of: tuple[str, int | None, int | None]
+
+
+def layout_tensors(
     layout: Layout,
     table: storage.StoredTable,
     model: ModelConfig,
-    info: CheckpointInfo,
+    raws: Mapping[str, RawTensor],
     dtype: DType,
-) -> Iterator[OutputTensor]:
+) -> Iterator[LayoutTensor]:
     """Every output tensor, in order: rows with {l} layer by layer, rows with {e} expert by
     expert within it."""
-    for has_layer, rows in groupby(layout.ROWS, lambda row: "{l}" in row.target):
+    present = [r for r in layout.ROWS if not _is_left_out(r, model)]
+    for has_layer, rows in groupby(present, lambda row: "{l}" in row.target):
         block = list(rows)
-        for layer in range(model.num_layers if has_layer else 1):
+        for layer in range(model.num_layers) if has_layer else (None,):
             for has_expert, run in groupby(block, lambda row: "{e}" in row.target):
                 group = list(run)
-                for expert in range(model.num_experts if has_expert else 1):
+                for expert in range(model.num_experts) if has_expert else (None,):
                     for row in group:
-                        yield _tensor(row, table, model, info, dtype, layer, expert)
+                        tensor = _tensor(row, table, model, raws, dtype, layer or 0, expert or 0)
+                        yield LayoutTensor(tensor, (row.model_tensor, layer, expert))
+
+
+def _is_left_out(row: Row | ZeroRow, model: ModelConfig) -> bool:
+    return isinstance(row, Row) and row.optional and not model.has(row.model_tensor)
+
+
+def _refuse_cut_stacks(
+    tensors: Iterable[LayoutTensor], selection: ResolvedSelection, layout: str
+) -> None:
+    """Of a tensor that stacks the experts, some would lose their numbers."""
+    for t in tensors:
+        model_tensor, _, expert = t.made_of
+        if (
+            selection.experts is not None
+            and "{e}" in model_tensor
+            and expert is None
+            and selection.takes(t.tensor.name, *t.made_of)
+        ):
+            raise OptionError(
+                f"layout {layout} stacks the experts in one tensor ({t.tensor.name}), in which "
+                "some would lose their numbers; take all experts, or another layout"
+            )
 
 
 def _tensor(
     row: Row | ZeroRow,
     table: storage.StoredTable,
     model: ModelConfig,
-    info: CheckpointInfo,
+    raws: Mapping[str, RawTensor],
     dtype: DType,
     layer: int,
     expert: int,
@@ -240,24 +307,23 @@ def _tensor(
     stacked = "{e}" in row.model_tensor and "{e}" not in row.target
     parts = []
     for e in range(model.num_experts) if stacked else (expert,):
-        operand: Operand
-        if model.has(row.model_tensor):
-            operand = storage.bind(table, model, info, row.model_tensor, layer, e)
-        else:
-            operand = Zeros(model.shape(MODEL_TENSORS[row.model_tensor]))
+        operand = storage.bind(table, model, raws, row.model_tensor, layer, e)
         operand = take_rows(operand, *row.rows)
-        parts.append(Part(operand, _rearrangement(row, operand.shape, model)))
+        parts.append(Part(operand, _rearrangement(row, operand, model)))
     shape = parts[0].rearrangement.shape
     return OutputTensor(name, dtype, (len(parts), *shape) if stacked else shape, tuple(parts))
 
 
-def _rearrangement(row: Row, shape: tuple[int, ...], model: ModelConfig) -> Rearrangement:
+def _rearrangement(row: Row, operand: Operand, model: ModelConfig) -> Rearrangement:
     known = tuple((axis, model.size(letters)) for axis, letters in row.axes.items())
-    return rearrangement(row.pattern, shape, known)
+    pattern = row.pattern
+    if isinstance(operand, Plain) and operand.is_transposed:
+        pattern = transposed(pattern)
+    return rearrangement(pattern, operand.shape, known)
 
 
 def shards(
-    tensors: Sequence[OutputTensor], limit: int, first_number: int = 1
+    tensors: Sequence[OutputTensor], limit: int, *, first_number: int = 1, stem: str = "model"
 ) -> tuple[PlannedShard, ...]:
     """Lay tensors, in order, into shards of at most `limit` bytes of data.
 
@@ -277,7 +343,7 @@ def shards(
         name = (
             "model.safetensors"
             if len(groups) == 1
-            else f"model-{number:05d}-of-{last_number:05d}.safetensors"
+            else f"{stem}-{number:05d}-of-{last_number:05d}.safetensors"
         )
         result.append(PlannedShard(name, members, header, tuple(offsets), end))
         first += count

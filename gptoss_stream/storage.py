@@ -16,15 +16,27 @@ from .checkpoint import CheckpointInfo, RawTensor
 from .dtypes import DType
 from .errors import TensorError
 from .model import MODEL_TENSORS, ModelConfig
-from .operands import Operand, Packed, Plain
+from .operands import Operand, Packed, Plain, Zeros
 
-__all__ = ["FLOATS", "Storage", "Stored", "StoredMxfp4", "StoredTable", "bind", "check"]
+__all__ = [
+    "FLOATS",
+    "Storage",
+    "Stored",
+    "StoredMxfp4",
+    "StoredRows",
+    "StoredTable",
+    "StoredTransposed",
+    "bind",
+    "check",
+    "expected",
+]
 
 FLOATS = (DType.BF16, DType.F16, DType.F32)
 _BLOCK_VALUES = 32
 _BLOCK_NBYTES = 16
 
 Expected: TypeAlias = tuple[str, tuple[DType, ...], tuple[int, ...]]
+Raws: TypeAlias = Mapping[str, RawTensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +46,60 @@ class Stored:
     raw: str
     dtypes: tuple[DType, ...] = FLOATS
 
-    def expected(self, shape: tuple[int, ...]) -> Iterator[Expected]:
+    def expected(self, model: ModelConfig, shape: tuple[int, ...]) -> Iterator[Expected]:
         """Raw tensors for a model tensor of `shape`, all experts' together."""
         yield self.raw, self.dtypes, shape
 
     def bind(
-        self, raws: Mapping[str, RawTensor], layer: int, expert: int, shape: tuple[int, ...]
+        self, model: ModelConfig, raws: Raws, layer: int, expert: int, shape: tuple[int, ...]
     ) -> Operand:
         """The operand for one expert's matrix of `shape`, or the whole tensor."""
         return Plain(raws[self.raw.format(l=layer)], expert * prod(shape), shape)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTransposed:
+    """Matrices of floats, `[…, columns, rows]`; experts along the first axis."""
+
+    raw: str
+    dtypes: tuple[DType, ...] = FLOATS
+
+    def expected(self, model: ModelConfig, shape: tuple[int, ...]) -> Iterator[Expected]:
+        """Raw tensors for a model tensor of `shape`, all experts' together."""
+        *lead, rows, columns = shape
+        yield self.raw, self.dtypes, (*lead, columns, rows)
+
+    def bind(
+        self, model: ModelConfig, raws: Raws, layer: int, expert: int, shape: tuple[int, ...]
+    ) -> Operand:
+        """The operand for one expert's matrix of `shape`."""
+        rows, columns = shape
+        first = expert * rows * columns
+        return Plain(raws[self.raw.format(l=layer)], first, (columns, rows), is_transposed=True)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRows:
+    """Floats that lie in a fused tensor, as its `which`-th run of rows.
+
+    `runs` gives the rows of each run, as products of the letters of `model`.
+    """
+
+    raw: str
+    runs: tuple[str, ...]
+    which: int
+    dtypes: tuple[DType, ...] = FLOATS
+
+    def expected(self, model: ModelConfig, shape: tuple[int, ...]) -> Iterator[Expected]:
+        """The fused tensor for a model tensor of `shape`."""
+        yield self.raw, self.dtypes, (sum(map(model.size, self.runs)), *shape[1:])
+
+    def bind(
+        self, model: ModelConfig, raws: Raws, layer: int, expert: int, shape: tuple[int, ...]
+    ) -> Operand:
+        """The operand for the tensor of `shape`."""
+        first = sum(map(model.size, self.runs[: self.which])) * prod(shape[1:])
+        return Plain(raws[self.raw.format(l=layer)], first, shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +109,7 @@ class StoredMxfp4:
     blocks: str
     scales: str
 
-    def expected(self, shape: tuple[int, ...]) -> Iterator[Expected]:
+    def expected(self, model: ModelConfig, shape: tuple[int, ...]) -> Iterator[Expected]:
         """Raw tensors for a model tensor of `shape`, all experts' together."""
         *lead, columns = shape
         groups, rest = divmod(columns, _BLOCK_VALUES)
@@ -65,7 +122,7 @@ class StoredMxfp4:
         yield self.scales, (DType.U8,), (*lead, groups)
 
     def bind(
-        self, raws: Mapping[str, RawTensor], layer: int, expert: int, shape: tuple[int, ...]
+        self, model: ModelConfig, raws: Raws, layer: int, expert: int, shape: tuple[int, ...]
     ) -> Operand:
         """The operand for one expert's matrix of `shape`."""
         rows, columns = shape
@@ -73,15 +130,19 @@ class StoredMxfp4:
         return Packed(blocks, scales, expert * rows, (rows, columns))
 
 
-Storage: TypeAlias = Stored | StoredMxfp4
+Storage: TypeAlias = Stored | StoredTransposed | StoredRows | StoredMxfp4
 StoredTable: TypeAlias = Mapping[str, Storage]
 """From each name in `MODEL_TENSORS` to how it is stored."""
 
 
-def _present(model: ModelConfig, table: StoredTable) -> Iterator[tuple[str, Storage]]:
-    for name in MODEL_TENSORS:
-        if model.has(name) and not (model.tied_embeddings and name == "lm_head.weight"):
-            yield name, table[name]
+def expected(table: StoredTable, model: ModelConfig) -> Iterator[Expected]:
+    """The raw tensors that a model's checkpoint has by a table, with `{l}` for each layer; a fused
+    one comes once for each tensor in it."""
+    for name, letters in MODEL_TENSORS.items():
+        if model.has(name):
+            shape = model.shape(letters)
+            whole = (model.num_experts, *shape) if "{e}" in name else shape
+            yield from table[name].expected(model, whole)
 
 
 def check(table: StoredTable, model: ModelConfig, info: CheckpointInfo) -> None:
@@ -91,29 +152,27 @@ def check(table: StoredTable, model: ModelConfig, info: CheckpointInfo) -> None:
     missing tensors are named at once. Tensors of a layer beyond the model's last are refused,
     others that the table does not name are not its business.
     """
-    missing: list[str] = []
-    for name, storage in _present(model, table):
-        shape = model.shape(MODEL_TENSORS[name])
-        whole = (model.num_experts, *shape) if "{e}" in name else shape
-        for template, dtypes, raw_shape in storage.expected(whole):
-            beyond = info.tensors.get(template.format(l=model.num_layers))
-            if beyond is not None and "{l}" in template:
-                raise TensorError(
-                    f"{info.path / beyond.shard}: tensor {beyond.name!r} is of a layer that "
-                    f"config.json, with {model.num_layers} layers, has not; check config.json"
-                )
-            for layer, _ in model.instances(template):
-                raw_name = template.format(l=layer)
-                raw = info.tensors.get(raw_name)
-                if raw is None:
-                    missing.append(raw_name)
-                else:
-                    _check_one(raw, dtypes, raw_shape, info)
+    missing: dict[str, None] = {}
+    for template, dtypes, shape in expected(table, model):
+        beyond = info.tensors.get(template.format(l=model.num_layers))
+        if beyond is not None and "{l}" in template:
+            raise TensorError(
+                f"{info.path / beyond.shard}: tensor {beyond.name!r} is of a layer that "
+                f"config.json, with {model.num_layers} layers, has not; check config.json"
+            )
+        for layer, _ in model.instances(template):
+            raw_name = template.format(l=layer)
+            raw = info.tensors.get(raw_name)
+            if raw is None:
+                missing[raw_name] = None
+            else:
+                _check_one(raw, dtypes, shape, info)
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        names = list(missing)
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise TensorError(
-            f"{info.path}: {len(missing)} tensors that config.json calls for are missing: "
-            f"{', '.join(map(repr, missing[:3]))}{more}; download the checkpoint again"
+            f"{info.path}: {len(names)} tensors that config.json calls for are missing: "
+            f"{', '.join(map(repr, names[:3]))}{more}; download the checkpoint again"
         )
 
 
@@ -129,14 +188,12 @@ def _check_one(
 
 
 def bind(
-    table: StoredTable,
-    model: ModelConfig,
-    info: CheckpointInfo,
-    name: str,
-    layer: int,
-    expert: int,
+    table: StoredTable, model: ModelConfig, raws: Raws, name: str, layer: int, expert: int
 ) -> Operand:
-    """The operand for one model tensor (a name in `MODEL_TENSORS`) of a checked checkpoint."""
+    """The operand for one model tensor (a name in `MODEL_TENSORS`) of a checked checkpoint; one
+    that the model lacks is zero, but tied embeddings serve as `lm_head` too."""
     shape = model.shape(MODEL_TENSORS[name])
-    stored = "embed_tokens.weight" if model.tied_embeddings and name == "lm_head.weight" else name
-    return table[stored].bind(info.tensors, layer, expert, shape)
+    if not model.has(name) and name != "lm_head.weight":
+        return Zeros(shape)
+    stored = name if model.has(name) else "embed_tokens.weight"
+    return table[stored].bind(model, raws, layer, expert, shape)

@@ -10,28 +10,30 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
+from . import __version__, layouts
 from .checkpoint import Extent, RawTensor
 from .dtypes import DType
 from .errors import ConfigError, OptionError, user_path
-from .model import MODEL_TENSORS
+from .layouts.hf import hugging_face_config
+from .model import ModelConfig, alternating_layers
 from .operands import Plain
 from .patterns import rearrangement
-from .planner import parse_size, shards
+from .planner import layout_tensors, parse_size, shards
 from .recipe import OutputTensor, Part
-from .sources import hf_mxfp4
+from .sources import hf_bf16, hf_mxfp4, openai
+from .storage import expected
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["PRESETS", "Dimensions", "synth"]
+__all__ = ["FORMATS", "PRESETS", "Dimensions", "synth"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,61 +50,47 @@ class Dimensions:
     vocab_size: int = 201_088
     experts_per_token: int = 4
     sliding_window: int = 128
-    context: int = 131_072
+    initial_context: int = 4096  # stretched by the rope's factor
 
-    def config(self) -> dict[str, Any]:
-        """The config.json of such a model, as the released ones have it."""
-        kinds = ("sliding_attention", "full_attention")
-        return {
-            "architectures": ["GptOssForCausalLM"],
-            "attention_bias": True,
-            "attention_dropout": 0.0,
-            "eos_token_id": self.vocab_size - 1,
-            "pad_token_id": self.vocab_size - 1,
-            "experts_per_token": self.experts_per_token,
-            "head_dim": self.head_dim,
-            "hidden_act": "silu",
-            "hidden_size": self.hidden_size,
-            "initial_context_length": 4096,
-            "initializer_range": 0.02,
-            "intermediate_size": self.intermediate_size,
-            "layer_types": [kinds[layer % 2] for layer in range(self.layers)],
-            "max_position_embeddings": self.context,
-            "model_type": "gpt_oss",
-            "num_attention_heads": self.num_attention_heads,
-            "num_experts_per_tok": self.experts_per_token,
-            "num_hidden_layers": self.layers,
-            "num_key_value_heads": self.num_key_value_heads,
-            "num_local_experts": self.experts,
-            "output_router_logits": False,
-            "quantization_config": {
-                "modules_to_not_convert": [
-                    "model.layers.*.self_attn",
-                    "model.layers.*.mlp.router",
-                    "model.embed_tokens",
-                    "lm_head",
-                ],
-                "quant_method": "mxfp4",
-            },
-            "rms_norm_eps": 1e-05,
-            "rope_scaling": {
-                "beta_fast": 32.0,
-                "beta_slow": 1.0,
-                "factor": 32.0,
-                "original_max_position_embeddings": 4096,
-                "rope_type": "yarn",
-                "truncate": False,
-            },
-            "rope_theta": 150000,
-            "router_aux_loss_coef": 0.9,
-            "sliding_window": self.sliding_window,
-            "swiglu_limit": 7.0,
-            "tie_word_embeddings": False,
-            "torch_dtype": "bfloat16",
-            "use_cache": True,
-            "vocab_size": self.vocab_size,
-        }
+    def model(self) -> ModelConfig:
+        """The model of these dimensions, with all other numbers as released; raises
+        `OptionError`."""
+        try:
+            model = ModelConfig(
+                num_layers=self.layers,
+                num_experts=self.experts,
+                experts_per_token=self.experts_per_token,
+                vocab_size=self.vocab_size,
+                hidden_size=self.hidden_size,
+                intermediate_size=self.intermediate_size,
+                num_heads=self.num_attention_heads,
+                num_kv_heads=self.num_key_value_heads,
+                head_dim=self.head_dim,
+                layer_types=alternating_layers(self.layers),
+                sliding_window=self.sliding_window,
+                max_position_embeddings=self.initial_context * round(_FACTOR),
+                rope_theta=150_000,
+                rope={
+                    "beta_fast": 32.0,
+                    "beta_slow": 1.0,
+                    "factor": _FACTOR,
+                    "original_max_position_embeddings": self.initial_context,
+                    "rope_type": "yarn",
+                    "truncate": False,
+                },
+            )
+        except ConfigError as error:
+            raise OptionError(str(error).replace("config.json: ", "")) from None
+        for name in ("hidden_size", "intermediate_size"):
+            if getattr(model, name) % 32:
+                raise OptionError(
+                    f"{name} {getattr(model, name)}: MXFP4 needs a multiple of 32, the values that "
+                    "share a scale"
+                )
+        return model
 
+
+_FACTOR = 32.0  # of the rope's YaRN
 
 PRESETS = {
     # No two sizes of the tiny model are equal, so that no mistaken axis goes unseen.
@@ -117,7 +105,7 @@ PRESETS = {
         vocab_size=1009,
         experts_per_token=2,
         sliding_window=16,
-        context=4096,
+        initial_context=128,
     ),
     "20b": Dimensions(layers=24, experts=32),
     "120b": Dimensions(layers=36, experts=128),
@@ -172,6 +160,7 @@ def synth(
     output: str | os.PathLike[str],
     preset: str = "tiny",
     *,
+    format: str = hf_mxfp4.NAME,  # noqa: A002 (the word of the command line)
     seed: int = 0,
     max_shard_size: int | str = "5GB",
     workers: int | None = None,
@@ -180,10 +169,11 @@ def synth(
     on_bytes: Callable[[int], None] = lambda nbytes: None,
     **overrides: int | None,
 ) -> Path:
-    """Write a random gpt-oss checkpoint in MXFP4 into a folder, deterministic by seed.
+    """Write a random gpt-oss checkpoint into a folder, deterministic by seed.
 
     `preset` is one of `PRESETS`; `overrides` replace its `Dimensions` (layers, experts,
-    hidden_size, …). Raises `OptionError` for dimensions that no model can have, `OutputError` and
+    hidden_size, …). `format` is one of `sources.names`: the same seed gives the same model in
+    each. Raises `OptionError` for dimensions that no model can have, `OutputError` and
     `MachineError` as `convert` does.
     """
     from .output import Contents, make_output
@@ -191,32 +181,33 @@ def synth(
 
     if preset not in PRESETS:
         raise OptionError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
+    if format not in FORMATS:
+        raise OptionError(f"unknown format {format!r}; choose one of {', '.join(FORMATS)}")
     chosen = {key: value for key, value in overrides.items() if value is not None}
     dimensions = replace(PRESETS[preset], **chosen)
     if dimensions.experts_per_token > dimensions.experts and "experts_per_token" not in chosen:
         dimensions = replace(dimensions, experts_per_token=dimensions.experts)
-    if dimensions.layers > 1024:
-        raise OptionError(f"{dimensions.layers} layers: there may be 1024 at most")
     if not 0 <= seed < 2**64:
         raise OptionError(f"seed {seed}: it must lie in 0 to 2^64 - 1")
-    planned = shards(_raw_tensors(dimensions), parse_size(max_shard_size), first_number=0)
+    model = dimensions.model()
+    made = FORMATS[format](model)
+    planned = shards(
+        made.tensors, parse_size(max_shard_size), first_number=made.first_number, stem=made.stem
+    )
     nbytes = sum(shard.nbytes for shard in planned)
-    folder = user_path(output)
-    small = {
-        "config.json": _json(dimensions.config()),
-        "generation_config.json": _json({"eos_token_id": dimensions.vocab_size - 1}),
-    }
     identity = {
         "tool": "gptoss_stream",
         "version": __version__,
         "made": "synth",
+        "format": format,
         "seed": seed,
-        "dimensions": dimensions.config(),
+        "dimensions": asdict(dimensions),
         "max_shard_size": parse_size(max_shard_size),
     }
+    folder = user_path(output)
     make_output(
         folder,
-        Contents(identity, planned, small),
+        Contents(identity, planned, {name: _json(text) for name, text in made.configs.items()}),
         _RandomReader(seed),
         overwrite=overwrite,
         workers=count_workers(workers),
@@ -226,39 +217,106 @@ def synth(
     return folder
 
 
-def _json(value: dict[str, Any]) -> bytes:
+def _json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def _raw_tensors(dimensions: Dimensions) -> list[OutputTensor]:
-    """The raw tensors of the checkpoint, in the released ones' order: layers as strings sort."""
-    try:
-        model = hf_mxfp4.read_config(dimensions.config())
-    except ConfigError as error:
-        raise OptionError(str(error).replace("config.json: ", "")) from None
-    for name in ("hidden_size", "intermediate_size"):
-        if getattr(model, name) % 32:
-            raise OptionError(
-                f"{name} {getattr(model, name)}: MXFP4 needs a multiple of 32, the values that "
-                "share a scale"
-            )
-    tensors = []
-    for name, storage in hf_mxfp4.TENSORS.items():
-        shape = model.shape(MODEL_TENSORS[name])
-        whole = (model.num_experts, *shape) if "{e}" in name else shape
-        for template, dtypes, raw_shape in storage.expected(whole):
-            for layer, _ in model.instances(template):
-                tensors.append(_copied(template.format(l=layer), dtypes[0], raw_shape))
-    return sorted(tensors, key=lambda tensor: tensor.name)
+@dataclass(frozen=True, slots=True)
+class _Checkpoint:
+    """A checkpoint to be made: its tensors, its small files, how its shards are named."""
+
+    tensors: list[OutputTensor]
+    configs: Mapping[str, Mapping[str, Any]]
+    first_number: int = 1
+    stem: str = "model"
 
 
-def _copied(name: str, dtype: DType, shape: tuple[int, ...]) -> OutputTensor:
-    """An output tensor that is its raw tensor unchanged, taken as rows of at most two axes."""
-    rows = (prod(shape),) if len(shape) == 1 else (prod(shape[:2]), prod(shape[2:]))
-    if len(shape) == 2:
-        rows = shape
-    raw = RawTensor(name, dtype, shape, "", 0)
-    pattern = "a -> a" if len(rows) == 1 else "a b -> a b"
-    return OutputTensor(
-        name, dtype, shape, (Part(Plain(raw, 0, rows), rearrangement(pattern, rows)),)
-    )
+def _hf_mxfp4(model: ModelConfig) -> _Checkpoint:
+    """As released: tensors sorted by name, layers as strings, and shards counted from 0."""
+    quantization = {
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn",
+            "model.layers.*.mlp.router",
+            "model.embed_tokens",
+            "lm_head",
+        ],
+        "quant_method": "mxfp4",
+    }
+    config = {
+        **hugging_face_config(model),
+        "quantization_config": quantization,
+        "torch_dtype": "bfloat16",
+    }
+    tensors = [_joined(name, [raw]) for name, raw in sorted(_raws(model).items())]
+    return _Checkpoint(tensors, _with_generation(config), first_number=0)
+
+
+def _hf_bf16(model: ModelConfig) -> _Checkpoint:
+    """What the layout `hf` makes of the same checkpoint in MXFP4."""
+    table, layout = hf_mxfp4.TENSORS, layouts.load("hf")
+    tensors = [t.tensor for t in layout_tensors(layout, table, model, _raws(model), DType.BF16)]
+    config = {**hugging_face_config(model), "torch_dtype": "bfloat16"}
+    return _Checkpoint(tensors, _with_generation(config))
+
+
+def _openai(model: ModelConfig) -> _Checkpoint:
+    """The same raw tensors under OpenAI's names, q, k and v one after another."""
+    raws = _raws(model)
+    fused: dict[str, list[RawTensor]] = {}
+    pairs = zip(expected(hf_mxfp4.TENSORS, model), expected(openai.TENSORS, model), strict=True)
+    for (stored, _, _), (template, _, _) in pairs:
+        for layer, _ in model.instances(template):
+            parts = fused.setdefault(template.format(l=layer), [])
+            parts.append(raws[stored.format(l=layer)])
+    config = {
+        "num_hidden_layers": model.num_layers,
+        "num_experts": model.num_experts,
+        "experts_per_token": model.experts_per_token,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.intermediate_size,
+        "swiglu_limit": model.swiglu_limit,
+        "head_dim": model.head_dim,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "sliding_window": model.sliding_window,
+        "initial_context_length": model.rope["original_max_position_embeddings"],
+        "rope_theta": model.rope_theta,
+        "rope_scaling_factor": model.rope["factor"],
+        "rope_ntk_alpha": model.rope["beta_slow"],
+        "rope_ntk_beta": model.rope["beta_fast"],
+    }
+    tensors = [_joined(name, parts) for name, parts in sorted(fused.items())]
+    return _Checkpoint(tensors, {"config.json": config}, stem="model-")
+
+
+FORMATS = {hf_mxfp4.NAME: _hf_mxfp4, hf_bf16.NAME: _hf_bf16, openai.NAME: _openai}
+"""How a checkpoint of each format is made."""
+
+
+def _with_generation(config: dict[str, Any]) -> dict[str, Mapping[str, Any]]:
+    return {
+        "config.json": config,
+        "generation_config.json": {"eos_token_id": config["eos_token_id"]},
+    }
+
+
+def _raws(model: ModelConfig) -> dict[str, RawTensor]:
+    """The raw tensors of the model in Hugging Face's MXFP4 format, which lie nowhere."""
+    return {
+        (name := template.format(l=layer)): RawTensor(name, dtypes[0], shape, "", 0)
+        for template, dtypes, shape in expected(hf_mxfp4.TENSORS, model)
+        for layer, _ in model.instances(template)
+    }
+
+
+def _joined(name: str, raws: list[RawTensor]) -> OutputTensor:
+    """An output tensor that is raw tensors, unchanged, one after another."""
+    parts = []
+    for raw in raws:
+        *lead, last = raw.shape
+        shape = (prod(lead), last) if lead else (last,)
+        pattern = "a b -> a b" if lead else "a -> a"
+        parts.append(Part(Plain(raw, 0, shape), rearrangement(pattern, shape)))
+    whole = (sum(raw.shape[0] for raw in raws), *raws[0].shape[1:])
+    return OutputTensor(name, raws[0].dtype, whole, tuple(parts))

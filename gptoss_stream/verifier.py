@@ -31,6 +31,7 @@ from .planner import DEFAULT_LAYOUT, Plan, is_staged, plan
 from .recipe import OutputTensor, Part, Piece, fill, make_pieces
 from .run_folder import RECORD_NAME, WORK_NAME
 from .safetensors_format import INDEX_NAME, METADATA, build_index
+from .selection import Selection
 from .workers import Buffer, Task, count_workers, run_tasks
 
 _LINES = 64  # rows of a large transpose compared at a time: what is mapped of them stays small
@@ -64,9 +65,11 @@ class Difference:
 @dataclass(frozen=True, slots=True)
 class Verification:
     """What a verification found: how much was compared (tensors, or files by their sums), and
-    every difference."""
+    every difference. `layout` and `selection` are what the output was held to be."""
 
     output: str
+    layout: str
+    selection: Mapping[str, Any]
     tensors: int
     files: int
     nbytes: int
@@ -86,7 +89,9 @@ def verify(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    layout: str = DEFAULT_LAYOUT,
+    layout: str | None = None,
+    selection: Selection | None = None,
+    source_format: str | None = None,
     sample: int | None = None,
     seed: int = 0,
     workers: int | None = None,
@@ -95,8 +100,9 @@ def verify(
 ) -> Verification:
     """Compare an output folder with what its source gives, byte for byte.
 
-    The dtype is the output's own. `sample` compares the data of that many tensors, chosen at
-    random by `seed`, instead of all; names, dtypes, shapes, index and the small
+    The dtype is the output's own. `layout` and `selection` are, where they are not given, what the
+    output's record says; the result repeats them. `sample` compares the data of that many
+    tensors, chosen at random by `seed`, instead of all; names, dtypes, shapes, index and the small
     files beside the weights are compared in any case.
     `on_plan` is told how many bytes will be compared, `on_bytes`, from any thread, how many have
     been. Raises `CheckpointError` for a source and `OutputError` for an output that is none,
@@ -106,7 +112,14 @@ def verify(
     folder = user_path(output)
     try:
         found, differences = _read_output(folder)
-        planned = plan(source, layout=layout, dtype=_dtype_of(found))
+        recorded = _recorded(folder)
+        planned = plan(
+            source,
+            layout=layout or recorded["layout"],
+            dtype=_dtype_of(found),
+            selection=selection or recorded["selection"],
+            source_format=source_format,
+        )
         expected = {tensor.name: tensor for s in planned.shards for tensor in s.tensors}
         differences += _compare_names(found.tensors, expected)
         differences += _compare_index(folder, found.tensors)
@@ -128,7 +141,15 @@ def verify(
     except OSError as error:
         raise machine_error(error, f"verifying {folder}") from error
     differences += sorted(comparison.differences.values(), key=lambda d: d.name)
-    return Verification(str(folder), len(comparable), 0, nbytes, tuple(differences))
+    return Verification(
+        str(folder),
+        planned.layout,
+        planned.selection.as_dict(),
+        len(comparable),
+        0,
+        nbytes,
+        tuple(differences),
+    )
 
 
 def verify_checksums(
@@ -174,7 +195,7 @@ def verify_checksums(
         differences += _compare_state(folder)
     except OSError as error:
         raise machine_error(error, f"verifying {folder}") from error
-    return Verification(str(folder), 0, len(present), nbytes, tuple(differences))
+    return Verification(str(folder), "", {}, 0, len(present), nbytes, tuple(differences))
 
 
 def _read_output(folder: Path) -> tuple[CheckpointInfo, list[Difference]]:
@@ -202,6 +223,18 @@ def _read_output(folder: Path) -> tuple[CheckpointInfo, list[Difference]]:
         ]
         tensors = {**found, **tensors}
     return CheckpointInfo(folder, {}, tuple(shards), tensors), differences
+
+
+def _recorded(folder: Path) -> dict[str, Any]:
+    """The layout and selection that an output's record tells; the defaults where it tells none."""
+    layout, selection = DEFAULT_LAYOUT, Selection()
+    try:
+        record = strict_json.loads((folder / RECORD_NAME).read_bytes())
+        layout = str(record["layout"])
+        selection = Selection.from_dict(record["selection"])
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    return {"layout": layout, "selection": selection}
 
 
 def _dtype_of(found: CheckpointInfo) -> str:
@@ -249,7 +282,7 @@ def _compare_index(folder: Path, found: Mapping[str, RawTensor]) -> Iterator[Dif
 def _compare_companions(folder: Path, planned: Plan) -> Iterator[Difference]:
     """The small files beside the weights, and whether a run is still unfinished."""
     expected = layouts.load(planned.layout).companions(
-        planned.model, planned.info.config, planned.dtype
+        planned.model, planned.info.config, planned.dtype, partial=planned.is_partial
     )
     for name in carried(planned.info.path):
         expected[name] = (planned.info.path / name).read_bytes()

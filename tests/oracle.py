@@ -12,6 +12,9 @@ from typing import Any
 import peer
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformer_lens.loading_from_pretrained import convert_hf_model_config
 from transformers import (
     AutoConfig,
@@ -19,6 +22,7 @@ from transformers import (
     GptOssConfig,
     GptOssForCausalLM,
     Mxfp4Config,
+    PreTrainedTokenizerFast,
 )
 
 
@@ -39,6 +43,17 @@ def state_dict(folder: Path, dtype: torch.dtype = torch.bfloat16) -> dict[str, t
     model, then cast."""
     tensors = peer.converted(folder)
     return {name: tensor.detach().to(dtype) for name, tensor in tensors.items()}
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A tokenizer of the tiny model's vocabulary: `w7` is token 7."""
+    words = {"<unk>": 0, "<|return|>": 1, **{f"w{i}": i for i in range(2, 1009)}}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    special = {"bos_token": "<|return|>", "eos_token": "<|return|>", "pad_token": "<unk>"}
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", **special
+    ).save_pretrained(folder)
 
 
 def make_packed(folder: Path, **settings: Any) -> Path:

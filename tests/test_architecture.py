@@ -17,7 +17,7 @@ LAYERS = [
     {"dtypes", "strict_json", "memory", "regular_file"},
     {"safetensors_format", "model", "patterns", "cast", "companions", "checksums"},
     {"checkpoint", "mxfp4", "shard_file"},
-    {"operands", "run_folder", "workers"},
+    {"operands", "run_folder", "workers", "selection"},
     {"recipe", "storage"},
     {"sources", "layouts", "scratch"},
     {"planner"},

@@ -76,7 +76,7 @@ def test_every_second_row(start):
 
 def test_every_second_column():
     array, raw = sample((6, 10))
-    operand = Plain(raw, 0, (6, 10), stepped=1, start=1, step=2)
+    operand = Plain(raw, 0, (6, 10), is_transposed=True, start=1, step=2)
     assert operand.shape == (6, 5)
     with operand.load(ArrayReader(array), (2, 5), (1, 4), DType.F32) as (block, _):
         np.testing.assert_array_equal(block, array[2:5, 1::2][:, 1:4])

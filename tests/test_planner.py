@@ -10,12 +10,13 @@ import gptoss_stream
 from gptoss_stream.errors import OptionError
 from gptoss_stream.planner import balanced_groups, parse_size, shards
 from gptoss_stream.safetensors_format import INDEX_NAME, build_index
-from gptoss_stream.synthesis import PRESETS, _raw_tensors
+from gptoss_stream.synthesis import FORMATS, PRESETS
 
 
 def hollow_checkpoint(folder, preset):
     """A checkpoint of a released model's shapes whose shards are all hole."""
-    planned = shards(_raw_tensors(PRESETS[preset]), 5 * 10**9, first_number=0)
+    made = FORMATS["hf-mxfp4"](PRESETS[preset].model())
+    planned = shards(made.tensors, 5 * 10**9, first_number=0)
     for shard in planned:
         with open(folder / shard.name, "wb") as file:
             file.write(shard.header)
@@ -23,7 +24,7 @@ def hollow_checkpoint(folder, preset):
     weight_map = {t.name: shard.name for shard in planned for t in shard.tensors}
     nbytes = sum(shard.data_nbytes for shard in planned)
     (folder / INDEX_NAME).write_bytes(build_index(nbytes, weight_map))
-    (folder / "config.json").write_text(json.dumps(PRESETS[preset].config()))
+    (folder / "config.json").write_text(json.dumps(made.configs["config.json"]))
     return folder
 
 

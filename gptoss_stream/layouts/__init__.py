@@ -29,7 +29,8 @@ class Row:
     `{l}` and `{e}` stand for each layer and expert. Where only the model tensor has `{e}`, the
     target stacks the experts along a new first axis. `axes` gives the sizes that the pattern
     leaves open, in the letters of `model`; `rows` takes every `step`-th row of the model tensor
-    before the pattern. A model tensor that the model lacks (an attention bias) becomes zeros.
+    before the pattern. A model tensor that the model lacks (an attention bias, or lm_head where the
+    embeddings are tied) becomes zeros, or is the embedding; an `optional` row is left out then.
     """
 
     target: str
@@ -37,14 +38,17 @@ class Row:
     pattern: str
     axes: Mapping[str, str] = field(default_factory=dict)
     rows: tuple[int, int] = (0, 1)
+    optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ZeroRow:
-    """A target that no model tensor gives: zeros of a shape in the letters of `model`."""
+    """A target that no model tensor gives: zeros of a shape in the letters of `model`, chosen in
+    selections together with `model_tensor`."""
 
     target: str
     shape: str
+    model_tensor: str
 
 
 class Layout(Protocol):
@@ -56,9 +60,10 @@ class Layout(Protocol):
         """Raise `ConfigError` for a model whose behaviour the layout cannot carry."""
 
     def companions(
-        self, model: ModelConfig, config: Mapping[str, Any], dtype: DType
+        self, model: ModelConfig, config: Mapping[str, Any], dtype: DType, *, partial: bool
     ) -> dict[str, bytes]:
-        """Small files for the output's users; `config` is the source's config.json."""
+        """Small files for the output's users; `config` is the source's config.json, and `partial`
+        tells of an output that holds but a part of the model's tensors."""
         ...
 
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..dtypes import OUTPUT_DTYPES, DType
+from ..dtypes import DType, torch_name
 from ..errors import ConfigError
 from ..model import ModelConfig, number
 from . import Row, ZeroRow
@@ -52,7 +52,7 @@ ROWS: tuple[Row | ZeroRow, ...] = (
 
     Row("ln_final.w", "norm.weight", "m -> m"),
     Row("unembed.W_U", "lm_head.weight", "v m -> m v"),
-    ZeroRow("unembed.b_U", "V"),
+    ZeroRow("unembed.b_U", "V", "lm_head.weight"),
 )
 # fmt: on
 
@@ -82,7 +82,9 @@ def _rope_type(model: ModelConfig) -> Any:
     return model.rope.get("rope_type", model.rope.get("type", "default"))
 
 
-def companions(model: ModelConfig, config: Mapping[str, Any], dtype: DType) -> dict[str, bytes]:
+def companions(
+    model: ModelConfig, config: Mapping[str, Any], dtype: DType, *, partial: bool
+) -> dict[str, bytes]:
     """tl_config.json, the fields of a HookedTransformerConfig (its dtype by name), and the
     source's configuration as source_config.json: under its own name, AutoModel would take the
     folder for a Hugging Face checkpoint and fill the model with random weights."""
@@ -98,11 +100,10 @@ def _json(value: Mapping[str, Any]) -> bytes:
 
 def hooked_transformer_config(model: ModelConfig, dtype: DType) -> dict[str, Any]:
     """The fields of TransformerLens 3.9's HookedTransformerConfig for a model."""
-    torch_name = next(name for name, value in OUTPUT_DTYPES.items() if value is dtype)
     fields = {
         "model_name": "gpt-oss",
         "original_architecture": "GptOssForCausalLM",
-        "dtype": torch_name,
+        "dtype": torch_name(dtype),
         "d_model": model.hidden_size,
         "d_head": model.head_dim,
         "n_heads": model.num_heads,

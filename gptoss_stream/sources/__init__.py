@@ -1,6 +1,6 @@
 """Checkpoint formats, one file each: how it is recognised and which raw tensor holds what.
 
-A source is a module with
+A new file here is a new format. A source is a module with
     NAME               what `inspect` calls it
     recognise(info)    why this checkpoint is of this format, or None
     read_config(json)  the model's numbers from config.json
@@ -9,16 +9,17 @@ A source is a module with
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any, Protocol
 
 from ..checkpoint import CheckpointInfo
-from ..errors import CheckpointError
+from ..errors import CheckpointError, OptionError
 from ..model import ModelConfig
 from ..storage import StoredTable
-from . import hf_mxfp4
 
-__all__ = ["Source", "names", "recognise"]
+__all__ = ["Source", "load", "names", "recognise"]
 
 
 class Source(Protocol):
@@ -36,18 +37,26 @@ class Source(Protocol):
         ...
 
 
-_SOURCES: tuple[Source, ...] = (hf_mxfp4,)
-
-
 def names() -> tuple[str, ...]:
-    """The formats that can be read."""
-    return tuple(source.NAME for source in _SOURCES)
+    """The formats that can be read, from the files of this folder."""
+    modules = (module.name for module in pkgutil.iter_modules(__path__))
+    return tuple(sorted(name.replace("_", "-") for name in modules if name[0] != "_"))
+
+
+def load(name: str) -> Source:
+    """The format of that name; raises `OptionError` for a name that is none."""
+    if name not in names():
+        raise OptionError(f"unknown source format {name!r}; choose one of {', '.join(names())}")
+    module: Any = import_module(f"{__name__}.{name.replace('-', '_')}")
+    source: Source = module
+    return source
 
 
 def recognise(info: CheckpointInfo) -> tuple[Source, str]:
     """The format of a checkpoint and why; raises `CheckpointError` saying what it looks like."""
     _refuse_mixed(info)
-    for source in _SOURCES:
+    for name in names():
+        source = load(name)
         reason = source.recognise(info)
         if reason is not None:
             return source, reason
@@ -77,12 +86,13 @@ def _looks_like(info: CheckpointInfo) -> str:
     if quantization is not None and quantization.get("quant_method") != "mxfp4":
         method = str(quantization.get("quant_method"))[:40]
         return f"{config}: quantised by {method!r}; only mxfp4 is converted"
-    if any(name.startswith("block.0.") for name in info.tensors):
-        return f"{info.path}: OpenAI's own format (original/); name the folder above it"
     if any("gate_up_projs." in name for name in info.tensors):
         return (
             f"{info.path}: experts unfused into modules (gate_up_projs); re-save it with fused ones"
         )
-    if any(name.endswith(".mlp.experts.gate_up_proj") for name in info.tensors):
-        return f"{info.path}: an unquantised gpt-oss checkpoint; only MXFP4 ones are converted"
+    if model_type == "gpt_oss":
+        return (
+            f"{config}: no quantization_config, and tensors in MXFP4; take config.json from the same "
+            "place as the tensors, or add --source-format hf-mxfp4"
+        )
     return f"{config}: not of a gpt-oss checkpoint: it has the model type {model_type!r}"

@@ -5,63 +5,22 @@ Names and shapes: transformers, `models/gpt_oss/modeling_gpt_oss.py` and `integr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from ..checkpoint import CheckpointInfo
-from ..errors import ConfigError
-from ..model import ModelConfig, integer, number
-from ..storage import Stored, StoredMxfp4, StoredTable
+from ..storage import StoredMxfp4, StoredTable
+from ._hugging_face import EXPERTS, SHARED_TENSORS, read_config
 
 __all__ = ["NAME", "TENSORS", "read_config", "recognise"]
 
 NAME = "hf-mxfp4"
 
-_LAYER = "model.layers.{l}."
-_EXPERTS = _LAYER + "mlp.experts."
-
-SHARED_TENSORS: StoredTable = {
-    "embed_tokens.weight": Stored("model.embed_tokens.weight"),
-    "layers.{l}.input_layernorm.weight": Stored(_LAYER + "input_layernorm.weight"),
-    "layers.{l}.self_attn.q_proj.weight": Stored(_LAYER + "self_attn.q_proj.weight"),
-    "layers.{l}.self_attn.q_proj.bias": Stored(_LAYER + "self_attn.q_proj.bias"),
-    "layers.{l}.self_attn.k_proj.weight": Stored(_LAYER + "self_attn.k_proj.weight"),
-    "layers.{l}.self_attn.k_proj.bias": Stored(_LAYER + "self_attn.k_proj.bias"),
-    "layers.{l}.self_attn.v_proj.weight": Stored(_LAYER + "self_attn.v_proj.weight"),
-    "layers.{l}.self_attn.v_proj.bias": Stored(_LAYER + "self_attn.v_proj.bias"),
-    "layers.{l}.self_attn.o_proj.weight": Stored(_LAYER + "self_attn.o_proj.weight"),
-    "layers.{l}.self_attn.o_proj.bias": Stored(_LAYER + "self_attn.o_proj.bias"),
-    "layers.{l}.self_attn.sinks": Stored(_LAYER + "self_attn.sinks"),
-    "layers.{l}.post_attention_layernorm.weight": Stored(
-        _LAYER + "post_attention_layernorm.weight"
-    ),
-    "layers.{l}.mlp.router.weight": Stored(_LAYER + "mlp.router.weight"),
-    "layers.{l}.mlp.router.bias": Stored(_LAYER + "mlp.router.bias"),
-    "layers.{l}.mlp.experts.{e}.gate_up_proj_bias": Stored(_EXPERTS + "gate_up_proj_bias"),
-    "layers.{l}.mlp.experts.{e}.down_proj_bias": Stored(_EXPERTS + "down_proj_bias"),
-    "norm.weight": Stored("model.norm.weight"),
-    "lm_head.weight": Stored("lm_head.weight"),
-}
-"""All but the expert matrices, as every Hugging Face checkpoint of gpt-oss has them."""
-
 TENSORS: StoredTable = {
     **SHARED_TENSORS,
     "layers.{l}.mlp.experts.{e}.gate_up_proj": StoredMxfp4(
-        _EXPERTS + "gate_up_proj_blocks", _EXPERTS + "gate_up_proj_scales"
+        EXPERTS + "gate_up_proj_blocks", EXPERTS + "gate_up_proj_scales"
     ),
     "layers.{l}.mlp.experts.{e}.down_proj": StoredMxfp4(
-        _EXPERTS + "down_proj_blocks", _EXPERTS + "down_proj_scales"
+        EXPERTS + "down_proj_blocks", EXPERTS + "down_proj_scales"
     ),
-}
-
-# What transformers' GptOssConfig assumes where config.json is silent.
-_DEFAULT_ROPE = {
-    "rope_type": "yarn",
-    "factor": 32.0,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-    "truncate": False,
-    "original_max_position_embeddings": 4096,
 }
 
 
@@ -73,51 +32,3 @@ def recognise(info: CheckpointInfo) -> str | None:
     if quantization.get("quant_method") != "mxfp4":
         return None
     return 'config.json has model_type "gpt_oss" and quant_method "mxfp4"'
-
-
-def read_config(config: Mapping[str, Any]) -> ModelConfig:
-    """The model's numbers from a Hugging Face config.json; raises `ConfigError`."""
-    num_layers = integer(config, "num_hidden_layers")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or _DEFAULT_ROPE
-    if not isinstance(rope, dict):
-        raise ConfigError("config.json: rope_parameters is not an object")
-    sliding_window = config.get("sliding_window", 128)
-    for flag in ("attention_bias", "tie_word_embeddings"):
-        if not isinstance(config.get(flag, True), bool):
-            raise ConfigError(f"config.json: {flag} is neither true nor false")
-    return ModelConfig(
-        num_layers=num_layers,
-        num_experts=integer(config, "num_local_experts"),
-        experts_per_token=integer(config, "num_experts_per_tok"),
-        vocab_size=integer(config, "vocab_size"),
-        hidden_size=integer(config, "hidden_size"),
-        intermediate_size=integer(config, "intermediate_size"),
-        num_heads=integer(config, "num_attention_heads"),
-        num_kv_heads=integer(config, "num_key_value_heads"),
-        head_dim=integer(config, "head_dim"),
-        layer_types=_layer_types(config, num_layers),
-        sliding_window=None if sliding_window is None else integer(config, "sliding_window", 128),
-        max_position_embeddings=integer(config, "max_position_embeddings", 131072),
-        rope_theta=number(rope if "rope_theta" in rope else config, "rope_theta", 150000.0),
-        rope={key: value for key, value in rope.items() if key != "rope_theta"},
-        rms_norm_eps=number(config, "rms_norm_eps", 1e-5),
-        swiglu_limit=number(config, "swiglu_limit", 7.0),
-        swiglu_alpha=number(config, "swiglu_alpha", 1.702),
-        hidden_act=str(config.get("hidden_act", "silu")),
-        attention_bias=config.get("attention_bias", True),
-        tied_embeddings=config.get("tie_word_embeddings", False),
-    )
-
-
-def _layer_types(config: Mapping[str, Any], num_layers: int) -> tuple[str, ...]:
-    layer_types = config.get("layer_types")
-    if layer_types is None:
-        # A hostile count must not make a tuple of that length; ModelConfig refuses it.
-        pair = ("sliding_attention", "full_attention")
-        return tuple(pair[layer % 2] for layer in range(max(0, min(num_layers, 1 << 16))))
-    known = ("sliding_attention", "full_attention")
-    if not isinstance(layer_types, list) or not all(kind in known for kind in layer_types):
-        raise ConfigError(
-            "config.json: layer_types must be a list of sliding_attention and full_attention"
-        )
-    return tuple(layer_types)
