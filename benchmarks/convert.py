@@ -38,13 +38,12 @@ def floor(source: Path, folder: Path, nbytes: int, *options: str) -> Measured:
         output.unlink(missing_ok=True)
 
 
-def conversion(source: Path, folder: Path, **options: Any) -> Measured:
+def conversion(source: Path, folder: Path, *arguments: str, **options: Any) -> Measured:
     """The conversion as a user runs it."""
     output = folder / "converted"
+    command = [sys.executable, "-m", "gptoss_stream", "convert", str(source), str(output)]
     try:
-        return run(
-            [sys.executable, "-m", "gptoss_stream", "convert", str(source), str(output)], **options
-        )
+        return run([*command, *arguments], **options)
     finally:
         shutil.rmtree(output, ignore_errors=True)
 

@@ -10,13 +10,16 @@ Data flows one way:
     output       a folder from empty, or where an earlier run stopped, to finished
     converter    plans and makes the output
     verifier     makes the output again and compares
+    converted    what a converted folder is
+    state_dict   a converted folder as a mapping to tensors, on the disk until they are touched
+    hooked       a HookedTransformer made of these
 
 and on the way: `safetensors_format` headers and index, `strict_json`, `dtypes`, `model` the model's
 numbers and tensors, `storage` the words of the sources' tables, `selection` which tensors are
 wanted, `operands`, `patterns` and `recipe` an output tensor as a recipe, `mxfp4` and `cast` values,
 `workers` threads, `shard_file`, `scratch` and `run_folder` files being written, `checksums` of
 them, `companions` small files beside them, `regular_file`, `memory` what there is of it, `errors`,
-`synthesis` random checkpoints, `cli` the command line.
+`synthesis` random checkpoints, `examples`, `cli` the command line.
 
     >>> import gptoss_stream
     >>> report = gptoss_stream.convert("gpt-oss-20b", "gpt-oss-20b-tl")  # doctest: +SKIP
@@ -31,8 +34,10 @@ if TYPE_CHECKING:
     from . import layouts, sources
     from .converter import Report, convert
     from .errors import GptOssStreamError
+    from .hooked import load_hooked_transformer
     from .planner import Plan, plan
     from .selection import Selection
+    from .state_dict import StateDict, open_state_dict
     from .synthesis import synth
     from .verifier import Difference, Verification, verify, verify_checksums
 
@@ -44,10 +49,13 @@ __all__ = [
     "Plan",
     "Report",
     "Selection",
+    "StateDict",
     "Verification",
     "__version__",
     "convert",
     "layouts",
+    "load_hooked_transformer",
+    "open_state_dict",
     "plan",
     "sources",
     "synth",
@@ -65,7 +73,10 @@ _HOMES = {
     "Plan": "planner",
     "Report": "converter",
     "Selection": "selection",
+    "StateDict": "state_dict",
     "convert": "converter",
+    "load_hooked_transformer": "hooked",
+    "open_state_dict": "state_dict",
     "plan": "planner",
     "synth": "synthesis",
 }

@@ -20,7 +20,8 @@ from . import __version__
 from .errors import GptOssStreamError, MachineError, OptionError, machine_error, user_path
 
 if TYPE_CHECKING:
-    from .checkpoint import CheckpointInfo
+    from .checkpoint import CheckpointInfo, RawTensor
+    from .converted import ConvertedInfo
     from .planner import Plan
     from .selection import Selection
 
@@ -126,8 +127,10 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print the whole plan for programs")
     plan.set_defaults(run=_plan)
 
-    inspect = commands.add_parser("inspect", help="show what a checkpoint is")
-    inspect.add_argument("source", metavar="SOURCE", help="folder of a gpt-oss checkpoint")
+    inspect = commands.add_parser("inspect", help="show what a folder is")
+    inspect.add_argument(
+        "source", metavar="FOLDER", help="a gpt-oss checkpoint, or what was made of one"
+    )
     inspect.add_argument("--json", action="store_true", help="print it for programs")
     inspect.set_defaults(run=_inspect)
 
@@ -415,8 +418,13 @@ def _plan_as_dict(planned: Plan, dtype: str, needed: int, free: int, memory: int
 
 def _inspect(arguments: argparse.Namespace) -> None:
     from .checkpoint import describe
+    from .converted import describe_converted
     from .sources import recognise
 
+    converted = describe_converted(arguments.source)
+    if converted is not None:
+        _inspect_converted(converted, arguments.json)
+        return
     info = describe(arguments.source)
     source, reason = recognise(info)
     model = source.read_config(info.config)
@@ -430,8 +438,35 @@ def _inspect(arguments: argparse.Namespace) -> None:
         f"{_count(len(info.tensors), 'tensor')}, {_size(total)} in "
         f"{_count(len(info.shards), 'shard')}"
     )
-    width = max(map(len, info.tensors), default=0)
-    for raw in info.tensors.values():
+    _print_tensors(info.tensors)
+
+
+def _inspect_converted(info: ConvertedInfo, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(info.as_dict(), indent=2))
+        return
+    state = "complete"
+    if info.missing:
+        shown = ", ".join(info.missing[:3]) + (", …" if len(info.missing) > 3 else "")
+        state = f"{'incomplete' if info.finished else 'unfinished'}, without {shown}"
+    elif not info.finished:
+        state = "unfinished"
+    if not info.complete:
+        state += "; run the same convert again"
+    total = sum(raw.nbytes for raw in info.tensors.values())
+    shards = {raw.shard for raw in info.tensors.values()}
+    print(
+        f"{info.path}: converted, {info.layout} in {info.dtype}{_part(info.selection)}\n"
+        f"from {info.source} ({info.source_format}) by gptoss_stream {info.version}\n"
+        f"{_count(len(info.tensors), 'tensor')}, {_size(total)} in "
+        f"{_count(len(shards), 'shard')}: {state}"
+    )
+    _print_tensors(info.tensors)
+
+
+def _print_tensors(tensors: Mapping[str, RawTensor]) -> None:
+    width = max(map(len, tensors), default=0)
+    for raw in tensors.values():
         print(f"  {raw.name:{width}}  {raw.dtype.code:4}  {list(raw.shape)}  {raw.shard}")
 
 

@@ -8,6 +8,7 @@ GptOssStreamError            exit code 2: what was asked for cannot be done as a
  │  └ TensorError            a tensor is missing, of another dtype or shape, or holds a value
  │                           that cannot be converted
  ├ OutputError               the output folder cannot be used (foreign files, a finished run)
+ ├ MissingPackageError       a part of this tool needs a package that is not installed
  └ MachineError              exit code 3: the disk is full, an I/O error, no permission
 
 A message is one line: what is wrong, in which file or tensor, and what to do.
@@ -25,10 +26,12 @@ __all__ = [
     "GptOssStreamError",
     "HeaderError",
     "MachineError",
+    "MissingPackageError",
     "OptionError",
     "OutputError",
     "TensorError",
     "machine_error",
+    "missing_package",
     "user_path",
 ]
 
@@ -63,6 +66,10 @@ class OutputError(GptOssStreamError):
     """The output folder cannot be written to without harm."""
 
 
+class MissingPackageError(GptOssStreamError, ImportError):
+    """An optional package is not installed, or in a version that cannot be used."""
+
+
 class MachineError(GptOssStreamError):
     """The machine failed: disk full, I/O error, no permission."""
 
@@ -75,6 +82,14 @@ def user_path(path: str | os.PathLike[str]) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise OptionError(f"{os.fspath(path)}: {error}") from None
+
+
+def missing_package(error: ImportError | None, extra: str) -> MissingPackageError:
+    """A `MissingPackageError` for what an extra of this package would have installed."""
+    what = extra if error is None or error.name is None else error.name
+    return MissingPackageError(
+        f"{what} is not installed; run: pip install 'gptoss_stream[{extra}]'"
+    )
 
 
 _ADVICE = {

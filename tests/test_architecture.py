@@ -18,14 +18,14 @@ LAYERS = [
     {"safetensors_format", "model", "patterns", "cast", "companions", "checksums"},
     {"checkpoint", "mxfp4", "shard_file"},
     {"operands", "run_folder", "workers", "selection"},
-    {"recipe", "storage"},
+    {"recipe", "storage", "converted"},
     {"sources", "layouts", "scratch"},
-    {"planner"},
-    {"executor"},
+    {"planner", "state_dict"},
+    {"executor", "hooked"},
     {"output"},
     {"converter", "verifier"},
     {"synthesis"},
-    {"cli"},
+    {"cli", "examples"},
     {"__main__"},
 ]
 RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in modules}

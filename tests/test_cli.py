@@ -14,6 +14,7 @@ import termios
 import time
 
 import pytest
+from runs import interrupted
 
 import gptoss_stream
 
@@ -150,9 +151,38 @@ def test_a_terminal_sees_a_progress_bar(tmp_path):
     )
     assert process.wait(60) == 0
     os.set_blocking(ours, False)
-    seen = os.read(ours, 100_000).decode()
+    seen = os.read(ours, 100_000).decode(errors="replace")  # cut anywhere
     os.close(theirs)
     os.close(ours)
     assert "/821M" in seen  # bytes in all
     assert "B/s" in seen
     assert "%|" in seen
+
+
+def test_inspect_knows_converted_folders(checkpoints, tmp_path):
+    """Whole, in part, unfinished, with a file lost: each says what it is and what it is made of."""
+    source, out = checkpoints(), tmp_path / "out"
+    options = ["--max-shard-size", "300KB", "--layout", "hf", "--layers", "1"]
+    assert run("convert", source, out, *options).returncode == 0
+    shown = run("inspect", out).stdout
+    assert f"{out}: converted, hf in bfloat16 (layers 1)" in shown
+    assert (
+        f"from {source.resolve()} (hf-mxfp4) by gptoss_stream {gptoss_stream.__version__}" in shown
+    )
+    assert "shards: complete" in shown
+    assert "model.layers.1.mlp.experts.gate_up_proj " in shown
+    said = json.loads(run("inspect", out, "--json").stdout)
+    assert (said["layout"], said["complete"], said["missing"]) == ("hf", True, [])
+    assert len(said["tensors"]) == 3 + 17
+    lost = min(out.glob("*.safetensors"))
+    lost.unlink()
+    assert f"incomplete, without {lost.name}; run the same convert again" in (
+        run("inspect", out).stdout
+    )
+    assert not json.loads(run("inspect", out, "--json").stdout)["complete"]
+    interrupted(source, tmp_path / "unfinished")
+    assert "unfinished, without model-00001-of-" in run("inspect", tmp_path / "unfinished").stdout
+    (out / "gptoss_stream.json").write_text("{")
+    damaged = run("inspect", out)
+    assert (damaged.returncode, damaged.stderr.count("\n")) == (2, 1)
+    assert "its record is damaged" in damaged.stderr

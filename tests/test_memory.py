@@ -18,12 +18,12 @@ LIMIT = 160_000_000
 GROUP = Path("/sys/fs/cgroup/memory/gptoss_stream_test")
 
 
-def convert(source: Path, output: Path, prefix=()) -> dict:
-    done = subprocess.run(
-        [*prefix, sys.executable, "-m", "gptoss_stream", "convert", source, output, "--json"],
-        stdout=subprocess.PIPE,
-        check=True,
-    )
+FORMATS = [(s, t) for s in gptoss_stream.sources.names() for t in gptoss_stream.layouts.names()]
+
+
+def convert(source: Path, output: Path, *options: str, prefix=()) -> dict:
+    command = [sys.executable, "-m", "gptoss_stream", "convert", source, output, "--json", *options]
+    done = subprocess.run([*prefix, *command], stdout=subprocess.PIPE, check=True)
     return json.loads(done.stdout)
 
 
@@ -39,21 +39,30 @@ def test_peak_memory_is_the_same_for_every_model(preset, layers, tmp_path):
     assert report["peak_rss"] < gptoss_stream.plan(source).nbytes / 20
 
 
+@pytest.mark.parametrize(("source", "layout"), FORMATS)
+def test_peak_memory_is_the_same_for_every_format(source, layout, tmp_path):
+    folder = gptoss_stream.synth(tmp_path / "source", "20b", layers=1, format=source)
+    report = convert(folder, tmp_path / "out", "--layout", layout)
+    assert report["bytes_out"] > 2e9
+    assert report["peak_rss"] < LIMIT
+
+
+@pytest.mark.parametrize(("source", "layout"), FORMATS)
 @pytest.mark.skipif(
     os.geteuid() != 0 or not (GROUP.parent / "memory.limit_in_bytes").exists(),
     reason="needs root and control groups of version 1",
 )
-def test_a_limit_that_counts_the_page_cache_is_kept(tmp_path):
+def test_a_limit_that_counts_the_page_cache_is_kept(source, layout, tmp_path):
     """256 MB, from a cold cache: what was cached before would not count against the limit."""
-    source = gptoss_stream.synth(tmp_path / "source", "20b", layers=2)
+    folder = gptoss_stream.synth(tmp_path / "source", "20b", layers=1, format=source)
     GROUP.mkdir(exist_ok=True)
     (GROUP / "memory.limit_in_bytes").write_text(str(256_000_000))
     os.sync()
     Path("/proc/sys/vm/drop_caches").write_text("3")
     join = ["sh", "-c", f'echo $$ > {GROUP}/cgroup.procs; exec "$@"', "sh"]
-    report = convert(source, tmp_path / "limited", join)
+    report = convert(folder, tmp_path / "limited", "--layout", layout, prefix=join)
     assert report["peak_rss"] < LIMIT
-    convert(source, tmp_path / "free")
+    convert(folder, tmp_path / "free", "--layout", layout)
     for shard in report["shards"]:
         pair = [tmp_path / where / shard for where in ("limited", "free")]
         assert subprocess.run(["cmp", *pair]).returncode == 0

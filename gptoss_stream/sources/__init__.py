@@ -92,7 +92,7 @@ def _looks_like(info: CheckpointInfo) -> str:
         )
     if model_type == "gpt_oss":
         return (
-            f"{config}: no quantization_config, and tensors in MXFP4; take config.json from the same "
-            "place as the tensors, or add --source-format hf-mxfp4"
+            f"{config}: no quantization_config, and tensors in MXFP4; take config.json from the "
+            "same place as the tensors, or add --source-format hf-mxfp4"
         )
     return f"{config}: not of a gpt-oss checkpoint: it has the model type {model_type!r}"

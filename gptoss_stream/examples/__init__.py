@@ -1,0 +1,1 @@
+"""Small pieces of interpretability on converted checkpoints, to run and to copy from."""
