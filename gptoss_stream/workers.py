@@ -45,7 +45,7 @@ def run_tasks(
     taking = threading.Lock()
     errors: list[BaseException] = []
 
-    def work() -> None:
+    def work(end: threading.Event) -> None:
         try:
             buffer = aligned_buffer(buffer_nbytes)
             while not stop.is_set():
@@ -57,18 +57,22 @@ def run_tasks(
         except BaseException as error:
             errors.append(error)
             stop.set()
+        finally:
+            end.set()
 
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
+    # Not Thread.join: one that a signal interrupts takes its thread for dead, before Python 3.13.
+    ends: list[threading.Event] = []
     try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            while thread.is_alive():
-                thread.join(0.1)  # in short waits, so that signals are handled meanwhile
+        for _ in range(workers):
+            end = threading.Event()
+            threading.Thread(target=work, args=(end,), daemon=True).start()
+            ends.append(end)
+        for end in ends:
+            while not end.wait(0.1):  # in short waits, so that signals are handled meanwhile
+                pass
     finally:
         stop.set()
-        for thread in threads:
-            if thread.ident is not None:
-                thread.join()
+        for end in ends:
+            end.wait()
     if errors:
         raise errors[0]

@@ -6,12 +6,14 @@ import errno
 import fcntl
 import json
 import os
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 from damages import scale
-from runs import digests
+from runs import ROOT, digests
 from safetensors.torch import load_file, save_file
 
 import gptoss_stream
@@ -259,3 +261,18 @@ def test_a_second_run_into_a_folder_is_refused_at_once(checkpoints, tmp_path):
 
     gptoss_stream.convert(checkpoints(), tmp_path / "out", on_plan=meanwhile)
     assert (tmp_path / "out/model.safetensors").exists()
+
+
+def test_an_interrupted_call_ends_when_its_threads_have(checkpoints, tmp_path):
+    """In a notebook, say: nothing may still be written when the exception arrives."""
+    code = (
+        "import os, signal, sys, threading, time\n"
+        "from gptoss_stream.workers import run_tasks\n"
+        "ended = []\n"
+        "def slow(buffer): time.sleep(1.5); ended.append(True)\n"
+        "threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+        "try: run_tasks(iter([slow]), 1, 4096, threading.Event())\n"
+        "except KeyboardInterrupt: print(ended)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[True]\n", done.stderr
