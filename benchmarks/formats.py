@@ -49,8 +49,9 @@ def main() -> None:
             format=source,
             overwrite=True,
         )
-    written = {p: gptoss_stream.plan(folder / p[0], layout=p[1]).nbytes for p in pairs}
-    read = {p: gptoss_stream.plan(folder / p[0], layout=p[1]).source_nbytes for p in pairs}
+    plans = {pair: gptoss_stream.plan(folder / pair[0], layout=pair[1]) for pair in pairs}
+    written = {pair: planned.nbytes for pair, planned in plans.items()}
+    read = {pair: planned.source_nbytes for pair, planned in plans.items()}
     rows: dict[tuple[str, str], dict[str, list[float]]] = {
         pair: {"wall": [], "cpu": [], "peak_rss": [], "relative": [], "limited": []}
         for pair in pairs

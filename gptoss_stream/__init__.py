@@ -18,8 +18,9 @@ and on the way: `safetensors_format` headers and index, `strict_json`, `dtypes`,
 numbers and tensors, `storage` the words of the sources' tables, `selection` which tensors are
 wanted, `operands`, `patterns` and `recipe` an output tensor as a recipe, `mxfp4` and `cast` values,
 `workers` threads, `shard_file`, `scratch` and `run_folder` files being written, `checksums` of
-them, `companions` small files beside them, `regular_file`, `memory` what there is of it, `errors`,
-`synthesis` random checkpoints, `examples`, `cli` the command line.
+them, `companions` small files beside them, `regular_file`, `plugins` the layouts and sources there
+are, `memory` what there is of it, `errors`, `synthesis` random checkpoints, `examples`, `cli` the
+command line.
 
     >>> import gptoss_stream
     >>> report = gptoss_stream.convert("gpt-oss-20b", "gpt-oss-20b-tl")  # doctest: +SKIP

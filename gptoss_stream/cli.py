@@ -17,7 +17,14 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .errors import GptOssStreamError, MachineError, OptionError, machine_error, user_path
+from .errors import (
+    GptOssStreamError,
+    MachineError,
+    OptionError,
+    listed,
+    machine_error,
+    user_path,
+)
 
 if TYPE_CHECKING:
     from .checkpoint import CheckpointInfo, RawTensor
@@ -315,7 +322,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 def _warn_unused(planned: Plan) -> None:
     if planned.unused:
-        shown = ", ".join(planned.unused[:5]) + (", …" if len(planned.unused) > 5 else "")
+        shown = listed(planned.unused, 5)
         _say(f"warning: {_count(len(planned.unused), 'tensor')} not converted: {shown}")
 
 
@@ -447,8 +454,7 @@ def _inspect_converted(info: ConvertedInfo, as_json: bool) -> None:
         return
     state = "complete"
     if info.missing:
-        shown = ", ".join(info.missing[:3]) + (", …" if len(info.missing) > 3 else "")
-        state = f"{'incomplete' if info.finished else 'unfinished'}, without {shown}"
+        state = f"{'incomplete' if info.finished else 'unfinished'}, without {listed(info.missing)}"
     elif not info.finished:
         state = "unfinished"
     if not info.complete:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "OptionError",
     "OutputError",
     "TensorError",
+    "listed",
     "machine_error",
     "missing_package",
     "user_path",
@@ -90,6 +92,11 @@ def missing_package(error: ImportError | None, extra: str) -> MissingPackageErro
     return MissingPackageError(
         f"{what} is not installed; run: pip install 'gptoss_stream[{extra}]'"
     )
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """The first few of some names, for a message."""
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
 _ADVICE = {

@@ -13,7 +13,6 @@ the record `gptoss_stream.json` then says what the folder is and which files are
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -22,7 +21,7 @@ from typing import IO, Any
 
 from . import strict_json
 from .checksums import SUMS_NAME, build_sums, parse_sums
-from .errors import OutputError
+from .errors import OutputError, listed
 from .regular_file import open_regular
 from .safetensors_format import INDEX_NAME
 from .shard_file import sync_folder
@@ -176,7 +175,7 @@ class RunFolder:
         if foreign:
             raise OutputError(
                 f"{self.path}: it holds files that are not this tool's "
-                f"({', '.join(foreign[:3])}{', …' if len(foreign) > 3 else ''}); "
+                f"({listed(foreign)}); "
                 "name an empty or new folder"
             )
 
@@ -242,7 +241,7 @@ class RunFolder:
     def begin(self) -> None:
         """Say what the run is, and write the small files."""
         if not self._run_file.exists():
-            self._write(self._run_file, _json(self._state))
+            self._write(self._run_file, strict_json.dumps(self._state))
         for name in (INDEX_NAME, RECORD_NAME):  # of a finished run that has lost a file
             (self.path / name).unlink(missing_ok=True)
         for name, data in self._companions.items():
@@ -255,8 +254,7 @@ class RunFolder:
 
     def finish(self, index: bytes) -> None:
         """Write record, sums and index, the last of all, and remove the work folder."""
-        record = _json(self._state)
-        self._write_named(RECORD_NAME, record)
+        self._write_named(RECORD_NAME, strict_json.dumps(self._state))
         if self._checksums:
             digest = hashlib.sha256(index).hexdigest()
             sums = {name: self._sums[name] for name in self._state["files"] if name in self._sums}
@@ -299,13 +297,8 @@ def _differences(known: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[s
         there, here = known.get(key), now.get(key)
         if isinstance(there, dict) and isinstance(here, dict):
             names = sorted(n for n in {**there, **here} if there.get(n) != here.get(n))
-            yield f"{key} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+            yield f"{key} ({listed(names)})"
         elif isinstance(there, list) and isinstance(here, list):
-            names = sorted({*map(str, there)} ^ {*map(str, here)})
-            yield f"{key} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+            yield f"{key} ({listed(sorted({*map(str, there)} ^ {*map(str, here)}))})"
         else:
             yield f"{key} ({str(there)[:24]} there, {str(here)[:24]} now)"
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()

@@ -9,9 +9,10 @@ others read as a float, is one).
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
-__all__ = ["loads"]
+__all__ = ["dumps", "loads"]
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -38,6 +39,11 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                 raise ValueError(f"the key {key!r} stands twice")
             seen.add(key)
     return result
+
+
+def dumps(value: Mapping[str, Any]) -> bytes:
+    """An object as the text of a file for people too."""
+    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def loads(data: bytes) -> Any:

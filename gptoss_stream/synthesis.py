@@ -7,7 +7,6 @@ the tensor's name and its place, so the bytes are the same whatever the shards a
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__, layouts
+from . import __version__, layouts, strict_json
 from .checkpoint import Extent, RawTensor
 from .dtypes import DType
 from .errors import ConfigError, OptionError, user_path
@@ -207,7 +206,11 @@ def synth(
     folder = user_path(output)
     make_output(
         folder,
-        Contents(identity, planned, {name: _json(text) for name, text in made.configs.items()}),
+        Contents(
+            identity,
+            planned,
+            {name: strict_json.dumps(text) for name, text in made.configs.items()},
+        ),
         _RandomReader(seed),
         overwrite=overwrite,
         workers=count_workers(workers),
@@ -215,10 +218,6 @@ def synth(
         on_bytes=on_bytes,
     )
     return folder
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ from .safetensors_format import INDEX_NAME, METADATA, build_index
 from .selection import Selection
 from .workers import Buffer, Task, count_workers, run_tasks
 
-_LINES = 64  # rows of a large transpose compared at a time: what is mapped of them stays small
+_LINES = 64  # rows of a large transpose compared at a time: what is read of them stays small
 
 __all__ = ["Difference", "Verification", "verify", "verify_checksums"]
 

@@ -14,7 +14,7 @@ PACKAGE = Path(gptoss_stream.__file__).parent
 # From the bottom: a module may import those of lower rows only, at import time or later.
 LAYERS = [
     {"errors"},
-    {"dtypes", "strict_json", "memory", "regular_file"},
+    {"dtypes", "strict_json", "memory", "regular_file", "plugins"},
     {"safetensors_format", "model", "patterns", "cast", "companions", "checksums"},
     {"checkpoint", "mxfp4", "shard_file"},
     {"operands", "run_folder", "workers", "selection"},

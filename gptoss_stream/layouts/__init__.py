@@ -9,14 +9,12 @@ The file name is the layout's name, with `_` for `-`: a new file here is a new l
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Any, Protocol
 
+from .. import plugins
 from ..dtypes import DType
-from ..errors import OptionError
 from ..model import ModelConfig
 
 __all__ = ["Layout", "Row", "ZeroRow", "load", "names"]
@@ -69,13 +67,10 @@ class Layout(Protocol):
 
 def names() -> tuple[str, ...]:
     """The layouts there are, from the files of this folder."""
-    return tuple(sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__)))
+    return plugins.names(__path__)
 
 
 def load(name: str) -> Layout:
     """The layout of that name; raises `OptionError` for a name that is none."""
-    if name not in names():
-        raise OptionError(f"unknown layout {name!r}; choose one of {', '.join(names())}")
-    module: Any = import_module(f"{__name__}.{name.replace('-', '_')}")
-    layout: Layout = module
+    layout: Layout = plugins.load(__name__, __path__, name, "layout")
     return layout

@@ -6,10 +6,10 @@ experts' matrices out of MXFP4, `integrations/mxfp4.py` (`convert_moe_packed_ten
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
+from .. import strict_json
 from ..dtypes import DType, torch_name
 from ..model import ModelConfig
 from . import Row
@@ -72,8 +72,7 @@ def companions(
         target = hugging_face_config(model)
     # "dtype" since transformers 4.56, "torch_dtype" before.
     target["dtype"] = target["torch_dtype"] = torch_name(dtype)
-    text = json.dumps(target, indent=2) + "\n"
-    return {"source_config.json" if partial else "config.json": text.encode()}
+    return {"source_config.json" if partial else "config.json": strict_json.dumps(target)}
 
 
 def hugging_face_config(model: ModelConfig) -> dict[str, Any]:

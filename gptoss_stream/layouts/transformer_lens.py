@@ -6,11 +6,11 @@ configuration: `loading_from_pretrained.py`, the branch for GptOssForCausalLM.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
+from .. import strict_json
 from ..dtypes import DType, torch_name
 from ..errors import ConfigError
 from ..model import ModelConfig, number
@@ -89,13 +89,9 @@ def companions(
     source's configuration as source_config.json: under its own name, AutoModel would take the
     folder for a Hugging Face checkpoint and fill the model with random weights."""
     return {
-        "tl_config.json": _json(hooked_transformer_config(model, dtype)),
-        "source_config.json": _json(config),
+        "tl_config.json": strict_json.dumps(hooked_transformer_config(model, dtype)),
+        "source_config.json": strict_json.dumps(config),
     }
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def hooked_transformer_config(model: ModelConfig, dtype: DType) -> dict[str, Any]:

@@ -9,13 +9,12 @@ A new file here is a new format. A source is a module with
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Mapping
-from importlib import import_module
 from typing import Any, Protocol
 
+from .. import plugins
 from ..checkpoint import CheckpointInfo
-from ..errors import CheckpointError, OptionError
+from ..errors import CheckpointError
 from ..model import ModelConfig
 from ..storage import StoredTable
 
@@ -39,16 +38,12 @@ class Source(Protocol):
 
 def names() -> tuple[str, ...]:
     """The formats that can be read, from the files of this folder."""
-    modules = (module.name for module in pkgutil.iter_modules(__path__))
-    return tuple(sorted(name.replace("_", "-") for name in modules if name[0] != "_"))
+    return plugins.names(__path__)
 
 
 def load(name: str) -> Source:
     """The format of that name; raises `OptionError` for a name that is none."""
-    if name not in names():
-        raise OptionError(f"unknown source format {name!r}; choose one of {', '.join(names())}")
-    module: Any = import_module(f"{__name__}.{name.replace('-', '_')}")
-    source: Source = module
+    source: Source = plugins.load(__name__, __path__, name, "source format")
     return source
 
 
