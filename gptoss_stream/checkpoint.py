@@ -309,18 +309,11 @@ class Checkpoint:
 
     def prefetch(self, extent: Extent) -> None:
         """Ask the system to read elements ahead; returns at once."""
-        self._advise(extent, "POSIX_FADV_WILLNEED")
-
-    def release(self, extent: Extent) -> None:
-        """Let the system drop elements from the page cache."""
-        self._advise(extent, "POSIX_FADV_DONTNEED")
-
-    def _advise(self, extent: Extent, advice: str) -> None:
-        if hasattr(os, advice):  # absent on some systems: then it is no help, nor harm
+        if hasattr(os, "posix_fadvise"):  # absent on some systems: then it is no help, nor harm
             size = extent.raw.dtype.itemsize
             begin = extent.raw.offset + extent.first * size
             descriptor = self._file(extent.raw.shard).descriptor
-            os.posix_fadvise(descriptor, begin, extent.count * size, getattr(os, advice))
+            os.posix_fadvise(descriptor, begin, extent.count * size, os.POSIX_FADV_WILLNEED)
 
 
 @dataclass(frozen=True, slots=True)

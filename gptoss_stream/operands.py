@@ -37,9 +37,6 @@ class Reader(Protocol):
     def prefetch(self, extent: Extent) -> None:
         """Get elements ready that will be read soon; returns at once."""
 
-    def release(self, extent: Extent) -> None:
-        """Forget elements that will not be read again soon."""
-
     def check_unchanged(self) -> None:
         """Raise if what was read so far may not have been of one state of its files."""
 

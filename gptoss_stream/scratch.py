@@ -67,8 +67,8 @@ class StagedTranspose:
     def stage(
         self, block: int, reader: Reader, buffer: np.ndarray[Any, Any], *, release: bool
     ) -> None:
-        """Read, transpose and put away one block; `buffer` has room for it. `release` has the
-        block's pages dropped, of the source and of the scratch file."""
+        """Read, transpose and put away one block; `buffer` has room for it. `release` has what
+        was written of the scratch file dropped from the page cache."""
         begin, end = self.blocks[block]
         how = self._part.rearrangement
         data = buffer[: (end - begin) * self._row_nbytes]
@@ -78,7 +78,7 @@ class StagedTranspose:
         make_pieces(self._part, [Piece(0, whole)], self._dtype, reader, (begin, end))
         _write(self._descriptor, data, block * self._slot)
         if release:
-            self._release(block, reader)
+            self._release(block)
         with self._counting:
             self._left -= 1
             if self._left == 0:
@@ -90,9 +90,7 @@ class StagedTranspose:
             for extent in self._operand.extents(self.blocks[block]):
                 reader.prefetch(extent)
 
-    def _release(self, block: int, reader: Reader) -> None:
-        for extent in self._operand.extents(self.blocks[block]):
-            reader.release(extent)
+    def _release(self, block: int) -> None:
         # Starts writing what is not yet on the disk; a later call drops it.
         at = max(0, block - _WRITING) * self._slot
         nbytes = block * self._slot + self._slot - at

@@ -136,9 +136,6 @@ class _RandomReader:
     def prefetch(self, extent: Extent) -> None:
         """Nothing to read."""
 
-    def release(self, extent: Extent) -> None:
-        """Nothing to forget."""
-
     def check_unchanged(self) -> None:
         """Nothing that could change."""
 
