@@ -2,12 +2,15 @@
 
 Data flows one way:
 
-    checkpoint   a folder's files, opened: headers checked, tensors described, rows read
+    places/      where files are: a folder here, a repository of the Hub, a bucket, a web server
+    checkpoint   a checkpoint's files, opened: headers checked, tensors described, rows read
+    streaming    the same of one that is far away: each block read once, ahead of its use
     sources/     how each checkpoint format stores the model's tensors
     layouts/     what each output tensor is made of
     planner      both together: every shard, tensor, shape and size, before any data moves
     executor     makes the plan's shards, segment by segment, in bounded memory
     output       a folder from empty, or where an earlier run stopped, to finished
+    remote_output  the same of a store: shard by shard through a staging folder
     converter    plans and makes the output
     verifier     makes the output again and compares
     converted    what a converted folder is
@@ -17,10 +20,11 @@ Data flows one way:
 and on the way: `safetensors_format` headers and index, `strict_json`, `dtypes`, `model` the model's
 numbers and tensors, `storage` the words of the sources' tables, `selection` which tensors are
 wanted, `operands`, `patterns` and `recipe` an output tensor as a recipe, `mxfp4` and `cast` values,
-`workers` threads, `shard_file`, `scratch` and `run_folder` files being written, `checksums` of
-them, `companions` small files beside them, `regular_file`, `plugins` the layouts and sources there
-are, `memory` what there is of it, `errors`, `synthesis` random checkpoints, `examples`, `cli` the
-command line.
+`workers` threads, `blocks` what they read of far files, `shard_file`, `scratch` and `run_folder`
+files being written, `run_state` what a run is, `far_folder` and `uploads` a store being written to,
+`checksums` of files, `companions` small files beside them, `regular_file`, `plugins` the layouts
+and sources there are, `memory` what there is of it, `errors`, `synthesis` random checkpoints,
+`examples`, `cli` the command line.
 
     >>> import gptoss_stream
     >>> report = gptoss_stream.convert("gpt-oss-20b", "gpt-oss-20b-tl")  # doctest: +SKIP
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
     from .converter import Report, convert
     from .errors import GptOssStreamError
     from .hooked import load_hooked_transformer
+    from .places import open_place, open_store
     from .planner import Plan, plan
     from .selection import Selection
     from .state_dict import StateDict, open_state_dict
@@ -56,7 +61,9 @@ __all__ = [
     "convert",
     "layouts",
     "load_hooked_transformer",
+    "open_place",
     "open_state_dict",
+    "open_store",
     "plan",
     "sources",
     "synth",
@@ -77,6 +84,8 @@ _HOMES = {
     "StateDict": "state_dict",
     "convert": "converter",
     "load_hooked_transformer": "hooked",
+    "open_place": "places",
+    "open_store": "places",
     "open_state_dict": "state_dict",
     "plan": "planner",
     "synth": "synthesis",

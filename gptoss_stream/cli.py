@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from . import __version__
 from .errors import (
@@ -29,6 +29,7 @@ from .errors import (
 if TYPE_CHECKING:
     from .checkpoint import CheckpointInfo, RawTensor
     from .converted import ConvertedInfo
+    from .places import Place, Store
     from .planner import Plan
     from .selection import Selection
 
@@ -114,8 +115,23 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     convert = commands.add_parser("convert", help="convert a checkpoint")
-    convert.add_argument("source", metavar="SOURCE", help="folder of a gpt-oss checkpoint")
-    convert.add_argument("output", metavar="OUTPUT", help="folder to write; new, empty or resumed")
+    _add_source(convert)
+    convert.add_argument(
+        "output",
+        metavar="OUTPUT",
+        help="folder to write, new, empty or resumed; or s3://bucket/folder, hf://user/name, …",
+    )
+    convert.add_argument(
+        "--staging", metavar="DIR", help="for a remote OUTPUT: where shards lie until they are sent"
+    )
+    convert.add_argument(
+        "--max-staged", type=int, default=2, metavar="N", help="shards that lie there at most (2)"
+    )
+    convert.add_argument(
+        "--download",
+        action="store_true",
+        help="download SOURCE into the Hub's cache, not stream it",
+    )
     _add_options(convert)
     _add_writing_options(convert)
     convert.add_argument(
@@ -125,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.set_defaults(run=_convert)
 
     plan = commands.add_parser("plan", help="show what convert would do; moves no data")
-    plan.add_argument("source", metavar="SOURCE", help="folder of a gpt-oss checkpoint")
+    _add_source(plan)
     plan.add_argument(
         "output", metavar="OUTPUT", nargs="?", default=".", help="where it would be written"
     )
@@ -135,16 +151,12 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(run=_plan)
 
     inspect = commands.add_parser("inspect", help="show what a folder is")
-    inspect.add_argument(
-        "source", metavar="FOLDER", help="a gpt-oss checkpoint, or what was made of one"
-    )
+    _add_source(inspect, also=", or what was made of one")
     inspect.add_argument("--json", action="store_true", help="print it for programs")
     inspect.set_defaults(run=_inspect)
 
     verify = commands.add_parser("verify", help="compare an output with what its source gives")
-    verify.add_argument(
-        "source", metavar="SOURCE", nargs="?", help="folder of the gpt-oss checkpoint"
-    )
+    _add_source(verify, nargs="?")
     verify.add_argument("output", metavar="OUTPUT", help="folder of the converted one")
     verify.add_argument(
         "--checksums", action="store_true", help="hold OUTPUT against its SHA256SUMS, not a SOURCE"
@@ -189,6 +201,40 @@ _DIMENSIONS = (
     "head-dim",
     "vocab-size",
 )
+
+
+def _add_source(
+    parser: argparse.ArgumentParser, also: str = "", nargs: Literal["?"] | None = None
+) -> None:
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        nargs=nargs,
+        help=f"folder of a gpt-oss checkpoint{also}; or openai/gpt-oss-20b on the Hub; or a URL",
+    )
+    part = parser.add_argument_group("a source that is not a folder here")
+    part.add_argument("--revision", metavar="REV", help="branch, tag or commit of a repository")
+    part.add_argument("--subfolder", metavar="DIR", help="folder in it, such as original")
+    part.add_argument("--token", metavar="TOKEN", help="of the Hub; default: the usual login")
+
+
+def _source(arguments: argparse.Namespace) -> Place:
+    """The place that SOURCE means; says which it is where that is not plain."""
+    from .places import Folder, is_repository_name, open_place
+
+    place = open_place(
+        arguments.source,
+        revision=arguments.revision,
+        subfolder=arguments.subfolder,
+        token=arguments.token,
+        download=getattr(arguments, "download", False),
+    )
+    if not getattr(arguments, "quiet", False):
+        if not place.is_local:
+            _say(f"reading {place}")
+        elif is_repository_name(arguments.source) and isinstance(place, Folder):
+            _say(f"reading the local folder {place}")
+    return place
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -289,8 +335,8 @@ def _convert(arguments: argparse.Namespace) -> None:
             start(planned.nbytes, resumed)
 
         report = convert(
-            arguments.source,
-            arguments.output,
+            _source(arguments),
+            _store(arguments) or arguments.output,
             layout=arguments.layout,
             dtype=arguments.dtype,
             max_shard_size=arguments.max_shard_size,
@@ -299,6 +345,8 @@ def _convert(arguments: argparse.Namespace) -> None:
             workers=arguments.workers,
             overwrite=arguments.overwrite,
             checksums=arguments.checksums,
+            staging=arguments.staging,
+            max_staged=arguments.max_staged,
             on_plan=on_plan,
             on_bytes=advance,
         )
@@ -320,6 +368,13 @@ def _convert(arguments: argparse.Namespace) -> None:
         )
 
 
+def _store(arguments: argparse.Namespace) -> Store | None:
+    """The remote place that OUTPUT means, if it means one."""
+    from .places import open_store
+
+    return open_store(arguments.output, token=arguments.token)
+
+
 def _warn_unused(planned: Plan) -> None:
     if planned.unused:
         shown = listed(planned.unused, 5)
@@ -333,7 +388,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     from .workers import count_workers
 
     planned = plan(
-        arguments.source,
+        _source(arguments),
         layout=arguments.layout,
         dtype=arguments.dtype,
         max_shard_size=arguments.max_shard_size,
@@ -349,7 +404,7 @@ def _plan(arguments: argparse.Namespace) -> None:
         return
     model = planned.model
     print(
-        f"source   {planned.info.path}: {planned.source_format} ({planned.recognised_by})\n"
+        f"source   {planned.info.place}: {planned.source_format} ({planned.recognised_by})\n"
         f"model    {_model_line(model)}\n"
         f"output   {_count(planned.num_tensors, 'tensor')}{_part(planned.selection.as_dict())}, "
         f"{planned.layout} in {arguments.dtype}, "
@@ -380,7 +435,7 @@ def _model_line(model: Any) -> str:
 
 def _plan_as_dict(planned: Plan, dtype: str, needed: int, free: int, memory: int) -> dict[str, Any]:
     return {
-        "source": str(planned.info.path),
+        "source": str(planned.info.place),
         "source_format": planned.source_format,
         "recognised_by": planned.recognised_by,
         "model": {
@@ -426,13 +481,15 @@ def _plan_as_dict(planned: Plan, dtype: str, needed: int, free: int, memory: int
 def _inspect(arguments: argparse.Namespace) -> None:
     from .checkpoint import describe
     from .converted import describe_converted
+    from .places import Folder
     from .sources import recognise
 
-    converted = describe_converted(arguments.source)
+    place = _source(arguments)
+    converted = describe_converted(place.path) if isinstance(place, Folder) else None
     if converted is not None:
         _inspect_converted(converted, arguments.json)
         return
-    info = describe(arguments.source)
+    info = describe(place)
     source, reason = recognise(info)
     model = source.read_config(info.config)
     if arguments.json:
@@ -440,7 +497,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
         return
     total = sum(raw.nbytes for raw in info.tensors.values())
     print(
-        f"{info.path}: {source.NAME} ({reason})\n"
+        f"{info.place}: {source.NAME} ({reason})\n"
         f"{_model_line(model)}\n"
         f"{_count(len(info.tensors), 'tensor')}, {_size(total)} in "
         f"{_count(len(info.shards), 'shard')}"
@@ -480,7 +537,7 @@ def _info_as_dict(
     info: CheckpointInfo, name: str, reason: str, dimensions: dict[str, int]
 ) -> dict[str, Any]:
     return {
-        "path": str(info.path),
+        "path": str(info.place),
         "format": name,
         "recognised_by": reason,
         "model": dimensions,
@@ -511,7 +568,7 @@ def _verify(arguments: argparse.Namespace) -> int:
             )
         else:
             result = verify(
-                arguments.source,
+                _source(arguments),
                 arguments.output,
                 layout=arguments.layout,
                 selection=_selection(arguments),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import dataclass
 
-__all__ = ["carried"]
+from .checkpoint import NEVER
+from .places import Place
+
+__all__ = ["Carried", "carried"]
 
 _NAMES = (
     "tokenizer.json",
@@ -20,13 +23,39 @@ _NAMES = (
     "generation_config.json",
 )
 _TEMPLATES = "additional_chat_templates"
+_CHUNK_NBYTES = 4 << 20
 
 
-def carried(folder: Path) -> Iterator[str]:
-    """The files of a checkpoint folder that are copied byte for byte: tokenizer, chat template
-    and generation settings."""
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """A file of a place that is copied byte for byte."""
+
+    place: Place
+    name: str
+
+    def chunks(self) -> Iterator[bytes]:
+        """Its bytes, a few at a time; raises what reading it raises."""
+        file = self.place.open(self.name)
+        try:
+            for at in range(0, file.info.nbytes, _CHUNK_NBYTES):
+                chunk = bytearray(min(_CHUNK_NBYTES, file.info.nbytes - at))
+                file.read_into(memoryview(chunk), at, NEVER)
+                yield bytes(chunk)
+            file.check_unchanged()
+        finally:
+            file.close()
+
+    def check(self) -> None:
+        """Raise what reading it would, if it cannot be read."""
+        self.place.open(self.name).close()
+
+
+def carried(place: Place) -> Iterator[Carried]:
+    """The files of a checkpoint that are copied: tokenizer, chat template and generation
+    settings."""
     for name in _NAMES:
-        if (folder / name).is_file():
-            yield name
-    for file in sorted((folder / _TEMPLATES).glob("*.jinja")):
-        yield f"{_TEMPLATES}/{file.name}"
+        if place.has(name):
+            yield Carried(place, name)
+    for name in place.names(_TEMPLATES):
+        if name.endswith(".jinja"):
+            yield Carried(place, f"{_TEMPLATES}/{name}")

@@ -11,8 +11,9 @@ from typing import Any
 from . import strict_json
 from .checkpoint import RawTensor, read_header
 from .errors import CheckpointError, OutputError, machine_error, user_path
+from .places import Folder
 from .regular_file import NotRegularError, open_regular
-from .run_folder import RECORD_NAME, WORK_NAME
+from .run_state import RECORD_NAME, WORK_NAME
 
 __all__ = ["ConvertedInfo", "describe_converted"]
 
@@ -68,7 +69,7 @@ def describe_converted(path: str | os.PathLike[str]) -> ConvertedInfo | None:
         tensors: dict[str, RawTensor] = {}
         for name in shards:
             if (folder / name).is_file():
-                tensors |= read_header(folder, name)[1]
+                tensors |= read_header(Folder(folder), name)[1]
         return ConvertedInfo(
             path=folder,
             layout=str(record["layout"]),

@@ -6,18 +6,21 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from . import __version__, layouts
-from .checkpoint import Checkpoint
-from .companions import carried
+from .companions import Carried, carried
 from .dtypes import torch_name
 from .errors import OutputError, user_path
+from .far_folder import FarFolder
 from .memory import available_nbytes, peak_rss_nbytes
+from .places import Folder, Name, Store, open_place, open_store
 from .planner import DEFAULT_LAYOUT, DEFAULT_SHARD_SIZE, Plan, plan
+from .run_state import RUN_NAME, parse_state
 from .selection import Selection
 
 __all__ = ["Report", "convert"]
@@ -46,8 +49,8 @@ class Report:
 
 
 def convert(
-    source: str | os.PathLike[str],
-    output: str | os.PathLike[str],
+    source: Name,
+    output: str | os.PathLike[str] | Store,
     *,
     layout: str = DEFAULT_LAYOUT,
     dtype: str = "bfloat16",
@@ -57,10 +60,18 @@ def convert(
     workers: int | None = None,
     overwrite: bool = False,
     checksums: bool = False,
+    staging: str | os.PathLike[str] | None = None,
+    max_staged: int = 2,
     on_plan: Callable[[Plan, int], None] = lambda plan, resumed: None,
     on_bytes: Callable[[int], None] = lambda nbytes: None,
 ) -> Report:
-    """Convert a checkpoint folder to `layout`, into the folder `output`.
+    """Convert a checkpoint to `layout`, into the folder `output`.
+
+    `source` is a folder, a repository of the Hub or a URL (see `open_place`, which also opens one
+    at a revision); `output` is a folder, or a URL or repository as `open_store` takes it. What is
+    remote is read by byte range as it is needed, and written shard by shard: at most `max_staged`
+    shards are on this machine's disk at a time, in a folder in `staging` (by default in the user's
+    cache).
 
     Options as in `plan`; `workers` is the number of threads (by default one more than there are
     processors) and changes speed and memory, never the bytes. `checksums` writes `SHA256SUMS`, of
@@ -72,39 +83,54 @@ def convert(
     Raises `OptionError`, `CheckpointError`, `OutputError`, `MachineError`; see `errors`.
     """
     from .output import Contents, make_output
+    from .remote_output import make_remote_output, staging_folder
+    from .streaming import open_checkpoint
     from .workers import count_workers
 
     started = time.perf_counter()
     threads = count_workers(workers)
+    target = _target(output)
+    place = open_place(source).pinned(_unfinished(target))
     planned = plan(
-        source,
+        place,
         layout=layout,
         dtype=dtype,
         max_shard_size=max_shard_size,
         selection=selection,
         source_format=source_format,
     )
-    folder = user_path(output)
-    _refuse_overlap(planned.info.path, folder)
-    companions: dict[str, bytes | Path] = {
-        **{name: planned.info.path / name for name in carried(planned.info.path)},
+    if isinstance(place, Folder) and isinstance(target, Path):
+        _refuse_overlap(place.path, target)
+    companions: dict[str, bytes | Carried] = {
+        **{file.name: file for file in carried(place)},
         **layouts.load(layout).companions(
             planned.model, planned.info.config, planned.dtype, partial=planned.is_partial
         ),
     }
-    with Checkpoint(planned.info) as checkpoint:
-        resumed = make_output(
-            folder,
-            Contents(_identity(planned), planned.shards, companions, checksums),
+    contents = Contents(_identity(planned), planned.shards, companions, checksums)
+    scarce = available_nbytes() < 2 * planned.scratch_nbytes + 1_000_000_000
+    with open_checkpoint(planned.info, ahead=0 if scarce else threads) as checkpoint:
+        make: Callable[..., int]
+        if isinstance(target, Path):
+            make = partial(make_output, target)
+        else:
+            make = partial(
+                make_remote_output,
+                target,
+                staging=staging_folder(target, staging),
+                max_staged=max_staged,
+            )
+        resumed = make(
+            contents,
             checkpoint,
             overwrite=overwrite,
             workers=threads,
             on_start=lambda resumed: on_plan(planned, resumed),
             on_bytes=on_bytes,
-            scarce=available_nbytes() < 2 * planned.scratch_nbytes + 1_000_000_000,
+            scarce=scarce,
         )
     return Report(
-        output=str(folder),
+        output=str(target),
         layout=layout,
         dtype=dtype,
         partial=planned.is_partial,
@@ -119,13 +145,32 @@ def convert(
     )
 
 
+def _target(output: str | os.PathLike[str] | Store) -> Path | Store:
+    """Where to write to: a folder of this machine, or a store."""
+    if not isinstance(output, (str, os.PathLike)):
+        return output
+    return open_store(output) or user_path(output)
+
+
+def _unfinished(target: Path | Store) -> Mapping[str, Any] | None:
+    """The state of the run that is to be resumed, if there is one."""
+    if not isinstance(target, Path):
+        return FarFolder(target).unfinished
+    try:
+        return parse_state((target / RUN_NAME).read_bytes(), str(target / RUN_NAME))
+    except (OSError, OutputError):
+        return None  # or nothing that can be: that is found out when the folder is taken
+
+
 def _identity(planned: Plan) -> dict[str, Any]:
     """What makes two runs the same run; also the record of how the output was made."""
+    place = planned.info.place
     return {
         "tool": "gptoss_stream",
         "version": __version__,
-        "source": os.fsencode(planned.info.path.resolve()).decode(errors="backslashreplace"),
-        "source_files": {s.name: [s.nbytes, s.mtime_ns] for s in planned.info.shards},
+        "source": place.identity,
+        **({"source_revision": place.revision} if place.revision else {}),
+        "source_files": {s.name: [s.nbytes, s.version] for s in planned.info.shards},
         "source_config": _digest(json.dumps(planned.info.config, sort_keys=True).encode()),
         "source_format": planned.source_format,
         "layout": planned.layout,

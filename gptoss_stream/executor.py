@@ -18,17 +18,17 @@ from typing import TypeAlias, TypeVar
 
 import numpy as np
 
-from .checkpoint import Extent
+from .checkpoint import Extent, Schedule
 from .checksums import OrderedSum
 from .dtypes import DType
 from .operands import Reader
 from .planner import PlannedShard
-from .recipe import Part, Piece, extents, fill, make_pieces
+from .recipe import Part, Piece, extents, fill, make_pieces, rows_of
 from .scratch import StagedTranspose
 from .shard_file import ShardFile
 from .workers import Buffer, Task, run_tasks
 
-__all__ = ["SEGMENT_NBYTES", "execute", "memory_nbytes"]
+__all__ = ["SEGMENT_NBYTES", "Watch", "execute", "memory_nbytes"]
 
 SEGMENT_NBYTES = 8 << 20
 _INTERPRETER_NBYTES = 45_000_000  # Python with numpy, einops and tqdm
@@ -60,17 +60,34 @@ class _ShardInProgress:
     """A shard that threads are working on: its file, its large transposes, what is left."""
 
     shard: PlannedShard
-    file: ShardFile
     staged: dict[Part, StagedTranspose]
     segments_left: int
     sum: OrderedSum | None
+    file: ShardFile | None = None
+    """From its first segment on; large transposes begin before."""
     counting: threading.Lock = field(default_factory=threading.Lock)
 
     def close(self) -> None:
         """Delete what is not finished."""
         for transpose in self.staged.values():
             transpose.close()
-        self.file.discard()
+        if self.file is not None:
+            self.file.discard()
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Who is told how a run goes, from any of its threads; what they raise ends the run."""
+
+    on_bytes: Callable[[int], None] = lambda nbytes: None
+    """So many bytes have been written."""
+    on_sum: Callable[[str, str], None] | None = None
+    """The SHA-256 of a shard, right before it gets its name."""
+    on_begin: Callable[[str, threading.Event], None] = lambda shard, stop: None
+    """A shard's file is about to be made; it is not before this returns, which it does when the
+    event is set."""
+    on_shard: Callable[[str], None] = lambda shard: None
+    """A shard is finished."""
 
 
 class _Run:
@@ -83,8 +100,7 @@ class _Run:
         folder: Path,
         partials: Path,
         workers: int,
-        on_bytes: Callable[[int], None],
-        on_sum: Callable[[str, str], None] | None,
+        watch: Watch,
         segment_nbytes: int,
         scarce: bool,
         stop: threading.Event,
@@ -93,19 +109,20 @@ class _Run:
         self.folder = folder
         self.partials = partials
         self.workers = workers
-        self.on_bytes = on_bytes
-        self.on_sum = on_sum
+        self.watch = watch
         self.segment_nbytes = segment_nbytes
         self.scarce = scarce
         self.stop = stop
-        self.shards = shards
         self._in_progress: dict[str, _ShardInProgress] = {}
+        self._staged = {s.name: {part for part, _ in s.staged()} for s in shards}
+        self._steps = self._order(shards)
+        reader.schedule(Schedule(len(self._steps), self._extents), stop)
 
-    def tasks(self) -> Iterator[Task]:
+    def _order(self, shards: Sequence[PlannedShard]) -> list[_Step]:
         """Every segment, shard by shard, and among those before it the blocks of each large
         transpose: reading these ahead goes well with writing."""
         steps: list[_Step] = []
-        for shard in self.shards:
+        for shard in shards:
             segments: list[_Step] = [
                 (shard, at, None) for at in range(0, shard.nbytes, self.segment_nbytes)
             ]
@@ -113,21 +130,46 @@ class _Run:
             for part, offset in shard.staged():
                 # All blocks come before the first segment that waits for them.
                 needed = steps.index(segments[offset // self.segment_nbytes])
-                count = StagedTranspose.count_blocks(part, self.segment_nbytes)
+                count = len(StagedTranspose.blocks_of(part, self.segment_nbytes))
                 blocks: list[_Step] = [(shard, block, part) for block in range(count)]
                 steps = _spread(blocks, steps, max(0, needed - _SPREAD * count), needed)
-        for shard, at, staged in steps:
+        return steps
+
+    def _extents(self, step: int) -> Iterator[Extent]:
+        """What a step reads."""
+        shard, at, part = self._steps[step]
+        if part is not None:
+            block = StagedTranspose.blocks_of(part, self.segment_nbytes)[at]
+            yield from rows_of(part, block)
+            return
+        for tensor, low, high, _ in shard.overlapping(at, at + self.segment_nbytes):
+            yield from extents(tensor, low, high, without=self._staged[shard.name])
+
+    def tasks(self) -> Iterator[Task]:
+        """Every step, as a task."""
+        for number, (shard, at, part) in enumerate(self._steps):
             progress = self._in_progress.get(shard.name) or self._begin(shard)
-            if staged is None:
-                yield partial(self._make_segment, progress, at)
-            else:
-                yield partial(self._stage, progress.staged[staged], at)
+            if part is not None:
+                yield partial(self._do, number, partial(self._stage, progress.staged[part], at))
+                continue
+            if progress.file is None:
+                self.watch.on_begin(shard.name, self.stop)
+                if self.stop.is_set():
+                    return
+                progress.file = ShardFile(
+                    self.partials / shard.name, self.folder / shard.name, shard.nbytes
+                )
+            yield partial(self._do, number, partial(self._make_segment, progress, at))
+
+    def _do(self, number: int, task: Task, buffer: Buffer) -> None:
+        self.reader.begin(number)
+        task(buffer)
+        self.reader.end(number)
 
     def _begin(self, shard: PlannedShard) -> _ShardInProgress:
-        file = ShardFile(self.partials / shard.name, self.folder / shard.name, shard.nbytes)
         segments = -(-shard.nbytes // self.segment_nbytes)
-        running_sum = OrderedSum() if self.on_sum else None
-        progress = _ShardInProgress(shard, file, {}, segments, running_sum)
+        running_sum = OrderedSum() if self.watch.on_sum else None
+        progress = _ShardInProgress(shard, {}, segments, running_sum)
         self._in_progress[shard.name] = progress
         for number, (part, _) in enumerate(shard.staged()):
             scratch = self.partials / f"{shard.name}.scratch-{number}"
@@ -135,11 +177,9 @@ class _Run:
         return progress
 
     def _make_segment(self, progress: _ShardInProgress, begin: int, buffer: Buffer) -> None:
-        shard = progress.shard
+        shard, file = progress.shard, progress.file
+        assert file is not None
         end = min(begin + self.segment_nbytes, shard.nbytes)
-        if not self.scarce:
-            for extent in self._extents(progress, begin + self.workers * self.segment_nbytes):
-                self.reader.prefetch(extent)
         if begin < len(shard.header):
             header = shard.header[begin:end]
             buffer[: len(header)] = np.frombuffer(header, np.uint8)
@@ -151,15 +191,15 @@ class _Run:
         length = end - begin
         padded = min(-(-length // 4096) * 4096, len(buffer))
         buffer[length:padded] = 0
-        progress.file.write(buffer[:padded], begin)
+        file.write(buffer[:padded], begin)
         if progress.sum is not None:
             progress.sum.add(begin, buffer[:length], self.stop)
-        self.on_bytes(length)
+        self.watch.on_bytes(length)
         with progress.counting:
             progress.segments_left -= 1
             last = progress.segments_left == 0
         if last:
-            self._commit(progress)
+            self._commit(progress, file)
 
     def _make(
         self, progress: _ShardInProgress, part: Part, pieces: list[Piece], dtype: DType
@@ -171,27 +211,20 @@ class _Run:
             make_pieces(part, pieces, dtype, self.reader)
 
     def _stage(self, transpose: StagedTranspose, block: int, buffer: Buffer) -> None:
-        if not self.scarce:
-            transpose.prefetch(block + self.workers, self.reader)
         transpose.stage(block, self.reader, buffer, release=self.scarce)
 
-    def _extents(self, progress: _ShardInProgress, begin: int) -> Iterator[Extent]:
-        """What making the segment at `begin` reads."""
-        if begin >= 0:
-            end = begin + self.segment_nbytes
-            for tensor, low, high, _ in progress.shard.overlapping(begin, end):
-                yield from extents(tensor, low, high, without=progress.staged)
-
-    def _commit(self, progress: _ShardInProgress) -> None:
+    def _commit(self, progress: _ShardInProgress, file: ShardFile) -> None:
         if self.stop.is_set():
             return  # some segment may have been left out
+        name = progress.shard.name
         self.reader.check_unchanged()
-        if self.on_sum is not None and progress.sum is not None:
-            self.on_sum(progress.shard.name, progress.sum.hexdigest())
-        progress.file.commit()
+        if self.watch.on_sum is not None and progress.sum is not None:
+            self.watch.on_sum(name, progress.sum.hexdigest())
+        file.commit()
         for transpose in progress.staged.values():
             transpose.close()
-        del self._in_progress[progress.shard.name]
+        del self._in_progress[name]
+        self.watch.on_shard(name)
 
     def discard(self) -> None:
         """Delete every partial file."""
@@ -206,27 +239,21 @@ def execute(
     *,
     partials: Path,
     workers: int,
-    on_bytes: Callable[[int], None] = lambda nbytes: None,
-    on_sum: Callable[[str, str], None] | None = None,
+    watch: Watch,
     segment_nbytes: int = SEGMENT_NBYTES,
     scarce: bool = False,
 ) -> None:
     """Make `shards` in `folder`; their partial and scratch files lie in `partials` meanwhile.
 
-    Both folders are on one file system. `on_bytes` is told, from any thread, how many bytes have
-    been written; `on_sum`, of each shard, right before it gets its name, the SHA-256, which is
-    taken of the bytes as they are made. With `scarce` memory nothing is read
-    ahead but of scratch files, whose pages are given up as soon as they are written: measured,
-    both together take a tenth to a third off the time of a run under a limit.
+    Both folders are on one file system. With `scarce` memory the pages of scratch files are given
+    up as soon as they are written, instead of leaving that to the system.
 
     When this returns every shard is complete, under its name and on the disk. When it raises
     (`OSError` of writing, `TensorError` for values that cannot be converted, what the reader
     raises, `KeyboardInterrupt`) those that were complete stay and no partial file does.
     """
     stop = threading.Event()
-    run = _Run(
-        shards, reader, folder, partials, workers, on_bytes, on_sum, segment_nbytes, scarce, stop
-    )
+    run = _Run(shards, reader, folder, partials, workers, watch, segment_nbytes, scarce, stop)
     try:
         run_tasks(run.tasks(), workers, segment_nbytes, stop)
     finally:

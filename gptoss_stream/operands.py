@@ -7,13 +7,14 @@ layers or files beyond the raw tensors it was given.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from .checkpoint import Extent, RawTensor
+from .checkpoint import Extent, RawTensor, Schedule
 from .dtypes import DType
 from .errors import TensorError
 
@@ -34,11 +35,21 @@ class Reader(Protocol):
         """`prod(shape)` elements from element `first` on, for as long as the block lasts."""
         ...
 
-    def prefetch(self, extent: Extent) -> None:
-        """Get elements ready that will be read soon; returns at once."""
+    def schedule(self, schedule: Schedule, stop: threading.Event) -> None:
+        """Told once, before reading, what will be read; waiting ends when `stop` is set."""
+        return
+
+    def begin(self, step: int) -> None:
+        """Told when a step of the schedule begins."""
+        return
+
+    def end(self, step: int) -> None:
+        """Told when a step has read what it reads."""
+        return
 
     def check_unchanged(self) -> None:
         """Raise if what was read so far may not have been of one state of its files."""
+        return
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,14 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .companions import Carried
 from .errors import MachineError, machine_error
-from .executor import execute
+from .executor import Watch, execute
 from .operands import Reader
 from .planner import PlannedShard
 from .run_folder import RunFolder
 from .safetensors_format import build_index
 
-__all__ = ["Contents", "free_nbytes", "make_output"]
+__all__ = [
+    "Contents",
+    "check_space",
+    "disk_full",
+    "free_nbytes",
+    "is_disk_full",
+    "make_output",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +36,12 @@ class Contents:
     """What an output folder will hold.
 
     `identity`, of JSON values, tells one run from another and becomes the record; `companions`
-    are the small files, as bytes or as the file to copy.
+    are the small files, as bytes or as what is copied.
     """
 
     identity: Mapping[str, Any]
     shards: Sequence[PlannedShard]
-    companions: Mapping[str, bytes | Path]
+    companions: Mapping[str, bytes | Carried]
     checksums: bool = False
 
     @property
@@ -66,15 +74,14 @@ def make_output(
     try:
         if overwrite:
             # What is there is not deleted for a run that cannot succeed.
-            _check_space(folder, _needed(shards), _size_on_disk(folder))
+            check_space(folder, _needed(shards), _size_on_disk(folder))
         for data in contents.companions.values():
-            if isinstance(data, Path):
-                with open(data, "rb"):
-                    pass
+            if isinstance(data, Carried):
+                data.check()
         with run.locked(overwrite=overwrite):
             missing = [shard for shard in shards if not run.is_finished(shard.name, shard.nbytes)]
             resumed = sum(shard.nbytes for shard in shards if shard not in missing)
-            _check_space(folder, _needed(missing))
+            check_space(folder, _needed(missing))
             on_start(resumed)
             if missing or not run.is_complete:
                 run.begin()
@@ -84,15 +91,14 @@ def make_output(
                     folder,
                     partials=run.work,
                     workers=workers,
-                    on_bytes=on_bytes,
-                    on_sum=run.note_sum if contents.checksums else None,
+                    watch=Watch(on_bytes, run.note_sum if contents.checksums else None),
                     scarce=scarce,
                 )
                 run.finish(contents.index)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_disk_full(error):
             left = [shard for shard in shards if not run.is_finished(shard.name, shard.nbytes)]
-            raise _disk_full(error, folder, _needed(left)) from error
+            raise disk_full(error, folder, _needed(left)) from error
         raise machine_error(error, f"writing to {folder}") from error
     return resumed
 
@@ -113,7 +119,7 @@ def free_nbytes(folder: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
-def _check_space(folder: Path, needed: int, given_up: int = 0) -> None:
+def check_space(folder: Path, needed: int, given_up: int = 0) -> None:
     """Refuse to begin what cannot end; `given_up` bytes will be deleted first."""
     free = free_nbytes(folder) + given_up
     if needed > free:
@@ -123,7 +129,13 @@ def _check_space(folder: Path, needed: int, given_up: int = 0) -> None:
         )
 
 
-def _disk_full(error: OSError, folder: Path, needed: int) -> MachineError:
+def is_disk_full(error: OSError) -> bool:
+    """Whether an error says that the disk, or the user's part of it, is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def disk_full(error: OSError, folder: Path, needed: int) -> MachineError:
+    """The error for a disk that is full, with `needed` bytes still to be written."""
     free = free_nbytes(folder)
     full = (
         "your quota of the disk is used up" if error.errno == errno.EDQUOT else "the disk is full"

@@ -6,7 +6,6 @@ source and is visible in these is found here, before the first byte is written.
 
 from __future__ import annotations
 
-import os
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from .layouts import Layout, Row, ZeroRow
 from .model import ModelConfig
 from .operands import Operand, Packed, Plain, Zeros, take_rows
 from .patterns import Rearrangement, rearrangement, transposed
+from .places import Name
 from .recipe import OutputTensor, Part, extents
 from .safetensors_format import build_header
 from .selection import ResolvedSelection, Selection
@@ -161,7 +161,7 @@ def _raw_dtype(part: Part) -> DType:
 
 
 def plan(
-    source: str | os.PathLike[str],
+    source: Name,
     *,
     layout: str = DEFAULT_LAYOUT,
     dtype: str = "bfloat16",
@@ -169,7 +169,8 @@ def plan(
     selection: Selection | None = None,
     source_format: str | None = None,
 ) -> Plan:
-    """Plan the conversion of a checkpoint folder.
+    """Plan the conversion of a checkpoint: a folder, a repository of the Hub, a URL (see
+    `places.open_place`).
 
     `dtype` is a torch name (bfloat16, float16, float32); `max_shard_size` is in bytes or a text
     such as "5GB" (decimal units); `source_format` overrides what is recognised (see
@@ -189,7 +190,7 @@ def plan(
         target.check(model)
     except ConfigError as error:
         raise ConfigError(
-            str(error).replace("config.json", str(info.path / "config.json"), 1)
+            str(error).replace("config.json", info.place.at("config.json"), 1)
         ) from None
     storage.check(format_.TENSORS, model, info)
     resolved = (selection or Selection()).resolve(model)

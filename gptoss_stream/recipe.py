@@ -22,7 +22,7 @@ from .patterns import Rearrangement
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Make", "OutputTensor", "Part", "Piece", "extents", "fill", "make_pieces"]
+__all__ = ["Make", "OutputTensor", "Part", "Piece", "extents", "fill", "make_pieces", "rows_of"]
 
 TILE_NBYTES = 1 << 20
 """What is read, rearranged and given back at a time."""
@@ -207,8 +207,14 @@ def extents(
         size = part.elements * tensor.dtype.itemsize
         low, high = max(begin, at) - at, min(end, at + size) - at
         at += size
-        if low < high and part not in without and not isinstance(part.operand, Zeros):
+        if low < high and part not in without:
             how = part.rearrangement
             unit_nbytes = prod(how.unit_shape) * tensor.dtype.itemsize
             rows = low // unit_nbytes * how.span, -(-high // unit_nbytes) * how.span
-            yield from part.operand.extents(rows if how.axis == 0 else (0, part.operand.shape[0]))
+            yield from rows_of(part, rows if how.axis == 0 else (0, part.operand.shape[0]))
+
+
+def rows_of(part: Part, rows: tuple[int, int]) -> Iterator[Extent]:
+    """What reading some rows of a part's operand reads."""
+    if not isinstance(part.operand, Zeros):
+        yield from part.operand.extents(rows)

@@ -21,18 +21,23 @@ from typing import IO, Any
 
 from . import strict_json
 from .checksums import SUMS_NAME, build_sums, parse_sums
-from .errors import OutputError, listed
-from .regular_file import open_regular
+from .companions import Carried
+from .errors import OutputError
+from .regular_file import NotRegularError, open_regular
+from .run_state import (
+    RECORD_NAME,
+    RUN_NAME,
+    WORK_NAME,
+    parse_state,
+    refuse_foreign,
+    refuse_other_run,
+)
 from .safetensors_format import INDEX_NAME
 from .shard_file import sync_folder
 
-__all__ = ["RECORD_NAME", "WORK_NAME", "RunFolder"]
+__all__ = ["RunFolder"]
 
-RECORD_NAME = "gptoss_stream.json"
-WORK_NAME = ".gptoss_stream"
 _MAX_NBYTES = 50_000_000
-_CHUNK_NBYTES = 1 << 20
-_CONSEQUENCES = ("plan", "files", "unused")  # said only where nothing else differs
 
 
 class RunFolder:
@@ -49,7 +54,7 @@ class RunFolder:
         path: Path,
         identity: Mapping[str, Any],
         shards: Sequence[str],
-        companions: Mapping[str, bytes | Path],
+        companions: Mapping[str, bytes | Carried],
         checksums: bool,
     ) -> None:
         self.path = path
@@ -58,8 +63,8 @@ class RunFolder:
         self._checksums = checksums
         sums = [SUMS_NAME] if checksums else []
         files = [*companions, *shards, *sums, RECORD_NAME, INDEX_NAME]
-        self._state: dict[str, Any] = {**identity, "checksums": checksums, "files": files}
-        self._sums: dict[str, str] = {}
+        self.state: dict[str, Any] = {**identity, "checksums": checksums, "files": files}
+        self.sums: dict[str, str] = {}
 
     @contextmanager
     def locked(self, *, overwrite: bool) -> Iterator[None]:
@@ -89,7 +94,7 @@ class RunFolder:
     def _refuse_links(self) -> None:
         """What is written or deleted through a folder that is a link belongs to somebody else."""
         known = self._known() if self.path.is_dir() and not self.work.is_symlink() else None
-        names = [*self._state["files"], *(known["files"] if known else ())]
+        names = [*self.state["files"], *(known["files"] if known else ())]
         for folder in {self.work, *((self.path / name).parent for name in names)} - {self.path}:
             if folder.is_symlink():
                 raise OutputError(
@@ -99,7 +104,7 @@ class RunFolder:
 
     @property
     def _run_file(self) -> Path:
-        return self.work / "run.json"
+        return self.path / RUN_NAME
 
     def _take_lock(self) -> IO[str]:
         import fcntl
@@ -151,33 +156,22 @@ class RunFolder:
         for file in (self._run_file, self.path / RECORD_NAME):
             try:
                 with open(open_regular(file), "rb") as opened:
-                    run = strict_json.loads(opened.read(_MAX_NBYTES))
-                names = [Path(name) for name in run["files"]]
-                if not names or any(".." in name.parts or name.is_absolute() for name in names):
-                    raise ValueError("a file outside the folder")
+                    data = opened.read(_MAX_NBYTES)
             except FileNotFoundError:
                 continue
-            except (ValueError, TypeError, KeyError):
-                raise OutputError(
-                    f"{file}: damaged, so that it is not clear which files are the tool's; "
-                    "delete the folder yourself or name another output"
-                ) from None
-            return dict(run)
+            except NotRegularError:
+                data = b""
+            return parse_state(data, str(file))
         return None
 
+    @property
+    def unfinished(self) -> Mapping[str, Any] | None:
+        """The state of a run that the folder holds a part of, if any."""
+        return self._known() if self._run_file.exists() else None
+
     def _refuse_foreign(self) -> None:
-        if not self.path.is_dir():
-            return
-        known = self._known()
-        files = known["files"] if known else ()
-        ours = {WORK_NAME, *(str(name).split("/")[0] for name in files)}
-        foreign = sorted(p.name for p in self.path.iterdir() if p.name not in ours)
-        if foreign:
-            raise OutputError(
-                f"{self.path}: it holds files that are not this tool's "
-                f"({listed(foreign)}); "
-                "name an empty or new folder"
-            )
+        if self.path.is_dir():
+            refuse_foreign(str(self.path), [p.name for p in self.path.iterdir()], self._known())
 
     def _prepare(self, overwrite: bool) -> None:
         known = self._known()
@@ -185,21 +179,13 @@ class RunFolder:
             self._delete(known["files"])
             known = None
         if known is not None:
-            differing = list(_differences(known, self._state))
-            if differing:
-                unfinished = self._run_file.exists()
-                raise OutputError(
-                    f"{self.path}: it holds {'an unfinished' if unfinished else 'a finished'} run "
-                    f"that differs in {'; '.join(differing)}; "
-                    f"{'repeat that run to resume it, ' if unfinished else ''}"
-                    "add --overwrite to replace it, or name another output"
-                )
-            self._state = dict(known)
+            unfinished = self._run_file.exists()
+            refuse_other_run(str(self.path), known, self.state, unfinished=unfinished)
+            self.state = dict(known)
         for leftover in self.work.iterdir():
             if leftover.name not in ("lock", "run.json") and leftover.suffix != ".sha256":
                 leftover.unlink()
-        if self._checksums:
-            self._read_sums()
+        self._read_sums()
 
     def _delete(self, names: Sequence[str]) -> None:
         # The index first: without it nothing looks finished. What says which files are the
@@ -217,14 +203,14 @@ class RunFolder:
 
     def _read_sums(self) -> None:
         with suppress(FileNotFoundError, ValueError):  # such shards are made again
-            self._sums = parse_sums((self.path / SUMS_NAME).read_bytes())
+            self.sums = parse_sums((self.path / SUMS_NAME).read_bytes())
         for file in self.work.glob("*.sha256"):
-            self._sums[file.stem] = file.read_text().strip()
+            self.sums[file.stem] = file.read_text().strip()
 
     def is_finished(self, name: str, nbytes: int) -> bool:
         """Whether a shard is complete, and summed where that is wanted: it is complete when it
         stands under its name."""
-        if self._checksums and name not in self._sums:
+        if self._checksums and name not in self.sums:
             return False
         try:
             return (self.path / name).stat().st_size == nbytes
@@ -235,45 +221,49 @@ class RunFolder:
     def is_complete(self) -> bool:
         """Whether the run was finished, and everything it made is still there."""
         return not self._run_file.exists() and all(
-            (self.path / name).is_file() for name in self._state["files"]
+            (self.path / name).is_file() for name in self.state["files"]
         )
 
     def begin(self) -> None:
         """Say what the run is, and write the small files."""
         if not self._run_file.exists():
-            self._write(self._run_file, strict_json.dumps(self._state))
+            self._write(self._run_file, strict_json.dumps(self.state))
         for name in (INDEX_NAME, RECORD_NAME):  # of a finished run that has lost a file
             (self.path / name).unlink(missing_ok=True)
         for name, data in self._companions.items():
             self._write_named(name, data)
 
+    def clear(self) -> None:
+        """Delete all that the run made: it has been taken elsewhere."""
+        self._delete(self.state["files"])
+
     def note_sum(self, name: str, digest: str) -> None:
         """Keep the sum of a shard that is about to get its name."""
-        self._sums[name] = digest
+        self.sums[name] = digest
         self._write(self.work / f"{name}.sha256", f"{digest}\n".encode())
 
     def finish(self, index: bytes) -> None:
         """Write record, sums and index, the last of all, and remove the work folder."""
-        self._write_named(RECORD_NAME, strict_json.dumps(self._state))
+        self._write_named(RECORD_NAME, strict_json.dumps(self.state))
         if self._checksums:
             digest = hashlib.sha256(index).hexdigest()
-            sums = {name: self._sums[name] for name in self._state["files"] if name in self._sums}
+            sums = {name: self.sums[name] for name in self.state["files"] if name in self.sums}
             self._write(self.path / SUMS_NAME, build_sums({**sums, INDEX_NAME: digest}))
         self._write(self.path / INDEX_NAME, index)
         self._run_file.unlink()
         sync_folder(self.work)
 
-    def _write_named(self, name: str, data: bytes | Path) -> None:
+    def _write_named(self, name: str, data: bytes | Carried) -> None:
         target = self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        self._sums[name] = self._write(target, data)
+        self.sums[name] = self._write(target, data)
 
-    def _write(self, target: Path, data: bytes | Path) -> str:
+    def _write(self, target: Path, data: bytes | Carried) -> str:
         """Write or copy a small file durably, whole or not at all; returns its SHA-256."""
         partial = self.work / f"{target.name}.partial"
         digest = hashlib.sha256()
         with open(partial, "wb") as opened:
-            for chunk in [data] if isinstance(data, bytes) else _chunks(data):
+            for chunk in [data] if isinstance(data, bytes) else data.chunks():
                 digest.update(chunk)
                 opened.write(chunk)
             opened.flush()
@@ -281,24 +271,3 @@ class RunFolder:
         os.rename(partial, target)
         sync_folder(target.parent)
         return digest.hexdigest()
-
-
-def _chunks(file: Path) -> Iterator[bytes]:
-    with open(file, "rb") as opened:
-        while chunk := opened.read(_CHUNK_NBYTES):
-            yield chunk
-
-
-def _differences(known: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """What two states differ in, with both values where these say something."""
-    differing = [key for key in {**now, **known} if known.get(key) != now.get(key)]
-    causes = [key for key in differing if key not in ("source", *_CONSEQUENCES)]
-    for key in causes or [key for key in differing if key != "source"]:
-        there, here = known.get(key), now.get(key)
-        if isinstance(there, dict) and isinstance(here, dict):
-            names = sorted(n for n in {**there, **here} if there.get(n) != here.get(n))
-            yield f"{key} ({listed(names)})"
-        elif isinstance(there, list) and isinstance(here, list):
-            yield f"{key} ({listed(sorted({*map(str, there)} ^ {*map(str, here)}))})"
-        else:
-            yield f"{key} ({str(there)[:24]} there, {str(here)[:24]} now)"

@@ -42,11 +42,10 @@ class StagedTranspose:
         if not isinstance(part.operand, Plain):
             raise TypeError("only plain operands are staged")
         self._part = part
-        self._operand = part.operand
         self._dtype = part.operand.raw.dtype
-        rows, step = part.operand.shape[0], _block_rows(part, block_nbytes)
-        row_nbytes = part.elements // rows * self._dtype.itemsize
-        self.blocks = list(pairwise([*range(0, rows, step), rows]))
+        step = _block_rows(part, block_nbytes)
+        row_nbytes = part.elements // part.operand.shape[0] * self._dtype.itemsize
+        self.blocks = self.blocks_of(part, block_nbytes)
         self._slot = -(-step * row_nbytes // ALIGNMENT) * ALIGNMENT
         self._row_nbytes = row_nbytes
         self._left = len(self.blocks)
@@ -60,9 +59,10 @@ class StagedTranspose:
         _advise(self._descriptor, 0, 0, "POSIX_FADV_RANDOM")
 
     @staticmethod
-    def count_blocks(part: Part, block_nbytes: int) -> int:
-        """How many blocks of at most `block_nbytes` a part has."""
-        return -(-part.operand.shape[0] // _block_rows(part, block_nbytes))
+    def blocks_of(part: Part, block_nbytes: int) -> list[tuple[int, int]]:
+        """The rows of each block of at most `block_nbytes` that a part has."""
+        rows = part.operand.shape[0]
+        return list(pairwise([*range(0, rows, _block_rows(part, block_nbytes)), rows]))
 
     def stage(
         self, block: int, reader: Reader, buffer: np.ndarray[Any, Any], *, release: bool
@@ -83,12 +83,6 @@ class StagedTranspose:
             self._left -= 1
             if self._left == 0:
                 self._ready.set()
-
-    def prefetch(self, block: int, reader: Reader) -> None:
-        """Have a block read ahead."""
-        if block < len(self.blocks):
-            for extent in self._operand.extents(self.blocks[block]):
-                reader.prefetch(extent)
 
     def _release(self, block: int) -> None:
         # Starts writing what is not yet on the disk; a later call drops it.

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from .checkpoint import RawTensor, read_header
 from .dtypes import OUTPUT_DTYPES, output_dtype, torch_name
 from .errors import OutputError, machine_error, missing_package, user_path
-from .run_folder import WORK_NAME
+from .places import Folder
+from .run_state import WORK_NAME
 from .safetensors_format import INDEX_NAME, parse_index
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class StateDict(Mapping[str, "torch.Tensor"]):
     def _open(self, shard: str) -> None:
         file = self.path / shard
         try:
-            _, raws, _ = read_header(self.path, shard)
+            _, raws, _ = read_header(Folder(self.path), shard)
             with open(file, "rb") as opened:
                 mapped = mmap.mmap(
                     opened.fileno(),

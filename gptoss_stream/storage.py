@@ -157,7 +157,7 @@ def check(table: StoredTable, model: ModelConfig, info: CheckpointInfo) -> None:
         beyond = info.tensors.get(template.format(l=model.num_layers))
         if beyond is not None and "{l}" in template:
             raise TensorError(
-                f"{info.path / beyond.shard}: tensor {beyond.name!r} is of a layer that "
+                f"{info.place.at(beyond.shard)}: tensor {beyond.name!r} is of a layer that "
                 f"config.json, with {model.num_layers} layers, has not; check config.json"
             )
         for layer, _ in model.instances(template):
@@ -171,7 +171,7 @@ def check(table: StoredTable, model: ModelConfig, info: CheckpointInfo) -> None:
         names = list(missing)
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise TensorError(
-            f"{info.path}: {len(names)} tensors that config.json calls for are missing: "
+            f"{info.place}: {len(names)} tensors that config.json calls for are missing: "
             f"{', '.join(map(repr, names[:3]))}{more}; download the checkpoint again"
         )
 
@@ -182,7 +182,7 @@ def _check_one(
     expected = " or ".join(map(str, dtypes))
     if raw.dtype not in dtypes or raw.shape != shape:
         raise TensorError(
-            f"{info.path / raw.shard}: tensor {raw.name!r} is {raw.dtype} {list(raw.shape)}; "
+            f"{info.place.at(raw.shard)}: tensor {raw.name!r} is {raw.dtype} {list(raw.shape)}; "
             f"config.json calls for {expected} {list(shape)}"
         )
 

@@ -9,30 +9,38 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, layouts, strict_json
-from .checkpoint import Extent, RawTensor
+from .checkpoint import RawTensor
 from .dtypes import DType
 from .errors import ConfigError, OptionError, user_path
 from .layouts.hf import hugging_face_config
 from .model import ModelConfig, alternating_layers
-from .operands import Plain
+from .operands import Plain, Reader
 from .patterns import rearrangement
-from .planner import layout_tensors, parse_size, shards
-from .recipe import OutputTensor, Part
+from .planner import PlannedShard, layout_tensors, parse_size, shards
+from .recipe import OutputTensor, Part, fill, make_pieces
 from .sources import hf_bf16, hf_mxfp4, openai
 from .storage import expected
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["FORMATS", "PRESETS", "Dimensions", "synth"]
+__all__ = [
+    "FORMATS",
+    "PRESETS",
+    "Dimensions",
+    "RandomCheckpoint",
+    "random_checkpoint",
+    "synth",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +119,8 @@ PRESETS = {
 }
 
 
-class _RandomReader:
-    """Makes up the elements of any raw tensor (see `operands.Reader`)."""
+class _RandomReader(Reader):
+    """Makes up the elements of any raw tensor."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
@@ -132,12 +140,6 @@ class _RandomReader:
         raw = generator.random_raw(-(-(skip + count) * tensor.dtype.itemsize // 8))
         bits = raw.astype("<u8", copy=False).view(kind)[skip : skip + count]
         yield _values(tensor, bits).reshape(shape)
-
-    def prefetch(self, extent: Extent) -> None:
-        """Nothing to read."""
-
-    def check_unchanged(self) -> None:
-        """Nothing that could change."""
 
 
 def _values(tensor: RawTensor, bits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -175,6 +177,55 @@ def synth(
     from .output import Contents, make_output
     from .workers import count_workers
 
+    made = random_checkpoint(
+        preset, format=format, seed=seed, max_shard_size=max_shard_size, **overrides
+    )
+    nbytes = sum(shard.nbytes for shard in made.shards)
+    folder = user_path(output)
+    make_output(
+        folder,
+        Contents(made.identity, made.shards, made.files),
+        made.reader,
+        overwrite=overwrite,
+        workers=count_workers(workers),
+        on_start=lambda resumed: on_plan(nbytes, resumed),
+        on_bytes=on_bytes,
+    )
+    return folder
+
+
+@dataclass(frozen=True, slots=True)
+class RandomCheckpoint:
+    """A random checkpoint that is not written yet: its shards, what makes up their elements, and
+    its small files but for the index."""
+
+    shards: Sequence[PlannedShard]
+    reader: Reader
+    files: Mapping[str, bytes]
+    identity: Mapping[str, Any]
+
+    def read(self, shard: PlannedShard, begin: int, end: int) -> bytes:
+        """Bytes `begin … end` of a shard's file, made as they are asked for."""
+        import numpy as np
+
+        out = np.empty(end - begin, np.uint8)
+        header = shard.header[begin:end]
+        out[: len(header)] = np.frombuffer(header, np.uint8)
+        for tensor, low, high, at in shard.overlapping(begin, end):
+            part = out[at - begin : at - begin + high - low]
+            fill(tensor, low, high, part, partial(make_pieces, reader=self.reader))
+        return out.tobytes()
+
+
+def random_checkpoint(
+    preset: str = "tiny",
+    *,
+    format: str = hf_mxfp4.NAME,  # noqa: A002 (the word of the command line)
+    seed: int = 0,
+    max_shard_size: int | str = "5GB",
+    **overrides: int | None,
+) -> RandomCheckpoint:
+    """What `synth` writes with the same options; raises `OptionError`."""
     if preset not in PRESETS:
         raise OptionError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
     if format not in FORMATS:
@@ -185,36 +236,22 @@ def synth(
         dimensions = replace(dimensions, experts_per_token=dimensions.experts)
     if not 0 <= seed < 2**64:
         raise OptionError(f"seed {seed}: it must lie in 0 to 2^64 - 1")
-    model = dimensions.model()
-    made = FORMATS[format](model)
-    planned = shards(
-        made.tensors, parse_size(max_shard_size), first_number=made.first_number, stem=made.stem
-    )
-    nbytes = sum(shard.nbytes for shard in planned)
-    identity = {
-        "tool": "gptoss_stream",
-        "version": __version__,
-        "made": "synth",
-        "format": format,
-        "seed": seed,
-        "dimensions": asdict(dimensions),
-        "max_shard_size": parse_size(max_shard_size),
-    }
-    folder = user_path(output)
-    make_output(
-        folder,
-        Contents(
-            identity,
-            planned,
-            {name: strict_json.dumps(text) for name, text in made.configs.items()},
-        ),
+    made = FORMATS[format](dimensions.model())
+    limit = parse_size(max_shard_size)
+    return RandomCheckpoint(
+        shards(made.tensors, limit, first_number=made.first_number, stem=made.stem),
         _RandomReader(seed),
-        overwrite=overwrite,
-        workers=count_workers(workers),
-        on_start=lambda resumed: on_plan(nbytes, resumed),
-        on_bytes=on_bytes,
+        {name: strict_json.dumps(text) for name, text in made.configs.items()},
+        {
+            "tool": "gptoss_stream",
+            "version": __version__,
+            "made": "synth",
+            "format": format,
+            "seed": seed,
+            "dimensions": asdict(dimensions),
+            "max_shard_size": limit,
+        },
     )
-    return folder
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,17 +21,26 @@ import numpy as np
 
 from . import layouts, strict_json
 from .cast import STORAGE, cast
-from .checkpoint import Checkpoint, CheckpointInfo, RawTensor, ShardInfo, read_header
+from .checkpoint import (
+    Checkpoint,
+    CheckpointInfo,
+    Extent,
+    RawTensor,
+    Schedule,
+    read_header,
+)
 from .checksums import SUMS_NAME, parse_sums
 from .companions import carried
 from .dtypes import OUTPUT_DTYPES, DType
 from .errors import CheckpointError, OptionError, OutputError, machine_error, user_path
 from .executor import SEGMENT_NBYTES
+from .places import FileInfo, Folder, Name
 from .planner import DEFAULT_LAYOUT, Plan, is_staged, plan
-from .recipe import OutputTensor, Part, Piece, fill, make_pieces
-from .run_folder import RECORD_NAME, WORK_NAME
+from .recipe import OutputTensor, Part, Piece, extents, fill, make_pieces, rows_of
+from .run_state import RECORD_NAME, WORK_NAME
 from .safetensors_format import INDEX_NAME, METADATA, build_index
 from .selection import Selection
+from .streaming import AnyCheckpoint, open_checkpoint
 from .workers import Buffer, Task, count_workers, run_tasks
 
 _LINES = 64  # rows of a large transpose compared at a time: what is read of them stays small
@@ -86,7 +95,7 @@ class Verification:
 
 
 def verify(
-    source: str | os.PathLike[str],
+    source: Name,
     output: str | os.PathLike[str],
     *,
     layout: str | None = None,
@@ -132,10 +141,10 @@ def verify(
             comparable = sorted(chosen, key=lambda tensor: tensor.name)
         nbytes = sum(tensor.nbytes for tensor in comparable)
         on_plan(nbytes)
-        with Checkpoint(planned.info) as source_files, Checkpoint(found) as output_files:
+        with open_checkpoint(planned.info) as source_files, Checkpoint(found) as output_files:
             comparison = _Comparison(source_files, output_files, on_bytes)
-            tasks = comparison.tasks(comparable, found.tensors)
-            run_tasks(tasks, threads, SEGMENT_NBYTES, comparison.stop)
+            comparison.take(comparable, found.tensors)
+            run_tasks(comparison.tasks(), threads, SEGMENT_NBYTES, comparison.stop)
             source_files.check_unchanged()
             output_files.check_unchanged()
     except OSError as error:
@@ -202,7 +211,7 @@ def _read_output(folder: Path) -> tuple[CheckpointInfo, list[Difference]]:
     """The tensors of every sound shard in a folder, and what is wrong with the others."""
     if not folder.is_dir():
         raise OutputError(f"{folder}: there is no such folder; name a converted one")
-    shards: list[ShardInfo] = []
+    shards: list[FileInfo] = []
     tensors: dict[str, RawTensor] = {}
     differences = []
     names = sorted(file.name for file in folder.glob("*.safetensors"))
@@ -210,7 +219,7 @@ def _read_output(folder: Path) -> tuple[CheckpointInfo, list[Difference]]:
         raise OutputError(f"{folder}: no .safetensors file in it; name a converted folder")
     for name in names:
         try:
-            shard, found, metadata = read_header(folder, name)
+            shard, found, metadata = read_header(Folder(folder), name)
         except CheckpointError as error:
             differences.append(Difference("file", name, found=str(error), expected="a sound shard"))
             continue
@@ -222,7 +231,7 @@ def _read_output(folder: Path) -> tuple[CheckpointInfo, list[Difference]]:
             for twice in sorted(tensors.keys() & found.keys())
         ]
         tensors = {**found, **tensors}
-    return CheckpointInfo(folder, {}, tuple(shards), tensors), differences
+    return CheckpointInfo(Folder(folder), {}, tuple(shards), tensors), differences
 
 
 def _recorded(folder: Path) -> dict[str, Any]:
@@ -284,8 +293,8 @@ def _compare_companions(folder: Path, planned: Plan) -> Iterator[Difference]:
     expected = layouts.load(planned.layout).companions(
         planned.model, planned.info.config, planned.dtype, partial=planned.is_partial
     )
-    for name in carried(planned.info.path):
-        expected[name] = (planned.info.path / name).read_bytes()
+    for carried_file in carried(planned.info.place):
+        expected[carried_file.name] = b"".join(carried_file.chunks())
     for name, data in expected.items():
         file = folder / name
         if not file.is_file():
@@ -314,10 +323,10 @@ def _parsed(index: bytes) -> Any:
 
 
 class _Comparison:
-    """The comparison of the data: a task for each segment, and what they found."""
+    """The comparison of the data: its steps, and what they found."""
 
     def __init__(
-        self, source: Checkpoint, output: Checkpoint, on_bytes: Callable[[int], None]
+        self, source: AnyCheckpoint, output: Checkpoint, on_bytes: Callable[[int], None]
     ) -> None:
         self.source = source
         self.output = output
@@ -325,21 +334,41 @@ class _Comparison:
         self.stop = threading.Event()
         self.differences: dict[str, Difference] = {}
         self._noting = threading.Lock()
+        self._steps: list[tuple[Task, Callable[[], Iterator[Extent]]]] = []
+        """What each does, and what it reads of the source."""
 
-    def tasks(self, tensors: list[OutputTensor], found: Mapping[str, RawTensor]) -> Iterator[Task]:
-        """Comparisons that cover every byte of the tensors."""
+    def take(self, tensors: list[OutputTensor], found: Mapping[str, RawTensor]) -> None:
+        """Steps that cover every byte of the tensors."""
         for tensor in tensors:
             raw = found[tensor.name]
             if any(is_staged(part) for part in tensor.parts):
-                yield from self._block_tasks(tensor, raw)
+                self._take_blocks(tensor, raw)
                 continue
             for begin in range(0, tensor.nbytes, SEGMENT_NBYTES):
-                yield partial(self._compare_segment, tensor, raw, begin)
+                end = min(begin + SEGMENT_NBYTES, tensor.nbytes)
+                self._steps.append(
+                    (
+                        partial(self._compare_segment, tensor, raw, begin, end),
+                        partial(extents, tensor, begin, end),
+                    )
+                )
+        self.source.schedule(
+            Schedule(len(self._steps), lambda step: self._steps[step][1]()), self.stop
+        )
+
+    def tasks(self) -> Iterator[Task]:
+        """Every step, as a task."""
+        for number, (task, _) in enumerate(self._steps):
+            yield partial(self._do, number, task)
+
+    def _do(self, number: int, task: Task, buffer: Buffer) -> None:
+        self.source.begin(number)
+        task(buffer)
+        self.source.end(number)
 
     def _compare_segment(
-        self, tensor: OutputTensor, raw: RawTensor, begin: int, buffer: Buffer
+        self, tensor: OutputTensor, raw: RawTensor, begin: int, end: int, buffer: Buffer
     ) -> None:
-        end = min(begin + SEGMENT_NBYTES, tensor.nbytes)
         out = buffer[: end - begin]
         fill(tensor, begin, end, out, partial(make_pieces, reader=self.source))
         first = begin // tensor.dtype.itemsize
@@ -350,7 +379,7 @@ class _Comparison:
                 self._note(tensor, raw, first + unequal, found[unequal], expected[unequal])
         self.on_bytes(end - begin)
 
-    def _block_tasks(self, tensor: OutputTensor, raw: RawTensor) -> Iterator[Task]:
+    def _take_blocks(self, tensor: OutputTensor, raw: RawTensor) -> None:
         """A large transpose in blocks of the source's rows, each read once."""
         first = 0
         for part in tensor.parts:
@@ -358,7 +387,12 @@ class _Comparison:
             step = max(1, SEGMENT_NBYTES * rows // (part.elements * tensor.dtype.itemsize))
             for begin in range(0, rows, step):
                 block = begin, min(begin + step, rows)
-                yield partial(self._compare_block, tensor, raw, part, first, block)
+                self._steps.append(
+                    (
+                        partial(self._compare_block, tensor, raw, part, first, block),
+                        partial(rows_of, part, block),
+                    )
+                )
             first += part.elements
 
     def _compare_block(

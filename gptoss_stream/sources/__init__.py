@@ -64,13 +64,13 @@ def _refuse_mixed(info: CheckpointInfo) -> None:
         plain = info.tensors.get(name.removesuffix("_blocks")) if name.endswith("_blocks") else None
         if plain is not None:
             raise CheckpointError(
-                f"{info.path / raw.shard}: tensor {name!r} is MXFP4, and {plain.name!r} in "
+                f"{info.place.at(raw.shard)}: tensor {name!r} is MXFP4, and {plain.name!r} in "
                 f"{plain.shard} is the same unquantised; remove one of them"
             )
 
 
 def _looks_like(info: CheckpointInfo) -> str:
-    config = info.path / "config.json"
+    config = info.place.at("config.json")
     model_type = info.config.get("model_type")
     if model_type not in (None, "gpt_oss"):
         found = str(model_type)[:40]
@@ -82,9 +82,8 @@ def _looks_like(info: CheckpointInfo) -> str:
         method = str(quantization.get("quant_method"))[:40]
         return f"{config}: quantised by {method!r}; only mxfp4 is converted"
     if any("gate_up_projs." in name for name in info.tensors):
-        return (
-            f"{info.path}: experts unfused into modules (gate_up_projs); re-save it with fused ones"
-        )
+        what = "experts unfused into modules (gate_up_projs)"
+        return f"{info.place}: {what}; re-save it with fused ones"
     if model_type == "gpt_oss":
         return (
             f"{config}: no quantization_config, and tensors in MXFP4; take config.json from the "

@@ -1,0 +1,30 @@
+"""What all places say of a file, and when it is no longer that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import CheckpointError
+
+__all__ = ["FileInfo", "changed"]
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """A file of a place: its name there, its size, and what tells whether it is still the same."""
+
+    name: str
+    nbytes: int
+    version: int | str
+    """The time of its last change in ns, or what a server has for it: an ETag, a hash."""
+    inode: int = 0
+    sha256: str | None = None
+    """Where the place knows it."""
+
+
+def changed(where: str) -> CheckpointError:
+    """The error for a file that is not what it was."""
+    return CheckpointError(
+        f"{where}: it changed while it was being read; see that nothing writes to it, then start "
+        "again with --overwrite"
+    )

@@ -1,0 +1,275 @@
+"""A folder of any store that fsspec knows: `s3://`, `gs://`, `abfs://`, `sftp://` and so on.
+
+fsspec and its implementation for the store talk to it, with the credentials of the environment;
+a length that is not the one asked for, and a file that changes, are noticed here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fsspec.core import url_to_fs
+
+from ..errors import (
+    CheckpointError,
+    GptOssStreamError,
+    MachineError,
+    MissingPackageError,
+    OptionError,
+    OutputError,
+)
+from ._file import FileInfo, changed
+from ._ranges import Patience
+
+__all__ = ["Bucket"]
+
+_NEVER = threading.Event()
+_PART_NBYTES = 50 << 20
+_T = TypeVar("_T")
+_ATOMIC = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "memory"}
+"""Stores in which a file is there when all of it is, and not before."""
+_VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "crc32c", "mtime", "LastModified",
+             "last_modified", "modified", "created")  # fmt: skip
+
+
+class Bucket:
+    """A folder of a store (see `places.Place` and `places.Store`)."""
+
+    revision = None
+    is_local = False
+
+    def __init__(self, url: str) -> None:
+        self._protocol, _, rest = url.partition("://")
+        host, slash, path = rest.partition("/")
+        self._shown = f"{self._protocol}://{host.rpartition('@')[2]}{slash}{path}".rstrip("/")
+        self._shown = self._shown.partition("?")[0]
+        try:
+            self._fs, root = url_to_fs(url)
+        except ImportError as error:
+            raise MissingPackageError(
+                f"{self._shown}: {_redacted(error)}; install what it names"
+            ) from None
+        except Exception as error:
+            raise OptionError(f"{self._shown}: {_redacted(error)}; check the URL") from None
+        self._root: str = root.rstrip("/")
+        self._found: Mapping[str, FileInfo] | None = None
+
+    def __str__(self) -> str:
+        return self._shown
+
+    @property
+    def identity(self) -> str:
+        """Its URL, without secrets."""
+        return self._shown
+
+    def at(self, name: str) -> str:
+        """The URL of a file, without secrets."""
+        return f"{self._shown}/{name}"
+
+    @property
+    def _files(self) -> Mapping[str, FileInfo]:
+        if self._found is None:
+            with _refusals(CheckpointError):
+                self._found = self.listing()
+        return self._found
+
+    def check(self) -> None:
+        """Raise `CheckpointError` if there is nothing in it."""
+        if not self._files:
+            raise CheckpointError(f"{self}: there are no files in it; check the URL")
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return name in self._files
+
+    def names(self, folder: str = "") -> list[str]:
+        """The names of the files right in it, or in a folder of it."""
+        parents = ((name.rpartition("/"), name) for name in self._files)
+        return sorted(last for (parent, _, last), _ in parents if parent == folder)
+
+    def open(self, name: str) -> _BucketFile:
+        """A file of it."""
+        if name not in self._files:
+            raise CheckpointError(f"{self.at(name)}: there is no such file")
+        return _BucketFile(self, self._files[name])
+
+    def pinned(self, state: Mapping[str, Any] | None) -> Bucket:
+        """It has but one state."""
+        return self
+
+    def prepare(self, names: list[str]) -> None:
+        """Nothing to do."""
+
+    def fetch(self, name: str, begin: int, end: int) -> bytes:
+        """Bytes `begin … end` of a file, as the store gives them."""
+        with _refusals(CheckpointError):
+            data: bytes = self._fs.cat_file(f"{self._root}/{name}", start=begin, end=end)
+        return data
+
+    def info(self, name: str) -> FileInfo:
+        """What the store says of a file now."""
+        path = f"{self._root}/{name}"
+
+        def ask() -> FileInfo:
+            self._fs.invalidate_cache(self._fs._parent(path))
+            return _file_info(name, self._fs.info(path))
+
+        with _refusals(CheckpointError):
+            return _patiently(ask, self.at(name))
+
+    def listing(self) -> Mapping[str, FileInfo]:
+        """All files in it; none where there is no such folder."""
+
+        def find() -> dict[str, Any]:
+            self._fs.invalidate_cache()
+            try:
+                found: dict[str, Any] = self._fs.find(self._root, detail=True)
+            except FileNotFoundError:
+                return {}
+            return found
+
+        found = _patiently(find, str(self))
+        root = self._root.lstrip("/")
+        named = {path.lstrip("/")[len(root) :].lstrip("/"): info for path, info in found.items()}
+        return {name: _file_info(name, info) for name, info in named.items() if name}
+
+    def read(self, name: str) -> bytes:
+        """A small file, as it is now."""
+        with _refusals(OutputError):
+            data: bytes = _patiently(
+                lambda: self._fs.cat_file(f"{self._root}/{name}"), self.at(name)
+            )
+        return data
+
+    def put(self, files: Mapping[str, Path | bytes], sums: Mapping[str, str]) -> None:
+        """Write files one after another, and hold size and ETag of each against what was sent."""
+        with _refusals(OutputError):
+            for name, data in files.items():
+                _patiently(partial(self._put, name, data), self.at(name))
+
+    def _put(self, name: str, data: Path | bytes) -> None:
+        final = f"{self._root}/{name}"
+        path = final if self._protocol in _ATOMIC else f"{final}.partial"
+        self._fs.makedirs(self._fs._parent(path), exist_ok=True)
+        if isinstance(data, bytes):
+            self._fs.pipe_file(path, data)
+        elif self._protocol in ("s3", "s3a"):
+            self._fs.put_file(str(data), path, chunksize=_PART_NBYTES)
+        else:
+            self._fs.put_file(str(data), path)
+        if path != final:
+            self._fs.mv(path, final)
+        info = self.info(name)
+        nbytes = len(data) if isinstance(data, bytes) else data.stat().st_size
+        if info.nbytes != nbytes or not _fits(str(info.version).strip('"'), data, nbytes):
+            raise MachineError(
+                f"{self.at(name)}: what the store has is not what was sent; run the same command "
+                "again"
+            )
+
+    def delete(self, names: list[str]) -> None:
+        """Delete files."""
+        there = self.listing()
+        with _refusals(OutputError):
+            for name in there.keys() & {*names}:
+                _patiently(partial(self._fs.rm_file, f"{self._root}/{name}"), self.at(name))
+
+
+class _BucketFile:
+    """A file of a store (see `places.File`)."""
+
+    def __init__(self, place: Bucket, info: FileInfo) -> None:
+        self._place = place
+        self.info = info
+
+    def read_into(self, out: memoryview, at: int, stop: threading.Event) -> None:
+        """Fill `out` with the bytes from `at` on."""
+        if not out:
+            return
+
+        def fetch() -> None:
+            data = self._place.fetch(self.info.name, at, at + len(out))
+            if len(data) != len(out):
+                raise OSError(f"{len(data)} bytes came for {len(out)}")
+            out[:] = data
+
+        _patiently(fetch, self._place.at(self.info.name), stop)
+
+    def check_unchanged(self) -> None:
+        """Ask the store once more."""
+        if self._place.info(self.info.name) != self.info:
+            raise changed(self._place.at(self.info.name))
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def _file_info(name: str, info: Mapping[str, Any]) -> FileInfo:
+    version = next((str(info[key]) for key in _VERSIONS if info.get(key) is not None), "")
+    return FileInfo(name, int(info["size"] or 0), version)
+
+
+def _fits(etag: str, data: Path | bytes, nbytes: int) -> bool:
+    """Whether an ETag of S3's two kinds (the MD5 of a file, or of its parts' MD5s) is that of the
+    data; one of any other kind says nothing."""
+    match = re.fullmatch(r"([0-9a-f]{32})(?:-(\d+))?", etag)
+    if match is None or (match[2] and int(match[2]) != -(-nbytes // _PART_NBYTES)):
+        return True
+    size = _PART_NBYTES if match[2] else max(nbytes, 1)
+    sums = [_md5(data, at, size) for at in range(0, max(nbytes, 1), size)]
+    found = hashlib.md5(b"".join(sums), usedforsecurity=False).digest() if match[2] else sums[0]
+    return found.hex() == match[1]
+
+
+def _md5(data: Path | bytes, at: int, nbytes: int) -> bytes:
+    digest = hashlib.md5(usedforsecurity=False)
+    if isinstance(data, bytes):
+        digest.update(data[at : at + nbytes])
+        return digest.digest()
+    with open(data, "rb") as opened:
+        opened.seek(at)
+        while nbytes and (chunk := opened.read(min(nbytes, 1 << 20))):
+            digest.update(chunk)
+            nbytes -= len(chunk)
+    return digest.digest()
+
+
+def _patiently(call: Callable[[], _T], where: str, stop: threading.Event = _NEVER) -> _T:
+    """Call, and again where the store fails in a way that may pass."""
+    patience = Patience(stop)
+    while True:
+        try:
+            return call()
+        except (GptOssStreamError, FileNotFoundError, PermissionError):
+            raise
+        except Exception as error:  # each store has its own kinds
+            patience.wait(
+                MachineError(
+                    f"{where}: {_redacted(error)}; check the network and run the same command "
+                    "again: what is finished stays"
+                )
+            )
+
+
+@contextmanager
+def _refusals(kind: type[GptOssStreamError]) -> Iterator[None]:
+    """A store's refusals, which no patience helps against."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise kind(f"{_redacted(error)}: it is not there; check the URL") from None
+    except PermissionError as error:
+        raise kind(f"{_redacted(error)}: no access; check the credentials") from None
+
+
+def _redacted(error: Exception) -> str:
+    """An error's text on one line, without what may be secret in an address."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return re.sub(r"://[^/\s@]*@", "://", re.sub(r"\?\S+", "?…", text))[:300]

@@ -1,0 +1,512 @@
+"""A repository of the Hub, to read from and to write to.
+
+A revision is resolved to a commit once, and everything is read of that commit. `huggingface_hub`
+talks to the Hub: names, login, endpoint, proxies, cache, uploads and commits are its; the checks
+of what arrives are ours (`_ranges`). A token goes to the Hub's own origin only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+import huggingface_hub
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from ..errors import (
+    CheckpointError,
+    GptOssStreamError,
+    MachineError,
+    OptionError,
+    OutputError,
+)
+from ._file import FileInfo, changed
+from ._ranges import TRIES, Link, Patience, asked_wait, origin, read_range, transport_errors
+from .folder import Folder, LocalFile
+
+__all__ = ["HubRepository"]
+
+_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([^/]+))?(?:/(.*))?")
+_NEVER = threading.Event()
+_OWN = (".gitattributes", "README.md", ".gitignore")  # that a repository has of itself
+_T = TypeVar("_T")
+
+
+class _WithoutQueries(logging.Filter):
+    """Keeps signed addresses out of huggingface_hub's warnings."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = re.sub(r"\?\S+", "?…", record.getMessage()), ()
+        return True
+
+
+logging.getLogger("huggingface_hub.utils._http").addFilter(_WithoutQueries())
+
+
+class HubRepository:
+    """A repository, or a folder of it, at one commit (see `places.Place` and `places.Store`)."""
+
+    is_local = False
+
+    def __init__(
+        self, repo: str, commit: str | None, subfolder: str, token: str | None, download: bool
+    ) -> None:
+        self.repo = repo
+        self.commit = commit
+        self.revision = commit
+        """What was asked for."""
+        self._subfolder = subfolder
+        self._token = token
+        self._download = download
+        self._api = huggingface_hub.HfApi(token=token, library_name="gptoss_stream")
+        self._files: dict[str, FileInfo] = {}
+        self._is_made = False
+
+    @classmethod
+    def to_read(
+        cls,
+        name: str,
+        *,
+        revision: str | None,
+        subfolder: str | None,
+        token: str | None,
+        download: bool,
+    ) -> HubRepository | Folder:
+        """Resolve `user/name@revision/subfolder`; offline, the folder of it in the cache.
+
+        Raises `OptionError`, `CheckpointError`, `MachineError`.
+        """
+        repo, named_revision, named_folder = _parse(name)
+        if revision and named_revision and revision != named_revision:
+            raise OptionError(f"hf://{name}: it names another revision than --revision {revision}")
+        revision = revision or named_revision
+        folder = "/".join(filter(None, (named_folder, subfolder))).strip("/")
+        if constants.HF_HUB_OFFLINE:
+            return _cached_folder(repo, revision, folder)
+        place = cls(repo, None, folder, token, download)
+        with _reading(f"hf://{repo}"):
+            info = _patiently(
+                lambda: place._api.repo_info(repo, revision=revision, timeout=_TIMEOUT),
+                f"hf://{repo}",
+                tries=3,  # a name that was mistyped is soon out of reach
+            )
+        place.commit = info.sha
+        place.revision = revision or constants.DEFAULT_REVISION
+        if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)):
+            raise CheckpointError(
+                f"hf://{repo}: the server names no commit, so that files of two states could be "
+                "mixed; use --download from the Hub itself"
+            )
+        with _reading(str(place)):
+            place._files = dict(place.listing())
+        return place
+
+    @classmethod
+    def to_write(cls, name: str, *, token: str | None) -> HubRepository:
+        """The repository `user/name`, or a folder of it, which need not be there yet."""
+        repo, revision, folder = _parse(name)
+        if revision:
+            raise OptionError(f"hf://{name}: name no revision; what is written goes to main")
+        return cls(repo, None, (folder or "").strip("/"), token, False)
+
+    def __str__(self) -> str:
+        commit = f"@{self.commit[:12]}" if self.commit else ""
+        return "/".join(filter(None, (f"hf://{self.repo}{commit}", self._subfolder)))
+
+    @property
+    def identity(self) -> str:
+        """The repository, the whole commit, and the folder."""
+        commit = f"@{self.commit}" if self.commit else ""
+        return "/".join(filter(None, (f"hf://{self.repo}{commit}", self._subfolder)))
+
+    def at(self, name: str) -> str:
+        """What messages call a file of it."""
+        return f"{self}/{name}"
+
+    def check(self) -> None:
+        """It was found when it was opened; a folder of it that is none holds nothing."""
+        if not self._files:
+            raise CheckpointError(f"{self}: there are no files in it; check the name of the folder")
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return name in self._files
+
+    def names(self, folder: str = "") -> list[str]:
+        """The names of the files right in it, or in a folder of it."""
+        parent = PurePosixPath(folder)
+        return sorted(
+            path.name for path in map(PurePosixPath, self._files) if path.parent == parent
+        )
+
+    def open(self, name: str) -> _HubFile:
+        """A file: from the cache, where all of it is there, or by byte range."""
+        if name not in self._files:
+            raise CheckpointError(f"{self.at(name)}: there is no such file")
+        return _HubFile(self, self._files[name])
+
+    def pinned(self, state: Mapping[str, Any] | None) -> HubRepository | Folder:
+        """The repository at the commit that an unfinished run began to read."""
+        if state is None or state.get("source_revision") != self.revision:
+            return self
+        begun = re.fullmatch(
+            rf"hf://{re.escape(self.repo)}@([0-9a-f]{{40}})(?:/.*)?", str(state.get("source"))
+        )
+        if begun is None or begun[1] == self.commit:
+            return self
+        place = HubRepository.to_read(
+            "/".join(filter(None, (self.repo, self._subfolder))),
+            revision=begun[1],
+            subfolder=None,
+            token=self._token,
+            download=self._download,
+        )
+        if isinstance(place, HubRepository):
+            place.revision = self.revision
+        return place
+
+    def prepare(self, names: list[str]) -> None:
+        """Download the files whose data will be read into the cache, if that was asked for."""
+        for name in names if self._download else ():
+            with _reading(self.at(name)):
+                _patiently(
+                    lambda name=name: huggingface_hub.hf_hub_download(  # type: ignore[misc]
+                        self.repo,
+                        self._path(name),
+                        revision=self.commit,
+                        token=self._token,
+                        library_name="gptoss_stream",
+                        endpoint=constants.ENDPOINT,
+                    ),
+                    self.at(name),
+                )
+
+    def _path(self, name: str) -> str:
+        return f"{self._subfolder}/{name}" if self._subfolder else name
+
+    # --- reading -------------------------------------------------------------------------------
+
+    def cached(self, info: FileInfo) -> LocalFile | None:
+        """A file in huggingface_hub's cache, if all of it is there."""
+        path = huggingface_hub.try_to_load_from_cache(
+            self.repo, self._path(info.name), revision=self.commit
+        )
+        if not isinstance(path, str):
+            return None
+        # The cache names a file by its ETag; a name of its own is only given to a whole one.
+        whole = os.path.basename(os.path.realpath(path)) == info.version
+        file = Folder(Path(path).parent).open(Path(path).name) if whole else None
+        return file if file is not None and file.info.nbytes == info.nbytes else None
+
+    def resolve(self, info: FileInfo) -> Link:
+        """Where a file's bytes are to be had; raises `CheckpointError` if it has changed."""
+        url = huggingface_hub.hf_hub_url(
+            self.repo, self._path(info.name), revision=self.commit, endpoint=constants.ENDPOINT
+        )
+        where = self.at(info.name)
+        with _reading(where):
+            found = _patiently(
+                lambda: huggingface_hub.get_hf_file_metadata(
+                    url, token=self._token, timeout=_TIMEOUT
+                ),
+                where,
+            )
+        if found.commit_hash not in (None, self.commit):
+            raise changed(where)
+        if found.size is not None and found.size != info.nbytes:
+            raise changed(where)
+        if found.etag is not None and found.etag != info.version:
+            raise changed(where)
+        home = origin(constants.ENDPOINT)
+        there = origin(found.location)
+        if home[0] == "https" and there[0] != "https":
+            raise MachineError(f"{where}: the Hub leads from https to an unprotected address")
+        headers = huggingface_hub.utils.build_hf_headers(
+            token=self._token, library_name="gptoss_stream"
+        )
+        if there != home:
+            headers = {k: v for k, v in headers.items() if k.lower() != "authorization"}
+        return Link(found.location, headers, is_signed=there != home)
+
+    # --- writing -------------------------------------------------------------------------------
+
+    def listing(self) -> Mapping[str, FileInfo]:
+        """All files in it, with their SHA-256 where the Hub has it; none if there is no such
+        repository or folder."""
+        try:
+            with _reading(str(self)):
+                found = _patiently(self._tree, str(self))
+        except _NotThereError:
+            if self.commit is not None:
+                raise
+            return {}
+        return {info.name: info for info in found}
+
+    def _tree(self) -> list[FileInfo]:
+        try:
+            entries = list(
+                self._api.list_repo_tree(
+                    self.repo, self._subfolder or None, revision=self.commit, recursive=True
+                )
+            )
+        except EntryNotFoundError:
+            return []
+        found = []
+        for entry in entries:
+            if isinstance(entry, huggingface_hub.hf_api.RepoFile):
+                name = entry.path[len(self._subfolder) :].lstrip("/")
+                sha256 = entry.lfs.sha256 if entry.lfs else None
+                found.append(FileInfo(name, entry.size, sha256 or entry.blob_id, sha256=sha256))
+        return [f for f in found if self.commit is not None or f.name not in _OWN]
+
+    def read(self, name: str) -> bytes:
+        """A small file, as it is now."""
+        place = HubRepository.to_read(
+            "/".join(filter(None, (self.repo, self._subfolder))),
+            revision=None,
+            subfolder=None,
+            token=self._token,
+            download=False,
+        )
+        if isinstance(place, Folder):
+            raise OutputError(f"{self}: the Hub cannot be written to offline; unset HF_HUB_OFFLINE")
+        file = place.open(name)
+        data = bytearray(file.info.nbytes)
+        file.read_into(memoryview(data), 0, _NEVER)
+        return bytes(data)
+
+    def put(self, files: Mapping[str, Path | bytes], sums: Mapping[str, str]) -> None:
+        """Commit files, all in one commit, and hold what the Hub then lists against their sums.
+
+        A repository that is not there is made, as a private one.
+        """
+        additions = {}
+        for name, data in files.items():
+            addition = huggingface_hub.CommitOperationAdd(
+                self._path(name), data if isinstance(data, bytes) else str(data)
+            )
+            if name in sums:  # known: the file need not be read once more for it
+                addition.upload_info.sha256 = bytes.fromhex(sums[name])
+            additions[name] = addition
+        self._commit([*additions.values()], f"Add {', '.join(files)}")
+        there = self.listing()
+        for name, addition in additions.items():
+            sent, info = addition.upload_info, there.get(name)
+            if (
+                info is None
+                or info.nbytes != sent.size
+                or info.sha256 not in (None, sent.sha256.hex())
+            ):
+                raise MachineError(
+                    f"{self.at(name)}: what the Hub lists is not what was sent; run the same "
+                    "command again"
+                )
+
+    def delete(self, names: list[str]) -> None:
+        """Delete files, all in one commit."""
+        there = self.listing()
+        deletions = [
+            huggingface_hub.CommitOperationDelete(self._path(n)) for n in names if n in there
+        ]
+        if deletions:
+            self._commit(deletions, f"Delete {len(deletions)} files")
+
+    def _commit(self, operations: list[Any], message: str) -> None:
+        with _writing(str(self)), _without_bars():
+            if not self._is_made:
+                _patiently(
+                    lambda: self._api.create_repo(self.repo, private=True, exist_ok=True), str(self)
+                )
+                self._is_made = True
+            _patiently(
+                lambda: self._api.create_commit(
+                    self.repo, operations, commit_message=message[:200]
+                ),
+                str(self),
+            )
+
+
+_TIMEOUT = 30.0
+
+
+class _NotThereError(CheckpointError):
+    """No such repository, revision or folder, or no right to see it."""
+
+
+def _parse(name: str) -> tuple[str, str | None, str | None]:
+    match = _NAME.fullmatch(name.strip("/"))
+    if match is None or name.startswith(("datasets/", "spaces/")):
+        raise OptionError(f"hf://{name}: name a model as hf://user/name@revision/folder")
+    return match[1], match[2], match[3]
+
+
+def _cached_folder(repo: str, revision: str | None, subfolder: str) -> Folder:
+    try:
+        path = huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True)
+    except LocalEntryNotFoundError:
+        raise CheckpointError(
+            f"hf://{repo}: HF_HUB_OFFLINE is set, and it is not in the cache; unset it, or "
+            "download the repository first"
+        ) from None
+    return Folder(Path(path) / subfolder)
+
+
+def _patiently(call: Callable[[], _T], where: str, tries: int = TRIES) -> _T:
+    """Call, and again where the Hub is busy or out of reach."""
+    patience = Patience(_NEVER, tries)
+    while True:
+        try:
+            return call()
+        except HfHubHTTPError as error:
+            status = error.response.status_code
+            if status not in (408, 409, 412, 425, 429) and status < 500:
+                raise
+            failure = MachineError(
+                f"{where}: the Hub answers {status}; run the same command again later: what is "
+                "finished stays"
+            )
+            patience.wait(failure, asked_wait(error.response.headers))
+        except (OfflineModeIsEnabled, GptOssStreamError):
+            raise
+        except transport_errors() as error:
+            patience.wait(
+                MachineError(
+                    f"{where}: the Hub cannot be reached ({type(error).__name__}); check the "
+                    "network and run the same command again: what is finished stays"
+                )
+            )
+
+
+@contextmanager
+def _reading(where: str) -> Iterator[None]:
+    """The Hub's refusals as errors of the source."""
+    with _talking(where, _NotThereError):
+        yield
+
+
+@contextmanager
+def _writing(where: str) -> Iterator[None]:
+    """The Hub's refusals as errors of the output."""
+    with _talking(where, OutputError):
+        yield
+
+
+@contextmanager
+def _talking(where: str, kind: type[GptOssStreamError]) -> Iterator[None]:
+    repo = where.removeprefix("hf://").partition("@")[0]
+    try:
+        yield
+    except GatedRepoError:
+        raise kind(
+            f"{where}: access must be asked for; accept its conditions on the page of {repo}, then "
+            "log in with `hf auth login` or give a --token"
+        ) from None
+    except RepositoryNotFoundError:
+        raise kind(
+            f"{where}: no folder here and no repository of the Hub that you can see; check the "
+            "name, or log in with `hf auth login` or --token if it is private"
+        ) from None
+    except RevisionNotFoundError:
+        raise kind(f"{where}: there is no such revision; check --revision") from None
+    except (EntryNotFoundError, LocalEntryNotFoundError):
+        raise kind(f"{where}: it is not there; check the name") from None
+    except HFValidationError:
+        raise kind(f"{where}: not a name that a repository can have") from None
+    except OfflineModeIsEnabled:
+        raise kind(f"{where}: HF_HUB_OFFLINE is set; unset it") from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403):
+            raise kind(
+                f"{where}: no access ({status}); log in with `hf auth login`, or give another "
+                "--token"
+            ) from None
+        raise kind(f"{where}: the Hub answers {status}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MachineError(
+            f"{where}: the server's answer is none of the Hub's ({type(error).__name__}); check "
+            "HF_ENDPOINT and the network"
+        ) from None
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """huggingface_hub's own progress bars would break ours."""
+    utils = huggingface_hub.utils
+    were_off = utils.are_progress_bars_disabled()
+    utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not were_off:
+            utils.enable_progress_bars()
+
+
+class _HubFile:
+    """A file of a repository (see `places.File`)."""
+
+    def __init__(self, place: HubRepository, info: FileInfo) -> None:
+        self._place = place
+        self.info = info
+        self._link: Link | None = None
+        self._linking = threading.Lock()
+        self._cached: LocalFile | None = None
+        self._was_looked_for = False
+
+    def read_into(self, out: memoryview, at: int, stop: threading.Event) -> None:
+        """Fill `out` with the bytes from `at` on, and check the sum where that is all of it."""
+        if not self._was_looked_for:
+            with self._linking:
+                self._cached = self._cached or self._place.cached(self.info)
+                self._was_looked_for = True
+        if self._cached is not None:
+            self._cached.read_into(out, at, stop)
+            return
+        where = self._place.at(self.info.name)
+        read_range(self._get_link, out, at, self.info.nbytes, where, stop)
+        if len(out) == self.info.nbytes and not _is_right(out, self.info):
+            raise changed(where)
+
+    def _get_link(self, renew: bool) -> Link:
+        used = self._link
+        with self._linking:
+            # Another thread may have renewed it meanwhile.
+            if self._link is None or (renew and self._link is used):
+                self._link = self._place.resolve(self.info)
+            return self._link
+
+    def check_unchanged(self) -> None:
+        """Ask the Hub once more, if anything was read from it."""
+        if self._link is not None:
+            self._place.resolve(self.info)
+
+    def close(self) -> None:
+        """Close what is held of the cache."""
+        if self._cached is not None:
+            self._cached.close()
+
+
+def _is_right(data: memoryview, info: FileInfo) -> bool:
+    """Whether a whole file has the sum that the Hub lists: SHA-256, or git's of its content."""
+    if info.sha256 is not None:
+        return hashlib.sha256(data).hexdigest() == info.sha256
+    digest = hashlib.sha1(b"blob %d\0" % len(data), usedforsecurity=False)
+    digest.update(data)
+    return digest.hexdigest() == info.version

@@ -1,0 +1,113 @@
+"""An output that goes to a store: made in a staging folder, shard by shard, and sent on.
+
+The staging folder is an output folder like any other (`run_folder`), of which each shard leaves
+when it has arrived at the far end; so it holds a few shards at a time, and whatever a run that
+was interrupted had finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from .checksums import SUMS_NAME
+from .errors import OptionError, machine_error, user_path
+from .executor import Watch, execute
+from .far_folder import FarFolder
+from .operands import Reader
+from .output import Contents, check_space, disk_full, is_disk_full
+from .places import Store
+from .run_folder import RunFolder
+from .run_state import RECORD_NAME
+from .safetensors_format import INDEX_NAME
+from .uploads import Uploads
+
+__all__ = ["make_remote_output", "staging_folder"]
+
+
+def staging_folder(store: Store, staging: str | os.PathLike[str] | None) -> Path:
+    """The folder of this machine in which what goes to a store is made: always the same for the
+    same store, in `staging` or else in the user's cache."""
+    digest = hashlib.sha256(store.identity.encode()).hexdigest()[:16]
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    parent = user_path(staging) if staging is not None else user_path(cache) / "gptoss_stream"
+    return parent / f"staging-{digest}"
+
+
+def make_remote_output(
+    store: Store,
+    contents: Contents,
+    reader: Reader,
+    *,
+    staging: Path,
+    max_staged: int,
+    overwrite: bool,
+    workers: int,
+    on_start: Callable[[int], None],
+    on_bytes: Callable[[int], None],
+    scarce: bool = False,
+) -> int:
+    """Make `contents` in a store; returns how many bytes of its shards were finished before.
+
+    At most `max_staged` shards are in the folder `staging` at a time, and it is deleted at the
+    end. The rest as in `output.make_output`. Raises `OptionError`, `OutputError`, `MachineError`
+    and what the reader raises.
+    """
+    if max_staged < 1:
+        raise OptionError(f"{max_staged} staged shards: there must be at least one")
+    names = [shard.name for shard in contents.shards]
+    run = RunFolder(staging, contents.identity, names, contents.companions, contents.checksums)
+    far, needed = FarFolder(store), 0
+    try:
+        with run.locked(overwrite=overwrite):
+            far.prepare(run.state, overwrite=overwrite)
+            far_sums = {name: found for name in names if (found := far.sum(name)) is not None}
+            run.sums |= far_sums
+            sizes = {shard.name: shard.nbytes for shard in contents.shards}
+            arrived = {
+                name
+                for name, nbytes in sizes.items()
+                if far.is_finished(name, nbytes) and (name in run.sums or not contents.checksums)
+            }
+            for name in arrived:
+                (staging / name).unlink(missing_ok=True)
+            left = [shard for shard in contents.shards if shard.name not in arrived]
+            made = [s.name for s in left if run.is_finished(s.name, s.nbytes)]
+            missing = [shard for shard in left if shard.name not in made]
+            room = sorted((s.nbytes for s in missing), reverse=True)[:max_staged]
+            scratch = max((s.scratch_nbytes for s in missing), default=0)
+            needed = sum(room) + scratch
+            check_space(staging, needed)
+            on_start(sum(sizes[name] for name in arrived))
+            if left or not far.is_complete(run.state):
+                far.begin(run.state)
+                run.begin()
+                with Uploads(store, staging, max_staged, run.sums.get) as uploads:
+                    for name in made:
+                        on_bytes(sizes[name])
+                        uploads.add_made(name)
+                    execute(
+                        missing,
+                        reader,
+                        staging,
+                        partials=run.work,
+                        workers=workers,
+                        watch=Watch(on_bytes, run.note_sum, uploads.begin, uploads.add),
+                        scarce=scarce,
+                    )
+                    uploads.finish()
+                run.finish(contents.index)
+                small = [*contents.companions, SUMS_NAME, RECORD_NAME, INDEX_NAME]
+                files = {n: staging / n for n in small if n in run.state["files"]}
+                far.finish(files, {n: s for n, s in run.sums.items() if n in files})
+                run.clear()
+        with suppress(OSError):  # another run may have begun in it
+            staging.rmdir()
+    except OSError as error:
+        if is_disk_full(error):
+            raise disk_full(error, staging, needed) from error
+        raise machine_error(error, f"writing to {staging}") from error
+    return sum(sizes[name] for name in arrived)
