@@ -25,6 +25,7 @@ from shards import INDEX_NAME, read_shard
 import gptoss_stream
 from gptoss_stream.checkpoint import read_header
 from gptoss_stream.errors import GptOssStreamError, HeaderError
+from gptoss_stream.places import Folder
 from gptoss_stream.safetensors_format import LENGTH_NBYTES, header_nbytes, parse_header
 
 # Why a file may be refused that safetensors reads (the module's docstring gives the reasons): the
@@ -199,7 +200,7 @@ def test_a_damaged_shard_in_a_checkpoint(seed, count, small):
                 failures.add(f"inspect: {done}", mutant)
             elif {
                 name: mutant[raw.offset : raw.offset + raw.nbytes]
-                for name, raw in read_header(small, shard.name)[1].items()
+                for name, raw in read_header(Folder(small), shard.name)[1].items()
             } != {name: value for name, (_, _, value) in read.items()}:
                 failures.add("read_header and parse_header differ", mutant)
             try:

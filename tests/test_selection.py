@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import prod
 
 import pytest
 from safetensors.torch import load_file
@@ -153,13 +154,15 @@ def test_only_what_is_chosen_is_read(source, checkpoints, tmp_path, monkeypatch)
     read = {}
     from gptoss_stream.checkpoint import Checkpoint
 
-    reading = Checkpoint._read_into
+    reading = Checkpoint.read
 
-    def watching(self, out, tensor, begin):
-        read.setdefault(tensor.name, set()).update(range(begin, begin + len(out)))
-        reading(self, out, tensor, begin)
+    def watching(self, tensor, first, shape):
+        size = tensor.dtype.itemsize
+        bytes_read = range(first * size, (first + prod(shape)) * size)
+        read.setdefault(tensor.name, set()).update(bytes_read)
+        return reading(self, tensor, first, shape)
 
-    monkeypatch.setattr(Checkpoint, "_read_into", watching)
+    monkeypatch.setattr(Checkpoint, "read", watching)
     gptoss_stream.convert(folder, tmp_path / "out", selection=selection)
     assert sum(map(len, read.values())) == plan.source_nbytes
     raw = {name: plan.info.tensors[name].nbytes for name in read}

@@ -26,7 +26,7 @@ from ..errors import (
     OutputError,
 )
 from ._file import FileInfo, changed
-from ._ranges import Patience
+from ._ranges import TRIES, Patience
 
 __all__ = ["Bucket"]
 
@@ -135,7 +135,7 @@ class Bucket:
                 return {}
             return found
 
-        found = _patiently(find, str(self))
+        found = _patiently(find, str(self), tries=3)  # a mistyped one is soon out of reach
         root = self._root.lstrip("/")
         named = {path.lstrip("/")[len(root) :].lstrip("/"): info for path, info in found.items()}
         return {name: _file_info(name, info) for name, info in named.items() if name}
@@ -241,9 +241,11 @@ def _md5(data: Path | bytes, at: int, nbytes: int) -> bytes:
     return digest.digest()
 
 
-def _patiently(call: Callable[[], _T], where: str, stop: threading.Event = _NEVER) -> _T:
+def _patiently(
+    call: Callable[[], _T], where: str, stop: threading.Event = _NEVER, tries: int = TRIES
+) -> _T:
     """Call, and again where the store fails in a way that may pass."""
-    patience = Patience(stop)
+    patience = Patience(stop, tries)
     while True:
         try:
             return call()
