@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ROOM_NBYTES", "AnyCheckpoint", "StreamedCheckpoint", "open_checkpoint"]
 
-ROOM_NBYTES = 96 << 20
+ROOM_NBYTES = 64 << 20
 _REQUESTS = 4  # at a time
 _TICK = 0.1  # seconds: how soon a stop is seen
 

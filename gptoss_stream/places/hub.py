@@ -57,7 +57,8 @@ class _WithoutQueries(logging.Filter):
         return True
 
 
-logging.getLogger("huggingface_hub.utils._http").addFilter(_WithoutQueries())
+for _name in ("huggingface_hub.utils._http", "huggingface_hub.file_download"):
+    logging.getLogger(_name).addFilter(_WithoutQueries())
 
 
 class HubRepository:
@@ -228,7 +229,12 @@ class HubRepository:
                 ),
                 where,
             )
-        if found.commit_hash not in (None, self.commit):
+        if found.commit_hash is None:
+            raise MachineError(
+                f"{where}: the server's answer is none of the Hub's: it names no commit; check "
+                "HF_ENDPOINT and the network"
+            )
+        if found.commit_hash != self.commit:
             raise changed(where)
         if found.size is not None and found.size != info.nbytes:
             raise changed(where)
@@ -344,6 +350,7 @@ class HubRepository:
 
 
 _TIMEOUT = 30.0
+_LONGEST_SILENCE = 300.0  # seconds: a commit of large files is checked before it is answered
 
 
 class _NotThereError(CheckpointError):
@@ -371,27 +378,39 @@ def _cached_folder(repo: str, revision: str | None, subfolder: str) -> Folder:
 def _patiently(call: Callable[[], _T], where: str, tries: int = TRIES) -> _T:
     """Call, and again where the Hub is busy or out of reach."""
     patience = Patience(_NEVER, tries)
+    failures: tuple[type[Exception], ...] = (HfHubHTTPError, *transport_errors())
     while True:
+        _limit_waiting()
         try:
             return call()
-        except HfHubHTTPError as error:
-            status = error.response.status_code
-            if status not in (408, 409, 412, 425, 429) and status < 500:
-                raise
-            failure = MachineError(
-                f"{where}: the Hub answers {status}; run the same command again later: what is "
-                "finished stays"
-            )
-            patience.wait(failure, asked_wait(error.response.headers))
         except (OfflineModeIsEnabled, GptOssStreamError):
             raise
-        except transport_errors() as error:
+        except failures as error:
+            # Of a refused upload huggingface_hub tells by a RuntimeError.
+            refusal = error if isinstance(error, HfHubHTTPError) else error.__cause__
+            if isinstance(refusal, HfHubHTTPError):
+                status = refusal.response.status_code
+                if status not in (408, 409, 412, 425, 429) and status < 500:
+                    raise refusal from None
+                failure = MachineError(
+                    f"{where}: the Hub answers {status}; run the same command again later: what is "
+                    "finished stays"
+                )
+                patience.wait(failure, asked_wait(refusal.response.headers))
+                continue
             patience.wait(
                 MachineError(
                     f"{where}: the Hub cannot be reached ({type(error).__name__}); check the "
                     "network and run the same command again: what is finished stays"
                 )
             )
+
+
+def _limit_waiting() -> None:
+    """huggingface_hub's session waits for ever, but where a call says otherwise."""
+    session = huggingface_hub.get_session()
+    if session.timeout.read is None:
+        session.timeout = _LONGEST_SILENCE
 
 
 @contextmanager
@@ -469,6 +488,7 @@ class _HubFile:
         self._linking = threading.Lock()
         self._cached: LocalFile | None = None
         self._was_looked_for = False
+        self._is_unchecked = False
 
     def read_into(self, out: memoryview, at: int, stop: threading.Event) -> None:
         """Fill `out` with the bytes from `at` on, and check the sum where that is all of it."""
@@ -480,6 +500,7 @@ class _HubFile:
             self._cached.read_into(out, at, stop)
             return
         where = self._place.at(self.info.name)
+        self._is_unchecked = True
         read_range(self._get_link, out, at, self.info.nbytes, where, stop)
         if len(out) == self.info.nbytes and not _is_right(out, self.info):
             raise changed(where)
@@ -493,8 +514,9 @@ class _HubFile:
             return self._link
 
     def check_unchanged(self) -> None:
-        """Ask the Hub once more, if anything was read from it."""
-        if self._link is not None:
+        """Ask the Hub once more, if anything was read since it was asked."""
+        if self._is_unchecked:
+            self._is_unchecked = False
             self._place.resolve(self.info)
 
     def close(self) -> None:

@@ -1,0 +1,220 @@
+"""A conversion from a Hub to a Hub: wall time, traffic, peak memory and peak disk.
+
+    python benchmarks/remote.py --preset 120b
+
+A server on loopback (the tests' stand-in for the Hub, in a process of its own) makes the source's
+bytes as they are asked for, and hashes what it gets, keeping none of it: neither the source nor
+the output lies on a disk. The conversion is the command that a user runs. In the end some of the
+shards are made again, from the same random numbers and without any network, and their SHA-256 are
+held against what the server got.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import measure
+
+import gptoss_stream
+from gptoss_stream.executor import Watch, execute
+from gptoss_stream.output import Contents
+from gptoss_stream.planner import PlannedShard
+from gptoss_stream.synthesis import RandomCheckpoint, random_checkpoint
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+SOURCE, TARGET = "openai/random", "someone/converted"
+
+
+@dataclass(frozen=True)
+class MadeAsAsked:
+    """A shard for the server."""
+
+    checkpoint: RandomCheckpoint
+    shard: PlannedShard
+
+    @property
+    def nbytes(self) -> int:
+        return self.shard.nbytes
+
+    @property
+    def sha256(self) -> str:
+        return f"{abs(hash((self.shard.name, self.nbytes))):064x}"  # made up: it is a name
+
+    def read(self, begin: int, end: int) -> bytes:
+        return self.checkpoint.read(self.shard, begin, end)
+
+
+def serve(preset: str, layers: int | None) -> None:
+    """Be the server: print the endpoint, then, for each line on stdin, what was counted."""
+    from stand_in_hub import StandInHub  # type: ignore[import-not-found]
+
+    made = random_checkpoint(preset, layers=layers)
+    index = Contents(made.identity, made.shards, {}).index
+    with StandInHub(keep=False, log=False) as hub:
+        hub.add_repo(
+            SOURCE,
+            {
+                **made.files,
+                "model.safetensors.index.json": index,
+                **{shard.name: MadeAsAsked(made, shard) for shard in made.shards},
+            },
+        )
+        hub.reset_counts()
+        print(hub.endpoint, flush=True)
+        for _ in sys.stdin:
+            files = hub.files(TARGET, "main")
+            found = {
+                name: [c.nbytes, c.sha256] for name, c in files.items() if hasattr(c, "sha256")
+            }
+            counted = {"sent": hub.bytes_sent, "received": hub.bytes_received, "files": found}
+            print(json.dumps(counted), flush=True)
+
+
+class DiskWatch:
+    """The most bytes that a folder has held, looked at every so often."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.peak = 0
+        self._over = threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.5):
+            nbytes = 0
+            for file in self.folder.rglob("*"):
+                try:
+                    nbytes += file.stat().st_blocks * 512
+                except OSError:
+                    continue  # just deleted
+            self.peak = max(self.peak, nbytes)
+
+    def stop(self) -> None:
+        self._over.set()
+
+
+def remade(preset: str, layers: int | None, names: list[str], folder: Path) -> dict[str, str]:
+    """The SHA-256 of some of the output's shards, made here without any network."""
+    made = random_checkpoint(preset, layers=layers)
+    planned = gptoss_stream.plan(f"hf://{SOURCE}")
+    sums: dict[str, str] = {}
+    (folder / "parts").mkdir()
+    for shard in planned.shards:
+        if shard.name in names:
+            execute(
+                [shard],
+                made.reader,
+                folder,
+                partials=folder / "parts",
+                workers=3,
+                watch=Watch(on_sum=sums.__setitem__),
+            )
+            (folder / shard.name).unlink()
+    return sums
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", default="120b")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--max-staged", type=int, default=2)
+    parser.add_argument("--limit", type=int, help="bytes of memory, the page cache's included")
+    parser.add_argument("--folder", type=Path, default=Path("benchmark-data"))
+    parser.add_argument("--check", type=int, default=3, help="shards that are made again")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.serve:
+        serve(arguments.preset, arguments.layers)
+        return
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=arguments.folder))
+    options = [*(["--layers", str(arguments.layers)] if arguments.layers else [])]
+    command = [sys.executable, __file__, "--serve", "--preset", arguments.preset, *options]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        endpoint = server.stdout.readline().strip()
+        os.environ |= {
+            "HF_ENDPOINT": endpoint,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HOME": str(folder / "home"),
+        }
+        disk = DiskWatch(folder / "staging")
+        try:
+            result = converted(arguments, folder)
+            server.stdin.write("\n")
+            server.stdin.flush()
+            counted = json.loads(server.stdout.readline())
+            checked = check(arguments, counted["files"], folder)
+        finally:
+            disk.stop()
+            server.stdin.close()
+            shutil.rmtree(folder, ignore_errors=True)
+    result |= {
+        "sent": counted["sent"],
+        "received": counted["received"],
+        "traffic": counted["sent"] / result["needed"],
+        "peak_disk": disk.peak,
+        "checked": checked,
+    }
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+        return
+    print(
+        f"{arguments.preset}{f', {arguments.layers} layers' if arguments.layers else ''}: "
+        f"{result['wall']:.0f} s, CPU {result['cpu']:.0f} s; "
+        f"read {result['sent'] / 1e9:.2f} GB ({result['traffic']:.4f} of what is needed), "
+        f"sent {result['received'] / 1e9:.2f} GB in {result['shards']} shards; "
+        f"peak memory {result['peak_rss'] / 1e6:.0f} MB, peak disk {disk.peak / 1e9:.2f} GB; "
+        f"{len(checked)} shards made again: equal"
+    )
+
+
+def converted(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Run the command; its times and sizes."""
+    planned = gptoss_stream.plan(f"hf://{SOURCE}")
+    command = [sys.executable, "-m", "gptoss_stream", "convert", f"hf://{SOURCE}", f"hf://{TARGET}"]
+    staging = ["--staging", str(folder / "staging"), "--max-staged", str(arguments.max_staged)]
+    began = time.strftime("%H:%M:%S")
+    print(f"began at {began}", file=sys.stderr, flush=True)
+    measured = measure.run([*command, *staging], limit=arguments.limit)
+    return {
+        "wall": measured.wall,
+        "cpu": measured.cpu,
+        "peak_rss": measured.peak_rss,
+        "needed": planned.source_nbytes,
+        "shards": len(planned.shards),
+    }
+
+
+def check(
+    arguments: argparse.Namespace, files: dict[str, tuple[int, str]], folder: Path
+) -> list[str]:
+    """Hold some shards, evenly chosen, against what the server got; raises `RuntimeError`."""
+    shards = sorted(name for name in files if name.endswith(".safetensors"))
+    step = max(1, len(shards) // max(1, arguments.check))
+    names = [*shards[::step][: arguments.check - 1], shards[-1]]
+    for name, digest in remade(arguments.preset, arguments.layers, names, folder).items():
+        if files[name][1] != digest:
+            raise RuntimeError(f"{name}: the server got other bytes than were to be made")
+    return names
+
+
+if __name__ == "__main__":
+    main()
