@@ -145,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "output", metavar="OUTPUT", nargs="?", default=".", help="where it would be written"
     )
+    _add_staging(plan)
     _add_options(plan)
     _add_writing_options(plan)
     plan.add_argument("--json", action="store_true", help="print the whole plan for programs")
@@ -216,6 +217,16 @@ def _add_source(
     part.add_argument("--revision", metavar="REV", help="branch, tag or commit of a repository")
     part.add_argument("--subfolder", metavar="DIR", help="folder in it, such as original")
     part.add_argument("--token", metavar="TOKEN", help="of the Hub; default: the usual login")
+
+
+def _add_staging(parser: argparse.ArgumentParser) -> None:
+    part = parser.add_argument_group("an output that is not a folder here")
+    part.add_argument(
+        "--staging", metavar="DIR", help="where shards lie until they are sent; default: the cache"
+    )
+    part.add_argument(
+        "--max-staged", type=int, default=2, metavar="N", help="shards there at a time; default 2"
+    )
 
 
 def _source(arguments: argparse.Namespace) -> Place:
@@ -385,6 +396,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     from .executor import memory_nbytes
     from .output import free_nbytes
     from .planner import plan
+    from .remote_output import staged_nbytes, staging_folder
     from .workers import count_workers
 
     planned = plan(
@@ -396,9 +408,16 @@ def _plan(arguments: argparse.Namespace) -> None:
         source_format=arguments.source_format,
     )
     workers = count_workers(arguments.workers)
-    free = free_nbytes(user_path(arguments.output))
-    needed = planned.nbytes + planned.scratch_nbytes
-    memory = memory_nbytes(workers)
+    store = _store(arguments)
+    if store is None:
+        where = user_path(arguments.output)
+        needed = planned.nbytes + planned.scratch_nbytes
+    else:
+        where = staging_folder(store, arguments.staging)
+        needed = staged_nbytes(planned.shards, arguments.max_staged)
+    free = free_nbytes(where)
+    is_local = planned.info.place.is_local and store is None
+    memory = memory_nbytes(workers, is_local=is_local)
     if arguments.json:
         print(json.dumps(_plan_as_dict(planned, arguments.dtype, needed, free, memory), indent=2))
         return

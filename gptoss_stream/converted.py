@@ -10,8 +10,8 @@ from typing import Any
 
 from . import strict_json
 from .checkpoint import RawTensor, read_header
-from .errors import CheckpointError, OutputError, machine_error, user_path
-from .places import Folder
+from .errors import CheckpointError, OutputError, machine_error
+from .places import Folder, local_path
 from .regular_file import NotRegularError, open_regular
 from .run_state import RECORD_NAME, WORK_NAME
 
@@ -54,7 +54,7 @@ def describe_converted(path: str | os.PathLike[str]) -> ConvertedInfo | None:
 
     Raises `OutputError` for a damaged record or shard, `MachineError` where reading fails.
     """
-    folder = user_path(path)
+    folder = local_path(path)
     unfinished, finished = folder / WORK_NAME / "run.json", folder / RECORD_NAME
     try:
         file = unfinished if unfinished.is_file() else finished

@@ -33,6 +33,7 @@ __all__ = ["SEGMENT_NBYTES", "Watch", "execute", "memory_nbytes"]
 SEGMENT_NBYTES = 8 << 20
 _INTERPRETER_NBYTES = 45_000_000  # Python with numpy, einops and tqdm
 _WORKER_NBYTES = 6_000_000  # tiles, indices, a cut unit
+_STREAMING_NBYTES = 200_000_000  # blocks that are needed at a time, and the clients' code
 
 _T = TypeVar("_T")
 _Step: TypeAlias = tuple[PlannedShard, int, "Part | None"]
@@ -50,9 +51,11 @@ def _spread(some: list[_T], others: list[_T], begin: int, end: int) -> list[_T]:
     return merged + others[end:]
 
 
-def memory_nbytes(workers: int) -> int:
-    """An upper estimate of the process's peak resident memory."""
-    return _INTERPRETER_NBYTES + workers * (SEGMENT_NBYTES + _WORKER_NBYTES)
+def memory_nbytes(workers: int, *, is_local: bool = True) -> int:
+    """An upper estimate of the process's peak resident memory, for a source that is of this
+    machine or is streamed."""
+    nbytes = _INTERPRETER_NBYTES + workers * (SEGMENT_NBYTES + _WORKER_NBYTES)
+    return nbytes if is_local else nbytes + _STREAMING_NBYTES
 
 
 @dataclass

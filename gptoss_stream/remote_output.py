@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,12 +20,13 @@ from .far_folder import FarFolder
 from .operands import Reader
 from .output import Contents, check_space, disk_full, is_disk_full
 from .places import Store
+from .planner import PlannedShard
 from .run_folder import RunFolder
 from .run_state import RECORD_NAME
 from .safetensors_format import INDEX_NAME
 from .uploads import Uploads
 
-__all__ = ["make_remote_output", "staging_folder"]
+__all__ = ["make_remote_output", "staged_nbytes", "staging_folder"]
 
 
 def staging_folder(store: Store, staging: str | os.PathLike[str] | None) -> Path:
@@ -35,6 +36,12 @@ def staging_folder(store: Store, staging: str | os.PathLike[str] | None) -> Path
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     parent = user_path(staging) if staging is not None else user_path(cache) / "gptoss_stream"
     return parent / f"staging-{digest}"
+
+
+def staged_nbytes(shards: Sequence[PlannedShard], max_staged: int) -> int:
+    """The disk space that making some shards takes, `max_staged` at a time."""
+    largest = sorted((shard.nbytes for shard in shards), reverse=True)[:max_staged]
+    return sum(largest) + max((shard.scratch_nbytes for shard in shards), default=0)
 
 
 def make_remote_output(
@@ -77,9 +84,7 @@ def make_remote_output(
             left = [shard for shard in contents.shards if shard.name not in arrived]
             made = [s.name for s in left if run.is_finished(s.name, s.nbytes)]
             missing = [shard for shard in left if shard.name not in made]
-            room = sorted((s.nbytes for s in missing), reverse=True)[:max_staged]
-            scratch = max((s.scratch_nbytes for s in missing), default=0)
-            needed = sum(room) + scratch
+            needed = staged_nbytes(missing, max_staged)
             check_space(staging, needed)
             on_start(sum(sizes[name] for name in arrived))
             if left or not far.is_complete(run.state):

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from .checkpoint import RawTensor, read_header
 from .dtypes import OUTPUT_DTYPES, output_dtype, torch_name
-from .errors import OutputError, machine_error, missing_package, user_path
-from .places import Folder
+from .errors import OutputError, machine_error, missing_package
+from .places import Folder, local_path
 from .run_state import WORK_NAME
 from .safetensors_format import INDEX_NAME, parse_index
 
@@ -146,7 +146,7 @@ def open_state_dict(
         import torch
     except ImportError as error:
         raise missing_package(error, "torch") from None
-    folder = user_path(path)
+    folder = local_path(path)
     kind = None if dtype is None else getattr(torch, torch_name(output_dtype(dtype)))
     index = folder / INDEX_NAME
     try:

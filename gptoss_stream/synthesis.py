@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 from . import __version__, layouts, strict_json
 from .checkpoint import RawTensor
 from .dtypes import DType
-from .errors import ConfigError, OptionError, user_path
+from .errors import ConfigError, OptionError
 from .layouts.hf import hugging_face_config
 from .model import ModelConfig, alternating_layers
 from .operands import Plain, Reader
 from .patterns import rearrangement
+from .places import local_path
 from .planner import PlannedShard, layout_tensors, parse_size, shards
 from .recipe import OutputTensor, Part, fill, make_pieces
 from .sources import hf_bf16, hf_mxfp4, openai
@@ -181,7 +182,7 @@ def synth(
         preset, format=format, seed=seed, max_shard_size=max_shard_size, **overrides
     )
     nbytes = sum(shard.nbytes for shard in made.shards)
-    folder = user_path(output)
+    folder = local_path(output)
     make_output(
         folder,
         Contents(made.identity, made.shards, made.files),

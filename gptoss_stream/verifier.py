@@ -32,9 +32,9 @@ from .checkpoint import (
 from .checksums import SUMS_NAME, parse_sums
 from .companions import carried
 from .dtypes import OUTPUT_DTYPES, DType
-from .errors import CheckpointError, OptionError, OutputError, machine_error, user_path
+from .errors import CheckpointError, OptionError, OutputError, machine_error
 from .executor import SEGMENT_NBYTES
-from .places import FileInfo, Folder, Name
+from .places import FileInfo, Folder, Name, local_path
 from .planner import DEFAULT_LAYOUT, Plan, is_staged, plan
 from .recipe import OutputTensor, Part, Piece, extents, fill, make_pieces, rows_of
 from .run_state import RECORD_NAME, WORK_NAME
@@ -118,7 +118,7 @@ def verify(
     `MachineError` where reading fails. Differences are not raised but returned.
     """
     threads = count_workers(workers)
-    folder = user_path(output)
+    folder = local_path(output)
     try:
         found, differences = _read_output(folder)
         recorded = _recorded(folder)
@@ -173,7 +173,7 @@ def verify_checksums(
     can tell. `on_plan` and `on_bytes` as there. Raises `OutputError` for a folder without sums,
     `MachineError` where reading fails. Differences are not raised but returned.
     """
-    folder = user_path(output)
+    folder = local_path(output)
     differences: list[Difference] = []
     nbytes = 0
     try:

@@ -27,6 +27,7 @@ __all__ = [
     "Place",
     "Store",
     "is_repository_name",
+    "local_path",
     "open_place",
     "open_store",
 ]
@@ -188,6 +189,13 @@ def open_store(name: str | os.PathLike[str], *, token: str | None = None) -> Sto
     from .bucket import Bucket
 
     return Bucket(os.fspath(name))
+
+
+def local_path(name: str | os.PathLike[str]) -> Path:
+    """A path of this machine; raises `OptionError` for a URL."""
+    if _url(name) is not None:
+        raise OptionError(f"{os.fspath(name)}: it must be on this machine; fetch it first")
+    return user_path(name)
 
 
 def _url(name: str | os.PathLike[str]) -> _Url | None:
