@@ -1,0 +1,160 @@
+"""Runs of the command line against the stand-in for the Hub, by the hundred.
+
+Each is a process of its own, forked from one that has imported everything before. What they do not
+have in common with `python -m gptoss_stream`: they wait for a hundredth of a second where that
+waits for half of one, they read blocks so small that a tiny checkpoint has many, and they call no
+fsync (what a power loss does is tried elsewhere).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from runs import ROOT
+from stand_in_hub import Fault, Request
+
+BLOCK_NBYTES = 40_000
+
+_LAUNCHER = f"""
+import json, os, signal, sys
+import gptoss_stream.places._ranges as ranges
+import gptoss_stream.places.hub
+from gptoss_stream import converter, executor, layouts, remote_output, sources, verifier
+from gptoss_stream.cli import main
+from gptoss_stream.streaming import ROOM_NBYTES, StreamedCheckpoint
+from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download
+from huggingface_hub.utils import get_session
+
+ranges.FIRST_DELAY = 0.01
+StreamedCheckpoint.__init__.__defaults__ = (ROOM_NBYTES, {BLOCK_NBYTES})
+os.fsync = os.fdatasync = lambda descriptor: None
+job = None
+
+def tell(what, value):
+    with open(job["name"] + ".partial", "w") as file:
+        file.write(str(value))
+    os.rename(job["name"] + ".partial", job["name"] + "." + what)
+
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+for line in sys.stdin:
+    if os.fork():
+        continue
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    job = json.loads(line)
+    os.chdir(job["here"])
+    pid = os.fork()
+    if pid:
+        tell("pid", pid)
+        tell("code", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        os._exit(0)
+    break
+if job is not None:
+    os.environ.update(job["environment"])
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(job["name"] + "." + name, os.O_WRONLY | os.O_CREAT), number)
+    sys.exit(main(job["arguments"]))
+"""
+
+
+def environment(endpoint: str, home: Path, **more: str) -> dict[str, str]:
+    """What the environment of a run says: of the Hub only this."""
+    mine = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING_FACE_"))}
+    mine |= {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home / "hf")}
+    mine |= {"XDG_CACHE_HOME": str(home / "cache"), "PYTHONPATH": str(ROOT)}
+    return mine | {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"} | more
+
+
+class Job:
+    """A run that was begun."""
+
+    def __init__(self, name: Path, arguments: list[str]) -> None:
+        self._name = name
+        self._arguments = arguments
+
+    def _read(self, what: str) -> str | None:
+        try:
+            return Path(f"{self._name}.{what}").read_text()
+        except FileNotFoundError:
+            return None
+
+    @property
+    def is_over(self) -> bool:
+        return self._read("code") is not None
+
+    def kill(self) -> None:
+        """As `kill -9` does."""
+        wait_for(lambda: self._read("pid"))
+        if not self.is_over:
+            os.kill(int(self._read("pid") or 0), signal.SIGKILL)
+
+    def done(self, seconds: float = 60) -> subprocess.CompletedProcess[str]:
+        """Its end."""
+        try:
+            wait_for(lambda: self.is_over, seconds)
+        except BaseException:
+            self.kill()
+            raise
+        code, out, err = (self._read(what) or "" for what in ("code", "out", "err"))
+        return subprocess.CompletedProcess(self._arguments, int(code), out, err)
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 30) -> None:
+    """Wait until something is so."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(0.003)
+
+
+class Launcher:
+    """Begins runs against one endpoint."""
+
+    def __init__(self, endpoint: str, home: Path) -> None:
+        self.home = home
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _LAUNCHER],
+            stdin=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=environment(endpoint, home),
+        )
+        self._count = 0
+
+    def begin(self, here: Path, *arguments: object, **more: str) -> Job:
+        """Begin a run in a folder, with more in its environment."""
+        self._count += 1
+        name = self.home / f"run-{self._count}"
+        words = [str(argument) for argument in arguments]
+        job = {"name": str(name), "here": str(here), "arguments": words, "environment": more}
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        return Job(name, words)
+
+    def __enter__(self) -> Launcher:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._process.communicate(timeout=30)
+
+
+def after(n: int, fault: Fault, match: str) -> Callable[[Request], Fault | None]:
+    """A fault of all requests that match (as in `stand_in_hub.first`) but the first `n`."""
+    seen = 0
+
+    def spoil(request: Request) -> Fault | None:
+        nonlocal seen
+        if not re.search(match, f"{request.origin} {request.method} {request.path}"):
+            return None
+        seen += 1
+        return fault if seen > n else None
+
+    return spoil
