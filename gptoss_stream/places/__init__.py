@@ -133,9 +133,10 @@ def open_place(
     """The place to read from that a name means.
 
     A path of this machine, where there is one; else a repository of the Hub (`openai/gpt-oss-20b`,
-    or `hf://openai/gpt-oss-20b@revision/subfolder`); or a URL: `https://…` or any other that
-    fsspec knows (`s3://…`, `gs://…`). `revision`, `token` (default: the login) and `download`
-    (into the Hub's cache, instead of streaming) are for repositories only; `subfolder` is for any.
+    or `hf://openai/gpt-oss-20b@revision/subfolder`, or its page's address); or a URL: `https://…`
+    or any other that fsspec knows (`s3://…`, `gs://…`). `revision`, `token` (default: the login)
+    and `download` (into the Hub's cache, instead of streaming) are for repositories only;
+    `subfolder` is for any.
 
     Raises `OptionError` for what cannot be meant, `CheckpointError` where it is not there or not to
     be had, `MissingPackageError`, `MachineError`.
@@ -144,16 +145,12 @@ def open_place(
         return name
     url = _url(name)
     text = os.fspath(name)
-    is_repository = url is None and is_repository_name(text) and not os.path.lexists(text)
-    if (url is not None and url.protocol == "hf") or is_repository:
+    repository = _repository(url, text)
+    if repository is not None:
         from .hub import HubRepository
 
         return HubRepository.to_read(
-            url.rest if url is not None else text,
-            revision=revision,
-            subfolder=subfolder,
-            token=token,
-            download=download,
+            repository, revision=revision, subfolder=subfolder, token=token, download=download
         )
     for option, value in (("revision", revision), ("token", token), ("download", download)):
         if value:
@@ -189,6 +186,19 @@ def open_store(name: str | os.PathLike[str], *, token: str | None = None) -> Sto
     from .bucket import Bucket
 
     return Bucket(os.fspath(name))
+
+
+def _repository(url: _Url | None, text: str) -> str | None:
+    """The repository of the Hub that a name means, as user/name@revision/folder, if any."""
+    if url is None:
+        return text if is_repository_name(text) and not os.path.lexists(text) else None
+    if url.protocol == "hf":
+        return url.rest
+    if url.protocol in ("http", "https"):
+        from .hub import name_of_page
+
+        return name_of_page(text)
+    return None
 
 
 def local_path(name: str | os.PathLike[str]) -> Path:

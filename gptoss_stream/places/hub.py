@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import huggingface_hub
 from huggingface_hub import constants
@@ -41,7 +42,7 @@ from ._file import FileInfo, changed
 from ._ranges import TRIES, Link, Patience, asked_wait, origin, read_range, transport_errors
 from .folder import Folder, LocalFile
 
-__all__ = ["HubRepository"]
+__all__ = ["HubRepository", "name_of_page"]
 
 _NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([^/]+))?(?:/(.*))?")
 _NEVER = threading.Event()
@@ -59,6 +60,19 @@ class _WithoutQueries(logging.Filter):
 
 for _name in ("huggingface_hub.utils._http", "huggingface_hub.file_download"):
     logging.getLogger(_name).addFilter(_WithoutQueries())
+
+
+def name_of_page(url: str) -> str | None:
+    """`user/name@revision/folder` for the address of a repository's page, as browsers show it."""
+    if origin(url) != origin(constants.ENDPOINT):
+        return None
+    match = re.fullmatch(
+        r"/([\w.-]+/[\w.-]+)(?:/(?:tree|blob|resolve)/([^/]+)(/.*)?)?",
+        urlsplit(url).path.rstrip("/"),
+    )
+    if match is None:
+        return None
+    return f"{match[1]}{f'@{match[2]}' if match[2] else ''}{match[3] or ''}"
 
 
 class HubRepository:
