@@ -90,7 +90,9 @@ def convert(
     started = time.perf_counter()
     threads = count_workers(workers)
     target = _target(output)
-    place = open_place(source).pinned(_unfinished(target))
+    place = open_place(source)
+    if not overwrite:
+        place = place.pinned(_unfinished(target))
     planned = plan(
         place,
         layout=layout,

@@ -1,8 +1,8 @@
 """Runs of the command line against the stand-in for the Hub, by the hundred.
 
 Each is a process of its own, forked from one that has imported everything before. What they do not
-have in common with `python -m gptoss_stream`: they wait for a hundredth of a second where that
-waits for half of one, they read blocks so small that a tiny checkpoint has many, and they call no
+have in common with `python -m gptoss_stream`: they wait for milliseconds where that waits for
+half of a second, they read blocks so small that a tiny checkpoint has many, and they call no
 fsync (what a power loss does is tried elsewhere).
 """
 
@@ -33,7 +33,7 @@ from gptoss_stream.streaming import ROOM_NBYTES, StreamedCheckpoint
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download
 from huggingface_hub.utils import get_session
 
-ranges.FIRST_DELAY = 0.01
+ranges.FIRST_DELAY = 0.002
 StreamedCheckpoint.__init__.__defaults__ = (ROOM_NBYTES, {BLOCK_NBYTES})
 os.fsync = os.fdatasync = lambda descriptor: None
 job = None
