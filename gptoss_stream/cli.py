@@ -338,15 +338,19 @@ def _convert(arguments: argparse.Namespace) -> None:
 
     with _progress(arguments.quiet) as (start, advance):
 
+        source = _source(arguments)
+
         def on_plan(planned: Plan, resumed: int) -> None:
             if not arguments.quiet:
+                if planned.info.place is not source:
+                    _say(f"going on with {planned.info.place}, which the run began to read")
                 _warn_unused(planned)
                 if resumed:
                     _say(f"resuming: {_size(resumed)} of {_size(planned.nbytes)} are finished")
             start(planned.nbytes, resumed)
 
         report = convert(
-            _source(arguments),
+            source,
             _store(arguments) or arguments.output,
             layout=arguments.layout,
             dtype=arguments.dtype,

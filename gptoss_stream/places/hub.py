@@ -186,13 +186,19 @@ class HubRepository:
         )
         if begun is None or begun[1] == self.commit:
             return self
-        place = HubRepository.to_read(
-            "/".join(filter(None, (self.repo, self._subfolder))),
-            revision=begun[1],
-            subfolder=None,
-            token=self._token,
-            download=self._download,
-        )
+        try:
+            place = HubRepository.to_read(
+                "/".join(filter(None, (self.repo, self._subfolder))),
+                revision=begun[1],
+                subfolder=None,
+                token=self._token,
+                download=self._download,
+            )
+        except _NotThereError:
+            raise CheckpointError(
+                f"hf://{self.repo}@{begun[1][:12]}: it is gone, and the run began to read it; "
+                "start again with --overwrite"
+            ) from None
         if isinstance(place, HubRepository):
             place.revision = self.revision
         return place
