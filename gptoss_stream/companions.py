@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .checkpoint import NEVER
 from .places import Place
+from .places._file import changed
 
 __all__ = ["Carried", "carried"]
 
@@ -36,11 +38,15 @@ class Carried:
     def chunks(self) -> Iterator[bytes]:
         """Its bytes, a few at a time; raises what reading it raises."""
         file = self.place.open(self.name)
+        found = hashlib.sha256()
         try:
             for at in range(0, file.info.nbytes, _CHUNK_NBYTES):
                 chunk = bytearray(min(_CHUNK_NBYTES, file.info.nbytes - at))
                 file.read_into(memoryview(chunk), at, NEVER)
+                found.update(chunk)
                 yield bytes(chunk)
+            if file.info.sha256 not in (None, found.hexdigest()):
+                raise changed(self.place.at(self.name))
             file.check_unchanged()
         finally:
             file.close()
