@@ -337,7 +337,6 @@ def _convert(arguments: argparse.Namespace) -> None:
     from .converter import convert
 
     with _progress(arguments.quiet) as (start, advance):
-
         source = _source(arguments)
 
         def on_plan(planned: Plan, resumed: int) -> None:

@@ -219,7 +219,8 @@ def test_a_folder_of_this_machine_comes_first(hub, cli, another, released, whole
 
 def header_nbytes(folder: Path) -> int:
     return sum(
-        8 + int.from_bytes(shard.read_bytes()[:8], "little") for shard in folder.glob("*.safetensors")
+        8 + int.from_bytes(shard.read_bytes()[:8], "little")
+        for shard in folder.glob("*.safetensors")
     )
 
 
