@@ -93,6 +93,7 @@ class HubRepository:
         self._api = huggingface_hub.HfApi(token=token, library_name="gptoss_stream")
         self._files: dict[str, FileInfo] = {}
         self._is_made = False
+        self._is_reached = False
 
     @classmethod
     def to_read(
@@ -120,7 +121,7 @@ class HubRepository:
             info = _patiently(
                 lambda: place._api.repo_info(repo, revision=revision, timeout=_TIMEOUT),
                 f"hf://{repo}",
-                tries=3,  # a name that was mistyped is soon out of reach
+                tries=_FIRST_TRIES,
             )
         place.commit = info.sha
         place.revision = revision or constants.DEFAULT_REVISION
@@ -278,12 +279,21 @@ class HubRepository:
         repository or folder."""
         try:
             with _reading(str(self)):
+                if self.commit is None and not self._is_reached:
+                    self._ask()
                 found = _patiently(self._tree, str(self))
         except _NotThereError:
             if self.commit is not None:
                 raise
             return {}
         return {info.name: info for info in found}
+
+    def _ask(self) -> None:
+        """See whether the Hub is there at all: listing a folder is tried for minutes."""
+        _patiently(
+            lambda: self._api.repo_info(self.repo, timeout=_TIMEOUT), str(self), tries=_FIRST_TRIES
+        )
+        self._is_reached = True
 
     def _tree(self) -> list[FileInfo]:
         try:
@@ -370,6 +380,7 @@ class HubRepository:
 
 
 _TIMEOUT = 30.0
+_FIRST_TRIES = 3  # an endpoint that was mistyped is soon out of reach
 _LONGEST_SILENCE = 300.0  # seconds: a commit of large files is checked before it is answered
 
 
