@@ -341,7 +341,7 @@ class HubRepository:
             if name in sums:  # known: the file need not be read once more for it
                 addition.upload_info.sha256 = bytes.fromhex(sums[name])
             additions[name] = addition
-        self._commit([*additions.values()], f"Add {', '.join(files)}")
+        self._commit(lambda: [*additions.values()], f"Add {', '.join(files)}")
         there = self.listing()
         for name, addition in additions.items():
             sent, info = addition.upload_info, there.get(name)
@@ -357,26 +357,29 @@ class HubRepository:
 
     def delete(self, names: list[str]) -> None:
         """Delete files, all in one commit."""
-        there = self.listing()
-        deletions = [
-            huggingface_hub.CommitOperationDelete(self._path(n)) for n in names if n in there
-        ]
-        if deletions:
-            self._commit(deletions, f"Delete {len(deletions)} files")
 
-    def _commit(self, operations: list[Any], message: str) -> None:
+        def deletions() -> list[Any]:
+            there = self.listing()
+            return [
+                huggingface_hub.CommitOperationDelete(self._path(n)) for n in names if n in there
+            ]
+
+        if names:
+            self._commit(deletions, f"Delete {', '.join(names)}")
+
+    def _commit(self, operations: Callable[[], list[Any]], message: str) -> None:
+        def commit() -> None:
+            # Known anew each time: the Hub may have done it, and not have come to say so.
+            if left := operations():
+                self._api.create_commit(self.repo, left, commit_message=message[:200])
+
         with _writing(str(self)), _without_bars():
             if not self._is_made:
                 _patiently(
                     lambda: self._api.create_repo(self.repo, private=True, exist_ok=True), str(self)
                 )
                 self._is_made = True
-            _patiently(
-                lambda: self._api.create_commit(
-                    self.repo, operations, commit_message=message[:200]
-                ),
-                str(self),
-            )
+            _patiently(commit, str(self))
 
 
 _TIMEOUT = 30.0
