@@ -388,7 +388,7 @@ _LONGEST_SILENCE = 300.0  # seconds: a commit of large files is checked before i
 
 
 class _NotThereError(CheckpointError):
-    """No such repository, revision or folder, or no right to see it."""
+    """No such repository, revision or folder, or none that the Hub lets be seen."""
 
 
 def _parse(name: str) -> tuple[str, str | None, str | None]:
@@ -450,19 +450,21 @@ def _limit_waiting() -> None:
 @contextmanager
 def _reading(where: str) -> Iterator[None]:
     """The Hub's refusals as errors of the source."""
-    with _talking(where, _NotThereError):
+    with _talking(where, CheckpointError, _NotThereError):
         yield
 
 
 @contextmanager
 def _writing(where: str) -> Iterator[None]:
     """The Hub's refusals as errors of the output."""
-    with _talking(where, OutputError):
+    with _talking(where, OutputError, OutputError):
         yield
 
 
 @contextmanager
-def _talking(where: str, kind: type[GptOssStreamError]) -> Iterator[None]:
+def _talking(
+    where: str, kind: type[GptOssStreamError], missing: type[GptOssStreamError]
+) -> Iterator[None]:
     repo = where.removeprefix("hf://").partition("@")[0]
     try:
         yield
@@ -472,14 +474,14 @@ def _talking(where: str, kind: type[GptOssStreamError]) -> Iterator[None]:
             "log in with `hf auth login` or give a --token"
         ) from None
     except RepositoryNotFoundError:
-        raise kind(
+        raise missing(
             f"{where}: no folder here and no repository of the Hub that you can see; check the "
             "name, or log in with `hf auth login` or --token if it is private"
         ) from None
     except RevisionNotFoundError:
-        raise kind(f"{where}: there is no such revision; check --revision") from None
+        raise missing(f"{where}: there is no such revision; check --revision") from None
     except (EntryNotFoundError, LocalEntryNotFoundError):
-        raise kind(f"{where}: it is not there; check the name") from None
+        raise missing(f"{where}: it is not there; check the name") from None
     except HFValidationError:
         raise kind(f"{where}: not a name that a repository can have") from None
     except OfflineModeIsEnabled:
