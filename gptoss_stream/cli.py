@@ -229,15 +229,16 @@ def _add_staging(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _source(arguments: argparse.Namespace) -> Place:
-    """The place that SOURCE means; says which it is where that is not plain."""
-    from .places import Folder, is_repository_name, open_place
+def _source(arguments: argparse.Namespace, store: Store | None = None) -> Place:
+    """The place that SOURCE means; says which it is where that is not plain. A token may be meant
+    for the `store` alone."""
+    from .places import Folder, is_repository, is_repository_name, open_place
 
     place = open_place(
         arguments.source,
         revision=arguments.revision,
         subfolder=arguments.subfolder,
-        token=arguments.token,
+        token=arguments.token if store is None or is_repository(arguments.source) else None,
         download=getattr(arguments, "download", False),
     )
     if not getattr(arguments, "quiet", False):
@@ -337,7 +338,8 @@ def _convert(arguments: argparse.Namespace) -> None:
     from .converter import convert
 
     with _progress(arguments.quiet) as (start, advance):
-        source = _source(arguments)
+        store = _store(arguments)
+        source = _source(arguments, store)
 
         def on_plan(planned: Plan, resumed: int) -> None:
             if not arguments.quiet:
@@ -350,7 +352,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 
         report = convert(
             source,
-            _store(arguments) or arguments.output,
+            store or arguments.output,
             layout=arguments.layout,
             dtype=arguments.dtype,
             max_shard_size=arguments.max_shard_size,
@@ -402,8 +404,9 @@ def _plan(arguments: argparse.Namespace) -> None:
     from .remote_output import staged_nbytes, staging_folder
     from .workers import count_workers
 
+    store = _store(arguments)
     planned = plan(
-        _source(arguments),
+        _source(arguments, store),
         layout=arguments.layout,
         dtype=arguments.dtype,
         max_shard_size=arguments.max_shard_size,
@@ -411,7 +414,6 @@ def _plan(arguments: argparse.Namespace) -> None:
         source_format=arguments.source_format,
     )
     workers = count_workers(arguments.workers)
-    store = _store(arguments)
     if store is None:
         where = user_path(arguments.output)
         needed = planned.nbytes + planned.scratch_nbytes

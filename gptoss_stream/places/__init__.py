@@ -26,6 +26,7 @@ __all__ = [
     "Name",
     "Place",
     "Store",
+    "is_repository",
     "is_repository_name",
     "local_path",
     "open_place",
@@ -145,7 +146,7 @@ def open_place(
         return name
     url = _url(name)
     text = os.fspath(name)
-    repository = _repository(url, text)
+    repository = _repository(name)
     if repository is not None:
         from .hub import HubRepository
 
@@ -188,8 +189,14 @@ def open_store(name: str | os.PathLike[str], *, token: str | None = None) -> Sto
     return Bucket(os.fspath(name))
 
 
-def _repository(url: _Url | None, text: str) -> str | None:
+def is_repository(name: str | os.PathLike[str]) -> bool:
+    """Whether a name means a repository of the Hub."""
+    return _repository(name) is not None
+
+
+def _repository(name: str | os.PathLike[str]) -> str | None:
     """The repository of the Hub that a name means, as user/name@revision/folder, if any."""
+    url, text = _url(name), os.fspath(name)
     if url is None:
         return text if is_repository_name(text) and not os.path.lexists(text) else None
     if url.protocol == "hf":
