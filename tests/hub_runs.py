@@ -16,15 +16,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import count, cycle
 from pathlib import Path
 
 from runs import ROOT
 from stand_in_hub import Fault, Request
 
 BLOCK_NBYTES = 40_000
+Spoiling = Callable[[Request], "Fault | None"]
 
 _LAUNCHER = f"""
-import json, os, signal, sys
+import gc, json, os, signal, sys
 import gptoss_stream.places._ranges as ranges
 import gptoss_stream.places.hub
 from gptoss_stream import converter, executor, layouts, remote_output, sources, verifier
@@ -44,6 +46,7 @@ def tell(what, value):
     os.rename(job["name"] + ".partial", job["name"] + "." + what)
 
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+gc.freeze()
 for line in sys.stdin:
     if os.fork():
         continue
@@ -89,11 +92,11 @@ class Job:
     def is_over(self) -> bool:
         return self._read("code") is not None
 
-    def kill(self) -> None:
-        """As `kill -9` does."""
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Send it a signal."""
         wait_for(lambda: self._read("pid"))
         if not self.is_over:
-            os.kill(int(self._read("pid") or 0), signal.SIGKILL)
+            os.kill(int(self._read("pid") or 0), number)
 
     def done(self, seconds: float = 60) -> subprocess.CompletedProcess[str]:
         """Its end."""
@@ -146,15 +149,21 @@ class Launcher:
         self._process.communicate(timeout=30)
 
 
-def after(n: int, fault: Fault, match: str) -> Callable[[Request], Fault | None]:
-    """A fault of all requests that match (as in `stand_in_hub.first`) but the first `n`."""
-    seen = 0
-
+def _matching(match: str, fault_of: Callable[[], Fault | None]) -> Spoiling:
     def spoil(request: Request) -> Fault | None:
-        nonlocal seen
-        if not re.search(match, f"{request.origin} {request.method} {request.path}"):
-            return None
-        seen += 1
-        return fault if seen > n else None
+        path = f"{request.origin} {request.method} {request.path}"
+        return fault_of() if re.search(match, path) else None
 
     return spoil
+
+
+def after(n: int, fault: Fault, match: str) -> Spoiling:
+    """A fault of all requests that match (as in `stand_in_hub.first`) but the first `n`."""
+    turns = count()
+    return _matching(match, lambda: fault if next(turns) >= n else None)
+
+
+def in_turn(faults: list[Fault], match: str) -> Spoiling:
+    """Faults of every other request that matches, each in its turn."""
+    turns = cycle(turn for fault in faults for turn in (fault, None))
+    return _matching(match, lambda: next(turns))
