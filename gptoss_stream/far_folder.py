@@ -63,9 +63,13 @@ class FarFolder:
         """The SHA-256 of a file that is there, where the store knows it."""
         return self._files[name].sha256 if name in self._files else None
 
-    def is_finished(self, name: str, nbytes: int) -> bool:
-        """Whether a shard is complete: it is when it stands under its name."""
-        return name in self._files and self._files[name].nbytes == nbytes
+    def is_finished(self, name: str, nbytes: int, digest: str | None) -> bool:
+        """Whether a shard is complete: it is when it stands under its name, unless both sums are
+        known and differ."""
+        found = self._files.get(name)
+        if found is None or found.nbytes != nbytes:
+            return False
+        return digest is None or found.sha256 in (None, digest)
 
     def is_complete(self, state: Mapping[str, Any]) -> bool:
         """Whether the run was finished, and everything it made is still there."""

@@ -71,14 +71,14 @@ def make_remote_output(
     try:
         with run.locked(overwrite=overwrite):
             far.prepare(run.state, overwrite=overwrite)
-            far_sums = {name: found for name in names if (found := far.sum(name)) is not None}
-            run.sums |= far_sums
             sizes = {shard.name: shard.nbytes for shard in contents.shards}
             arrived = {
                 name
                 for name, nbytes in sizes.items()
-                if far.is_finished(name, nbytes) and (name in run.sums or not contents.checksums)
+                if far.is_finished(name, nbytes, run.sums.get(name))
+                and (not contents.checksums or run.sums.get(name) or far.sum(name))
             }
+            run.sums |= {n: found for n in arrived if (found := far.sum(n)) is not None}
             for name in arrived:
                 (staging / name).unlink(missing_ok=True)
             left = [shard for shard in contents.shards if shard.name not in arrived]
