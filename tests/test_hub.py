@@ -413,11 +413,11 @@ def test_a_run_that_waits_for_the_network_is_interrupted_at_once(
     """And goes on later."""
     hub.add_folder(NAME, released)
     output = "out" if where == "reading" else f"hf://{OUT}"
-    match = DATA if where == "reading" else PUT
-    hub.faults.append(after(12 if where == "reading" else 1, Fault("stall", 60), match))
+    kind, most = ("cdn GET", 12) if where == "reading" else ("cdn PUT", 1)
+    hub.faults.append(after(most, Fault("stall", 60), kind))
     job = begin("convert", NAME, output, *SIZE, "--quiet")
-    wait_for(lambda: told(hub).count("cdn GET") > 12 and told(hub).count("cdn PUT") != 1)
-    time.sleep(0.3)
+    wait_for(lambda: told(hub).count(kind) > most)
+    time.sleep(0.2)
     begun = time.monotonic()
     job.kill(number)
     done = job.done()
@@ -1038,6 +1038,28 @@ def test_an_upload_goes_on_after_what_passes(fault, match, hub, convert, release
     assert staged(tmp_path) == []
     assert_no_secret(done)
     assert ("?…" in done.stderr) == (match == PUT)  # of these the client warns, with the address
+
+
+@pytest.mark.parametrize("nbytes", [None, 1000], ids=["other bytes", "another size"])
+def test_what_has_arrived_is_held_against_what_was_sent(
+    nbytes, hub, convert, released, whole, tmp_path
+):
+    """And what is known to be wrong there is made and sent again."""
+
+    def spoil(request):
+        if "/tree/" in request.path and len(shards(hub)) == 3:
+            name = max(shards(hub))
+            wrong = random.Random(0).randbytes(nbytes or shards(hub)[name])
+            hub.add_repo(OUT, {**hub.files(OUT), name: wrong})
+
+    hub.faults.append(spoil)
+    done = convert(released, f"hf://{OUT}", "--workers", "1")
+    assert_clean_error(done, 3)
+    assert "what the Hub lists is not what was sent" in done.stderr
+    hub.faults.clear()
+    assert INDEX_NAME not in contents(hub)
+    assert convert(released, f"hf://{OUT}").returncode == 0
+    assert contents(hub) == whole(released)
 
 
 def test_an_output_is_replaced_when_that_is_wanted(hub, convert, released, another, whole):
