@@ -157,7 +157,9 @@ class Bucket:
     def _put(self, name: str, data: Path | bytes) -> None:
         final = f"{self._root}/{name}"
         path = final if self._protocol in _ATOMIC else f"{final}.partial"
-        self._fs.makedirs(self._fs._parent(path), exist_ok=True)
+        if path != final:
+            # In a bucket folders need no making; s3fs would make a bucket that is not there.
+            self._fs.makedirs(self._fs._parent(path), exist_ok=True)
         if isinstance(data, bytes):
             self._fs.pipe_file(path, data)
         elif self._protocol in ("s3", "s3a"):
