@@ -76,8 +76,7 @@ class Bucket:
     @property
     def _files(self) -> Mapping[str, FileInfo]:
         if self._found is None:
-            with _refusals(CheckpointError):
-                self._found = self.listing()
+            self._found = self._list(CheckpointError)
         return self._found
 
     def check(self) -> None:
@@ -109,7 +108,7 @@ class Bucket:
 
     def fetch(self, name: str, begin: int, end: int) -> bytes:
         """Bytes `begin … end` of a file, as the store gives them."""
-        with _refusals(CheckpointError):
+        with _refusals(CheckpointError, self.at(name)):
             data: bytes = self._fs.cat_file(f"{self._root}/{name}", start=begin, end=end)
         return data
 
@@ -121,11 +120,14 @@ class Bucket:
             self._fs.invalidate_cache(self._fs._parent(path))
             return _file_info(name, self._fs.info(path))
 
-        with _refusals(CheckpointError):
+        with _refusals(CheckpointError, self.at(name)):
             return _patiently(ask, self.at(name))
 
     def listing(self) -> Mapping[str, FileInfo]:
         """All files in it; none where there is no such folder."""
+        return self._list(OutputError)
+
+    def _list(self, refusal: type[GptOssStreamError]) -> Mapping[str, FileInfo]:
 
         def find() -> dict[str, Any]:
             self._fs.invalidate_cache()
@@ -135,14 +137,15 @@ class Bucket:
                 return {}
             return found
 
-        found = _patiently(find, str(self), tries=3)  # a mistyped one is soon out of reach
+        with _refusals(refusal, str(self)):
+            found = _patiently(find, str(self), tries=3)  # a mistyped one is soon out of reach
         root = self._root.lstrip("/")
         named = {path.lstrip("/")[len(root) :].lstrip("/"): info for path, info in found.items()}
         return {name: _file_info(name, info) for name, info in named.items() if name}
 
     def read(self, name: str) -> bytes:
         """A small file, as it is now."""
-        with _refusals(OutputError):
+        with _refusals(OutputError, self.at(name)):
             data: bytes = _patiently(
                 lambda: self._fs.cat_file(f"{self._root}/{name}"), self.at(name)
             )
@@ -150,8 +153,8 @@ class Bucket:
 
     def put(self, files: Mapping[str, Path | bytes], sums: Mapping[str, str]) -> None:
         """Write files one after another, and hold size and ETag of each against what was sent."""
-        with _refusals(OutputError):
-            for name, data in files.items():
+        for name, data in files.items():
+            with _refusals(OutputError, self.at(name)):
                 _patiently(partial(self._put, name, data), self.at(name))
 
     def _put(self, name: str, data: Path | bytes) -> None:
@@ -179,8 +182,8 @@ class Bucket:
     def delete(self, names: list[str]) -> None:
         """Delete files."""
         there = self.listing()
-        with _refusals(OutputError):
-            for name in there.keys() & {*names}:
+        for name in there.keys() & {*names}:
+            with _refusals(OutputError, self.at(name)):
                 _patiently(partial(self._fs.rm_file, f"{self._root}/{name}"), self.at(name))
 
 
@@ -263,14 +266,14 @@ def _patiently(
 
 
 @contextmanager
-def _refusals(kind: type[GptOssStreamError]) -> Iterator[None]:
+def _refusals(kind: type[GptOssStreamError], where: str) -> Iterator[None]:
     """A store's refusals, which no patience helps against."""
     try:
         yield
     except FileNotFoundError as error:
-        raise kind(f"{_redacted(error)}: it is not there; check the URL") from None
+        raise kind(f"{where}: it is not there ({_redacted(error)}); check the URL") from None
     except PermissionError as error:
-        raise kind(f"{_redacted(error)}: no access; check the credentials") from None
+        raise kind(f"{where}: no access ({_redacted(error)}); check the credentials") from None
 
 
 def _redacted(error: Exception) -> str:
