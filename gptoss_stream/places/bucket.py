@@ -35,6 +35,7 @@ _PART_NBYTES = 50 << 20
 _T = TypeVar("_T")
 _ATOMIC = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "memory"}
 """Stores in which a file is there when all of it is, and not before."""
+_WITHOUT_HOST = {"file", "local", "memory"}
 _VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "crc32c", "mtime", "LastModified",
              "last_modified", "modified", "created")  # fmt: skip
 
@@ -50,6 +51,13 @@ class Bucket:
         host, slash, path = rest.partition("/")
         self._shown = f"{self._protocol}://{host.rpartition('@')[2]}{slash}{path}".rstrip("/")
         self._shown = self._shown.partition("?")[0]
+        if self._protocol in ("s3", "s3a") and re.match(r"(?!arn:)[^@]*:[^@]*@", rest):
+            raise OptionError(
+                f"{self._protocol}://: a key is not taken from a URL; give it by the environment, "
+                "as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            )
+        if not host and self._protocol not in _WITHOUT_HOST:
+            raise OptionError(f"{self._protocol}://: name a bucket or a server after it")
         try:
             self._fs, root = url_to_fs(url)
         except ImportError as error:
@@ -279,4 +287,5 @@ def _refusals(kind: type[GptOssStreamError], where: str) -> Iterator[None]:
 def _redacted(error: Exception) -> str:
     """An error's text on one line, without what may be secret in an address."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return re.sub(r"://[^/\s@]*@", "://", re.sub(r"\?\S+", "?…", text))[:300]
+    text = re.sub(r"\?\S+", "?…", text)
+    return re.sub(r"[^/\s\"'@]*:[^/\s\"'@]*@|(?<=://)[^/\s@]*@", "", text)[:300]
