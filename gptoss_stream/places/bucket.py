@@ -31,7 +31,8 @@ from ._ranges import TRIES, Patience
 __all__ = ["Bucket"]
 
 _NEVER = threading.Event()
-_PART_NBYTES = 50 << 20
+_PART_NBYTES = 16 << 20
+_PARTS = 3  # sent at a time
 _BACK_NBYTES = 16 << 20  # read back at a time
 _T = TypeVar("_T")
 _ATOMIC = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "memory"}
@@ -176,7 +177,8 @@ class Bucket:
         if isinstance(data, bytes):
             self._fs.pipe_file(path, data)
         elif self._protocol in ("s3", "s3a"):
-            self._fs.put_file(str(data), path, chunksize=_PART_NBYTES)
+            # By itself s3fs would hold ten parts of 50 MiB, each of them twice.
+            self._fs.put_file(str(data), path, chunksize=_PART_NBYTES, max_concurrency=_PARTS)
         else:
             self._fs.put_file(str(data), path)
         if path != final:
