@@ -37,6 +37,8 @@ _BACK_NBYTES = 16 << 20  # read back at a time
 _T = TypeVar("_T")
 _ATOMIC = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "memory"}
 """Stores in which a file is there when all of it is, and not before."""
+_PARTIAL = ".partial"
+"""Ends the name of a file that is being written to any other store."""
 _WITHOUT_HOST = {"file", "local", "memory"}
 _VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "crc32c", "mtime", "LastModified",
              "last_modified", "modified", "created")  # fmt: skip
@@ -70,6 +72,7 @@ class Bucket:
             raise OptionError(f"{self._shown}: {_redacted(error)}; check the URL") from None
         self._root: str = root.rstrip("/")
         self._found: Mapping[str, FileInfo] | None = None
+        self._is_atomic = self._protocol in _ATOMIC
         self._has_md5s = True
 
     def __str__(self) -> str:
@@ -138,7 +141,10 @@ class Bucket:
         """All files in it; none where there is no such folder."""
         return self._list(OutputError)
 
-    def _list(self, refusal: type[GptOssStreamError]) -> Mapping[str, FileInfo]:
+    def _list(
+        self, refusal: type[GptOssStreamError], *, partials: bool = False
+    ) -> Mapping[str, FileInfo]:
+        """All files, and with `partials` what an interrupted `put` has left of some."""
 
         def find() -> dict[str, Any]:
             self._fs.invalidate_cache()
@@ -152,7 +158,11 @@ class Bucket:
             found = _patiently(find, str(self), tries=3)  # a mistyped one is soon out of reach
         root = self._root.lstrip("/")
         named = {path.lstrip("/")[len(root) :].lstrip("/"): info for path, info in found.items()}
-        return {name: _file_info(name, info) for name, info in named.items() if name}
+        return {
+            name: _file_info(name, info)
+            for name, info in named.items()
+            if name and (partials or self._is_atomic or not name.endswith(_PARTIAL))
+        }
 
     def read(self, name: str) -> bytes:
         """A small file, as it is now."""
@@ -170,7 +180,7 @@ class Bucket:
 
     def _put(self, name: str, data: Path | bytes) -> None:
         final = f"{self._root}/{name}"
-        path = final if self._protocol in _ATOMIC else f"{final}.partial"
+        path = final if self._is_atomic else f"{final}{_PARTIAL}"
         if path != final:
             # In a bucket folders need no making; s3fs would make a bucket that is not there.
             self._fs.makedirs(self._fs._parent(path), exist_ok=True)
@@ -210,8 +220,8 @@ class Bucket:
 
     def delete(self, names: list[str]) -> None:
         """Delete files."""
-        there = self.listing()
-        for name in there.keys() & {*names}:
+        there = self._list(OutputError, partials=True)
+        for name in there.keys() & {*names, *(f"{name}{_PARTIAL}" for name in names)}:
             with _refusals(OutputError, self.at(name)):
                 _patiently(partial(self._fs.rm_file, f"{self._root}/{name}"), self.at(name))
 
