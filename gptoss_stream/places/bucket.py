@@ -193,8 +193,13 @@ class Bucket:
             self._fs.put_file(str(data), path)
         if path != final:
             self._fs.mv(path, final)
-        if not self._has_arrived(name, data):
-            self._fs.rm_file(final)  # or a later run would take it for finished
+        has_arrived = False
+        try:
+            has_arrived = self._has_arrived(name, data)
+        finally:
+            if not has_arrived:  # a later run would take it for finished
+                self._fs.rm_file(final)
+        if not has_arrived:
             raise OSError("what the store has is not what was sent")
 
     def _has_arrived(self, name: str, data: Path | bytes) -> bool:
