@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import resource
 import shutil
 import signal
@@ -30,6 +31,13 @@ def digests(folder: Path, pattern: str = "*") -> dict[str, str]:
         for f in sorted(folder.rglob(pattern))
         if f.is_file()
     }
+
+
+def shards_there(folder: Path) -> set[str]:
+    """The shards in a folder, in the making or finished, all of them at one moment: looking takes
+    a while, in which one goes and another comes."""
+    looks = [{name for _, _, names in os.walk(folder) for name in names} for _ in range(2)]
+    return {name for name in looks[0] & looks[1] if name.endswith(".safetensors")}
 
 
 def convert_command(source: Path, output: Path, *options: str) -> list[str]:

@@ -29,6 +29,7 @@ from runs import (
     convert_command,
     digests,
     run_here,
+    shards_there,
 )
 
 import gptoss_stream
@@ -509,9 +510,7 @@ def test_few_shards_are_here_at_a_time(s3, checkpoints, whole, tmp_path, monkeyp
 
     def watch():
         while not over.wait(0.002):
-            seen[
-                len({file.name for file in staged(tmp_path) if file.suffix == ".safetensors"})
-            ] += 1
+            seen[len(shards_there(tmp_path / "cache"))] += 1
 
     watcher = threading.Thread(target=watch)
     watcher.start()

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import random
 import re
 import shutil
@@ -21,7 +20,7 @@ from unittest.mock import ANY
 
 import pytest
 from hub_runs import Job, Launcher, after, environment, in_turn, wait_for
-from runs import INDEX_NAME, WORK_NAME, assert_clean_error, digests, run_here
+from runs import INDEX_NAME, WORK_NAME, assert_clean_error, digests, run_here, shards_there
 from stand_in_hub import Fault, StandInHub, every, first
 
 NAME = "openai/gpt-oss-tiny"
@@ -928,8 +927,7 @@ def test_few_shards_are_staged_at_a_time(most, hub, begin, released, whole, tmp_
     job = begin("convert", released, f"hf://{OUT}", *SIZE, "--quiet", *options)
     counts = set()
     while not job.is_over:
-        names = [name for _, _, names in os.walk(here) for name in names]
-        counts.add(len({name for name in names if name.endswith(".safetensors")}))
+        counts.add(len(shards_there(here)))
     assert job.done().returncode == 0
     assert contents(hub) == whole(released)
     assert max(counts) == most

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import digests
+from runs import digests, shards_there
 
 from gptoss_stream import convert
 from gptoss_stream.errors import MachineError, OptionError, OutputError
@@ -106,8 +106,7 @@ def test_few_shards_are_here_at_a_time(checkpoints, near, tmp_path, monkeypatch,
 
     def watch():
         while not over.wait(0.002):
-            shards = [f for f in (tmp_path / "staging").rglob("*.safetensors") if f.exists()]
-            seen.append(len({f.name for f in shards}))
+            seen.append(len(shards_there(tmp_path / "staging")))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
