@@ -108,7 +108,7 @@ def make_remote_output(
                 small = [*contents.companions, SUMS_NAME, RECORD_NAME, INDEX_NAME]
                 files = {n: staging / n for n in small if n in run.state["files"]}
                 far.finish(files, {n: s for n, s in run.sums.items() if n in files})
-                run.clear()
+            run.clear()  # also what a run has left that ended right before it could
         with suppress(OSError):  # another run may have begun in it
             staging.rmdir()
     except OSError as error:
