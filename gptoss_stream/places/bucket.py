@@ -111,7 +111,8 @@ class Bucket:
         """A file of it."""
         if name not in self._files:
             raise CheckpointError(f"{self.at(name)}: there is no such file")
-        return _BucketFile(self, self._files[name])
+        # Not as it was listed: some stores describe a file in one way there, in another here.
+        return _BucketFile(self, self.info(name))
 
     def pinned(self, state: Mapping[str, Any] | None) -> Bucket:
         """It has but one state."""
