@@ -156,7 +156,7 @@ def open_place(
     for option, value in (("revision", revision), ("token", token), ("download", download)):
         if value:
             raise OptionError(
-                f"{text}: --{option} is for a repository of the Hub, which this is not"
+                f"{_shown(text)}: --{option} is for a repository of the Hub, which this is not"
             )
     if url is None:
         return Folder(user_path(name) / (subfolder or ""))
@@ -183,7 +183,7 @@ def open_store(name: str | os.PathLike[str], *, token: str | None = None) -> Sto
 
         return HubRepository.to_write(url.rest, token=token)
     if url.protocol in ("http", "https"):
-        raise OptionError(f"{os.fspath(name)}: a web server cannot be written to")
+        raise OptionError(f"{_shown(name)}: a web server cannot be written to")
     from .bucket import Bucket
 
     return Bucket(os.fspath(name))
@@ -211,13 +211,22 @@ def _repository(name: str | os.PathLike[str]) -> str | None:
 def local_path(name: str | os.PathLike[str]) -> Path:
     """A path of this machine; raises `OptionError` for a URL."""
     if _url(name) is not None:
-        raise OptionError(f"{os.fspath(name)}: it must be on this machine; fetch it first")
+        raise OptionError(f"{_shown(name)}: it must be on this machine; fetch it first")
     return user_path(name)
 
 
 def _url(name: str | os.PathLike[str]) -> _Url | None:
     match = _URL.fullmatch(name) if isinstance(name, str) else None
     return _Url(match[1], match[2]) if match else None
+
+
+def _shown(name: str | os.PathLike[str]) -> str:
+    """A name as messages give it: of a URL, without what may be secret in it."""
+    url = _url(name)
+    if url is None:
+        return os.fspath(name)
+    host, slash, path = url.rest.partition("?")[0].partition("/")
+    return f"{url.protocol}://{host.rpartition('@')[2]}{slash}{path}"
 
 
 def is_repository_name(text: str) -> bool:
