@@ -19,12 +19,13 @@ from urllib.parse import urlsplit
 
 from ..errors import CheckpointError, GptOssStreamError, MachineError
 
-__all__ = ["Link", "Patience", "origin", "read_range", "transport_errors"]
+__all__ = ["FEW_TRIES", "Link", "Patience", "origin", "read_range", "transport_errors"]
 
 FIRST_DELAY = 0.5  # seconds, doubled each time
 _LONGEST_DELAY = 30.0
 _LONGEST_WAIT = 900.0  # that a server may ask for
 TRIES = 8  # without a byte of progress
+FEW_TRIES = 3  # of what is likely to be wrong for good, such as a mistyped address
 _TIMEOUT = 30.0  # seconds without a byte
 _CHUNK_NBYTES = 1 << 20
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
@@ -52,11 +53,13 @@ class Patience:
         """Something was gained."""
         self._failures = 0
 
-    def wait(self, error: GptOssStreamError, asked: float | None = None) -> None:
+    def wait(
+        self, error: GptOssStreamError, asked: float | None = None, tries: int | None = None
+    ) -> None:
         """Wait before the next try, as long as the server asked; raise `error` if it was the
-        last, or at once when a stop was asked for."""
+        last (of fewer `tries`, for this kind of failure), or at once when a stop was asked for."""
         self._failures += 1
-        if self._failures >= self._tries:
+        if self._failures >= min(self._tries, tries or self._tries):
             raise error
         delay = min(FIRST_DELAY * 2 ** (self._failures - 1), _LONGEST_DELAY)
         delay = delay * random.uniform(0.5, 1.0) if asked is None else min(asked, _LONGEST_WAIT)
@@ -67,9 +70,17 @@ class Patience:
 class _Failed(Exception):
     """A try failed; `asked` is how long the server wants to be left alone, in seconds."""
 
+    tries = TRIES
+
     def __init__(self, reason: str, asked: float | None = None) -> None:
         super().__init__(reason)
         self.asked = asked
+
+
+class _RangeIgnored(_Failed):
+    """The server sends the whole file, as it is likely to do each time."""
+
+    tries = 5
 
 
 class _Expired(_Failed):
@@ -105,10 +116,10 @@ def read_range(
         except _Failed as failure:
             renew = isinstance(failure, _Expired)
             error = MachineError(
-                f"{where}: {failure}, {TRIES} times; check the network and run the same command "
-                "again: what is finished stays"
+                f"{where}: {failure}, {failure.tries} times; check the network and run the same "
+                "command again: what is finished stays"
             )
-            patience.wait(error, failure.asked)
+            patience.wait(error, failure.asked, failure.tries)
 
 
 def _try(link: Link, out: memoryview, at: int, total: int, where: str, etag: str | None) -> Any:
@@ -149,14 +160,16 @@ def _check_status(reply: Any, link: Link, whole: bool, where: str) -> None:
         raise _Expired(f"the server refuses its own signed address ({status})")
     if status in (401, 403):
         raise CheckpointError(
-            f"{where}: no access ({status}); log in with `hf auth login`, or give another --token"
+            f"{where}: no access ({status}); check the address and the credentials"
         )
     if status in (404, 410):
-        raise CheckpointError(f"{where}: it is not there ({status}); check name and revision")
+        raise CheckpointError(f"{where}: it is not there ({status}); check its name")
     if status == 416:
         raise CheckpointError(f"{where}: it is shorter than it was; start again with --overwrite")
     if status in (200, 206):
-        raise _Failed("the server does not honour byte ranges; try --download")
+        raise _RangeIgnored(
+            "the server does not honour byte ranges (download the files and name their folder)"
+        )
     raise CheckpointError(f"{where}: the server answers {status}; check the address")
 
 

@@ -26,7 +26,7 @@ from ..errors import (
     OutputError,
 )
 from ._file import FileInfo, changed
-from ._ranges import TRIES, Patience
+from ._ranges import FEW_TRIES, TRIES, Patience
 
 __all__ = ["Bucket"]
 
@@ -156,7 +156,7 @@ class Bucket:
             return found
 
         with _refusals(refusal, str(self)):
-            found = _patiently(find, str(self), tries=3)  # a mistyped one is soon out of reach
+            found = _patiently(find, str(self), tries=FEW_TRIES)
         root = self._root.lstrip("/")
         named = {path.lstrip("/")[len(root) :].lstrip("/"): info for path, info in found.items()}
         return {

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
+from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import get_session
 
 from ..errors import CheckpointError, MachineError, OptionError
 from ._file import FileInfo, changed
-from ._ranges import Link, Patience, asked_wait, read_range, transport_errors
+from ._ranges import FEW_TRIES, TRIES, Link, Patience, asked_wait, read_range, transport_errors
 
 __all__ = ["WebFolder"]
 
@@ -57,7 +58,7 @@ class WebFolder:
     def has(self, name: str) -> bool:
         """Whether the server has such a file."""
         if name not in self._known:
-            self._known[name] = self._ask(name)
+            self._known[name] = self._ask(name, FEW_TRIES)
         return self._known[name] is not None
 
     def names(self, folder: str = "") -> list[str]:
@@ -82,9 +83,9 @@ class WebFolder:
         """The address of a file, as it is asked for."""
         return Link(self._url(name), {})
 
-    def _ask(self, name: str) -> FileInfo | None:
+    def _ask(self, name: str, tries: int = TRIES) -> FileInfo | None:
         """What the server says of a file; None where it has none."""
-        patience, where = Patience(_NEVER), self.at(name)
+        patience, where = Patience(_NEVER, tries), self.at(name)
         while True:
             try:
                 reply = get_session().head(
@@ -93,6 +94,10 @@ class WebFolder:
                     timeout=_TIMEOUT,
                     follow_redirects=True,
                 )
+            except OfflineModeIsEnabled:  # its text holds the whole address
+                raise CheckpointError(
+                    f"{where}: HF_HUB_OFFLINE is set; unset it to read from a server"
+                ) from None
             except transport_errors() as error:
                 patience.wait(
                     MachineError(
