@@ -103,7 +103,13 @@ def test_kills_at_any_time(kills, large, tmp_path):
         for _ in range(min(random.randint(1, 6), kills - done)):
             finished = stamps(output)
             with large.running(output) as process:
-                time.sleep(random.uniform(0.05, 1.05 * large.seconds))
+                if done % 2:
+                    time.sleep(random.uniform(0.05, 1.05 * large.seconds))
+                else:  # of a run that has begun its work, however long that took
+                    begun = stamps(output)
+                    while process.poll() is None and stamps(output) == begun:
+                        time.sleep(0.001)
+                    time.sleep(random.uniform(0, 0.2 * large.seconds))
                 at_work += process.poll() is None and (output / STATE_NAME).exists()
             done += 1
             assert_nothing_half_written(output, large.whole)
@@ -113,7 +119,7 @@ def test_kills_at_any_time(kills, large, tmp_path):
         large.assert_sound(output)
         shutil.rmtree(output, ignore_errors=True)
     print(f"{done} kills, {at_work} of them of a run at work")
-    assert at_work >= kills / 5
+    assert at_work >= kills / 10
 
 
 @pytest.mark.parametrize("workers", [1, 3])
