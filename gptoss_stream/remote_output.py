@@ -24,7 +24,7 @@ from .planner import PlannedShard
 from .run_folder import RunFolder
 from .run_state import RECORD_NAME
 from .safetensors_format import INDEX_NAME
-from .uploads import Uploads
+from .uploads import Uploads, wait_for_earlier
 
 __all__ = ["make_remote_output", "staged_nbytes", "staging_folder"]
 
@@ -68,6 +68,7 @@ def make_remote_output(
     names = [shard.name for shard in contents.shards]
     run = RunFolder(staging, contents.identity, names, contents.companions, contents.checksums)
     far, needed = FarFolder(store), 0
+    wait_for_earlier(store)
     try:
         with run.locked(overwrite=overwrite):
             far.prepare(run.state, overwrite=overwrite)

@@ -9,9 +9,18 @@ from pathlib import Path
 
 from .places import Store
 
-__all__ = ["Uploads"]
+__all__ = ["Uploads", "wait_for_earlier"]
 
 _TICK = 0.1  # seconds: how soon a stop is seen
+_ends: dict[str, threading.Event] = {}  # of the last uploads to each store
+
+
+def wait_for_earlier(store: Store) -> None:
+    """Wait for what an interrupted run of this process is still sending to a store: a file of it
+    must not arrive after another run's file of the same name."""
+    end = _ends.get(store.identity)
+    while end is not None and not end.wait(_TICK):
+        pass
 
 
 class Uploads:
@@ -34,8 +43,10 @@ class Uploads:
         self._turn = threading.Condition()
         self._is_over = False
         self._error: BaseException | None = None
+        self._end = threading.Event()
 
     def __enter__(self) -> Uploads:
+        _ends[self._store.identity] = self._end
         threading.Thread(target=self._send_all, daemon=True).start()
         return self
 
@@ -93,6 +104,8 @@ class Uploads:
             with self._turn:
                 self._error = error
                 self._turn.notify_all()
+        finally:
+            self._end.set()
 
     def _take(self) -> str | None:
         with self._turn:
