@@ -75,12 +75,13 @@ def run_here(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Run a command line in this process: for runs by the hundred. In 20 seconds at most."""
     out, err = io.StringIO(), io.StringIO()
     command = [str(argument) for argument in arguments]
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with redirect_stdout(out), redirect_stderr(err), at_most(20):
             code = main(command)
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
 

@@ -173,9 +173,14 @@ def interrupt(checkpoints, store: Gated, staging, **options) -> None:
         time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGINT)
 
+    # A command line that ran in this process before may have left another handler.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=press, daemon=True).start()
-    with at_most(8), pytest.raises(KeyboardInterrupt):
-        convert(checkpoints(), store, max_shard_size="150KB", staging=staging, **options)
+    try:
+        with at_most(8), pytest.raises(KeyboardInterrupt):
+            convert(checkpoints(), store, max_shard_size="150KB", staging=staging, **options)
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def test_an_interrupted_run_goes_on(checkpoints, near, tmp_path):
