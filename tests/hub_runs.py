@@ -96,7 +96,7 @@ class Job:
         """Send it a signal."""
         wait_for(lambda: self._read("pid"))
         if not self.is_over:
-            os.kill(int(self._read("pid") or 0), number)
+            os.kill(int(str(self._read("pid"))), number)
 
     def done(self, seconds: float = 60) -> subprocess.CompletedProcess[str]:
         """Its end."""
@@ -149,21 +149,26 @@ class Launcher:
         self._process.communicate(timeout=30)
 
 
-def _matching(match: str, fault_of: Callable[[], Fault | None]) -> Spoiling:
-    def spoil(request: Request) -> Fault | None:
-        path = f"{request.origin} {request.method} {request.path}"
-        return fault_of() if re.search(match, path) else None
-
-    return spoil
+def _matches(match: str, request: Request) -> bool:
+    return bool(re.search(match, f"{request.origin} {request.method} {request.path}"))
 
 
 def after(n: int, fault: Fault, match: str) -> Spoiling:
     """A fault of all requests that match (as in `stand_in_hub.first`) but the first `n`."""
     turns = count()
-    return _matching(match, lambda: fault if next(turns) >= n else None)
+    return lambda request: fault if _matches(match, request) and next(turns) >= n else None
 
 
-def in_turn(faults: list[Fault], match: str) -> Spoiling:
-    """Faults of every other request that matches, each in its turn."""
-    turns = cycle(turn for fault in faults for turn in (fault, None))
-    return _matching(match, lambda: next(turns))
+def at_first(faults: list[Fault], match: str) -> Spoiling:
+    """One of the faults, each in its turn, of everything that is asked for, when it is asked for
+    the first time."""
+    turns, known = cycle(faults), set()
+
+    def spoil(request: Request) -> Fault | None:
+        what = (request.method, request.path, request.range)
+        if not _matches(match, request) or what in known:
+            return None
+        known.add(what)
+        return next(turns)
+
+    return spoil
