@@ -11,6 +11,8 @@ Data flows one way:
     executor     makes the plan's shards, segment by segment, in bounded memory
     output       a folder from empty, or where an earlier run stopped, to finished
     remote_output  the same of a store: shard by shard through a staging folder
+    jobs         a conversion in words that travel, and a shard of it made where they arrive
+    cluster      shards made on the workers of a Dask cluster
     converter    plans and makes the output
     verifier     makes the output again and compares
     converted    what a converted folder is
@@ -24,7 +26,7 @@ wanted, `operands`, `patterns` and `recipe` an output tensor as a recipe, `mxfp4
 files being written, `run_state` what a run is, `far_folder` and `uploads` a store being written to,
 `checksums` of files, `companions` small files beside them, `regular_file`, `plugins` the layouts
 and sources there are, `memory` what there is of it, `errors`, `synthesis` random checkpoints,
-`examples`, `cli` the command line.
+`share` a task's part of a run, `examples`, `cli` the command line.
 
     >>> import gptoss_stream
     >>> report = gptoss_stream.convert("gpt-oss-20b", "gpt-oss-20b-tl")  # doctest: +SKIP

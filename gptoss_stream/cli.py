@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -114,31 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    convert = commands.add_parser("convert", help="convert a checkpoint")
-    _add_source(convert)
-    convert.add_argument(
-        "output",
-        metavar="OUTPUT",
-        help="folder to write, new, empty or resumed; or s3://bucket/folder, hf://user/name, …",
-    )
-    convert.add_argument(
-        "--staging", metavar="DIR", help="for a remote OUTPUT: where shards lie until they are sent"
-    )
-    convert.add_argument(
-        "--max-staged", type=int, default=2, metavar="N", help="shards that lie there at most (2)"
-    )
-    convert.add_argument(
-        "--download",
-        action="store_true",
-        help="download SOURCE into the Hub's cache, not stream it",
-    )
-    _add_options(convert)
-    _add_writing_options(convert)
-    convert.add_argument(
-        "--checksums", action="store_true", help="write SHA256SUMS too, of all files"
-    )
-    convert.add_argument("--json", action="store_true", help="print a report for programs")
-    convert.set_defaults(run=_convert)
+    _add_convert(commands)
 
     plan = commands.add_parser("plan", help="show what convert would do; moves no data")
     _add_source(plan)
@@ -204,6 +181,35 @@ _DIMENSIONS = (
 )
 
 
+def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    convert = commands.add_parser("convert", help="convert a checkpoint")
+    _add_source(convert)
+    convert.add_argument(
+        "output",
+        metavar="OUTPUT",
+        help="folder to write, new, empty or resumed; or s3://bucket/folder, hf://user/name, …",
+    )
+    convert.add_argument(
+        "--staging", metavar="DIR", help="for a remote OUTPUT: where shards lie until they are sent"
+    )
+    convert.add_argument(
+        "--max-staged", type=int, default=2, metavar="N", help="shards that lie there at most (2)"
+    )
+    convert.add_argument(
+        "--download",
+        action="store_true",
+        help="download SOURCE into the Hub's cache, not stream it",
+    )
+    _add_options(convert)
+    _add_writing_options(convert)
+    _add_sharing(convert)
+    convert.add_argument(
+        "--checksums", action="store_true", help="write SHA256SUMS too, of all files"
+    )
+    convert.add_argument("--json", action="store_true", help="print a report for programs")
+    convert.set_defaults(run=_convert)
+
+
 def _add_source(
     parser: argparse.ArgumentParser, also: str = "", nargs: Literal["?"] | None = None
 ) -> None:
@@ -227,6 +233,58 @@ def _add_staging(parser: argparse.ArgumentParser) -> None:
     part.add_argument(
         "--max-staged", type=int, default=2, metavar="N", help="shards there at a time; default 2"
     )
+
+
+def _add_sharing(parser: argparse.ArgumentParser) -> None:
+    part = parser.add_argument_group("on several machines, which see SOURCE and OUTPUT alike")
+    part.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="of a Dask cluster: tcp://host:8786 or its file; local:N for N processes here",
+    )
+    part.add_argument("--task-index", type=int, metavar="I", help="make the part of task I …")
+    part.add_argument("--num-tasks", type=int, metavar="N", help="… of N, counted from 0")
+    part.add_argument(
+        "--slurm-array", action="store_true", help="take both from the SLURM job array"
+    )
+
+
+def _task(arguments: argparse.Namespace) -> tuple[int, int] | None:
+    """Which task of how many this is, if it is one of several."""
+    if not arguments.slurm_array:
+        if (arguments.task_index is None) != (arguments.num_tasks is None):
+            raise OptionError("--task-index and --num-tasks go together")
+        if arguments.task_index is None:
+            return None
+        return arguments.task_index, arguments.num_tasks
+    if arguments.task_index is not None or arguments.num_tasks is not None:
+        raise OptionError("--slurm-array takes index and number of the task by itself")
+    found = {
+        name: os.environ.get(f"SLURM_ARRAY_TASK_{name}", default)
+        for name, default in (("ID", None), ("COUNT", None), ("MIN", "0"), ("STEP", "1"))
+    }
+    try:
+        number, count, least, step = (int(value) for value in found.values() if value is not None)
+    except ValueError:
+        raise OptionError(
+            "--slurm-array: this is not a task of a SLURM array; start it with sbatch --array=0-15"
+        ) from None
+    index, rest = divmod(number - least, max(1, step))
+    if rest or not 0 <= index < count:
+        raise OptionError(
+            f"--slurm-array: task {number} of {count} is none of an unbroken array; start it with "
+            f"sbatch --array=0-{count - 1}, or give --task-index and --num-tasks"
+        )
+    return index, count
+
+
+def _refuse_with_scheduler(arguments: argparse.Namespace) -> None:
+    for option, value, instead in (
+        ("--token", arguments.token, "set HF_TOKEN where the workers run"),
+        ("--download", arguments.download, "workers read what they need by themselves"),
+    ):
+        if value:
+            raise OptionError(f"{option} does not go to other machines; {instead}")
 
 
 def _source(arguments: argparse.Namespace, store: Store | None = None) -> Place:
@@ -337,7 +395,10 @@ def _progress(quiet: bool) -> Iterator[tuple[Callable[[int, int], None], Callabl
 def _convert(arguments: argparse.Namespace) -> None:
     from .converter import convert
 
-    with _progress(arguments.quiet) as (start, advance):
+    task = _task(arguments)
+    if arguments.scheduler:
+        _refuse_with_scheduler(arguments)
+    with _client(arguments) as client, _progress(arguments.quiet) as (start, advance):
         store = _store(arguments)
         source = _source(arguments, store)
 
@@ -363,6 +424,8 @@ def _convert(arguments: argparse.Namespace) -> None:
             checksums=arguments.checksums,
             staging=arguments.staging,
             max_staged=arguments.max_staged,
+            client=client,
+            task=task,
             on_plan=on_plan,
             on_bytes=advance,
         )
@@ -374,6 +437,10 @@ def _convert(arguments: argparse.Namespace) -> None:
             f"{_count(len(report.shards), 'shard')}, {report.layout} in {report.dtype}"
             f"{', a part of the model' if report.partial else ''}"
         )
+        if task is not None:
+            state = "all is finished" if report.complete else "others are still to be made"
+            print(f"task {task[0]} of {task[1]} is done; {state}")
+            return
         written = report.bytes_out - report.bytes_resumed
         if report.bytes_resumed == report.bytes_out:
             print("nothing was left to do")
@@ -382,6 +449,20 @@ def _convert(arguments: argparse.Namespace) -> None:
             f"read {_size(report.bytes_in)} and wrote {_size(written)} in {report.seconds:.1f} s "
             f"({_size(round(written / report.seconds))}/s), peak memory {_size(report.peak_rss)}"
         )
+
+
+@contextmanager
+def _client(arguments: argparse.Namespace) -> Iterator[Any]:
+    """The Dask client that was asked for, if any."""
+    if not arguments.scheduler:
+        yield None
+        return
+    from .cluster import open_client
+
+    with open_client(arguments.scheduler) as client:
+        if not client.nthreads() and not arguments.quiet:
+            _say(f"waiting for workers of {arguments.scheduler}")
+        yield client
 
 
 def _store(arguments: argparse.Namespace) -> Store | None:

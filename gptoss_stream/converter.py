@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import __version__, layouts
 from .companions import Carried, carried
-from .dtypes import torch_name
-from .errors import OutputError, user_path
+from .errors import OptionError, OutputError, user_path
 from .far_folder import FarFolder
-from .memory import available_nbytes, peak_rss_nbytes
+from .memory import peak_rss_nbytes
 from .places import Folder, Name, Store, open_place, open_store
 from .planner import DEFAULT_LAYOUT, DEFAULT_SHARD_SIZE, Plan, plan
 from .run_state import RUN_NAME, parse_state
 from .selection import Selection
+
+if TYPE_CHECKING:
+    import distributed
 
 __all__ = ["Report", "convert"]
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a conversion did. Sizes in bytes; `shards` maps file names to sizes."""
+    """What a conversion did. Sizes in bytes; `shards` maps file names to sizes.
+
+    `complete` is whether all of the output is there, as it is not before the last of several tasks
+    has ended; `bytes_resumed` of this task's shards were there before; `peak_rss` is the largest
+    of all processes'.
+    """
 
     output: str
     layout: str
     dtype: str
     partial: bool
+    complete: bool
     tensors: int
     bytes_in: int
     bytes_out: int
@@ -62,6 +68,8 @@ def convert(
     checksums: bool = False,
     staging: str | os.PathLike[str] | None = None,
     max_staged: int = 2,
+    client: distributed.Client | None = None,
+    task: tuple[int, int] | None = None,
     on_plan: Callable[[Plan, int], None] = lambda plan, resumed: None,
     on_bytes: Callable[[int], None] = lambda nbytes: None,
 ) -> Report:
@@ -80,15 +88,26 @@ def convert(
     finished before, `on_bytes`, from any thread, of bytes written. An interrupted run goes on
     where it stopped when the same call is made again; where all is finished, that does nothing.
 
+    With a Dask `client` its workers make the shards, each one at a time with `workers` threads (by
+    default one more than the worker has); they must see source and output by the same names.
+    `task` (index, count) makes but that part of the shards, beside other processes that make the
+    rest; the one that completes the set writes the index.
+
     Raises `OptionError`, `CheckpointError`, `OutputError`, `MachineError`; see `errors`.
     """
-    from .output import Contents, make_output
+    from .executor import Threads
+    from .jobs import Job, identity, is_scarce
+    from .output import Contents, Maker, make_output
     from .remote_output import make_remote_output, staging_folder
+    from .share import Share
     from .streaming import open_checkpoint
     from .workers import count_workers
 
     started = time.perf_counter()
     threads = count_workers(workers)
+    share = Share(*task) if task is not None else None
+    if share is not None and client is not None:
+        raise OptionError(f"{share} is for runs without a scheduler; give one of both")
     target = _target(output)
     place = open_place(source)
     if not overwrite:
@@ -109,39 +128,63 @@ def convert(
             planned.model, planned.info.config, planned.dtype, partial=planned.is_partial
         ),
     }
-    contents = Contents(_identity(planned), planned.shards, companions, checksums)
-    scarce = available_nbytes() < 2 * planned.scratch_nbytes + 1_000_000_000
+    contents = Contents(identity(planned), planned.shards, companions, checksums)
+    scarce = is_scarce(planned)
+    peak_rss = 0
     with open_checkpoint(planned.info, ahead=0 if scarce else threads) as checkpoint:
-        make: Callable[..., int]
-        if isinstance(target, Path):
-            make = partial(make_output, target)
-        else:
-            make = partial(
+        maker: Maker = Threads(checkpoint, threads, scarce)
+        if client is not None:
+            from .cluster import Cluster
+
+            job = Job(
+                version=__version__,
+                source=planned.info.place.identity,
+                output=str(target.resolve()) if isinstance(target, Path) else target.identity,
+                options={
+                    "layout": layout,
+                    "dtype": dtype,
+                    "max_shard_size": max_shard_size,
+                    "selection": selection,
+                    "source_format": source_format,
+                },
+                identity=contents.identity,
+                checksums=checksums,
+                threads=threads,
+                staging=None if staging is None else str(user_path(staging).absolute()),
+            )
+            maker = cluster = Cluster(client, job, threads=workers)
+        make = (
+            partial(make_output, target)
+            if isinstance(target, Path)
+            else partial(
                 make_remote_output,
                 target,
-                staging=staging_folder(target, staging),
+                staging=staging_folder(target, staging, share),
                 max_staged=max_staged,
             )
-        resumed = make(
+        )
+        done = make(
             contents,
-            checkpoint,
+            maker,
             overwrite=overwrite,
-            workers=threads,
+            share=share,
             on_start=lambda resumed: on_plan(planned, resumed),
             on_bytes=on_bytes,
-            scarce=scarce,
         )
+        if client is not None:
+            peak_rss = cluster.peak_rss
     return Report(
         output=str(target),
         layout=layout,
         dtype=dtype,
         partial=planned.is_partial,
+        complete=done.is_complete,
         tensors=planned.num_tensors,
         bytes_in=planned.source_nbytes,
         bytes_out=planned.nbytes,
-        bytes_resumed=resumed,
+        bytes_resumed=done.resumed,
         seconds=time.perf_counter() - started,
-        peak_rss=peak_rss_nbytes(),
+        peak_rss=max(peak_rss, peak_rss_nbytes()),
         shards={shard.name: shard.nbytes for shard in planned.shards},
         unused=planned.unused,
     )
@@ -162,37 +205,6 @@ def _unfinished(target: Path | Store) -> Mapping[str, Any] | None:
         return parse_state((target / RUN_NAME).read_bytes(), str(target / RUN_NAME))
     except (OSError, OutputError):
         return None  # or nothing that can be: that is found out when the folder is taken
-
-
-def _identity(planned: Plan) -> dict[str, Any]:
-    """What makes two runs the same run; also the record of how the output was made."""
-    place = planned.info.place
-    return {
-        "tool": "gptoss_stream",
-        "version": __version__,
-        "source": place.identity,
-        **({"source_revision": place.revision} if place.revision else {}),
-        "source_files": {s.name: [s.nbytes, s.version] for s in planned.info.shards},
-        "source_config": _digest(json.dumps(planned.info.config, sort_keys=True).encode()),
-        "source_format": planned.source_format,
-        "layout": planned.layout,
-        "partial": planned.is_partial,
-        "selection": planned.selection.as_dict(),
-        "dtype": torch_name(planned.dtype),
-        "max_shard_size": planned.max_shard_size,
-        "unused": list(planned.unused),
-        "plan": _digest(
-            *(
-                f"{raw.shard} {raw.name} {raw.dtype.code} {raw.shape} {raw.offset}\n".encode()
-                for raw in planned.info.tensors.values()
-            ),
-            *(shard.name.encode() + shard.header for shard in planned.shards),
-        ),
-    }
-
-
-def _digest(*texts: bytes) -> str:
-    return hashlib.sha256(b"".join(texts)).hexdigest()
 
 
 def _refuse_overlap(source: Path, output: Path) -> None:

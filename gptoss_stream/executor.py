@@ -10,11 +10,11 @@ layer. Bytes depend on the plan alone.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from .scratch import StagedTranspose
 from .shard_file import ShardFile
 from .workers import Buffer, Task, run_tasks
 
-__all__ = ["SEGMENT_NBYTES", "Watch", "execute", "memory_nbytes"]
+__all__ = ["SEGMENT_NBYTES", "Threads", "Watch", "execute", "memory_nbytes"]
 
 SEGMENT_NBYTES = 8 << 20
 _INTERPRETER_NBYTES = 45_000_000  # Python with numpy, einops and tqdm
@@ -89,6 +89,8 @@ class Watch:
     on_begin: Callable[[str, threading.Event], None] = lambda shard, stop: None
     """A shard's file is about to be made; it is not before this returns, which it does when the
     event is set."""
+    on_whole: Callable[[str], None] = lambda shard: None
+    """All of a shard is written; it gets its name when this returns."""
     on_shard: Callable[[str], None] = lambda shard: None
     """A shard is finished."""
 
@@ -221,6 +223,7 @@ class _Run:
             return  # some segment may have been left out
         name = progress.shard.name
         self.reader.check_unchanged()
+        self.watch.on_whole(name)
         if self.watch.on_sum is not None and progress.sum is not None:
             self.watch.on_sum(name, progress.sum.hexdigest())
         file.commit()
@@ -261,3 +264,35 @@ def execute(
         run_tasks(run.tasks(), workers, segment_nbytes, stop)
     finally:
         run.discard()
+
+
+@dataclass(frozen=True, slots=True)
+class Threads:
+    """Makes the shards of an output in threads of this process (see `output.Maker`)."""
+
+    reader: Reader
+    workers: int
+    scarce: bool = False
+    is_here = True
+
+    def meet(self, work: Path | None) -> None:
+        """Nothing to do."""
+
+    def make(
+        self,
+        shards: Sequence[PlannedShard],
+        state: Mapping[str, Any],
+        folder: Path,
+        partials: Path,
+        watch: Watch,
+    ) -> None:
+        """See `execute`."""
+        execute(
+            shards,
+            self.reader,
+            folder,
+            partials=partials,
+            workers=self.workers,
+            watch=watch,
+            scarce=self.scarce,
+        )

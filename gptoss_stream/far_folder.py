@@ -11,20 +11,39 @@ from pathlib import Path
 from typing import Any
 
 from . import strict_json
+from .errors import GptOssStreamError, MachineError, OutputError
 from .places import FileInfo, Store
-from .run_state import RECORD_NAME, RUN_NAME, parse_state, refuse_foreign, refuse_other_run
+from .run_state import (
+    RECORD_NAME,
+    RUN_NAME,
+    WORK_NAME,
+    fingerprint,
+    parse_state,
+    refuse_foreign,
+    refuse_other_run,
+)
 from .safetensors_format import INDEX_NAME
 
 __all__ = ["FarFolder"]
+
+_SUM = ".sha256"
 
 
 class FarFolder:
     """A store that a run writes to. Raises `OutputError` where it holds foreign files or belongs
     to another run, and what the store raises."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, *, checksums: bool = False) -> None:
         self.store = store
+        self._checksums = checksums
         self._files: Mapping[str, FileInfo] = {}
+        self._sums: dict[str, str] = {}
+        self._run = ""
+
+    @property
+    def identity(self) -> str:
+        """The store's."""
+        return self.store.identity
 
     @property
     def unfinished(self) -> Mapping[str, Any] | None:
@@ -34,7 +53,8 @@ class FarFolder:
 
     def prepare(self, state: Mapping[str, Any], *, overwrite: bool) -> None:
         """See what is there; `overwrite` deletes what an earlier run made, and only that."""
-        self._files = self.store.listing()
+        self._run = fingerprint(state)
+        self.look()
         known = self._known()
         refuse_foreign(str(self.store), self._files, known)
         if known is None:
@@ -44,6 +64,40 @@ class FarFolder:
         else:
             unfinished = RUN_NAME in self._files
             refuse_other_run(str(self.store), known, state, unfinished=unfinished)
+            self._run = fingerprint(known)
+
+    def look(self) -> None:
+        """See what is there now."""
+        self._files = self.store.listing()
+        for name in self._notes() if self._checksums else ():
+            shard = name.removeprefix(f"{WORK_NAME}/").removesuffix(_SUM)
+            if shard not in self._sums:
+                self._sums[shard] = self.store.read(name).decode(errors="replace").strip()
+
+    def join(self, run: str) -> None:
+        """Make shards for the process that began the run with this fingerprint; see `check`."""
+        self._run = run
+        self.check()
+        self.look()
+
+    def check(self) -> None:
+        """Raise `OutputError` if the run is over, or another one has begun."""
+        try:
+            state = parse_state(self.store.read(RUN_NAME), self.store.at(RUN_NAME))
+        except MachineError:
+            raise
+        except GptOssStreamError:
+            state = {}
+        if fingerprint(state) != self._run:
+            raise OutputError(
+                f"{self.store}: the run that this shard was made for is not under way there"
+            )
+
+    def put(self, files: Mapping[str, Path | bytes], sums: Mapping[str, str]) -> None:
+        """Write shards, and where that is wanted their sums before them."""
+        kept = {name: sums[name] for name in files if self._checksums and name in sums}
+        notes = {f"{WORK_NAME}/{name}{_SUM}": f"{kept[name]}\n".encode() for name in kept}
+        self.store.put({**notes, **files}, sums)
 
     def _known(self) -> Mapping[str, Any] | None:
         for name in (RUN_NAME, RECORD_NAME):
@@ -54,14 +108,20 @@ class FarFolder:
     def _delete(self, names: list[str]) -> None:
         """The index first: without it nothing looks finished. What says which files are the
         tool's last."""
-        rest = sorted({*names} - {INDEX_NAME, RECORD_NAME})
+        rest = sorted({*names, *self._notes()} - {INDEX_NAME, RECORD_NAME})
         for some in ([INDEX_NAME], rest, [RECORD_NAME, RUN_NAME]):
             self.store.delete(some)
-        self._files = {}
+        self._files, self._sums = {}, {}
+
+    def _notes(self) -> list[str]:
+        """Where the sums of shards are kept while the run is under way."""
+        return [n for n in self._files if n.startswith(f"{WORK_NAME}/") and n.endswith(_SUM)]
 
     def sum(self, name: str) -> str | None:
-        """The SHA-256 of a file that is there, where the store knows it."""
-        return self._files[name].sha256 if name in self._files else None
+        """The SHA-256 of a file that is there, where that is known."""
+        if name not in self._files:
+            return None
+        return self._files[name].sha256 or self._sums.get(name)
 
     def is_finished(self, name: str, nbytes: int, digest: str | None) -> bool:
         """Whether a shard is complete: it is when it stands under its name, unless both sums are
@@ -86,4 +146,5 @@ class FarFolder:
         """Write the small files, the index last, and say no longer that a run is under way."""
         last = {name: files[name] for name in files if name == INDEX_NAME}
         self.store.put({**{n: f for n, f in files.items() if n not in last}, **last}, sums)
+        self.store.delete(self._notes())
         self.store.delete([RUN_NAME])

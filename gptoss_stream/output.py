@@ -9,20 +9,23 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from .companions import Carried
-from .errors import MachineError, machine_error
-from .executor import Watch, execute
-from .operands import Reader
+from .errors import MachineError, OptionError, OutputError, machine_error
+from .executor import Watch
 from .planner import PlannedShard
-from .run_folder import RunFolder
+from .run_folder import JoinedRun, RunFolder
+from .run_state import fingerprint
 from .safetensors_format import build_index
+from .share import Share
 
 __all__ = [
     "Contents",
+    "Done",
+    "Maker",
     "check_space",
     "disk_full",
     "free_nbytes",
@@ -51,23 +54,55 @@ class Contents:
         return build_index(sum(shard.data_nbytes for shard in self.shards), weight_map)
 
 
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What came of making an output: bytes of shards that were finished before, and whether all
+    of it is there now, as it is not before the last of several tasks has ended."""
+
+    resumed: int
+    is_complete: bool
+
+
+class Maker(Protocol):
+    """Who makes shards: threads of this process (`executor.Threads`), or workers elsewhere."""
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is this process, which has to send on what goes to a store."""
+
+    def meet(self, work: Path | None) -> None:
+        """Told of the work folder that the output is made in, where there is one, before anything
+        is begun."""
+
+    def make(
+        self,
+        shards: Sequence[PlannedShard],
+        state: Mapping[str, Any],
+        folder: Path,
+        partials: Path,
+        watch: Watch,
+    ) -> None:
+        """Make shards of the run that has this state; as `executor.execute`."""
+
+
 def make_output(
     folder: Path,
     contents: Contents,
-    reader: Reader,
+    maker: Maker,
     *,
     overwrite: bool,
-    workers: int,
     on_start: Callable[[int], None],
     on_bytes: Callable[[int], None],
-    scarce: bool = False,
-) -> int:
-    """Make `contents` in `folder`; returns how many bytes of its shards were finished before.
+    share: Share | None = None,
+) -> Done:
+    """Make `contents`, or a task's `share` of its shards, in `folder`.
 
-    `on_start` is told these bytes, before anything is made; the rest as in `execute`.
-    Raises `OutputError`, `MachineError` and what the reader raises.
+    `on_start` is told how many bytes were finished before, and `on_bytes`, from any thread, of
+    those that are written. Raises `OutputError`, `MachineError` and what the maker raises.
     """
     shards = contents.shards
+    refuse_overwriting_share(share, overwrite=overwrite)
+    mine = share.of(shards) if share else shards
     run = RunFolder(
         folder, contents.identity, [s.name for s in shards], contents.companions, contents.checksums
     )
@@ -78,29 +113,40 @@ def make_output(
         for data in contents.companions.values():
             if isinstance(data, Carried):
                 data.check()
-        with run.locked(overwrite=overwrite):
-            missing = [shard for shard in shards if not run.is_finished(shard.name, shard.nbytes)]
-            resumed = sum(shard.nbytes for shard in shards if shard not in missing)
+        with run.locked(overwrite=overwrite, task=share.tag if share else None) as partials:
+            missing = [shard for shard in mine if not run.is_finished(shard.name, shard.nbytes)]
+            resumed = sum(shard.nbytes for shard in mine if shard not in missing)
             check_space(folder, _needed(missing))
+            maker.meet(run.work)
             on_start(resumed)
-            if missing or not run.is_complete:
+            is_complete = not missing and run.is_complete
+            if not is_complete:
                 run.begin()
-                execute(
-                    missing,
-                    reader,
-                    folder,
-                    partials=run.work,
-                    workers=workers,
-                    watch=Watch(on_bytes, run.note_sum if contents.checksums else None),
-                    scarce=scarce,
-                )
-                run.finish(contents.index)
+                watch = Watch(on_bytes, run.note_sum if contents.checksums else None)
+                if share is not None:
+                    held = JoinedRun(folder, fingerprint(run.state))
+                    watch = replace(watch, on_whole=lambda shard: held.check())
+                maker.make(missing, run.state, folder, partials, watch)
+                is_complete = run.finish(contents.index, {s.name: s.nbytes for s in shards})
+                if share is None and not is_complete:
+                    raise OutputError(
+                        f"{folder}: a finished shard is no longer there; leave the folder alone "
+                        "and run the same command again"
+                    )
     except OSError as error:
         if is_disk_full(error):
             left = [shard for shard in shards if not run.is_finished(shard.name, shard.nbytes)]
             raise disk_full(error, folder, _needed(left)) from error
         raise machine_error(error, f"writing to {folder}") from error
-    return resumed
+    return Done(resumed, is_complete)
+
+
+def refuse_overwriting_share(share: Share | None, *, overwrite: bool) -> None:
+    """Raise `OptionError` where one task would delete what the others make."""
+    if share is not None and overwrite:
+        raise OptionError(
+            f"{share} would overwrite what the others make; delete the earlier output first"
+        )
 
 
 def _needed(shards: Sequence[PlannedShard]) -> int:

@@ -7,6 +7,8 @@ that the run makes. `source` and what follows from other keys is only for people
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
@@ -18,6 +20,8 @@ __all__ = [
     "RECORD_NAME",
     "RUN_NAME",
     "WORK_NAME",
+    "differences",
+    "fingerprint",
     "parse_state",
     "refuse_foreign",
     "refuse_other_run",
@@ -45,6 +49,11 @@ def parse_state(data: bytes, where: str) -> dict[str, Any]:
     return dict(state)
 
 
+def fingerprint(state: Mapping[str, Any]) -> str:
+    """What tells a state from others."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
 def refuse_foreign(where: str, found: Iterable[str], known: Mapping[str, Any] | None) -> None:
     """Raise `OutputError` if names in an output are not those of the run that it belongs to."""
     files = known["files"] if known else ()
@@ -61,7 +70,7 @@ def refuse_other_run(
     where: str, known: Mapping[str, Any], state: Mapping[str, Any], *, unfinished: bool
 ) -> None:
     """Raise `OutputError`, saying what differs, if an output belongs to another run."""
-    differing = list(_differences(known, state))
+    differing = list(differences(known, state))
     if differing:
         raise OutputError(
             f"{where}: it holds {'an unfinished' if unfinished else 'a finished'} run "
@@ -71,7 +80,7 @@ def refuse_other_run(
         )
 
 
-def _differences(known: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+def differences(known: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """What two states differ in, with both values where these say something."""
     differing = [key for key in {**now, **known} if known.get(key) != now.get(key)]
     causes = [key for key in differing if key not in ("source", *_CONSEQUENCES)]

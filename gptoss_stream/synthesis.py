@@ -175,6 +175,7 @@ def synth(
     each. Raises `OptionError` for dimensions that no model can have, `OutputError` and
     `MachineError` as `convert` does.
     """
+    from .executor import Threads
     from .output import Contents, make_output
     from .workers import count_workers
 
@@ -186,9 +187,8 @@ def synth(
     make_output(
         folder,
         Contents(made.identity, made.shards, made.files),
-        made.reader,
+        Threads(made.reader, count_workers(workers)),
         overwrite=overwrite,
-        workers=count_workers(workers),
         on_start=lambda resumed: on_plan(nbytes, resumed),
         on_bytes=on_bytes,
     )

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
+from .far_folder import FarFolder
 from .places import Store
 
 __all__ = ["Uploads", "wait_for_earlier"]
@@ -32,7 +33,11 @@ class Uploads:
     """
 
     def __init__(
-        self, store: Store, folder: Path, most: int, sum_of: Callable[[str], str | None]
+        self,
+        store: Store | FarFolder,
+        folder: Path,
+        most: int,
+        sum_of: Callable[[str], str | None],
     ) -> None:
         self._store = store
         self._folder = folder

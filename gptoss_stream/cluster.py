@@ -1,0 +1,451 @@
+"""Makes shards on the workers of a Dask cluster, one task for each shard.
+
+Dask starts tasks, moves those of dead workers elsewhere and carries words to and fro; what it
+carries are descriptions, never tensors. Each worker makes one shard at a time: it says so to Dask
+as a resource, once it is known to run the same version of this tool and to have the memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from . import __version__
+from .errors import (
+    GptOssStreamError,
+    MachineError,
+    MissingPackageError,
+    OptionError,
+    OutputError,
+    missing_package,
+)
+from .executor import Watch, memory_nbytes
+from .jobs import Job, Made, make_shard, open_job
+from .planner import PlannedShard
+from .run_state import fingerprint
+from .share import cost
+from .workers import count_workers
+
+try:
+    import distributed
+except ImportError as error:
+    raise missing_package(error, "distributed") from None
+
+__all__ = ["Cluster", "open_client"]
+
+RESOURCE = "gptoss_stream"
+"""What Dask knows of a worker: one for each shard that it can make at a time."""
+PATIENCE = 300.0  # seconds without a word of a shard, after which another worker makes it too
+_SLOWEST_SENDING = 500_000  # bytes a second: while a shard is sent, nothing is heard of it
+_TICK = 0.1  # seconds between looks at what was heard
+_ROUND = 1.0  # seconds between looks for new workers
+_WORD = 0.3  # seconds between words of a worker
+_LOOKING = 120.0  # seconds for a worker to plan the run
+_GONE = (OSError, TimeoutError, RuntimeError, ValueError)  # of Dask, when the scheduler is lost
+
+
+@contextmanager
+def open_client(scheduler: str) -> Iterator[distributed.Client]:
+    """A client of the scheduler that a text means: an address (tcp://host:8786), the file that a
+    scheduler has written, or local:N for N worker processes of this machine.
+
+    Raises `OptionError` for what cannot be meant, `MachineError` where no scheduler answers.
+    """
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # errors are told once, by us
+    local = re.fullmatch(r"local:(\d+)", scheduler)
+    with _local_cluster(int(local[1])) if local else nullcontext() as cluster:
+        named: dict[str, Any] = {"address": cluster or scheduler}
+        if local is None and "://" not in scheduler:
+            if Path(scheduler).exists():
+                named = {"scheduler_file": scheduler}
+            elif not re.fullmatch(r"[\w.-]+:\d+", scheduler):
+                raise OptionError(
+                    f"{scheduler}: no such file; name a scheduler as tcp://host:8786, by the file "
+                    "that it has written, or local:4 for 4 workers here"
+                )
+        try:
+            client = distributed.Client(**named, set_as_default=False)
+        except _GONE as error:
+            raise MachineError(
+                f"{scheduler}: no scheduler answers ({_first_line(error)}); check the address, and "
+                "that it runs"
+            ) from None
+        try:
+            yield client
+        finally:
+            with suppress(*_GONE):
+                client.close(timeout=2)
+
+
+@contextmanager
+def _local_cluster(workers: int) -> Iterator[distributed.LocalCluster]:
+    count_workers(workers)  # a number that can be meant
+    cluster = distributed.LocalCluster(
+        n_workers=workers,
+        threads_per_worker=1,
+        dashboard_address=None,
+        silence_logs=logging.CRITICAL,
+    )
+    try:
+        yield cluster
+    finally:
+        with suppress(*_GONE):
+            cluster.close(timeout=5)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+class Cluster:
+    """Makes the shards of an output on the workers of a Dask client (see `output.Maker`).
+
+    `threads` work on each shard; by default one more than a worker has. Raises what making a
+    shard raises, with the name of the worker; `OptionError` for workers that cannot take part,
+    `MachineError` where the scheduler or too many workers are lost.
+    """
+
+    is_here = False
+
+    def __init__(
+        self,
+        client: distributed.Client,
+        job: Job,
+        *,
+        threads: int | None,
+        patience: float = PATIENCE,
+    ) -> None:
+        if client.asynchronous:
+            raise OptionError("an asynchronous Dask client cannot be used; open one that waits")
+        self._client = client
+        self._job = job
+        self._threads = threads
+        self._patience = patience
+        self._seated: set[str] = set()
+        self._refused: dict[str, str] = {}
+        self.peak_rss = 0
+        """The most memory that a worker has had."""
+
+    # --- who takes part -----------------------------------------------------------------------
+
+    def meet(self, work: Path | None) -> None:
+        """Wait for workers, and refuse those that cannot make what is wanted before any does."""
+        with _scheduler_lost():
+            while not (found := self._client.nthreads()):
+                time.sleep(_TICK)
+            threads = self._threads or min(*found.values(), 7) + 1
+            self._job = replace(self._job, threads=count_workers(threads))
+            self._enlist(sorted(found))
+            if self._refused:
+                raise OptionError("; ".join(self._refused.values()))
+            with tempfile.NamedTemporaryFile(dir=work) if work else nullcontext() as file:
+                seen = None if work is None or file is None else Path(file.name)
+                self._look(sorted(found), seen)
+
+    def _enlist(self, addresses: Sequence[str]) -> None:
+        """Have workers make a shard at a time, if they can."""
+        need = memory_nbytes(self._job.threads, is_local="://" not in self._job.source)
+        answers = self._client.run(
+            _enlist, __version__, need, workers=list(addresses), on_error="return"
+        )
+        for address in addresses:
+            answer = answers.get(address)
+            if isinstance(answer, OSError) or address not in answers:
+                continue  # it has just died
+            if isinstance(answer, Exception):
+                answer = f"gptoss_stream cannot be imported there ({_first_line(answer)})"
+            if answer is None:
+                self._seated.add(address)
+            else:
+                self._refused[address] = f"worker {address}: {answer}"
+
+    def _look(self, addresses: Sequence[str], seen: Path | None) -> None:
+        """Have every worker see source and output."""
+        futures = [
+            self._client.submit(
+                _look, self._job, None if seen is None else str(seen),
+                workers=[address], allow_other_workers=False, pure=False,
+            )
+            for address in addresses
+        ]  # fmt: skip
+        waiting = time.monotonic() + _LOOKING
+        while any(f.status == "pending" for f in futures) and time.monotonic() < waiting:
+            time.sleep(_TICK)
+        failed = [f.exception() for f in futures if f.status == "error"]
+        errors = [e for e in failed if not isinstance(e, distributed.scheduler.KilledWorker)]
+        if errors:
+            raise errors[0]
+        if not any(f.status == "finished" for f in futures):
+            raise MachineError("no worker answers; look into what the workers have printed")
+
+    # --- shards -------------------------------------------------------------------------------
+
+    def make(
+        self,
+        shards: Sequence[PlannedShard],
+        state: Mapping[str, Any],
+        folder: Path,
+        partials: Path,
+        watch: Watch,
+    ) -> None:
+        """Have the shards made, those that cost most first."""
+        topic = f"gptoss_stream-{uuid.uuid4().hex}"
+        heard: SimpleQueue[Any] = SimpleQueue()
+        self._client.subscribe_topic(topic, lambda event: heard.put(event[1]))
+        order = sorted(shards, key=cost, reverse=True)
+        flights = {shard.name: _Flight(shard, -n) for n, shard in enumerate(order)}
+        submit = functools.partial(self._submit, heard, fingerprint(state), topic)
+        try:
+            for flight in flights.values():
+                submit(flight, None)
+            looked = time.monotonic()
+            while flights:
+                self._take(heard, flights, watch)
+                for flight in flights.values():
+                    others = self._seated - {flight.worker or ""}
+                    if flight.is_overdue(self._patience) and others:
+                        submit(flight, sorted(others))
+                if time.monotonic() > looked + _ROUND:
+                    with _scheduler_lost():
+                        self._meet_new()
+                    looked = time.monotonic()
+        finally:
+            left = [f for flight in flights.values() for f in flight.futures]
+            with suppress(*_GONE):
+                self._client.cancel(left, force=True)
+                self._client.unsubscribe_topic(topic)
+
+    def _submit(
+        self,
+        heard: SimpleQueue[Any],
+        run: str,
+        topic: str,
+        flight: _Flight,
+        workers: list[str] | None,
+    ) -> None:
+        flight.begin()
+        name = flight.shard.name
+        with _scheduler_lost():
+            future = self._client.submit(
+                _make, self._job, run, name, topic,
+                key=f"{name}-{uuid.uuid4().hex}", priority=flight.priority, workers=workers,
+                resources={RESOURCE: 1}, pure=False,
+            )  # fmt: skip
+        flight.futures.append(future)
+        future.add_done_callback(heard.put)
+
+    def _take(self, heard: SimpleQueue[Any], flights: dict[str, _Flight], watch: Watch) -> None:
+        """Take in what has been heard."""
+        with suppress(Empty):
+            word = heard.get(timeout=_TICK)
+            while True:
+                if isinstance(word, Mapping):
+                    if (flight := flights.get(word["shard"])) is not None:
+                        watch.on_bytes(flight.hear(**word))
+                else:
+                    self._end(word, heard, flights, watch)
+                word = heard.get_nowait()
+
+    def _end(
+        self,
+        future: distributed.Future[Made],
+        heard: SimpleQueue[Any],
+        flights: dict[str, _Flight],
+        watch: Watch,
+    ) -> None:
+        """A task has ended; of a shard that others make too it may not be the last."""
+        flight = next((f for f in flights.values() if future in f.futures), None)
+        if flight is None:
+            return
+        if future.status == "finished":
+            try:
+                made: Made = future.result(timeout=5)
+            except _GONE:
+                heard.put(future)  # with its worker; Dask does it again
+                return
+            if made.sha256 is not None and watch.on_sum is not None:
+                watch.on_sum(flight.shard.name, made.sha256)
+            self.peak_rss = max(self.peak_rss, made.peak_rss)
+            watch.on_bytes(flight.shard.nbytes - flight.done)
+            del flights[flight.shard.name]
+            self._client.cancel([f for f in flight.futures if f is not future], force=True)
+        elif future.status == "error":
+            failure = future.exception()
+            is_killed = isinstance(failure, distributed.scheduler.KilledWorker)
+            if is_killed and len(flight.futures) > 1:
+                flight.futures.remove(future)
+            elif is_killed:
+                raise MachineError(
+                    f"{flight.shard.name}: {failure.allowed_failures + 1} workers died while they "
+                    "made it; look into what they have printed, and whether they had the memory"
+                )
+            else:
+                raise failure
+        elif future.status == "pending":
+            heard.put(future)
+            time.sleep(_TICK)
+        else:
+            raise _lost("it has dropped its tasks")
+
+    def _meet_new(self) -> None:
+        """Let workers that have come meanwhile take part."""
+        found = set(self._client.nthreads())
+        self._seated &= found
+        if new := found - self._seated - self._refused.keys():
+            self._enlist(sorted(new))
+        if found and not self._seated and self._refused.keys() >= found:
+            raise OptionError("; ".join(self._refused[address] for address in sorted(found)))
+
+
+@dataclass
+class _Flight:
+    """A shard that is being made."""
+
+    shard: PlannedShard
+    priority: int
+    futures: list[distributed.Future[Made]] = field(default_factory=list)
+    done: int = 0
+    """Bytes written of it, told to whoever watches."""
+    worker: str | None = None
+    """The last that was heard of."""
+    heard: float | None = None
+    """When; nothing is, before a worker has begun."""
+    is_sent: bool = False
+
+    def begin(self) -> None:
+        """It is about to be made, once more."""
+        self.heard = None
+
+    def hear(self, shard: str, worker: str, nbytes: int, is_sent: bool) -> int:
+        """A worker has written so many bytes of it: how many more that are than before."""
+        self.worker, self.heard, self.is_sent = worker, time.monotonic(), is_sent
+        more = max(0, nbytes - self.done)
+        self.done += more
+        return more
+
+    def is_overdue(self, patience: float) -> bool:
+        """Whether nothing has been heard for too long."""
+        if self.is_sent:
+            patience += self.shard.nbytes / _SLOWEST_SENDING
+        return self.heard is not None and time.monotonic() > self.heard + patience
+
+
+def _lost(why: str) -> MachineError:
+    return MachineError(
+        f"the scheduler is lost ({why}); run the same command again: what is finished stays"
+    )
+
+
+@contextmanager
+def _scheduler_lost() -> Iterator[None]:
+    try:
+        yield
+    except GptOssStreamError:
+        raise
+    except _GONE as error:
+        raise _lost(_first_line(error)) from None
+
+
+# --- on the workers ---------------------------------------------------------------------------
+
+
+async def _enlist(version: str, need: int, dask_worker: distributed.Worker) -> str | None:
+    """Let this worker make a shard at a time; or say why it cannot."""
+    if version != __version__:
+        return f"it has gptoss_stream {__version__}, not {version}; install the same everywhere"
+    limit = dask_worker.memory_manager.memory_limit
+    if limit is not None and limit < need:
+        return (
+            f"it may use {limit / 1e6:.0f} MB and making a shard takes {need / 1e6:.0f} MB; raise "
+            "its --memory-limit, or use fewer --workers"
+        )
+    await dask_worker.set_resources(**{RESOURCE: 1})
+    return None
+
+
+def _look(job: Job, seen: str | None) -> None:
+    """See source and output from this worker."""
+    with _named_worker(distributed.get_worker()):
+        open_job(job)
+        if seen is not None and not Path(seen).exists():
+            raise OutputError(
+                f"{job.output}: the folder is not there, or another one; name one that all workers "
+                "share, or a bucket"
+            )
+
+
+def _make(job: Job, run: str, name: str, topic: str) -> Made:
+    """Make a shard on this worker."""
+    worker = distributed.get_worker()
+    teller = _Teller(worker, topic, name)
+    with _named_worker(worker):
+        staging = Path(job.staging or worker.local_directory)
+        return make_shard(job, run, name, staging, teller.on_bytes, teller.on_sending)
+
+
+@contextmanager
+def _named_worker(worker: distributed.Worker) -> Iterator[None]:
+    """Errors of this tool with the name of the worker that they struck."""
+    where = f"worker {worker.address}"
+    try:
+        yield
+    except MissingPackageError as error:
+        raise MissingPackageError(f"{where}: {error}") from None
+    except GptOssStreamError as error:
+        raise type(error)(f"{where}: {error}") from None
+    except MemoryError:
+        raise MachineError(f"{where}: not enough memory; give it more") from None
+
+
+class _UnwantedError(Exception):
+    """Nobody waits for this shard any more."""
+
+
+class _Teller:
+    """Tells the client how far a shard is, and ends the task when nobody wants it."""
+
+    def __init__(self, worker: distributed.Worker, topic: str, name: str) -> None:
+        self._worker = worker
+        self._key = worker.get_current_task()
+        self._topic = topic
+        self._name = name
+        self._nbytes = 0
+        self._next = 0.0
+        self._telling = threading.Lock()
+        self._tell(is_sent=False)
+
+    def on_bytes(self, nbytes: int) -> None:
+        """So many bytes more are written."""
+        with self._telling:
+            self._nbytes += nbytes
+            if time.monotonic() < self._next:
+                return
+            self._next = time.monotonic() + _WORD
+        task = self._worker.state.tasks.get(self._key)
+        if task is None or task.state == "cancelled":
+            raise _UnwantedError
+        self._tell(is_sent=False)
+
+    def on_sending(self) -> None:
+        """All are, and now it is sent."""
+        self._tell(is_sent=True)
+
+    def _tell(self, *, is_sent: bool) -> None:
+        word = {
+            "shard": self._name,
+            "worker": self._worker.address,
+            "nbytes": self._nbytes,
+            "is_sent": is_sent,
+        }
+        self._worker.log_event(self._topic, word)
