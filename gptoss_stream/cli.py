@@ -278,7 +278,9 @@ def _task(arguments: argparse.Namespace) -> tuple[int, int] | None:
     return index, count
 
 
-def _refuse_with_scheduler(arguments: argparse.Namespace) -> None:
+def _refuse_with_scheduler(arguments: argparse.Namespace, task: tuple[int, int] | None) -> None:
+    if task is not None:
+        raise OptionError("--scheduler starts tasks by itself; leave out those of a batch system")
     for option, value, instead in (
         ("--token", arguments.token, "set HF_TOKEN where the workers run"),
         ("--download", arguments.download, "workers read what they need by themselves"),
@@ -397,7 +399,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 
     task = _task(arguments)
     if arguments.scheduler:
-        _refuse_with_scheduler(arguments)
+        _refuse_with_scheduler(arguments, task)
     with _client(arguments) as client, _progress(arguments.quiet) as (start, advance):
         store = _store(arguments)
         source = _source(arguments, store)

@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -51,6 +52,7 @@ _SLOWEST_SENDING = 500_000  # bytes a second: while a shard is sent, nothing is 
 _TICK = 0.1  # seconds between looks at what was heard
 _ROUND = 1.0  # seconds between looks for new workers
 _WORD = 0.3  # seconds between words of a worker
+_DEATHS = 3  # that a shard may cost, as in Dask
 _LOOKING = 120.0  # seconds for a worker to plan the run
 _GONE = (OSError, TimeoutError, RuntimeError, ValueError)  # of Dask, when the scheduler is lost
 
@@ -62,7 +64,9 @@ def open_client(scheduler: str) -> Iterator[distributed.Client]:
 
     Raises `OptionError` for what cannot be meant, `MachineError` where no scheduler answers.
     """
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # errors are told once, by us
+    for name in [*logging.root.manager.loggerDict]:
+        if name.split(".")[0] == "distributed":  # errors are told once, by us
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     local = re.fullmatch(r"local:(\d+)", scheduler)
     with _local_cluster(int(local[1])) if local else nullcontext() as cluster:
         named: dict[str, Any] = {"address": cluster or scheduler}
@@ -94,7 +98,7 @@ def _local_cluster(workers: int) -> Iterator[distributed.LocalCluster]:
     cluster = distributed.LocalCluster(
         n_workers=workers,
         threads_per_worker=1,
-        dashboard_address=None,
+        dashboard_address="127.0.0.1:0",
         silence_logs=logging.CRITICAL,
     )
     try:
@@ -124,14 +128,12 @@ class Cluster:
         job: Job,
         *,
         threads: int | None,
-        patience: float = PATIENCE,
     ) -> None:
         if client.asynchronous:
             raise OptionError("an asynchronous Dask client cannot be used; open one that waits")
         self._client = client
         self._job = job
         self._threads = threads
-        self._patience = patience
         self._seated: set[str] = set()
         self._refused: dict[str, str] = {}
         self.peak_rss = 0
@@ -142,6 +144,15 @@ class Cluster:
     def meet(self, work: Path | None) -> None:
         """Wait for workers, and refuse those that cannot make what is wanted before any does."""
         with _scheduler_lost():
+            try:
+                there = self._client.run_on_scheduler(_version)
+            except ImportError as error:
+                there = f"cannot be imported ({_first_line(error)})"
+            if there != __version__:
+                raise OptionError(
+                    f"scheduler {self._client.scheduler_info()['address']}: gptoss_stream {there} "
+                    f"there, and {__version__} here; install the same everywhere"
+                )
             while not (found := self._client.nthreads()):
                 time.sleep(_TICK)
             threads = self._threads or min(*found.values(), 7) + 1
@@ -199,26 +210,33 @@ class Cluster:
         partials: Path,
         watch: Watch,
     ) -> None:
-        """Have the shards made, those that cost most first."""
+        """Have the shards made, those that cost most first.
+
+        No more tasks are under way than there are workers: what Dask has given to a worker that
+        hangs, it does not take back.
+        """
         topic = f"gptoss_stream-{uuid.uuid4().hex}"
         heard: SimpleQueue[Any] = SimpleQueue()
         self._client.subscribe_topic(topic, lambda event: heard.put(event[1]))
         order = sorted(shards, key=cost, reverse=True)
-        flights = {shard.name: _Flight(shard, -n) for n, shard in enumerate(order)}
+        flights = {shard.name: _Flight(shard) for shard in order}
         submit = functools.partial(self._submit, heard, fingerprint(state), topic)
         try:
-            for flight in flights.values():
-                submit(flight, None)
             looked = time.monotonic()
             while flights:
+                under_way = [flight for flight in flights.values() if flight.futures]
+                room = max(1, len(self._seated)) - len(under_way)
+                waiting = (flight for flight in flights.values() if not flight.futures)
+                for flight in list(islice(waiting, max(0, room))):
+                    submit(flight, None)
                 self._take(heard, flights, watch)
-                for flight in flights.values():
+                for flight in list(flights.values()):
                     others = self._seated - {flight.worker or ""}
-                    if flight.is_overdue(self._patience) and others:
+                    if flight.is_overdue(PATIENCE) and others:
                         submit(flight, sorted(others))
                 if time.monotonic() > looked + _ROUND:
                     with _scheduler_lost():
-                        self._meet_new()
+                        self._meet_new(flights)
                     looked = time.monotonic()
         finally:
             left = [f for flight in flights.values() for f in flight.futures]
@@ -234,13 +252,13 @@ class Cluster:
         flight: _Flight,
         workers: list[str] | None,
     ) -> None:
-        flight.begin()
+        flight.heard = time.monotonic()
         name = flight.shard.name
         with _scheduler_lost():
             future = self._client.submit(
                 _make, self._job, run, name, topic,
-                key=f"{name}-{uuid.uuid4().hex}", priority=flight.priority, workers=workers,
-                resources={RESOURCE: 1}, pure=False,
+                key=f"{name}-{uuid.uuid4().hex}", workers=workers, resources={RESOURCE: 1},
+                pure=False,
             )  # fmt: skip
         flight.futures.append(future)
         future.add_done_callback(heard.put)
@@ -286,10 +304,7 @@ class Cluster:
             if is_killed and len(flight.futures) > 1:
                 flight.futures.remove(future)
             elif is_killed:
-                raise MachineError(
-                    f"{flight.shard.name}: {failure.allowed_failures + 1} workers died while they "
-                    "made it; look into what they have printed, and whether they had the memory"
-                )
+                raise _deadly(flight.shard, failure.allowed_failures + 1)
             else:
                 raise failure
         elif future.status == "pending":
@@ -298,14 +313,28 @@ class Cluster:
         else:
             raise _lost("it has dropped its tasks")
 
-    def _meet_new(self) -> None:
+    def _meet_new(self, flights: Mapping[str, _Flight]) -> None:
         """Let workers that have come meanwhile take part."""
         found = set(self._client.nthreads())
         self._seated &= found
         if new := found - self._seated - self._refused.keys():
             self._enlist(sorted(new))
+            self._free(flights)
         if found and not self._seated and self._refused.keys() >= found:
             raise OptionError("; ".join(self._refused[address] for address in sorted(found)))
+
+    def _free(self, flights: Mapping[str, _Flight]) -> None:
+        """Begin anew what waits for a worker since the last has died: Dask looks once, when a new
+        one comes, and not again when that is enlisted."""
+        of_key = {future.key: flight for flight in flights.values() for future in flight.futures}
+        stuck = self._client.run_on_scheduler(_stuck, [*of_key])
+        for key, deaths in stuck.items():
+            flight = of_key[key]
+            flight.deaths += deaths
+            if flight.deaths > _DEATHS:
+                raise _deadly(flight.shard, flight.deaths)
+            self._client.cancel(flight.futures, force=True)
+            flight.futures.clear()
 
 
 @dataclass
@@ -313,19 +342,16 @@ class _Flight:
     """A shard that is being made."""
 
     shard: PlannedShard
-    priority: int
     futures: list[distributed.Future[Made]] = field(default_factory=list)
     done: int = 0
     """Bytes written of it, told to whoever watches."""
     worker: str | None = None
     """The last that was heard of."""
-    heard: float | None = None
-    """When; nothing is, before a worker has begun."""
+    heard: float = 0.0
+    """When something was, or it was given away."""
     is_sent: bool = False
-
-    def begin(self) -> None:
-        """It is about to be made, once more."""
-        self.heard = None
+    deaths: int = 0
+    """Of workers that were making it, where no other was there."""
 
     def hear(self, shard: str, worker: str, nbytes: int, is_sent: bool) -> int:
         """A worker has written so many bytes of it: how many more that are than before."""
@@ -338,7 +364,14 @@ class _Flight:
         """Whether nothing has been heard for too long."""
         if self.is_sent:
             patience += self.shard.nbytes / _SLOWEST_SENDING
-        return self.heard is not None and time.monotonic() > self.heard + patience
+        return bool(self.futures) and time.monotonic() > self.heard + patience
+
+
+def _deadly(shard: PlannedShard, deaths: int) -> MachineError:
+    return MachineError(
+        f"{shard.name}: {deaths} workers died while they made it; look into what they have "
+        "printed, and whether they had the memory"
+    )
 
 
 def _lost(why: str) -> MachineError:
@@ -357,7 +390,17 @@ def _scheduler_lost() -> Iterator[None]:
         raise _lost(_first_line(error)) from None
 
 
-# --- on the workers ---------------------------------------------------------------------------
+# --- on scheduler and workers -------------------------------------------------------------
+
+
+def _version() -> str:
+    return __version__
+
+
+def _stuck(keys: list[str], dask_scheduler: distributed.Scheduler) -> dict[str, int]:
+    """The tasks that no worker can be found for, and how many workers have died of each."""
+    tasks = [task for key in keys if (task := dask_scheduler.tasks.get(key)) is not None]
+    return {str(task.key): task.suspicious for task in tasks if task.state == "no-worker"}
 
 
 async def _enlist(version: str, need: int, dask_worker: distributed.Worker) -> str | None:

@@ -98,6 +98,7 @@ class FarFolder:
         kept = {name: sums[name] for name in files if self._checksums and name in sums}
         notes = {f"{WORK_NAME}/{name}{_SUM}": f"{kept[name]}\n".encode() for name in kept}
         self.store.put({**notes, **files}, sums)
+        self._sums |= kept
 
     def _known(self) -> Mapping[str, Any] | None:
         for name in (RUN_NAME, RECORD_NAME):
