@@ -47,6 +47,7 @@ __all__ = ["Cluster", "open_client"]
 
 RESOURCE = "gptoss_stream"
 """What Dask knows of a worker: one for each shard that it can make at a time."""
+_ADDRESS = re.compile(r"((tcp|tls|wss?|ucx)://)?[\w.-]+:\d+/?|(tcp|tls|ucx)://\[[0-9a-f:]+\]:\d+")
 PATIENCE = 300.0  # seconds without a word of a shard, after which another worker makes it too
 _SLOWEST_SENDING = 500_000  # bytes a second: while a shard is sent, nothing is heard of it
 _TICK = 0.1  # seconds between looks at what was heard
@@ -70,10 +71,9 @@ def open_client(scheduler: str) -> Iterator[distributed.Client]:
     local = re.fullmatch(r"local:(\d+)", scheduler)
     with _local_cluster(int(local[1])) if local else nullcontext() as cluster:
         named: dict[str, Any] = {"address": cluster or scheduler}
-        if local is None and "://" not in scheduler:
-            if Path(scheduler).exists():
-                named = {"scheduler_file": scheduler}
-            elif not re.fullmatch(r"[\w.-]+:\d+", scheduler):
+        if local is None and not _ADDRESS.fullmatch(scheduler):
+            named = {"scheduler_file": scheduler}
+            if not Path(scheduler).exists():
                 raise OptionError(
                     f"{scheduler}: no such file; name a scheduler as tcp://host:8786, by the file "
                     "that it has written, or local:4 for 4 workers here"
