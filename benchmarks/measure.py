@@ -26,6 +26,14 @@ class Measured:
     memory: Sequence[tuple[float, int]] = ()
 
 
+class Failed(RuntimeError):
+    """A command that failed, with which code (above 128: the signal that killed it)."""
+
+    def __init__(self, command: Sequence[str], code: int, said: str) -> None:
+        super().__init__(f"{' '.join(command)} failed with {code}:\n{said}")
+        self.code = code
+
+
 def drop_caches() -> None:
     """Start from a cold page cache (needs root)."""
     os.sync()
@@ -56,7 +64,7 @@ def run(
     """Run a command to its end, from a page cache that is cold but for the files in `warm`.
 
     `limit` is bytes of memory, the page cache's included; `sample` is after how many seconds its
-    memory is looked at again. Raises `RuntimeError`, with what it printed, where the command fails.
+    memory is looked at again. Raises `Failed`, with what it printed, where the command fails.
     """
     drop_caches()
     if warm is not None:
@@ -75,7 +83,7 @@ def run(
     ) as process:
         measured, errors = process.communicate()
     if process.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{errors.decode(errors='replace')}")
+        raise Failed(command, process.returncode, errors.decode(errors="replace"))
     return Measured(**json.loads(measured))
 
 
@@ -118,7 +126,8 @@ def main() -> None:
     memory = watch.samples if watch is not None else []
     cpu = usage.ru_utime + usage.ru_stime
     print(json.dumps(asdict(Measured(wall, cpu, usage.ru_maxrss * 1024, memory))))
-    sys.exit(process.returncode)
+    code = process.returncode
+    sys.exit(code if code >= 0 else 128 - code)  # as shells say which signal killed it
 
 
 if __name__ == "__main__":
