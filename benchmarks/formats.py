@@ -97,7 +97,7 @@ def main() -> None:
     arguments = parser.parse_args()
     results = measured(arguments)
     label = trials.layers_text(arguments.preset, arguments.layers)
-    trials.report(results, f"{label}, {arguments.runs} turns\n{table(results)}", arguments.json)
+    trials.report(results, f"{label}; turns: {arguments.runs}\n{table(results)}", arguments.json)
 
 
 if __name__ == "__main__":

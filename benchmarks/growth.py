@@ -52,7 +52,7 @@ def line(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         "seconds_per_byte": slope,
         "largest_residual": farthest["residual"],
         "largest_residual_share": farthest["residual"] / farthest["wall"],
-        "largest_residual_layers": farthest["layers"],
+        "layers_of_largest": farthest["layers"],
     }
 
 
@@ -108,7 +108,7 @@ def table(results: dict[str, Any]) -> str:
         lines.append(
             f"wall = {fit['intercept']:.2f} s + {fit['seconds_per_byte'] * 1e9:.3f} s for each GB "
             f"written; at most {abs(fit['largest_residual']):.2f} s off, "
-            f"{abs(fit['largest_residual_share']):.1%}, at {fit['largest_residual_layers']} layers"
+            f"{abs(fit['largest_residual_share']):.1%}, where layers = {fit['layers_of_largest']}"
         )
     if results["limits"]:
         lines.append(
@@ -135,8 +135,9 @@ def main() -> None:
     arguments = parser.parse_args()
     grown = sizes(arguments)
     results = {"sizes": grown, "line": line(grown), "limits": limited(arguments)}
-    what = f"{arguments.preset} to {arguments.layout}, {arguments.runs} runs each"
-    what += f"; limits: {trials.layers_text(arguments.preset, arguments.limit_layers)}"
+    what = f"{arguments.preset} to {arguments.layout}; runs of each: {arguments.runs}"
+    if results["limits"]:
+        what += f"; limits: {trials.layers_text(arguments.preset, arguments.limit_layers)}"
     trials.report(results, f"{what}\n{table(results)}", arguments.json)
 
 

@@ -35,17 +35,23 @@ Turn: TypeAlias = Mapping[str, Measured]
 """What each of the things compared took, by name."""
 
 
-def options(doc: str | None, *, runs: int = 5) -> argparse.ArgumentParser:
-    """A parser with the options of every benchmark that converts here."""
+def options(doc: str | None, *, runs: int = 5, reports: bool = True) -> argparse.ArgumentParser:
+    """A parser with the options of every benchmark that converts here, and, where it `reports`
+    its results (see `report`), of how it does."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", default="20b", help="whose shapes: 20b, 120b or tiny")
     parser.add_argument("--runs", type=int, default=runs, help="turns; medians are printed")
     parser.add_argument("--folder", type=Path, default=Path("benchmark-data"), help="for the data")
-    parser.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE", help="JSON to FILE, or instead of tables"
-    )
+    if reports:
+        parser.add_argument(
+            "--json",
+            nargs="?",
+            const="-",
+            metavar="FILE",
+            help="to FILE, or instead of tables",
+        )
     return parser
 
 
