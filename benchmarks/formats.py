@@ -1,109 +1,103 @@
-"""Every source format to every layout, against the first of them, in one run.
+"""Every source format to every layout, each against its floor, in one run.
 
-    python benchmarks/formats.py --preset 20b --layers 2 --folder /some/disk
+    python benchmarks/formats.py --preset 20b --layers 2 --warm --folder /some/disk
 
-Makes the same random checkpoint in each format and then, `--runs` times in turn and each from a
-cold page cache, converts each to each layout, and again under `--limit` of memory, page cache
-included. Prints medians: wall time, time for each byte written relative to hf-mxfp4 to
-transformer-lens within the same turn, and limited to unlimited. Needs root, as `convert.py` does.
+Makes the same random checkpoint in each format and then, `--runs` times in turn, takes each pair
+through what `convert.py` does with one: floors and conversion from a cold page cache, from a warm
+one (`--warm`), and the conversion under `--limit` of memory. A pair's floor reads what the
+conversion reads of that source and writes as much as that layout holds. Prints medians, and medians
+of the ratios within each turn: to the floor, of limited to unlimited, and of the time for each byte
+written to that of the first pair. Needs root, as `convert.py` does.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 import statistics
-import sys
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
 
-from convert import conversion
-from measure import can_limit
+import trials
 
 import gptoss_stream
-from gptoss_stream.planner import parse_size
 
-FIRST = ("hf-mxfp4", "transformer-lens")
+FIRST = (trials.DEFAULT_FORMAT, "transformer-lens")
+
+
+def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The summary of every pair, the first one first."""
+    names = [(s, t) for s in gptoss_stream.sources.names() for t in gptoss_stream.layouts.names()]
+    names.sort(key=lambda pair: pair != FIRST)
+    limit = trials.limit_nbytes(arguments.limit)
+    with ExitStack() as stack:
+        sources = {
+            name: stack.enter_context(
+                trials.checkpoint(arguments.folder, arguments.preset, arguments.layers, name)
+            )
+            for name in gptoss_stream.sources.names()
+        }
+        cases = {pair: trials.case(sources[pair[0]], pair[1]) for pair in names}
+        turns = [
+            {
+                pair: trials.one_turn(case, limit=limit, warm=arguments.warm)
+                for pair, case in cases.items()
+            }
+            for _ in range(arguments.runs)
+        ]
+    results = []
+    for pair, case in cases.items():
+        per_byte = [
+            turn[pair]["convert"].wall / case.planned.nbytes
+            / (turn[FIRST]["convert"].wall / cases[FIRST].planned.nbytes)
+            for turn in turns
+        ]  # fmt: skip
+        results.append(
+            {"source": pair[0], "layout": pair[1], **case.sizes}
+            | {"relative": statistics.median(per_byte)}
+            | trials.summary([turn[pair] for turn in turns])
+        )
+    return results
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The summary for people; a dash for what was not tried."""
+    head = f"{'':28} {'in':>6} {'out':>6}  {'cold':>6} {'floor':>6} {'ratio':>5}"
+    head += f"  {'warm':>6} {'floor':>6} {'ratio':>5}  {'limited':>7} {'a byte':>6}"
+    head += f" {'CPU':>6} {'RSS':>5}"
+    units = f"{'':28} {'GB':>6} {'GB':>6}  {'s':>6} {'s':>6} {'':5}"
+    units += f"  {'s':>6} {'s':>6} {'':5}  {'':7} {'':6} {'s':>6} {'MB':>5}"
+    lines = [head, units]
+    for row in results:
+        line = f"{row['source']:8} to {row['layout']:16} "
+        line += f"{row['bytes_in'] / 1e9:6.2f} {row['bytes_out'] / 1e9:6.2f}"
+        for cache in ("", trials.WARM):
+            line += _cells(row.get(f"convert{cache}"), row.get(f"floor{cache}"))
+        limited = row.get("convert, limited", {}).get("to_unlimited")
+        peak = max(r["peak_rss"] for name, r in row.items() if name.startswith("convert"))
+        line += f"  {'–' if limited is None else f'{limited:.2f}':>7} {row['relative']:6.2f}"
+        lines.append(f"{line} {row['convert']['cpu']:6.1f} {peak / 1e6:5.0f}")
+    return "\n".join(lines)
+
+
+def _cells(convert: dict[str, Any] | None, floor: dict[str, Any] | None) -> str:
+    if convert is None or floor is None:
+        return f"  {'–':>6} {'–':>6} {'–':>5}"
+    return f"  {convert['wall']:6.1f} {floor['wall']:6.1f} {convert['to_floor']:5.2f}"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `measured`, beyond those that all share."""
+    trials.add_turn_options(parser)
+    parser.add_argument("--layers", type=int, default=2)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", default="20b")
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--limit", default="256MB", help="of memory; 0 for none")
-    parser.add_argument("--folder", type=Path, default=Path("benchmark-data"))
-    parser.add_argument("--json", action="store_true")
+    parser = trials.options(__doc__)
+    add_options(parser)
     arguments = parser.parse_args()
-    limit = parse_size(arguments.limit) if arguments.limit != "0" and can_limit() else None
-    folder: Path = arguments.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    pairs = [(s, t) for s in gptoss_stream.sources.names() for t in gptoss_stream.layouts.names()]
-    pairs.sort(key=lambda pair: pair != FIRST)
-    for source in gptoss_stream.sources.names():
-        gptoss_stream.synth(
-            folder / source,
-            arguments.preset,
-            layers=arguments.layers,
-            format=source,
-            overwrite=True,
-        )
-    plans = {pair: gptoss_stream.plan(folder / pair[0], layout=pair[1]) for pair in pairs}
-    written = {pair: planned.nbytes for pair, planned in plans.items()}
-    read = {pair: planned.source_nbytes for pair, planned in plans.items()}
-    rows: dict[tuple[str, str], dict[str, list[float]]] = {
-        pair: {"wall": [], "cpu": [], "peak_rss": [], "relative": [], "limited": []}
-        for pair in pairs
-    }
-    for _ in range(arguments.runs):
-        base = 0.0
-        for pair in pairs:
-            source, layout = pair
-            measured = conversion(folder / source, folder, "--layout", layout)
-            row = rows[pair]
-            row["wall"].append(measured.wall)
-            row["cpu"].append(measured.cpu)
-            row["peak_rss"].append(measured.peak_rss)
-            base = base or measured.wall / written[pair]
-            row["relative"].append(measured.wall / written[pair] / base)
-            if limit is not None:
-                slow = conversion(folder / source, folder, "--layout", layout, limit=limit)
-                row["limited"].append(slow.wall / measured.wall)
-                row["peak_rss"].append(slow.peak_rss)
-            print(f"{source} to {layout}: {measured.wall:.1f} s", file=sys.stderr, flush=True)
-    for source in gptoss_stream.sources.names():
-        shutil.rmtree(folder / source)
-    results = [_summary(pair, rows[pair], read[pair], written[pair]) for pair in pairs]
-    if arguments.json:
-        print(json.dumps(results, indent=2))
-        return
-    for result in results:
-        print(
-            f"{result['source']:8} to {result['layout']:16} "
-            f"{result['bytes_in'] / 1e9:5.2f} GB in, {result['bytes_out'] / 1e9:5.2f} GB out, "
-            f"{result['wall']:5.1f} s, CPU {result['cpu']:5.1f} s; for each byte "
-            f"{result['relative']:4.2f} times the first; "
-            f"limited {result['limited'] or 0:4.2f} times; "
-            f"{result['peak_rss'] / 1e6:3.0f} MB"
-        )
-
-
-def _summary(
-    pair: tuple[str, str], row: dict[str, list[float]], read: int, written: int
-) -> dict[str, Any]:
-    return {
-        "source": pair[0],
-        "layout": pair[1],
-        "bytes_in": read,
-        "bytes_out": written,
-        "wall": statistics.median(row["wall"]),
-        "walls": [round(wall, 2) for wall in row["wall"]],
-        "cpu": statistics.median(row["cpu"]),
-        "peak_rss": max(row["peak_rss"]),
-        "relative": statistics.median(row["relative"]),
-        "limited": statistics.median(row["limited"]) if row["limited"] else None,
-    }
+    results = measured(arguments)
+    label = trials.layers_text(arguments.preset, arguments.layers)
+    trials.report(results, f"{label}; turns: {arguments.runs}\n{table(results)}", arguments.json)
 
 
 if __name__ == "__main__":

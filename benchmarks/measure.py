@@ -1,4 +1,4 @@
-"""Runs a command and measures it as a whole process: wall time, CPU time, peak memory."""
+"""Runs a command and measures it as a whole process: wall time, CPU time, memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,11 +17,21 @@ _GROUP = Path("/sys/fs/cgroup/memory/gptoss_stream_benchmark")
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds, and bytes of peak resident memory (mapped pages included)."""
+    """Seconds, and bytes of resident memory (mapped pages included): the peak, and, where samples
+    were asked for, how much at which second."""
 
     wall: float
     cpu: float
     peak_rss: int
+    memory: Sequence[tuple[float, int]] = ()
+
+
+class Failed(RuntimeError):
+    """A command that failed, with which code (above 128: the signal that killed it)."""
+
+    def __init__(self, command: Sequence[str], code: int, said: str) -> None:
+        super().__init__(f"{' '.join(command)} failed with {code}:\n{said}")
+        self.code = code
 
 
 def drop_caches() -> None:
@@ -29,19 +40,36 @@ def drop_caches() -> None:
     Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
+def fill_cache(folder: Path) -> None:
+    """Read a folder's files, so that the page cache holds them."""
+    buffer = bytearray(8 << 20)
+    for file in sorted(folder.iterdir()):
+        with file.open("rb", buffering=0) as f:
+            while f.readinto(buffer):
+                pass
+
+
 def can_limit() -> bool:
     """Whether memory limits can be set here: root, and control groups of version 1."""
     return os.access("/sys/fs/cgroup/memory/memory.usage_in_bytes", os.R_OK) and os.geteuid() == 0
 
 
-def run(command: Sequence[str], *, cold: bool = True, limit: int | None = None) -> Measured:
-    """Run a command to its end; `limit` is bytes of memory, the page cache's included.
+def run(
+    command: Sequence[str],
+    *,
+    warm: Path | None = None,
+    limit: int | None = None,
+    sample: float = 0,
+) -> Measured:
+    """Run a command to its end, from a page cache that is cold but for the files in `warm`.
 
-    Raises `RuntimeError`, with what it printed, where the command fails.
+    `limit` is bytes of memory, the page cache's included; `sample` is after how many seconds its
+    memory is looked at again. Raises `Failed`, with what it printed, where the command fails.
     """
-    if cold:
-        drop_caches()
-        time.sleep(1)
+    drop_caches()
+    if warm is not None:
+        fill_cache(warm)
+    time.sleep(1)
     if limit is not None:
         _GROUP.mkdir(exist_ok=True)
         (_GROUP / "memory.limit_in_bytes").write_text(str(limit))
@@ -49,24 +77,57 @@ def run(command: Sequence[str], *, cold: bool = True, limit: int | None = None) 
         command = ["sh", "-c", f'echo $$ > {_GROUP}/cgroup.procs; exec "$@"', "sh", *command]
     # A child's peak begins with its parent's resident memory: so a small process in between.
     with subprocess.Popen(
-        [sys.executable, "-S", __file__, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-S", __file__, str(sample), *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     ) as process:
         measured, errors = process.communicate()
     if process.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{errors.decode(errors='replace')}")
+        raise Failed(command, process.returncode, errors.decode(errors="replace"))
     return Measured(**json.loads(measured))
 
 
+class MemoryWatch:
+    """The resident memory of a process, looked at every so many seconds until it is stopped."""
+
+    def __init__(self, pid: int, interval: float) -> None:
+        self.samples: list[tuple[float, int]] = []
+        self._statm = Path(f"/proc/{pid}/statm")
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, args=(interval,))
+        self._thread.start()
+
+    def _watch(self, interval: float) -> None:
+        begin, page = time.perf_counter(), os.sysconf("SC_PAGE_SIZE")
+        while True:
+            resident = int(self._statm.read_text().split()[1])  # 0 of one that has ended
+            self.samples.append((round(time.perf_counter() - begin, 3), resident * page))
+            if self._over.wait(interval):
+                return
+
+    def stop(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+
 def main() -> None:
-    """Run the command in argv and print what it took."""
+    """Run the command in argv, after the interval of samples, and print what it took."""
+    interval, command = float(sys.argv[1]), sys.argv[2:]
     begin = time.perf_counter()
-    process = subprocess.Popen(sys.argv[1:], stdout=sys.stderr)
+    process = subprocess.Popen(command, stdout=sys.stderr)
+    watch = MemoryWatch(process.pid, interval) if interval else None
+    # Waited for, but not yet taken: until then its files in /proc stay.
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    if watch is not None:
+        watch.stop()
     _, status, usage = os.wait4(process.pid, 0)
     wall = time.perf_counter() - begin
     process.returncode = os.waitstatus_to_exitcode(status)
-    measured = Measured(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
-    print(json.dumps(asdict(measured)))
-    sys.exit(process.returncode)
+    memory = watch.samples if watch is not None else []
+    cpu = usage.ru_utime + usage.ru_stime
+    print(json.dumps(asdict(Measured(wall, cpu, usage.ru_maxrss * 1024, memory))))
+    code = process.returncode
+    sys.exit(code if code >= 0 else 128 - code)  # as shells say which signal killed it
 
 
 if __name__ == "__main__":

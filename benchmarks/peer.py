@@ -1,27 +1,44 @@
-"""The peer: transformers dequantises, TransformerLens 3.9 converts, safetensors saves.
+"""The peers: other code that makes what a layout holds, whole in memory.
 
-python benchmarks/peer.py SOURCE OUTPUT
+    python benchmarks/peer.py transformer-lens SOURCE OUTPUT
+
+`transformer-lens`: transformers dequantises, TransformerLens 3.9 converts, safetensors saves.
+`transformers`: transformers dequantises and saves. `gpt-oss`: the reader of OpenAI's own package
+dequantises each tensor of its own format, safetensors saves them all.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import save_file
-from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
-from transformer_lens.pretrained.weight_conversions.openai import convert_gpt_oss_weights
-from transformers import AutoModelForCausalLM, Mxfp4Config
+if TYPE_CHECKING:
+    import torch
+
+# Imported where they are used: each peer has but its own packages in memory.
 
 
-def converted(source: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the HookedTransformer, in bfloat16; the tests' oracle too."""
-    model = AutoModelForCausalLM.from_pretrained(
+def load_model(source: Path) -> Any:
+    """The Hugging Face model in bfloat16, dequantised where it is not."""
+    import torch
+    from transformers import AutoModelForCausalLM, Mxfp4Config
+
+    return AutoModelForCausalLM.from_pretrained(
         source,
         dtype=torch.bfloat16,
         quantization_config=Mxfp4Config(dequantize=True),
     )
+
+
+def converted(source: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the HookedTransformer, in bfloat16; the tests' oracle too."""
+    import torch
+    from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
+    from transformer_lens.pretrained.weight_conversions.openai import convert_gpt_oss_weights
+
+    model = load_model(source)
     config = model.config
     hooked = HookedTransformerConfig(
         d_model=config.hidden_size,
@@ -42,13 +59,49 @@ def converted(source: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def with_transformer_lens(source: Path, output: Path) -> None:
+    tensors = converted(source)
+    _save({name: t.detach().contiguous() for name, t in tensors.items()}, output)
+
+
+def with_transformers(source: Path, output: Path) -> None:
+    # Saved by default, what was dequantised has the names of what is packed, and transformers 5.23
+    # loads random experts from it without an error.
+    load_model(source).save_pretrained(output, save_original_format=False)
+
+
+def with_gpt_oss(source: Path, output: Path) -> None:
+    import torch
+    from gpt_oss.torch.weights import Checkpoint
+
+    reader = Checkpoint(str(source), torch.device("cpu"))
+    # A packed tensor is asked for by the name that its blocks and scales share.
+    stored = reader.tensor_name_to_file
+    names = sorted({name.removesuffix(".scales").removesuffix(".blocks") for name in stored})
+    _save({name: reader.get(name) for name in names}, output)
+
+
+def _save(tensors: Mapping[str, torch.Tensor], output: Path) -> None:
+    from safetensors.torch import save_file
+
+    output.mkdir()
+    save_file(dict(tensors), output / "model.safetensors")
+
+
+PEERS = {
+    "transformer-lens": with_transformer_lens,
+    "transformers": with_transformers,
+    "gpt-oss": with_gpt_oss,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("peer", choices=PEERS)
     parser.add_argument("source", type=Path)
-    parser.add_argument("output", type=Path)
+    parser.add_argument("output", type=Path, help="a folder to make")
     arguments = parser.parse_args()
-    tensors = converted(arguments.source)
-    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, arguments.output)
+    PEERS[arguments.peer](arguments.source, arguments.output)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,145 @@
+"""How time and memory grow with the checkpoint, and with less memory to work in.
+
+    python benchmarks/growth.py --preset 20b --folder /some/disk
+
+Converts a random checkpoint of each of `--layers`, `--runs` times from a cold page cache, and fits
+a line through wall time over bytes written: what a run costs at all, what each further byte costs,
+and the largest residual. Then converts one size (`--limit-layers`) without a limit and under each
+of `--limits` of memory, page cache included, in turn: medians, and medians of the ratios within
+each turn to the run without a limit. Needs root, as `convert.py` does, and the disk for the
+largest source and its output: 56 GB for the 24 layers of 20b.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import trials
+from measure import Failed, Measured, can_limit
+
+from gptoss_stream.planner import DEFAULT_LAYOUT, parse_size
+
+LAYERS = {"20b": [1, 2, 4, 8, 24], "120b": [1, 2, 4]}
+
+
+def sizes(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """What conversions of each number of layers took."""
+    rows = []
+    for layers in arguments.layers or LAYERS.get(arguments.preset, [1, 2, 4]):
+        with trials.checkpoint(arguments.folder, arguments.preset, layers) as source:
+            case = trials.case(source, arguments.layout)
+            runs = [trials.conversion(case) for _ in range(arguments.runs)]
+        rows.append({"layers": layers, **case.sizes, **trials.medians(runs)})
+        trials.say(f"{trials.layers_text(arguments.preset, layers)}: {rows[-1]['walls']} s")
+    return rows
+
+
+def line(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The line of least squares through wall times over bytes written, and how far from it the
+    farthest is; None for a single size. Adds each one's distance to its row."""
+    written = [row["bytes_out"] for row in rows]
+    if len(set(written)) < 2:
+        return None
+    slope, intercept = statistics.linear_regression(written, [row["wall"] for row in rows])
+    for row in rows:
+        row["residual"] = row["wall"] - (intercept + slope * row["bytes_out"])
+    farthest = max(rows, key=lambda row: abs(row["residual"]))
+    return {
+        "intercept": intercept,
+        "seconds_per_byte": slope,
+        "largest_residual": farthest["residual"],
+        "largest_residual_share": farthest["residual"] / farthest["wall"],
+        "layers_of_largest": farthest["layers"],
+    }
+
+
+def limited(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """What conversions took in so much memory, without a limit first."""
+    limits = [parse_size(text) for text in arguments.limits] if can_limit() else []
+    if not limits:
+        return []
+    with trials.checkpoint(arguments.folder, arguments.preset, arguments.limit_layers) as source:
+        case = trials.case(source, arguments.layout)
+        turns = [
+            {limit: _tried(case, limit) for limit in (None, *limits)} for _ in range(arguments.runs)
+        ]
+    rows = []
+    for limit in (None, *limits):
+        runs = [turn[limit] for turn in turns]
+        free = [turn[None] for turn in turns]
+        row: dict[str, Any] = {"limit": limit, "failed": runs.count(None)}
+        pairs = [(a, b) for a, b in zip(runs, free, strict=True) if a and b]
+        if pairs:
+            row |= trials.medians([a for a, _ in pairs])
+            row["to_unlimited"] = trials.ratio([a for a, _ in pairs], [b for _, b in pairs])
+        rows.append(row)
+    return rows
+
+
+def _tried(case: trials.Case, limit: int | None) -> Measured | None:
+    """A conversion under a limit; None where there is too little memory for it."""
+    what = "no limit" if limit is None else f"{limit / 1e6:.0f} MB"
+    try:
+        measured = trials.conversion(case, limit=limit)
+    except Failed as error:
+        if limit is None:
+            raise
+        trials.say(f"{what}: {error}")
+        return None
+    trials.say(f"{what}: {measured.wall:.1f} s")
+    return measured
+
+
+def table(results: dict[str, Any]) -> str:
+    """All of it for people."""
+    lines = [f"{'layers':>6} {'in GB':>7} {'out GB':>7} {'wall s':>8} {'off line s':>10} "]
+    lines[0] += f"{'CPU s':>7} {'peak RSS MB':>12}"
+    for row in results["sizes"]:
+        off = f"{row['residual']:+.1f}" if "residual" in row else "–"
+        lines.append(
+            f"{row['layers']:6} {row['bytes_in'] / 1e9:7.2f} {row['bytes_out'] / 1e9:7.2f} "
+            f"{row['wall']:8.1f} {off:>10} {row['cpu']:7.1f} {row['peak_rss'] / 1e6:12.0f}"
+        )
+    fit = results["line"]
+    if fit:
+        lines.append(
+            f"wall = {fit['intercept']:.2f} s + {fit['seconds_per_byte'] * 1e9:.3f} s for each GB "
+            f"written; at most {abs(fit['largest_residual']):.2f} s off, "
+            f"{abs(fit['largest_residual_share']):.1%}, where layers = {fit['layers_of_largest']}"
+        )
+    if results["limits"]:
+        lines.append(
+            f"\n{'limit':>8} {'wall s':>8} {'to none':>8} {'CPU s':>7} {'peak RSS MB':>12}"
+        )
+    for row in results["limits"]:
+        limit = "none" if row["limit"] is None else f"{row['limit'] / 1e6:.0f} MB"
+        cells = f"{limit:>8}"
+        if "wall" in row:
+            cells += f" {row['wall']:8.1f} {row['to_unlimited']:8.2f} {row['cpu']:7.1f}"
+            cells += f" {row['peak_rss'] / 1e6:12.0f}"
+        lines.append(cells + (f"  {row['failed']} failed" if row["failed"] else ""))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = trials.options(__doc__, runs=3)
+    parser.add_argument("--layers", type=int, nargs="+", help="20b: 1 2 4 8 24; 120b: 1 2 4")
+    parser.add_argument("--layout", default=DEFAULT_LAYOUT)
+    parser.add_argument(
+        "--limits", nargs="*", default=["192MB", "256MB", "512MB", "2GB"], help="no value: none"
+    )
+    parser.add_argument("--limit-layers", type=int, default=2, help="of what is limited")
+    arguments = parser.parse_args()
+    grown = sizes(arguments)
+    results = {"sizes": grown, "line": line(grown), "limits": limited(arguments)}
+    what = f"{arguments.preset} to {arguments.layout}; runs of each: {arguments.runs}"
+    if results["limits"]:
+        what += f"; limits: {trials.layers_text(arguments.preset, arguments.limit_layers)}"
+    trials.report(results, f"{what}\n{table(results)}", arguments.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""Each layout against the peers that make the same, in one run.
+
+    python benchmarks/peers.py --preset 20b --layers 2 --folder /some/disk
+
+Makes random checkpoints and then, `--runs` times in turn and each from a cold page cache, converts
+to each layout and runs the peers (`peer.py`): TransformerLens for `transformer-lens`, transformers
+for `hf`, and OpenAI's own reader, from its own format, for what `hf` holds under other names.
+Prints medians, and medians of the ratios within each turn to the conversion from the same source.
+In the first turn it holds what a peer wrote against what the conversion wrote: every tensor's name,
+dtype, shape and bytes, or for other names how many bytes there are.
+
+The peers do not wait for the disk at the end; the conversions do. A peer that is not installed, or
+that fails, is left out with a note. OpenAI's package asks for Python 3.12 but its reader does
+without, and needs no more than torch and safetensors: `pip install --no-deps
+--ignore-requires-python gpt-oss`. Needs root, for cold caches, memory for what the peers hold (8 GB
+for one layer of 20b's shapes, 4 GB for each further one), and disk for two sources and two outputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import mmap
+import shutil
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import trials
+from measure import Failed, Measured, run
+
+import gptoss_stream
+from gptoss_stream.sources import openai
+
+PIECE = 64 << 20
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A peer of `peer.py`, the packages it needs, and the conversion that makes the same."""
+
+    name: str
+    title: str
+    packages: tuple[str, ...]
+    source_format: str
+    layout: str
+    has_our_names: bool = True
+
+    @property
+    def missing(self) -> list[str]:
+        """What is not installed of it."""
+        return [package for package in self.packages if find_spec(package) is None]
+
+
+PEERS = (
+    Peer(
+        "transformer-lens",
+        "transformers + TransformerLens",
+        ("transformers", "transformer_lens"),
+        trials.DEFAULT_FORMAT,
+        "transformer-lens",
+    ),
+    Peer("transformers", "transformers", ("transformers",), trials.DEFAULT_FORMAT, "hf"),
+    Peer("gpt-oss", "gpt-oss's reader", ("gpt_oss", "torch"), openai.NAME, "hf", False),
+)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: what the header says, and where its bytes are."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def stored(folder: Path) -> dict[str, Stored]:
+    """The tensors of a folder's safetensors files, by name."""
+    found: dict[str, Stored] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(length))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            begin, end = (8 + length + offset for offset in entry["data_offsets"])
+            found[name] = Stored(file, entry["dtype"], tuple(entry["shape"]), begin, end)
+    return found
+
+
+def total(tensors: dict[str, Stored]) -> int:
+    """Bytes of all."""
+    return sum(t.end - t.begin for t in tensors.values())
+
+
+def differences(ours: dict[str, Stored], theirs: dict[str, Stored]) -> list[str]:
+    """The names of tensors that only one has, or that are not the same in both."""
+    return sorted(
+        name
+        for name in ours.keys() | theirs.keys()
+        if name not in ours or name not in theirs or not _are_equal(ours[name], theirs[name])
+    )
+
+
+def _are_equal(one: Stored, other: Stored) -> bool:
+    nbytes = one.end - one.begin
+    if (one.dtype, one.shape, nbytes) != (other.dtype, other.shape, other.end - other.begin):
+        return False
+    if not nbytes:
+        return True
+    with one.file.open("rb") as f, other.file.open("rb") as g:
+        a = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        b = mmap.mmap(g.fileno(), 0, access=mmap.ACCESS_READ)
+        with a, b:
+            return all(
+                a[one.begin + at : min(one.begin + at + PIECE, one.end)]
+                == b[other.begin + at : min(other.begin + at + PIECE, other.end)]
+                for at in range(0, nbytes, PIECE)
+            )
+
+
+def compared(ours: Path, theirs: Path, has_our_names: bool) -> str:
+    """What a peer wrote, held against what the conversion wrote."""
+    a, b = stored(ours), stored(theirs)
+    if not has_our_names:
+        same = "as many bytes as ours" if total(a) == total(b) else f"ours {total(a):,} bytes"
+        return f"{len(b)} tensors with other names (ours {len(a)}), {total(b):,} bytes: {same}"
+    found = differences(a, b)
+    if not found:
+        return f"{len(b)} tensors, {total(b):,} bytes: every one equal to ours"
+    return f"{len(found)} of {len(b)} tensors are not ours, such as {', '.join(found[:3])}"
+
+
+def peer_command(peer: str, source: Path, output: Path) -> list[str]:
+    """The command of a peer."""
+    return [sys.executable, str(trials.HERE / "peer.py"), peer, str(source), str(output)]
+
+
+def one_turn(
+    case: trials.Case, peers: Sequence[Peer], notes: dict[str, str]
+) -> dict[str, Measured]:
+    """The conversion and the peers that do not fail, once each; what each peer came to is noted
+    once."""
+    theirs = case.output.with_name("peer")
+    turn: dict[str, Measured] = {}
+    try:
+        turn["gptoss_stream"] = run(trials.convert_command(case))
+        for peer in peers:
+            try:
+                turn[peer.name] = run(peer_command(peer.name, case.source, theirs))
+            except Failed as error:
+                trials.say(str(error))
+                notes[peer.name] = f"{peer.title} failed with {error.code}"
+            if peer.name not in notes:
+                notes[peer.name] = compared(case.output, theirs, peer.has_our_names)
+            shutil.rmtree(theirs, ignore_errors=True)
+    finally:
+        for folder in (case.output, theirs):
+            shutil.rmtree(folder, ignore_errors=True)
+    walls = ", ".join(f"{name} {measured.wall:.1f} s" for name, measured in turn.items())
+    trials.say(f"{case.source.name} to {case.layout}: {walls}")
+    return turn
+
+
+def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The summary of each conversion with its peers."""
+    peers = [peer for peer in PEERS if not peer.missing]
+    pairs = [(trials.DEFAULT_FORMAT, layout) for layout in gptoss_stream.layouts.names()]
+    pairs += [(p.source_format, p.layout) for p in peers if p.source_format != pairs[0][0]]
+    notes: dict[str, str] = {}
+    with ExitStack() as stack:
+        sources = {
+            name: stack.enter_context(
+                trials.checkpoint(arguments.folder, arguments.preset, arguments.layers, name)
+            )
+            for name in dict.fromkeys(name for name, _ in pairs)
+        }
+        cases = {pair: trials.case(sources[pair[0]], pair[1]) for pair in pairs}
+        rivals = {pair: [p for p in peers if (p.source_format, p.layout) == pair] for pair in pairs}
+        turns = [
+            {pair: one_turn(case, rivals[pair], notes) for pair, case in cases.items()}
+            for _ in range(arguments.runs)
+        ]
+    results = []
+    for pair, case in cases.items():
+        rows: dict[str, dict[str, Any]] = {}
+        for name in ["gptoss_stream", *(peer.name for peer in rivals[pair])]:
+            runs = [turn[pair][name] for turn in turns if name in turn[pair]]
+            rows[name] = {"came_to": notes[name]} if name in notes else {}
+            if len(runs) == len(turns):
+                ours = [turn[pair]["gptoss_stream"] for turn in turns]
+                rows[name] |= trials.medians(runs) | {"to_ours": trials.ratio(runs, ours)}
+        results.append({"source": pair[0], "layout": pair[1], **case.sizes, "rows": rows})
+    return results
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """The summary for people."""
+    titles = {peer.name: peer.title for peer in PEERS}
+    lines = []
+    for result in results:
+        lines.append(
+            f"{result['source']} to {result['layout']}: {result['bytes_in'] / 1e9:.2f} GB in, "
+            f"{result['bytes_out'] / 1e9:.2f} GB out"
+        )
+        lines.append(f"  {'':32} {'wall s':>8} {'to ours':>8} {'CPU s':>7} {'peak RSS GB':>12}")
+        for name, row in result["rows"].items():
+            if "wall" in row:
+                lines.append(
+                    f"  {titles.get(name, name):32} {row['wall']:8.1f} {row['to_ours']:8.2f} "
+                    f"{row['cpu']:7.1f} {row['peak_rss'] / 1e9:12.2f}"
+                )
+            if "came_to" in row:
+                lines.append(f"    {row['came_to']}")
+    lines += [
+        f"left out: {peer.title}, without {' and '.join(peer.missing)}"
+        for peer in PEERS
+        if peer.missing
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = trials.options(__doc__, runs=3)
+    parser.add_argument("--layers", type=int, default=2)
+    arguments = parser.parse_args()
+    results = measured(arguments)
+    label = trials.layers_text(arguments.preset, arguments.layers)
+    trials.report(results, f"{label}; turns: {arguments.runs}\n{table(results)}", arguments.json)
+
+
+if __name__ == "__main__":
+    main()

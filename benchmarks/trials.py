@@ -1,0 +1,222 @@
+"""What the benchmarks share: their options, the checkpoints that they make, what they run.
+
+Each thing that is compared is a command of its own and runs from a cold page cache, or, `warm`,
+with the source in it. A turn runs all of them one after the other, so that ratios within a turn
+compare what ran under the same conditions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from measure import Measured, can_limit, run
+
+import gptoss_stream
+from gptoss_stream import Plan
+from gptoss_stream.planner import DEFAULT_LAYOUT, parse_size
+from gptoss_stream.recipe import extents
+from gptoss_stream.sources import hf_mxfp4
+from gptoss_stream.workers import count_workers
+
+HERE = Path(__file__).parent
+DEFAULT_FORMAT = hf_mxfp4.NAME
+WARM = ", warm"
+
+Turn: TypeAlias = Mapping[str, Measured]
+"""What each of the things compared took, by name."""
+
+
+def options(doc: str | None, *, runs: int = 5, reports: bool = True) -> argparse.ArgumentParser:
+    """A parser with the options of every benchmark that converts here, and, where it `reports`
+    its results (see `report`), of how it does."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", default="20b", help="whose shapes: 20b, 120b or tiny")
+    parser.add_argument("--runs", type=int, default=runs, help="turns; medians are printed")
+    parser.add_argument("--folder", type=Path, default=Path("benchmark-data"), help="for the data")
+    if reports:
+        parser.add_argument(
+            "--json",
+            nargs="?",
+            const="-",
+            metavar="FILE",
+            help="to FILE, or instead of tables",
+        )
+    return parser
+
+
+def add_turn_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `one_turn`."""
+    parser.add_argument("--limit", default="256MB", help="of memory; 0 for none")
+    parser.add_argument("--warm", action="store_true", help="also with the source in the cache")
+
+
+def limit_nbytes(text: str) -> int | None:
+    """Bytes of a limit; None for "0", and where none can be set."""
+    return parse_size(text) if text != "0" and can_limit() else None
+
+
+def report(results: Any, text: str, to: str | None) -> None:
+    """Print a table and write the results as JSON, or print these alone (see `options`)."""
+    found = json.dumps(results, indent=2)
+    if to == "-":
+        print(found)
+        return
+    print(text, flush=True)
+    if to is not None:
+        Path(to).write_text(f"{found}\n")
+
+
+def say(text: str) -> None:
+    """Tell of progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def layers_text(preset: str, layers: int) -> str:
+    """A size for people."""
+    return f"{preset}, {layers} layer{'' if layers == 1 else 's'}"
+
+
+@contextmanager
+def checkpoint(
+    folder: Path, preset: str, layers: int, source_format: str = DEFAULT_FORMAT
+) -> Iterator[Path]:
+    """A random checkpoint on the disk, for as long as the block lasts."""
+    source = folder / f"{preset}-{layers}-{source_format}"
+    source.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield gptoss_stream.synth(
+            source, preset, layers=layers, format=source_format, overwrite=True
+        )
+    finally:
+        shutil.rmtree(source, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A checkpoint on the disk and what it is to become, beside it."""
+
+    source: Path
+    layout: str
+    planned: Plan
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes that are read and bytes that are written."""
+        return {"bytes_in": self.planned.source_nbytes, "bytes_out": self.planned.nbytes}
+
+    @property
+    def output(self) -> Path:
+        """Where it is written to."""
+        return self.source.parent / f"{self.source.name}-to-{self.layout}"
+
+
+def case(source: Path, layout: str = DEFAULT_LAYOUT) -> Case:
+    """The conversion of a checkpoint to a layout."""
+    return Case(source, layout, gptoss_stream.plan(source, layout=layout))
+
+
+def reads(planned: Plan) -> list[tuple[str, int, int]]:
+    """What a conversion reads of its source, each byte once: file, begin, end."""
+    spans = {
+        (extent.raw.shard, *extent.span)
+        for shard in planned.shards
+        for tensor in shard.tensors
+        for extent in extents(tensor, 0, tensor.nbytes)
+    }
+    joined: list[tuple[str, int, int]] = []
+    for file, begin, nbytes in sorted(spans):
+        last = joined[-1] if joined else ("", 0, 0)
+        if file == last[0] and begin <= last[2]:
+            joined[-1] = (file, last[1], max(last[2], begin + nbytes))
+        else:
+            joined.append((file, begin, begin + nbytes))
+    return joined
+
+
+def floor(case: Case, *arguments: str, warm: bool = False) -> Measured:
+    """The floor of a conversion, with these options of floor.py."""
+    listed, output = case.output.with_suffix(".reads"), case.output.with_suffix(".floor")
+    spans = [(str(case.source / file), *span) for file, *span in reads(case.planned)]
+    listed.write_text(json.dumps(spans))
+    command = [sys.executable, str(HERE / "floor.py"), str(listed), str(output)]
+    sizes = [str(case.planned.nbytes), "--threads", str(count_workers(None))]
+    try:
+        return run([*command, *sizes, *arguments], warm=case.source if warm else None)
+    finally:
+        listed.unlink()
+        output.unlink(missing_ok=True)
+
+
+def convert_command(case: Case) -> list[str]:
+    """The conversion as a user runs it."""
+    command = [sys.executable, "-m", "gptoss_stream", "convert", str(case.source)]
+    return [*command, str(case.output), "--layout", case.layout]
+
+
+def conversion(
+    case: Case, *, warm: bool = False, limit: int | None = None, sample: float = 0
+) -> Measured:
+    """Convert, and delete what was made."""
+    try:
+        source = case.source if warm else None
+        return run(convert_command(case), warm=source, limit=limit, sample=sample)
+    finally:
+        shutil.rmtree(case.output, ignore_errors=True)
+
+
+def one_turn(case: Case, *, limit: int | None = None, warm: bool = False) -> Turn:
+    """The floors and the conversion once each, also from a warm page cache and under a limit."""
+    turn: dict[str, Measured] = {}
+    for cache in ("", WARM) if warm else ("",):
+        is_warm = cache == WARM
+        turn[f"floor, buffered{cache}"] = floor(case, warm=is_warm)
+        turn[f"floor, direct{cache}"] = floor(case, "--direct", warm=is_warm)
+        turn[f"convert{cache}"] = conversion(case, warm=is_warm)
+    if limit is not None:
+        turn["convert, limited"] = conversion(case, limit=limit)
+    walls = ", ".join(f"{name} {measured.wall:.1f} s" for name, measured in turn.items())
+    say(f"{case.source.name} to {case.layout}: {walls}")
+    return turn
+
+
+def medians(runs: Sequence[Measured]) -> dict[str, Any]:
+    """What several runs of one thing took: medians, and the largest peak."""
+    return {
+        "wall": statistics.median(r.wall for r in runs),
+        "walls": [round(r.wall, 2) for r in runs],
+        "cpu": statistics.median(r.cpu for r in runs),
+        "peak_rss": max(r.peak_rss for r in runs),
+    }
+
+
+def ratio(runs: Sequence[Measured], others: Sequence[Measured]) -> float:
+    """The median of the ratios of wall times within each turn."""
+    return statistics.median(a.wall / b.wall for a, b in zip(runs, others, strict=True))
+
+
+def summary(turns: Sequence[Turn]) -> dict[str, Any]:
+    """Medians of each thing compared, and the ratio of each to the floor: the quicker of buffered
+    and direct in the same turn, from the same state of the page cache."""
+    runs = {name: [turn[name] for turn in turns] for name in turns[0]}
+    rows: dict[str, Any] = {}
+    for name, those in runs.items():
+        cache = WARM if name.endswith(WARM) else ""
+        ways = runs[f"floor, buffered{cache}"], runs[f"floor, direct{cache}"]
+        floors = [min(pair, key=lambda r: r.wall) for pair in zip(*ways, strict=True)]
+        rows.setdefault(f"floor{cache}", medians(floors) | {"to_floor": 1.0})
+        rows[name] = medians(those) | {"to_floor": ratio(those, floors)}
+    if "convert, limited" in runs:
+        limited = ratio(runs["convert, limited"], runs["convert"])
+        rows["convert, limited"]["to_unlimited"] = limited
+    return rows

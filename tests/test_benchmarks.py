@@ -1,0 +1,101 @@
+"""What the benchmarks make of their measurements: no times here, and no root."""
+
+from __future__ import annotations
+
+import floor
+import growth
+import numpy as np
+import peers
+import pictures
+import pytest
+import trials
+from measure import Measured
+from safetensors.numpy import save_file
+
+import gptoss_stream
+
+
+@pytest.mark.parametrize("source_format", gptoss_stream.sources.names())
+def test_floor_reads_what_a_conversion_reads(checkpoints, source_format):
+    source = checkpoints(format=source_format, max_shard_size="500KB")
+    planned = gptoss_stream.plan(source)
+    reads = trials.reads(planned)
+    assert sum(end - begin for _, begin, end in reads) == planned.source_nbytes
+    assert len(reads) == len(planned.info.shards)  # tensors lie without holes: one range a file
+
+
+def test_floor_takes_each_piece_once_and_mixes_them():
+    size = 3 * floor.PIECE + 5
+    tasks = floor.tasks([("one", 100, 100 + size), ("other", 8, 9)], 6 * floor.PIECE)
+    read = [(file, end - begin) for file, begin, end in tasks if file is not None]
+    assert read == [("one", floor.PIECE)] * 3 + [("one", 5), ("other", 1)]
+    written = [begin for file, begin, _ in tasks if file is None]
+    assert written == [i * floor.PIECE for i in range(6)]
+    assert len({file is None for file, _, _ in tasks[:3]}) == 2
+
+
+def test_ratios_are_to_the_quicker_floor_of_the_same_turn():
+    walls = [
+        {"floor, buffered": 4.0, "floor, direct": 2.0, "convert": 3.0, "convert, limited": 6.0},
+        {"floor, buffered": 5.0, "floor, direct": 9.0, "convert": 5.0, "convert, limited": 5.0},
+        {"floor, buffered": 1.0, "floor, direct": 2.0, "convert": 2.0, "convert, limited": 3.0},
+    ]
+    turns = [{name: Measured(wall, 1.0, 7) for name, wall in turn.items()} for turn in walls]
+    rows = trials.summary(turns)
+    assert rows["floor"]["walls"] == [2.0, 5.0, 1.0]
+    assert rows["convert"]["to_floor"] == 1.5
+    assert rows["convert, limited"]["to_unlimited"] == 1.5
+
+
+def test_line_and_the_farthest_from_it():
+    rows = [
+        {"layers": n, "bytes_out": n * 10**9, "wall": 2.0 + 3.0 * n + off}
+        for n, off in ((1, 0.0), (2, 0.5), (3, -1.0), (4, 0.5))
+    ]
+    fit = growth.line(rows)
+    assert fit["intercept"] == pytest.approx(2.0)
+    assert fit["seconds_per_byte"] == pytest.approx(3e-9)
+    assert fit["largest_residual"] == pytest.approx(-1.0)
+    assert fit["layers_of_largest"] == 3
+    assert growth.line(rows[:1]) is None
+
+
+def test_what_a_peer_wrote_is_compared_to_the_byte(tmp_path):
+    ours = {"a": np.arange(6, dtype=np.int16).reshape(2, 3), "b": np.ones(2, np.float32)}
+    others = {
+        "same": ours,
+        "value": {**ours, "b": np.array([1, 1.5], np.float32)},
+        "shape": {**ours, "a": ours["a"].reshape(3, 2)},
+        "name": {"a": ours["a"], "c": ours["b"]},
+    }
+    for name, tensors in {"ours": ours, **others}.items():
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    found = {
+        name: peers.differences(peers.stored(tmp_path / "ours"), peers.stored(tmp_path / name))
+        for name in others
+    }
+    assert found == {"same": [], "value": ["b"], "shape": ["a"], "name": ["b", "c"]}
+    assert "as many bytes" in peers.compared(tmp_path / "ours", tmp_path / "name", False)
+
+
+def test_the_same_numbers_give_the_same_pictures(tmp_path):
+    course = {"wall": 1.0, "peak_rss": 10**8, "seconds": [0.0, 0.5], "megabytes": [0, 100]}
+    times = {"convert": {"wall": 1.5, "to_floor": 1.5}, "floor": {"wall": 1.0}}
+    results = {
+        "preset": "20b",
+        "layers": 1,
+        "memory": {"gptoss_stream": course, pictures.PEER.title: course},
+        "throughput": [
+            {"source": source, "layout": "hf", "bytes_in": 1, "bytes_out": 2, **times}
+            for source in gptoss_stream.sources.names()
+        ],
+    }
+    drawn = []
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        folder.mkdir()
+        pictures.draw(results, folder)
+        drawn.append({file.name: file.read_bytes() for file in folder.iterdir()})
+    assert drawn[0] == drawn[1]
+    assert sorted(drawn[0]) == ["memory.png", "memory.svg", "throughput.png", "throughput.svg"]
+    assert b"<text" in drawn[0]["memory.svg"]
