@@ -8,8 +8,10 @@ as a resource, once it is known to run the same version of this tool and to have
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import re
+import socket
 import tempfile
 import threading
 import time
@@ -53,7 +55,9 @@ _SLOWEST_SENDING = 500_000  # bytes a second: while a shard is sent, nothing is 
 _TICK = 0.1  # seconds between looks at what was heard
 _ROUND = 1.0  # seconds between looks for new workers
 _WORD = 0.3  # seconds between words of a worker
+_DASK_NBYTES = 40_000_000  # of code
 _DEATHS = 3  # that a shard may cost, as in Dask
+_ANSWER = 10.0  # seconds for a scheduler to be reached
 _LOOKING = 120.0  # seconds for a worker to plan the run
 _GONE = (OSError, TimeoutError, RuntimeError, ValueError)  # of Dask, when the scheduler is lost
 
@@ -70,26 +74,47 @@ def open_client(scheduler: str) -> Iterator[distributed.Client]:
             logging.getLogger(name).setLevel(logging.CRITICAL)
     local = re.fullmatch(r"local:(\d+)", scheduler)
     with _local_cluster(int(local[1])) if local else nullcontext() as cluster:
-        named: dict[str, Any] = {"address": cluster or scheduler}
-        if local is None and not _ADDRESS.fullmatch(scheduler):
-            named = {"scheduler_file": scheduler}
-            if not Path(scheduler).exists():
-                raise OptionError(
-                    f"{scheduler}: no such file; name a scheduler as tcp://host:8786, by the file "
-                    "that it has written, or local:4 for 4 workers here"
-                )
+        address = cluster or _reached(scheduler)
         try:
-            client = distributed.Client(**named, set_as_default=False)
-        except _GONE as error:
-            raise MachineError(
-                f"{scheduler}: no scheduler answers ({_first_line(error)}); check the address, and "
-                "that it runs"
-            ) from None
+            client = distributed.Client(address, set_as_default=False)
+        except (*_GONE, TypeError) as error:
+            raise _unanswered(scheduler, error) from None
         try:
             yield client
         finally:
             with suppress(*_GONE):
                 client.close(timeout=2)
+
+
+def _reached(scheduler: str) -> str:
+    """The address of a scheduler, at which something listens."""
+    address = scheduler
+    if not _ADDRESS.fullmatch(scheduler):
+        try:
+            address = json.loads(Path(scheduler).read_text())["address"]
+        except FileNotFoundError:
+            raise OptionError(
+                f"{scheduler}: no such file; name a scheduler as tcp://host:8786, by the file that "
+                "it has written, or local:4 for 4 workers here"
+            ) from None
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise OptionError(
+                f"{scheduler}: not the file of a scheduler ({_first_line(error)})"
+            ) from None
+    host, _, port = address.rpartition("://")[2].rstrip("/").rpartition(":")
+    try:
+        # Before a client is made: one that has failed complains once more when it is deleted.
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER).close()
+    except (OSError, ValueError) as error:
+        raise _unanswered(scheduler, error) from None
+    return address
+
+
+def _unanswered(scheduler: str, error: BaseException) -> MachineError:
+    return MachineError(
+        f"{scheduler}: no scheduler answers ({_first_line(error)}); check the address, and that it "
+        "runs"
+    )
 
 
 @contextmanager
@@ -166,7 +191,8 @@ class Cluster:
 
     def _enlist(self, addresses: Sequence[str]) -> None:
         """Have workers make a shard at a time, if they can."""
-        need = memory_nbytes(self._job.threads, is_local="://" not in self._job.source)
+        is_local = "://" not in self._job.source
+        need = memory_nbytes(self._job.threads, is_local=is_local) + _DASK_NBYTES
         answers = self._client.run(
             _enlist, __version__, need, workers=list(addresses), on_error="return"
         )
