@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__, layouts
+from . import layouts
 from .companions import Carried, carried
 from .errors import OptionError, OutputError, user_path
 from .far_folder import FarFolder
@@ -112,14 +112,14 @@ def convert(
     place = open_place(source)
     if not overwrite:
         place = place.pinned(_unfinished(target))
-    planned = plan(
-        place,
-        layout=layout,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        selection=selection,
-        source_format=source_format,
-    )
+    options: dict[str, Any] = {
+        "layout": layout,
+        "dtype": dtype,
+        "max_shard_size": max_shard_size,
+        "selection": selection,
+        "source_format": source_format,
+    }
+    planned = plan(place, **options)
     if isinstance(place, Folder) and isinstance(target, Path):
         _refuse_overlap(place.path, target)
     companions: dict[str, bytes | Carried] = {
@@ -130,29 +130,15 @@ def convert(
     }
     contents = Contents(identity(planned), planned.shards, companions, checksums)
     scarce = is_scarce(planned)
-    peak_rss = 0
     with open_checkpoint(planned.info, ahead=0 if scarce else threads) as checkpoint:
         maker: Maker = Threads(checkpoint, threads, scarce)
         if client is not None:
             from .cluster import Cluster
 
-            job = Job(
-                version=__version__,
-                source=planned.info.place.identity,
-                output=str(target.resolve()) if isinstance(target, Path) else target.identity,
-                options={
-                    "layout": layout,
-                    "dtype": dtype,
-                    "max_shard_size": max_shard_size,
-                    "selection": selection,
-                    "source_format": source_format,
-                },
-                identity=contents.identity,
-                checksums=checksums,
-                threads=threads,
-                staging=None if staging is None else str(user_path(staging).absolute()),
-            )
-            maker = cluster = Cluster(client, job, threads=workers)
+            there = str(target.resolve()) if isinstance(target, Path) else target.identity
+            room = None if staging is None else str(user_path(staging).absolute())
+            job = Job(place.identity, there, options, contents.identity, checksums, threads, room)
+            maker = Cluster(client, job, threads=workers)
         make = (
             partial(make_output, target)
             if isinstance(target, Path)
@@ -171,8 +157,6 @@ def convert(
             on_start=lambda resumed: on_plan(planned, resumed),
             on_bytes=on_bytes,
         )
-        if client is not None:
-            peak_rss = cluster.peak_rss
     return Report(
         output=str(target),
         layout=layout,
@@ -184,7 +168,7 @@ def convert(
         bytes_out=planned.nbytes,
         bytes_resumed=done.resumed,
         seconds=time.perf_counter() - started,
-        peak_rss=max(peak_rss, peak_rss_nbytes()),
+        peak_rss=max(maker.peak_rss, peak_rss_nbytes()),
         shards={shard.name: shard.nbytes for shard in planned.shards},
         unused=planned.unused,
     )

@@ -21,6 +21,7 @@ import numpy as np
 from .checkpoint import Extent, Schedule
 from .checksums import OrderedSum
 from .dtypes import DType
+from .memory import peak_rss_nbytes
 from .operands import Reader
 from .planner import PlannedShard
 from .recipe import Part, Piece, extents, fill, make_pieces, rows_of
@@ -274,6 +275,11 @@ class Threads:
     workers: int
     scarce: bool = False
     is_here = True
+
+    @property
+    def peak_rss(self) -> int:
+        """The most memory that this process has had, in bytes."""
+        return peak_rss_nbytes()
 
     def meet(self, work: Path | None) -> None:
         """Nothing to do."""

@@ -78,7 +78,6 @@ class Job:
     a shard. What goes to a store lies in `staging` meanwhile, or where the process has room.
     """
 
-    version: str
     source: str
     output: str
     options: Mapping[str, Any]
@@ -86,6 +85,7 @@ class Job:
     checksums: bool
     threads: int
     staging: str | None
+    version: str = __version__
 
 
 @dataclass(frozen=True, slots=True)

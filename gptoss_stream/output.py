@@ -70,6 +70,10 @@ class Maker(Protocol):
     def is_here(self) -> bool:
         """Whether it is this process, which has to send on what goes to a store."""
 
+    @property
+    def peak_rss(self) -> int:
+        """The most memory that a process of it has had, in bytes."""
+
     def meet(self, work: Path | None) -> None:
         """Told of the work folder that the output is made in, where there is one, before anything
         is begun."""

@@ -167,7 +167,6 @@ def test_what_a_worker_does_not_see(source, tmp_path, hidden):
 def test_a_source_that_differs_on_a_worker(two, source, tmp_path):
     planned = plan(source, max_shard_size=SIZE)
     job = Job(
-        gptoss_stream.__version__,
         str(source),
         str(tmp_path),
         {"max_shard_size": SIZE},
@@ -437,7 +436,6 @@ def test_many_make_one_shard_at_once(source, whole, tmp_path):
     planned = plan(source, max_shard_size=SIZE)
     state = json.loads((output / WORK_NAME / "run.json").read_text())
     job = Job(
-        gptoss_stream.__version__,
         str(source),
         str(output),
         {"max_shard_size": SIZE},
