@@ -24,6 +24,7 @@ from .errors import (
     OptionError,
     listed,
     machine_error,
+    sized,
     user_path,
 )
 
@@ -410,7 +411,7 @@ def _convert(arguments: argparse.Namespace) -> None:
                     _say(f"going on with {planned.info.place}, which the run began to read")
                 _warn_unused(planned)
                 if resumed:
-                    _say(f"resuming: {_size(resumed)} of {_size(planned.nbytes)} are finished")
+                    _say(f"resuming: {sized(resumed)} of {sized(planned.nbytes)} are finished")
             start(planned.nbytes, resumed)
 
         report = convert(
@@ -435,7 +436,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         print(json.dumps(report.as_dict(), indent=2))
     elif not arguments.quiet:
         print(
-            f"{report.output}: {_count(report.tensors, 'tensor')}, {_size(report.bytes_out)} in "
+            f"{report.output}: {_count(report.tensors, 'tensor')}, {sized(report.bytes_out)} in "
             f"{_count(len(report.shards), 'shard')}, {report.layout} in {report.dtype}"
             f"{', a part of the model' if report.partial else ''}"
         )
@@ -448,8 +449,8 @@ def _convert(arguments: argparse.Namespace) -> None:
             print("nothing was left to do")
             return
         print(
-            f"read {_size(report.bytes_in)} and wrote {_size(written)} in {report.seconds:.1f} s "
-            f"({_size(round(written / report.seconds))}/s), peak memory {_size(report.peak_rss)}"
+            f"read {sized(report.bytes_in)} and wrote {sized(written)} in {report.seconds:.1f} s "
+            f"({sized(round(written / report.seconds))}/s), peak memory {sized(report.peak_rss)}"
         )
 
 
@@ -515,14 +516,14 @@ def _plan(arguments: argparse.Namespace) -> None:
         f"model    {_model_line(model)}\n"
         f"output   {_count(planned.num_tensors, 'tensor')}{_part(planned.selection.as_dict())}, "
         f"{planned.layout} in {arguments.dtype}, "
-        f"{_size(planned.nbytes)} in {_count(len(planned.shards), 'shard')}, "
-        f"of {_size(planned.source_nbytes)} read\n"
-        f"disk     {_size(needed)} needed, {_size(free)} free"
+        f"{sized(planned.nbytes)} in {_count(len(planned.shards), 'shard')}, "
+        f"of {sized(planned.source_nbytes)} read\n"
+        f"disk     {sized(needed)} needed, {sized(free)} free"
         f"{'' if needed <= free else ': NOT ENOUGH'}\n"
-        f"memory   {_size(memory)} at most, {_count(workers, 'worker')}"
+        f"memory   {sized(memory)} at most, {_count(workers, 'worker')}"
     )
     for shard in planned.shards:
-        print(f"  {shard.name}  {_size(shard.nbytes):>9}  {_count(len(shard.tensors), 'tensor')}")
+        print(f"  {shard.name}  {sized(shard.nbytes):>9}  {_count(len(shard.tensors), 'tensor')}")
     _warn_unused(planned)
 
 
@@ -606,7 +607,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     print(
         f"{info.place}: {source.NAME} ({reason})\n"
         f"{_model_line(model)}\n"
-        f"{_count(len(info.tensors), 'tensor')}, {_size(total)} in "
+        f"{_count(len(info.tensors), 'tensor')}, {sized(total)} in "
         f"{_count(len(info.shards), 'shard')}"
     )
     _print_tensors(info.tensors)
@@ -628,7 +629,7 @@ def _inspect_converted(info: ConvertedInfo, as_json: bool) -> None:
     print(
         f"{info.path}: converted, {info.layout} in {info.dtype}{_part(info.selection)}\n"
         f"from {info.source} ({info.source_format}) by gptoss_stream {info.version}\n"
-        f"{_count(len(info.tensors), 'tensor')}, {_size(total)} in "
+        f"{_count(len(info.tensors), 'tensor')}, {sized(total)} in "
         f"{_count(len(shards), 'shard')}: {state}"
     )
     _print_tensors(info.tensors)
@@ -692,7 +693,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     for difference in result.differences:
         print(difference)
     what = _count(result.files, "file") if arguments.checksums else _count(result.tensors, "tensor")
-    compared = f"{what}, {_size(result.nbytes)}{_part(result.selection)}"
+    compared = f"{what}, {sized(result.nbytes)}{_part(result.selection)}"
     if not result.equal:
         print(f"{result.output}: {_count(len(result.differences), 'difference')} ({compared})")
         return 1
@@ -735,16 +736,6 @@ def _layouts(arguments: argparse.Namespace) -> None:
         print(json.dumps(known, indent=2))
     else:
         print("\n".join(f"{kind:8} {', '.join(names)}" for kind, names in known.items()))
-
-
-def _size(nbytes: int) -> str:
-    """Bytes for people, in decimal units."""
-    size = float(nbytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit in ("B", "kB") else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.2f} TB"
 
 
 def _count(number: int, what: str) -> str:

@@ -32,6 +32,7 @@ from .errors import (
     OptionError,
     OutputError,
     missing_package,
+    sized,
 )
 from .executor import Watch, memory_nbytes
 from .jobs import Job, Made, make_shard, open_job
@@ -436,8 +437,8 @@ async def _enlist(version: str, need: int, dask_worker: distributed.Worker) -> s
     limit = dask_worker.memory_manager.memory_limit
     if limit is not None and limit < need:
         return (
-            f"it may use {limit / 1e6:.0f} MB and making a shard takes {need / 1e6:.0f} MB; raise "
-            "its --memory-limit, or use fewer --workers"
+            f"it may use {sized(limit)} and making a shard takes {sized(need)}; raise its "
+            " --memory-limit, or use fewer --workers"
         )
     await dask_worker.set_resources(**{RESOURCE: 1})
     return None

@@ -11,7 +11,19 @@ from math import prod
 
 from .errors import OptionError
 
-__all__ = ["OUTPUT_DTYPES", "DType", "nbytes", "output_dtype", "torch_name"]
+__all__ = [
+    "BLOCK_NBYTES",
+    "BLOCK_VALUES",
+    "OUTPUT_DTYPES",
+    "DType",
+    "nbytes",
+    "output_dtype",
+    "torch_name",
+]
+
+BLOCK_VALUES = 32
+BLOCK_NBYTES = 16
+"""An MXFP4 block (OCP Microscaling Formats v1.0, 5.1): values, and bytes without the scale."""
 
 
 class DType(Enum):

@@ -34,6 +34,7 @@ __all__ = [
     "listed",
     "machine_error",
     "missing_package",
+    "sized",
     "user_path",
 ]
 
@@ -97,6 +98,16 @@ def missing_package(error: ImportError | None, extra: str) -> MissingPackageErro
 def listed(names: Sequence[str], most: int = 3) -> str:
     """The first few of some names, for a message."""
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+
+
+def sized(nbytes: int) -> str:
+    """Bytes for people, in decimal units."""
+    size = float(nbytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit in ("B", "kB") else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} TB"
 
 
 _ADVICE = {

@@ -19,10 +19,8 @@ import numpy as np
 from .cast import STORAGE, cast
 from .dtypes import DType
 
-__all__ = ["BLOCK_NBYTES", "BLOCK_VALUES", "E2M1", "NAN_SCALE", "decode", "largest_scale"]
+__all__ = ["E2M1", "NAN_SCALE", "decode", "largest_scale"]
 
-BLOCK_VALUES = 32
-BLOCK_NBYTES = 16
 NAN_SCALE = 255
 """E8M0's NaN. Released weights have none; transformers would make 2^128 of it. Refused."""
 

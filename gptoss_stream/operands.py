@@ -15,13 +15,13 @@ from math import prod
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from .checkpoint import Extent, RawTensor, Schedule
-from .dtypes import DType
+from .dtypes import BLOCK_NBYTES, BLOCK_VALUES, DType
 from .errors import TensorError
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Operand", "Packed", "Plain", "Reader", "Zeros", "take_rows"]
+__all__ = ["Operand", "Packed", "Plain", "Reader", "Zeros", "plain", "take_rows"]
 
 Span: TypeAlias = tuple[int, int]  # [begin, end)
 
@@ -145,7 +145,7 @@ class Packed:
         import numpy as np
 
         from .cast import STORAGE, count_infinities
-        from .mxfp4 import BLOCK_NBYTES, BLOCK_VALUES, NAN_SCALE, decode, largest_scale
+        from .mxfp4 import NAN_SCALE, decode, largest_scale
 
         groups = self.stored_shape[1] // BLOCK_VALUES
         begin, end = self._rows(rows)
@@ -194,6 +194,13 @@ class Zeros:
 
 
 Operand: TypeAlias = Plain | Packed | Zeros
+
+
+def plain(operand: Operand) -> Plain:
+    """An operand that can only be plain: no other is transposed through a scratch file."""
+    if not isinstance(operand, Plain):
+        raise TypeError("only plain operands are staged")
+    return operand
 
 
 def take_rows(operand: Operand, start: int, step: int) -> Operand:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .companions import Carried
-from .errors import MachineError, OptionError, OutputError, machine_error
+from .errors import MachineError, OptionError, OutputError, machine_error, sized
 from .executor import Watch
 from .planner import PlannedShard
 from .run_folder import JoinedRun, RunFolder
@@ -174,8 +174,8 @@ def check_space(folder: Path, needed: int, given_up: int = 0) -> None:
     free = free_nbytes(folder) + given_up
     if needed > free:
         raise MachineError(
-            f"{folder}: {_size(needed)} are needed and {_size(free)} are free; "
-            f"free {_size(needed - free)} or name another output"
+            f"{folder}: {sized(needed)} are needed and {sized(free)} are free; "
+            f"free {sized(needed - free)} or name another output"
         )
 
 
@@ -190,15 +190,11 @@ def disk_full(error: OSError, folder: Path, needed: int) -> MachineError:
     full = (
         "your quota of the disk is used up" if error.errno == errno.EDQUOT else "the disk is full"
     )
-    missing = f", {_size(needed - free)} too little" if needed > free else ""
+    missing = f", {sized(needed - free)} too little" if needed > free else ""
     return MachineError(
-        f"{folder}: {full}: {_size(needed)} are still to be written and {_size(free)} are free"
+        f"{folder}: {full}: {sized(needed)} are still to be written and {sized(free)} are free"
         f"{missing}; make room and run the same command again: what is finished stays"
     )
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
 
 
 def _size_on_disk(folder: Path) -> int:

@@ -18,7 +18,7 @@ from .dtypes import DType, output_dtype
 from .errors import ConfigError, OptionError
 from .layouts import Layout, Row, ZeroRow
 from .model import ModelConfig
-from .operands import Operand, Packed, Plain, Zeros, take_rows
+from .operands import Operand, Packed, Plain, Zeros, plain, take_rows
 from .patterns import Rearrangement, rearrangement, transposed
 from .places import Name
 from .recipe import OutputTensor, Part, extents
@@ -62,7 +62,9 @@ class PlannedShard:
     @property
     def scratch_nbytes(self) -> int:
         """Disk space that is needed beside the shard while it is made."""
-        return sum(part.elements * _raw_dtype(part).itemsize for part, _ in self.staged())
+        return sum(
+            part.elements * plain(part.operand).raw.dtype.itemsize for part, _ in self.staged()
+        )
 
     def overlapping(self, begin: int, end: int) -> Iterator[tuple[OutputTensor, int, int, int]]:
         """The tensors with data in bytes `begin … end` of the file: tensor, from and to which of
@@ -152,12 +154,6 @@ def _union_length(runs: list[tuple[int, int]]) -> int:
         length += max(0, end - max(begin, reached))
         reached = max(reached, end)
     return length
-
-
-def _raw_dtype(part: Part) -> DType:
-    if not isinstance(part.operand, Plain):
-        raise TypeError("only plain operands are staged")
-    return part.operand.raw.dtype
 
 
 def plan(

@@ -19,7 +19,7 @@ import numpy as np
 
 from .cast import STORAGE, cast
 from .dtypes import DType
-from .operands import Plain, Reader
+from .operands import Reader, plain
 from .recipe import Part, Piece, make_pieces
 from .shard_file import ALIGNMENT
 
@@ -39,10 +39,8 @@ class StagedTranspose:
     """
 
     def __init__(self, part: Part, file: Path, block_nbytes: int) -> None:
-        if not isinstance(part.operand, Plain):
-            raise TypeError("only plain operands are staged")
         self._part = part
-        self._dtype = part.operand.raw.dtype
+        self._dtype = plain(part.operand).raw.dtype
         step = _block_rows(part, block_nbytes)
         row_nbytes = part.elements // part.operand.shape[0] * self._dtype.itemsize
         self.blocks = self.blocks_of(part, block_nbytes)
@@ -119,9 +117,7 @@ class StagedTranspose:
 
 
 def _block_rows(part: Part, block_nbytes: int) -> int:
-    operand = part.operand
-    if not isinstance(operand, Plain):
-        raise TypeError("only plain operands are staged")
+    operand = plain(part.operand)
     row_nbytes = part.elements // operand.shape[0] * operand.raw.dtype.itemsize
     return max(1, block_nbytes // row_nbytes)
 

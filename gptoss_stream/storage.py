@@ -13,7 +13,7 @@ from math import prod
 from typing import TypeAlias
 
 from .checkpoint import CheckpointInfo, RawTensor
-from .dtypes import DType
+from .dtypes import BLOCK_NBYTES, BLOCK_VALUES, DType
 from .errors import TensorError
 from .model import MODEL_TENSORS, ModelConfig
 from .operands import Operand, Packed, Plain, Zeros
@@ -32,8 +32,6 @@ __all__ = [
 ]
 
 FLOATS = (DType.BF16, DType.F16, DType.F32)
-_BLOCK_VALUES = 32
-_BLOCK_NBYTES = 16
 
 Expected: TypeAlias = tuple[str, tuple[DType, ...], tuple[int, ...]]
 Raws: TypeAlias = Mapping[str, RawTensor]
@@ -112,13 +110,13 @@ class StoredMxfp4:
     def expected(self, model: ModelConfig, shape: tuple[int, ...]) -> Iterator[Expected]:
         """Raw tensors for a model tensor of `shape`, all experts' together."""
         *lead, columns = shape
-        groups, rest = divmod(columns, _BLOCK_VALUES)
+        groups, rest = divmod(columns, BLOCK_VALUES)
         if rest:
             raise TensorError(
                 f"tensor {self.blocks!r}: rows of {columns} values do not divide into MXFP4 blocks "
-                f"of {_BLOCK_VALUES}; check config.json"
+                f"of {BLOCK_VALUES}; check config.json"
             )
-        yield self.blocks, (DType.U8,), (*lead, groups, _BLOCK_NBYTES)
+        yield self.blocks, (DType.U8,), (*lead, groups, BLOCK_NBYTES)
         yield self.scales, (DType.U8,), (*lead, groups)
 
     def bind(
