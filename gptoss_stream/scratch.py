@@ -27,6 +27,7 @@ __all__ = ["StagedTranspose"]
 
 
 _WRITING = 8  # blocks of a scratch file that may be on their way to the disk
+_MOST_VIEWS = 1024  # that one call fills (IOV_MAX, on all systems that have the call)
 
 
 class StagedTranspose:
@@ -98,12 +99,22 @@ class StagedTranspose:
                 return
         how = self._part.rearrangement
         first, last = pieces[0].first, pieces[-1].last
-        per_unit = prod(how.unit_shape[:-1])
+        size = self._dtype.itemsize
+        per_row = prod(how.unit_shape[:-1]) * size  # bytes of a unit for each row of a block
+        rows = [
+            row.data.cast("B")
+            for piece in pieces
+            for row in piece.out.reshape(-1, how.unit_shape[-1])
+        ]
         for block, (begin, end) in enumerate(self.blocks):
+            at = block * self._slot + first * per_row * (end - begin)
+            nbytes = (last - first) * per_row * (end - begin)
+            _advise(self._descriptor, at + ahead * nbytes, nbytes, "POSIX_FADV_WILLNEED")
+            if dtype is self._dtype:  # then no copy in between
+                _read(self._descriptor, [row[begin * size : end * size] for row in rows], at)
+                continue
             run = np.empty((last - first, *how.unit_shape[:-1], end - begin), STORAGE[self._dtype])
-            at = block * self._slot + first * per_unit * (end - begin) * run.itemsize
-            _advise(self._descriptor, at + ahead * run.nbytes, run.nbytes, "POSIX_FADV_WILLNEED")
-            _read(self._descriptor, run, at)
+            _read(self._descriptor, [run.data.cast("B")], at)
             for piece in pieces:
                 units = run[piece.first - first : piece.last - first]
                 cast(units, self._dtype, piece.out[..., begin:end], dtype)
@@ -134,10 +145,17 @@ def _write(descriptor: int, data: np.ndarray[Any, Any], offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
-def _read(descriptor: int, out: np.ndarray[Any, Any], offset: int) -> None:
-    view = out.data.cast("B")
-    while view:
-        got = os.preadv(descriptor, [view], offset)
+def _read(descriptor: int, views: list[memoryview], offset: int) -> None:
+    """Fill views, one after another, from `offset` on."""
+    while views:
+        got = os.preadv(descriptor, views[:_MOST_VIEWS], offset)
         if got == 0:
             raise OSError("the scratch file is shorter than what was written to it")
-        view, offset = view[got:], offset + got
+        offset += got
+        full = 0
+        while full < len(views) and got >= len(views[full]):
+            got -= len(views[full])
+            full += 1
+        views = views[full:]
+        if got:
+            views[0] = views[0][got:]

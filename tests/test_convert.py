@@ -158,6 +158,25 @@ def test_large_transposes_of_one_shard_do_not_wait_for_each_other(
         assert digests(out) == digests(tmp_path / "plain")
 
 
+def test_reads_that_give_less_than_was_asked_for(checkpoints, tmp_path, monkeypatch):
+    """Those of a scratch file too, which fill many rows of a segment at a time."""
+    source = checkpoints()
+    gptoss_stream.convert(source, tmp_path / "whole")
+    preadv, asked = os.preadv, []
+
+    def short(descriptor, views, offset):
+        asked.append(len(views))
+        *full, last = views[: 1 + len(asked) % 3]
+        return preadv(descriptor, [*full, last[: max(1, len(last) // 2)]], offset)
+
+    monkeypatch.setattr("gptoss_stream.planner.STAGED_NBYTES", 20_000)
+    monkeypatch.setattr("gptoss_stream.scratch._MOST_VIEWS", 5)
+    monkeypatch.setattr(os, "preadv", short)
+    gptoss_stream.convert(source, tmp_path / "short")
+    assert max(asked) == 5
+    assert digests(tmp_path / "short") == digests(tmp_path / "whole")
+
+
 def test_a_file_system_that_refuses_direct_writes_late(checkpoints, tmp_path, monkeypatch):
     """It takes the flag and then answers EINVAL to every thread: the run goes on, buffered."""
     gptoss_stream.convert(checkpoints(), tmp_path / "direct")
