@@ -30,7 +30,7 @@ E2M1 = (+0.0, +0.5, +1.0, +1.5, +2.0, +3.0, +4.0, +6.0,
 """The value of each 4-bit code; bit 3 is the sign, and code 8 is -0.0 and stays it."""
 # fmt: on
 
-_TILE_LOOKUPS = 1 << 15  # a tile's indices and values then stay in a core's second-level cache
+_TILE_LOOKUPS = 1 << 17  # fewer make more calls, and threads take turns to make them
 _memory = threading.local()
 _PAIR = {DType.BF16: np.uint32, DType.F16: np.uint32, DType.F32: np.uint64}
 
