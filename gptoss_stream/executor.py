@@ -39,7 +39,9 @@ _STREAMING_NBYTES = 200_000_000  # blocks that are needed at a time, and the cli
 _T = TypeVar("_T")
 _Step: TypeAlias = tuple[PlannedShard, int, "Part | None"]
 """A segment of a shard by where it begins, or a block of a part that is transposed for it."""
-_SPREAD = 4  # segments for each block of a large transpose, at most: what is staged waits on disk
+_SPREAD = 3
+"""Segments for each block of a large transpose, at most: what is staged waits on disk, and further
+ahead lie embeddings, which read as much as they write, where experts read a quarter of it."""
 
 
 def _spread(some: list[_T], others: list[_T], begin: int, end: int) -> list[_T]:
