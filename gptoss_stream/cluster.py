@@ -218,7 +218,9 @@ class Cluster:
             for address in addresses
         ]  # fmt: skip
         waiting = time.monotonic() + _LOOKING
-        while any(f.status == "pending" for f in futures) and time.monotonic() < waiting:
+        while (states := {f.status for f in futures}) >= {"pending"} and "error" not in states:
+            if "finished" in states and time.monotonic() > waiting:
+                break  # the rest are busy with something else, or hang
             time.sleep(_TICK)
         failed = [f.exception() for f in futures if f.status == "error"]
         errors = [e for e in failed if not isinstance(e, distributed.scheduler.KilledWorker)]
