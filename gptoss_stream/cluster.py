@@ -294,15 +294,17 @@ class Cluster:
 
     def _take(self, heard: SimpleQueue[Any], flights: dict[str, _Flight], watch: Watch) -> None:
         """Take in what has been heard."""
-        with suppress(Empty):
-            word = heard.get(timeout=_TICK)
-            while True:
-                if isinstance(word, Mapping):
-                    if (flight := flights.get(word["shard"])) is not None:
-                        watch.on_bytes(flight.hear(**word))
-                else:
-                    self._end(word, heard, flights, watch)
-                word = heard.get_nowait()
+        try:
+            words = [heard.get(timeout=_TICK)]
+        except Empty:
+            return
+        words += [heard.get_nowait() for _ in range(heard.qsize())]  # not what is put back below
+        for word in words:
+            if isinstance(word, Mapping):
+                if (flight := flights.get(word["shard"])) is not None:
+                    watch.on_bytes(flight.hear(**word))
+            else:
+                self._end(word, heard, flights, watch)
 
     def _end(
         self,
@@ -336,7 +338,7 @@ class Cluster:
                 raise _deadly(flight.shard, failure.allowed_failures + 1)
             else:
                 raise failure
-        elif future.status == "pending":
+        elif future.status in ("pending", "lost"):  # with its worker; Dask does it again
             heard.put(future)
             time.sleep(_TICK)
         else:

@@ -21,6 +21,7 @@ from runs import (
     ROOT,
     WORK_NAME,
     assert_clean_error,
+    at_most,
     convert_command,
     digests,
     run,
@@ -479,3 +480,26 @@ def test_a_shard_that_kills_its_workers_ends_the_run(source, tmp_path, monkeypat
 
 def _die(*arguments: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("pause", [0, 1])
+def test_a_worker_that_dies_with_what_it_has_made(source, whole, tmp_path, monkeypatch, pause):
+    """Before the client has taken in that it was made."""
+    end, killed = cluster_module.Cluster._end, []
+
+    def kill_first(self, future, heard, flights, watch):
+        if not killed and future.status == "finished":
+            killed.append(next(iter(pids.values())))
+            os.kill(killed[0], signal.SIGKILL)
+            time.sleep(pause)
+        end(self, future, heard, flights, watch)
+
+    with cluster(tmp_path / "cluster", 1) as made:
+        pids = made.pids()
+        monkeypatch.setattr(cluster_module.Cluster, "_end", kill_first)
+        with at_most(40):
+            gptoss_stream.convert(
+                source, tmp_path / "out", max_shard_size=SIZE, checksums=True, client=made.client
+            )
+    assert killed
+    assert digests(tmp_path / "out") == whole
