@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -181,7 +182,7 @@ class Bucket:
 
     def _put(self, name: str, data: Path | bytes) -> None:
         final = f"{self._root}/{name}"
-        path = final if self._is_atomic else f"{final}{_PARTIAL}"
+        path = final if self._is_atomic else f"{final}.{uuid.uuid4().hex}{_PARTIAL}"
         if path != final:
             # In a bucket folders need no making; s3fs would make a bucket that is not there.
             self._fs.makedirs(self._fs._parent(path), exist_ok=True)
@@ -227,7 +228,11 @@ class Bucket:
     def delete(self, names: list[str]) -> None:
         """Delete files."""
         there = self._list(OutputError, partials=True)
-        for name in there.keys() & {*names, *(f"{name}{_PARTIAL}" for name in names)}:
+        wanted = {*names, *(f"{name}{_PARTIAL}" for name in names)}
+        partials = (
+            n for n in there if not self._is_atomic and f"{_whole(n)}{_PARTIAL}" in wanted
+        )
+        for name in {*(there.keys() & {*names}), *partials}:
             with _refusals(OutputError, self.at(name)):
                 _patiently(partial(self._fs.rm_file, f"{self._root}/{name}"), self.at(name))
 
@@ -259,6 +264,12 @@ class _BucketFile:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def _whole(name: str) -> str | None:
+    """The name of the file that a partial one is of."""
+    match = re.fullmatch(rf"(.+?)(\.[0-9a-f]{{32}})?{re.escape(_PARTIAL)}", name)
+    return match[1] if match else None
 
 
 def _file_info(name: str, info: Mapping[str, Any]) -> FileInfo:
