@@ -160,11 +160,13 @@ class RunFolder:
         """Whether no other task shares the folder; the lock is lost where one does."""
         import fcntl
 
+        fcntl.flock(lock, fcntl.LOCK_UN)  # NFS would keep it: of two that end none would be alone
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        return self._is_there(lock)
+        # Another may have begun, and ended, since the run was looked for.
+        return self._is_there(lock) and not self._run_file.exists()
 
     def _is_there(self, lock: IO[str]) -> bool:
         """Whether a lock is the folder's, and not of a run that has ended meanwhile."""
@@ -260,11 +262,15 @@ class RunFolder:
         # The index first: without it nothing looks finished. What says which files are the
         # tool's last: a deletion that was interrupted can then be repeated.
         order = sorted({*names} - {INDEX_NAME, RECORD_NAME})
-        for name in (INDEX_NAME, *order, RECORD_NAME):
-            (self.path / name).unlink(missing_ok=True)
+        (self.path / INDEX_NAME).unlink(missing_ok=True)
+        # Before any shard: what a worker of that run has in the making can no longer get its name.
+        with suppress(FileNotFoundError):
+            os.replace(self._run_file, self.path / RECORD_NAME)
         for file in self.work.iterdir():
             if file.name != "lock":
                 _remove(file)
+        for name in (*order, RECORD_NAME):
+            (self.path / name).unlink(missing_ok=True)
         for folder in {Path(name).parent for name in names} - {Path()}:
             with suppress(OSError):  # something else may lie in it
                 (self.path / folder).rmdir()
