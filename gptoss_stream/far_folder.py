@@ -7,10 +7,12 @@ it is done, a shard that stands under its name is complete, and the index comes 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from . import strict_json
+from .checksums import SUMS_NAME, parse_sums
 from .errors import GptOssStreamError, MachineError, OutputError
 from .places import FileInfo, Store
 from .run_state import (
@@ -71,8 +73,17 @@ class FarFolder:
         self._files = self.store.listing()
         for name in self._notes() if self._checksums else ():
             shard = name.removeprefix(f"{WORK_NAME}/").removesuffix(_SUM)
-            if shard not in self._sums:
+            if shard in self._sums:
+                continue
+            try:
                 self._sums[shard] = self.store.read(name).decode(errors="replace").strip()
+            except OutputError:
+                if name in self.store.listing():
+                    raise
+                return self.look()  # another task has just finished, and deleted it
+        if self._checksums and SUMS_NAME in self._files:  # of a finished run
+            with suppress(ValueError):
+                self._sums = parse_sums(self.store.read(SUMS_NAME)) | self._sums
 
     def join(self, run: str) -> None:
         """Make shards for the process that began the run with this fingerprint; see `check`."""
@@ -99,6 +110,17 @@ class FarFolder:
         notes = {f"{WORK_NAME}/{name}{_SUM}": f"{kept[name]}\n".encode() for name in kept}
         self.store.put({**notes, **files}, sums)
         self._sums |= kept
+
+    def confirm(self, name: str) -> None:
+        """Take back a shard that was sent while another run began; raises `OutputError` then."""
+        sent = self.store.listing().get(name)
+        self._files = self.store.listing()
+        known = self._known()
+        if known is not None and fingerprint(known) == self._run:
+            return
+        if sent is not None and self._files.get(name) == sent:
+            self.store.delete([name])
+        raise OutputError(f"{self.store}: another run has begun there while a shard was sent")
 
     def _known(self) -> Mapping[str, Any] | None:
         for name in (RUN_NAME, RECORD_NAME):
@@ -147,5 +169,6 @@ class FarFolder:
         """Write the small files, the index last, and say no longer that a run is under way."""
         last = {name: files[name] for name in files if name == INDEX_NAME}
         self.store.put({**{n: f for n, f in files.items() if n not in last}, **last}, sums)
-        self.store.delete(self._notes())
+        # Also what writers that were killed have left of them.
+        self.store.delete([*self._notes(), *(f"{name}.partial" for name in self._files)])
         self.store.delete([RUN_NAME])

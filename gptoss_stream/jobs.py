@@ -224,6 +224,7 @@ class _Maker:
             self._make(folder, partials, sums.__setitem__, far.check)
             self.on_sending()
             far.put({name: folder / name}, sums)
+            far.confirm(name)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         return sums[name]

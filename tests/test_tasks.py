@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,8 +29,10 @@ from runs import (
 )
 
 import gptoss_stream
-from gptoss_stream.errors import OptionError, OutputError
+from gptoss_stream.errors import MachineError, OptionError, OutputError
 from gptoss_stream.output import make_output
+from gptoss_stream.places import open_store
+from gptoss_stream.run_folder import RunFolder
 from gptoss_stream.share import Share, cost
 
 SIZE = "150KB"
@@ -238,6 +241,65 @@ def test_to_a_store_side_by_side(source, whole, tmp_path):
     ends = [(p.communicate(timeout=60)[1], p.returncode) for p in processes]
     assert ends == [("", 0)] * 3
     assert digests(store) == whole
+
+
+def test_what_is_finished_in_a_store_stays(source, whole, tmp_path):
+    """A task that is run again finds nothing to do, and takes nothing away."""
+    store = tmp_path / "store"
+    for index in (0, 1, 2, 1, None, 0):
+        done = task(source, f"file://{store}", index, 3, "--staging", str(tmp_path / "staging"))
+        assert done.returncode == 0, done.stderr
+        if index == 2:
+            before = stamps(store)
+    assert (digests(store), stamps(store)) == (whole, before)
+
+
+def test_one_that_fails_leaves_what_another_has_begun(source, whole, at_work, monkeypatch):
+    """The other begins and ends between two looks of the first."""
+    output, alone = at_work.output, RunFolder._is_alone
+
+    def late(folder, lock):
+        monkeypatch.setattr(RunFolder, "_is_alone", alone)
+        assert run(command(source, output, 0)).returncode == 0
+        return alone(folder, lock)
+
+    def fail(*arguments):
+        raise MachineError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "_is_alone", late)
+        patch.setattr("gptoss_stream.output.check_space", fail)
+        assert task(source, output, 1).returncode == 3
+    for index in (1, 2):
+        assert task(source, output, index).returncode == 0
+    assert digests(output) == whole
+
+
+def test_two_may_write_one_file_of_a_store(tmp_path, monkeypatch):
+    """Neither puts what the other is writing under the final name."""
+    data = os.urandom(300_000)
+    (tmp_path / "data").write_bytes(data)
+    second = threading.Barrier(2)
+    seen = []
+
+    def copy(source, target, **options):
+        with open(target, "wb") as out:
+            out.write(data[:100_000])
+            second.wait(10)
+            out.write(data[100_000:])
+
+    def put():
+        open_store(f"file://{tmp_path}/store").put({"x": tmp_path / "data"}, {})
+        seen.append((tmp_path / "store/x").read_bytes())
+
+    monkeypatch.setattr("fsspec.implementations.local.shutil.copyfile", copy)
+    threads = [threading.Thread(target=put) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [data, data]
+    assert [p.name for p in (tmp_path / "store").iterdir()] == ["x"]
 
 
 # --- numbers --------------------------------------------------------------------------------------
