@@ -11,7 +11,7 @@ import re
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -233,7 +233,7 @@ class Bucket:
             n for n in there if not self._is_atomic and f"{_whole(n)}{_PARTIAL}" in wanted
         )
         for name in {*(there.keys() & {*names}), *partials}:
-            with _refusals(OutputError, self.at(name)):
+            with _refusals(OutputError, self.at(name)), suppress(FileNotFoundError):
                 _patiently(partial(self._fs.rm_file, f"{self._root}/{name}"), self.at(name))
 
 
