@@ -13,7 +13,7 @@ from typing import Any
 
 from . import strict_json
 from .checksums import SUMS_NAME, parse_sums
-from .errors import GptOssStreamError, MachineError, OutputError
+from .errors import CheckpointError, GptOssStreamError, MachineError, OutputError
 from .places import FileInfo, Store
 from .run_state import (
     RECORD_NAME,
@@ -77,10 +77,11 @@ class FarFolder:
                 continue
             try:
                 self._sums[shard] = self.store.read(name).decode(errors="replace").strip()
-            except OutputError:
+            except (CheckpointError, OutputError):
                 if name in self.store.listing():
                     raise
-                return self.look()  # another task has just finished, and deleted it
+                self.look()  # another task has just finished, and deleted it
+                return
         if self._checksums and SUMS_NAME in self._files:  # of a finished run
             with suppress(ValueError):
                 self._sums = parse_sums(self.store.read(SUMS_NAME)) | self._sums

@@ -265,7 +265,7 @@ class RunFolder:
         (self.path / INDEX_NAME).unlink(missing_ok=True)
         # Before any shard: what a worker of that run has in the making can no longer get its name.
         with suppress(FileNotFoundError):
-            os.replace(self._run_file, self.path / RECORD_NAME)
+            self._run_file.replace(self.path / RECORD_NAME)
         for file in self.work.iterdir():
             if file.name != "lock":
                 _remove(file)

@@ -229,9 +229,7 @@ class Bucket:
         """Delete files."""
         there = self._list(OutputError, partials=True)
         wanted = {*names, *(f"{name}{_PARTIAL}" for name in names)}
-        partials = (
-            n for n in there if not self._is_atomic and f"{_whole(n)}{_PARTIAL}" in wanted
-        )
+        partials = (n for n in there if not self._is_atomic and f"{_whole(n)}{_PARTIAL}" in wanted)
         for name in {*(there.keys() & {*names}), *partials}:
             with _refusals(OutputError, self.at(name)), suppress(FileNotFoundError):
                 _patiently(partial(self._fs.rm_file, f"{self._root}/{name}"), self.at(name))
