@@ -59,7 +59,7 @@ _WORD = 0.3  # seconds between words of a worker
 _DASK_NBYTES = 40_000_000  # of code
 _DEATHS = 3  # that a shard may cost, as in Dask
 _ANSWER = 10.0  # seconds for a scheduler to be reached
-_LOOKING = 120.0  # seconds for a worker to plan the run
+_LOOKING = 20.0  # seconds for the other workers, when one has answered
 _GONE = (OSError, TimeoutError, RuntimeError, ValueError)  # of Dask, when the scheduler is lost
 
 
@@ -160,8 +160,10 @@ class Cluster:
         self._client = client
         self._job = job
         self._threads = threads
+        self._asked: set[str] = set()
         self._seated: set[str] = set()
         self._refused: dict[str, str] = {}
+        self._has_new = False
         self.peak_rss = 0
         """The most memory that a worker has had."""
 
@@ -183,30 +185,42 @@ class Cluster:
                 time.sleep(_TICK)
             threads = self._threads or min(*found.values(), 7) + 1
             self._job = replace(self._job, threads=count_workers(threads))
-            self._enlist(sorted(found))
+            while not self._seated and not self._refused:
+                self._enlist(sorted(self._client.nthreads().keys() - self._asked))
+                time.sleep(_TICK)
+            waiting = time.monotonic() + _LOOKING
+            while self._asked and not self._refused and time.monotonic() < waiting:
+                time.sleep(_TICK)  # for the others, but not for those that hang
             if self._refused:
                 raise OptionError("; ".join(self._refused.values()))
             with tempfile.NamedTemporaryFile(dir=work) if work else nullcontext() as file:
                 seen = None if work is None or file is None else Path(file.name)
-                self._look(sorted(found), seen)
+                self._look(sorted(self._seated), seen)
 
     def _enlist(self, addresses: Sequence[str]) -> None:
-        """Have workers make a shard at a time, if they can."""
+        """Have workers make a shard at a time, if they can. Each is asked by a thread of its own,
+        since one that hangs does not answer."""
+        self._asked |= {*addresses}
+        for address in addresses:
+            threading.Thread(target=self._ask, args=(address,), daemon=True).start()
+
+    def _ask(self, address: str) -> None:
         is_local = "://" not in self._job.source
         need = memory_nbytes(self._job.threads, is_local=is_local) + _DASK_NBYTES
-        answers = self._client.run(
-            _enlist, __version__, need, workers=list(addresses), on_error="return"
-        )
-        for address in addresses:
-            answer = answers.get(address)
-            if isinstance(answer, OSError) or address not in answers:
-                continue  # it has just died
+        try:
+            answer = self._client.run(
+                _enlist, __version__, need, workers=[address], on_error="return"
+            )[address]
+        except BaseException as error:  # it or this client is going; or it is asked again
+            answer = OSError(str(error))
+        if answer is None:
+            self._seated.add(address)
+            self._has_new = True
+        elif not isinstance(answer, OSError):
             if isinstance(answer, Exception):
                 answer = f"gptoss_stream cannot be imported there ({_first_line(answer)})"
-            if answer is None:
-                self._seated.add(address)
-            else:
-                self._refused[address] = f"worker {address}: {answer}"
+            self._refused[address] = f"worker {address}: {answer}"
+        self._asked.discard(address)
 
     def _look(self, addresses: Sequence[str], seen: Path | None) -> None:
         """Have every worker see source and output."""
@@ -348,8 +362,10 @@ class Cluster:
         """Let workers that have come meanwhile take part."""
         found = set(self._client.nthreads())
         self._seated &= found
-        if new := found - self._seated - self._refused.keys():
+        if new := found - self._seated - self._refused.keys() - self._asked:
             self._enlist(sorted(new))
+        if self._has_new:
+            self._has_new = False
             self._free(flights)
         if found and not self._seated and self._refused.keys() >= found:
             raise OptionError("; ".join(self._refused[address] for address in sorted(found)))

@@ -93,13 +93,16 @@ class FarFolder:
         self.look()
 
     def check(self) -> None:
-        """Raise `OutputError` if the run is over, or another one has begun."""
-        try:
-            state = parse_state(self.store.read(RUN_NAME), self.store.at(RUN_NAME))
-        except MachineError:
-            raise
-        except GptOssStreamError:
-            state = {}
+        """Raise `OutputError` if another run has begun."""
+        state: Mapping[str, Any] = {}
+        for name in (RUN_NAME, RECORD_NAME):  # or all of it is finished, this shard included
+            try:
+                state = parse_state(self.store.read(name), self.store.at(name))
+                break
+            except MachineError:
+                raise
+            except GptOssStreamError:
+                continue
         if fingerprint(state) != self._run:
             raise OutputError(
                 f"{self.store}: the run that this shard was made for is not under way there"

@@ -19,6 +19,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -44,6 +45,7 @@ from .shard_file import sync_folder
 __all__ = ["JoinedRun", "RunFolder"]
 
 _MAX_NBYTES = 50_000_000
+_ENDING = 5.0  # seconds
 
 
 class RunFolder:
@@ -177,6 +179,7 @@ class RunFolder:
     def _take_lock(self, *, shared: bool) -> IO[str]:
         import fcntl
 
+        patience = time.monotonic() + _ENDING
         while True:
             self._make_folders()
             try:
@@ -189,6 +192,9 @@ class RunFolder:
                 with lock:
                     lock.seek(0)
                     holder = lock.read(20).strip()
+                if shared and not holder and time.monotonic() < patience:
+                    time.sleep(0.05)
+                    continue  # the last task that ended is taking the work folder away
                 raise OutputError(
                     f"{self.path}: another run{f' (process {holder})' if holder else ''} is "
                     "writing to it; wait for it or name another output"
@@ -364,11 +370,12 @@ class JoinedRun:
         self._run = run
 
     def check(self) -> None:
-        """Raise `OutputError` if the run is over, or another one has begun."""
-        try:
-            state = parse_state((self.path / RUN_NAME).read_bytes(), str(self.path / RUN_NAME))
-        except FileNotFoundError:
-            state = {}
+        """Raise `OutputError` if another run has begun."""
+        state: Mapping[str, Any] = {}
+        for name in (RUN_NAME, RECORD_NAME):  # or all of it is finished, this shard included
+            with suppress(FileNotFoundError):
+                state = parse_state((self.path / name).read_bytes(), str(self.path / name))
+                break
         if fingerprint(state) != self._run:
             raise OutputError(
                 f"{self.path}: the run that this shard was made for is not under way there; "

@@ -231,7 +231,7 @@ def test_a_worker_without_the_memory_is_refused(source, tmp_path):
     with cluster(tmp_path / "cluster", 1, "--no-nanny", "--memory-limit", "50MB") as made:
         done = over(made.address, source, tmp_path / "out")
     assert_clean_error(done, 2)
-    assert "it may use 50 MB and making a shard takes" in done.stderr
+    assert "it may use 50.0 MB and making a shard takes" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -354,7 +354,9 @@ def strike_clients(larger, folder: Path, blows: list[signal.Signals], seed: int)
                     _, err = process.communicate(timeout=60)
                 finally:
                     process.kill()
-            if blow != signal.SIGKILL and process.returncode:
+            if process.returncode == -blow:  # also when it had done its work
+                assert blow == signal.SIGKILL or digests(output) == whole
+            elif process.returncode:
                 assert process.returncode == 128 + blow
                 assert err.count("\n") == 1, err
             found = {n: d for n, d in digests(output).items() if not n.startswith(WORK_NAME)}
@@ -425,6 +427,22 @@ def test_a_worker_that_hangs_costs_its_shard(larger, tmp_path, monkeypatch):
         time.sleep(1)
         assert digests(output) == whole
         assert not (output / WORK_NAME).exists()
+
+
+def test_a_worker_that_hangs_from_the_start(source, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster_module, "_LOOKING", 1.0)
+    with cluster(tmp_path / "cluster", 2) as made:
+        stopped = next(iter(made.pids().values()))
+        os.kill(stopped, signal.SIGSTOP)
+        try:
+            with at_most(40):
+                gptoss_stream.convert(
+                    source, tmp_path / "out", max_shard_size=SIZE, checksums=True,
+                    client=made.client,
+                )  # fmt: skip
+        finally:
+            os.kill(stopped, signal.SIGCONT)
+    assert digests(tmp_path / "out") == whole
 
 
 def test_many_make_one_shard_at_once(source, whole, tmp_path):
