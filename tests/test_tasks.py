@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -30,9 +31,13 @@ from runs import (
 
 import gptoss_stream
 from gptoss_stream.errors import MachineError, OptionError, OutputError
+from gptoss_stream.far_folder import FarFolder
+from gptoss_stream.jobs import Job, identity, make_shard
 from gptoss_stream.output import make_output
 from gptoss_stream.places import open_store
 from gptoss_stream.run_folder import RunFolder
+from gptoss_stream.run_state import fingerprint
+from gptoss_stream.shard_file import ShardFile
 from gptoss_stream.share import Share, cost
 
 SIZE = "150KB"
@@ -223,6 +228,7 @@ def test_to_a_store(source, whole, tmp_path):
         assert done.returncode == 0, done.stderr
         assert ("all is finished" in done.stdout) == (index == 0)
     assert digests(store) == whole
+    assert not (store / WORK_NAME).exists()
     assert list(staging.iterdir()) == []
 
 
@@ -300,6 +306,67 @@ def test_two_may_write_one_file_of_a_store(tmp_path, monkeypatch):
         thread.join()
     assert seen == [data, data]
     assert [p.name for p in (tmp_path / "store").iterdir()] == ["x"]
+
+
+def test_what_a_dead_run_is_still_writing_gets_no_name(source, whole, tmp_path, monkeypatch):
+    """A worker of it has all of a shard, and another run overwrites the output meanwhile."""
+    output, commit = tmp_path / "out", ShardFile.commit
+    assert task(source, output, 0).returncode == 0
+    others = ["--dtype", "float16", "--overwrite", "--max-shard-size", SIZE, "--checksums"]
+
+    def late(file):
+        monkeypatch.setattr(ShardFile, "commit", commit)
+        monkeypatch.setattr(RunFolder, "_delete", slowly)
+        began.set()
+        assert deleting.wait(20)
+        commit(file)
+
+    delete, began, deleting, seen = RunFolder._delete, threading.Event(), threading.Event(), []
+
+    def slowly(folder, names):
+        delete(folder, names)
+        deleting.set()
+        worker.join(20)
+        seen.extend(output.glob("*.safetensors"))
+
+    planned = gptoss_stream.plan(source, max_shard_size=SIZE)
+    state = json.loads((output / WORK_NAME / "run.json").read_text())
+    missing = next(s.name for s in planned.shards if not (output / s.name).exists())
+    job = Job(str(source), str(output), {"max_shard_size": SIZE}, identity(planned), True, 1, None)
+    errors = []
+
+    def make():
+        try:
+            make_shard(job, fingerprint(state), missing, tmp_path, lambda n: None, lambda: None)
+        except gptoss_stream.GptOssStreamError as error:
+            errors.append(str(error))
+
+    monkeypatch.setattr(ShardFile, "commit", late)
+    worker = threading.Thread(target=make)
+    worker.start()
+    assert began.wait(20)
+    assert run_here("convert", source, output, *others).returncode == 0
+    worker.join()
+    assert (seen, len(errors)) == ([], 1)
+    assert run_here("convert", source, tmp_path / "alone", *others).returncode == 0
+    assert digests(output) == digests(tmp_path / "alone")
+
+
+def test_what_a_dead_run_has_sent_is_taken_back(tmp_path):
+    store = open_store(f"file://{tmp_path}/store")
+    states = [{"files": ["a", "b"], "run": n} for n in (1, 2)]
+    old, new = FarFolder(store), FarFolder(store)
+    old.prepare(states[0], overwrite=False)
+    old.begin(states[0])
+    new.prepare(states[1], overwrite=True)
+    new.begin(states[1])
+    store.put({"a": b"old"}, {})
+    with pytest.raises(OutputError, match="another run has begun"):
+        old.confirm("a")
+    assert "a" not in store.listing()
+    store.put({"b": b"new"}, {})
+    new.confirm("b")
+    assert store.read("b") == b"new"
 
 
 # --- numbers --------------------------------------------------------------------------------------

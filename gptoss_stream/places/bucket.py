@@ -233,6 +233,10 @@ class Bucket:
         for name in {*(there.keys() & {*names}), *partials}:
             with _refusals(OutputError, self.at(name)), suppress(FileNotFoundError):
                 _patiently(partial(self._fs.rm_file, f"{self._root}/{name}"), self.at(name))
+        if self._protocol in ("file", "local"):  # others have no folders, or say nothing of them
+            for folder in {name.rpartition("/")[0] for name in names} - {""}:
+                with suppress(OSError):  # something is in it, or it is not there
+                    self._fs.rmdir(f"{self._root}/{folder}")
 
 
 class _BucketFile:
