@@ -1,13 +1,15 @@
 """Two pictures: memory over time beside the peer, and speed against the floor.
 
     python benchmarks/pictures.py --preset 20b --layers 2 --folder /some/disk
+    python benchmarks/pictures.py --preset 20b --layers 2 --throughput formats.json
     python benchmarks/pictures.py --from docs/pictures.json
 
 Measures and writes `pictures.json` into `--to` (docs/ of the repository), then draws `memory` and
 `throughput` there, each as SVG and PNG; `--from` only draws, and the same numbers give the same
 bytes again. Memory is the resident memory of a conversion to `transformer-lens` and of
 TransformerLens (`peer.py`), looked at every 50 ms in one run of each; speed is what `formats.py`
-measures in `--runs` turns. Needs root, matplotlib and the peer, as `peers.py` does.
+measures in `--runs` turns, or has measured already (`--throughput`, what it wrote with `--json`).
+Needs root, matplotlib and the peer, as `peers.py` does.
 
 The background is transparent and every colour a mid-tone that stands out on white and on a dark
 page. The text of the SVGs is text, in the reader's own font.
@@ -59,7 +61,9 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
         "preset": arguments.preset,
         "layers": arguments.layers,
         "memory": memory(arguments),
-        "throughput": formats.measured(arguments),
+        "throughput": json.loads(arguments.throughput.read_text())
+        if arguments.throughput
+        else formats.measured(arguments),
     }
 
 
@@ -157,6 +161,7 @@ def main() -> None:
     formats.add_options(parser)
     parser.set_defaults(limit="0")  # no picture shows it
     parser.add_argument("--from", type=Path, metavar="FILE", dest="results", help="only draw")
+    parser.add_argument("--throughput", type=Path, metavar="FILE", help="JSON of formats.py")
     parser.add_argument("--to", type=Path, default=trials.HERE.parent / "docs", help="a folder")
     arguments = parser.parse_args()
     arguments.to.mkdir(parents=True, exist_ok=True)

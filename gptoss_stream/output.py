@@ -185,14 +185,15 @@ def is_disk_full(error: OSError) -> bool:
 
 
 def disk_full(error: OSError, folder: Path, needed: int) -> MachineError:
-    """The error for a disk that is full, with `needed` bytes still to be written."""
+    """The error for a disk that is full, with `needed` bytes of shards still to be written."""
     free = free_nbytes(folder)
     full = (
         "your quota of the disk is used up" if error.errno == errno.EDQUOT else "the disk is full"
     )
     missing = f", {sized(needed - free)} too little" if needed > free else ""
+    left = f"{sized(needed)} are" if needed else "only the index and other small files are"
     return MachineError(
-        f"{folder}: {full}: {sized(needed)} are still to be written and {sized(free)} are free"
+        f"{folder}: {full}: {left} still to be written and {sized(free)} are free"
         f"{missing}; make room and run the same command again: what is finished stays"
     )
 
