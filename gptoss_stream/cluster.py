@@ -457,7 +457,7 @@ async def _enlist(version: str, need: int, dask_worker: distributed.Worker) -> s
     limit = dask_worker.memory_manager.memory_limit
     if limit is not None and limit < need:
         return (
-            f"it may use {sized(limit)} and making a shard takes {sized(need)}; raise its "
+            f"it may use {sized(limit)} and making a shard takes {sized(need)}; raise its"
             " --memory-limit, or use fewer --workers"
         )
     await dask_worker.set_resources(**{RESOURCE: 1})

@@ -739,8 +739,8 @@ def test_warnings_of_the_client_hold_no_secret(hub, begin, released, whole, tmp_
         hub.faults.append(first(1, fault, of_it))
         command = ("convert", name, f"out-{number}", *SIZE, "--download")
         jobs[tmp_path / f"out-{number}"] = begin(*command, HF_TOKEN=TOKEN)
-    for output, job in jobs.items():
-        done = job.done()
+    ended = {output: job.done() for output, job in jobs.items()}  # all, before files are looked at
+    for output, done in ended.items():
         assert done.returncode == 0
         assert "?…" in done.stderr, "it did not warn"
         assert_no_secret(done, tmp_path, served[1].home)
