@@ -227,7 +227,7 @@ def read_header(place: Place, name: str) -> tuple[FileInfo, dict[str, RawTensor]
 class OpenFiles:
     """The files of a described checkpoint, opened when they are first read, by any thread.
 
-    A context manager. Raises `CheckpointError` where a file is no longer what was described.
+    Raises `CheckpointError` where a file is no longer what was described.
     """
 
     def __init__(self, info: CheckpointInfo) -> None:
@@ -279,7 +279,9 @@ class Checkpoint:
     def __init__(self, info: CheckpointInfo, ahead: int = 0) -> None:
         self.info = info
         self._files = OpenFiles(info)
-        self._memory = threading.local()
+        # By thread; a threading.local that is collected within sys._current_frames, which Dask's
+        # profiler calls, locks Python 3.11 up (python/cpython#106883).
+        self._memory: dict[int, list[np.ndarray[Any, Any]]] = {}
         self._ahead = ahead
         self._schedule = Schedule(0, lambda step: ())
         self._stop = NEVER
@@ -303,7 +305,7 @@ class Checkpoint:
         from .cast import STORAGE
 
         nbytes = prod(shape) * tensor.dtype.itemsize
-        free: list[np.ndarray[Any, Any]] = self._memory.__dict__.setdefault("free", [])
+        free = self._memory.setdefault(threading.get_ident(), [])
         memory = free.pop() if free else np.empty(0, np.uint8)
         if len(memory) < nbytes:
             memory = np.empty(nbytes, np.uint8)

@@ -42,6 +42,7 @@ from .share import cost
 from .workers import count_workers
 
 try:
+    import dask
     import distributed
 except ImportError as error:
     raise missing_package(error, "distributed") from None
@@ -121,12 +122,14 @@ def _unanswered(scheduler: str, error: BaseException) -> MachineError:
 @contextmanager
 def _local_cluster(workers: int) -> Iterator[distributed.LocalCluster]:
     count_workers(workers)  # a number that can be meant
-    cluster = distributed.LocalCluster(
-        n_workers=workers,
-        threads_per_worker=1,
-        dashboard_address="127.0.0.1:0",
-        silence_logs=logging.CRITICAL,
-    )
+    # Its profiler can lock a worker up, before Python 3.11.9 and 3.12.3 (python/cpython#106883).
+    with dask.config.set({"distributed.worker.profile.enabled": False}):
+        cluster = distributed.LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            dashboard_address="127.0.0.1:0",
+            silence_logs=logging.CRITICAL,
+        )
     try:
         yield cluster
     finally:

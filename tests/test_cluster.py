@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -443,6 +444,25 @@ def test_a_worker_that_hangs_from_the_start(source, whole, tmp_path, monkeypatch
         finally:
             os.kill(stopped, signal.SIGCONT)
     assert digests(tmp_path / "out") == whole
+
+
+PROFILED = """
+import gc, sys, gptoss_stream
+from gptoss_stream.checkpoint import Checkpoint
+info = gptoss_stream.plan(sys.argv[1]).info
+gc.disable()
+gc.set_threshold(1)
+reader = Checkpoint(info)
+reader.within = reader
+del reader
+gc.enable()
+sys._current_frames()
+"""
+
+
+def test_readers_are_collected_while_a_profiler_looks(source):
+    """Dask's does so in every worker; before Python 3.11.9 one with a threading.local hung."""
+    assert run([sys.executable, "-c", PROFILED, str(source)]).returncode == 0
 
 
 def test_many_make_one_shard_at_once(source, whole, tmp_path):
