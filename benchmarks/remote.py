@@ -209,7 +209,7 @@ def check(
     """Hold some shards, evenly chosen, against what the server got; raises `RuntimeError`."""
     shards = sorted(name for name in files if name.endswith(".safetensors"))
     step = max(1, len(shards) // max(1, arguments.check))
-    names = [*shards[::step][: arguments.check - 1], shards[-1]]
+    names = [*dict.fromkeys([*shards[::step][: arguments.check - 1], shards[-1]])]
     for name, digest in remade(arguments.preset, arguments.layers, names, folder).items():
         if files[name][1] != digest:
             raise RuntimeError(f"{name}: the server got other bytes than were to be made")

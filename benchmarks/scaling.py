@@ -84,7 +84,8 @@ def array(source: Path, tasks: int, size: str) -> float:
 def measured(arguments: argparse.Namespace, source: Path) -> dict[str, Any]:
     """Medians of the seconds that each way takes, and the largest memory of a process."""
     ways: dict[str, list[str]] = {"threads": []}
-    ways |= {f"local:{n}": ["--scheduler", f"local:{n}"] for n in arguments.workers}
+    counts = dict.fromkeys([1, *arguments.workers])  # the model takes the cost of one
+    ways |= {f"local:{n}": ["--scheduler", f"local:{n}"] for n in counts}
     seconds: dict[str, list[float]] = {name: [] for name in [*ways, "array of 3"]}
     peaks: dict[str, int] = {}
     for _ in range(arguments.runs):

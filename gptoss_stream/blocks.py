@@ -13,9 +13,9 @@ from itertools import pairwise
 
 from .checkpoint import RawTensor, Schedule
 
-__all__ = ["BLOCK_NBYTES", "Block", "cut"]
+__all__ = ["FETCH_NBYTES", "Block", "cut"]
 
-BLOCK_NBYTES = 16 << 20
+FETCH_NBYTES = 16 << 20
 """The Hub gives anonymous users 3,000 requests in five minutes: so few blocks suffice for 48 GB."""
 _GAP_NBYTES = (
     4096  # that nobody needs, between blocks that are made one: fewer than a request costs
@@ -50,7 +50,7 @@ class Block:
         return max(self.steps)
 
 
-def cut(schedule: Schedule, block_nbytes: int = BLOCK_NBYTES) -> list[Block]:
+def cut(schedule: Schedule, block_nbytes: int = FETCH_NBYTES) -> list[Block]:
     """The blocks of all that a schedule reads, in the order of their first steps.
 
     Every byte that is read lies in one of them, and no byte in two.

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from . import strict_json
 from .dtypes import DType
-from .errors import CheckpointError, ConfigError, machine_error
+from .errors import CheckpointError, ConfigError, listed, machine_error
 from .places import File, FileInfo, Name, Place, open_place
-from .places._file import changed
+from .places._file import NEVER, changed
 from .places.folder import LocalFile
 from .safetensors_format import (
     INDEX_NAME,
@@ -42,7 +42,6 @@ __all__ = [
     "read_small",
 ]
 
-NEVER = threading.Event()
 _MAX_CONFIG_NBYTES = 1_000_000
 _MAX_INDEX_NBYTES = 25_000_000
 
@@ -115,7 +114,7 @@ def describe(source: Name) -> CheckpointInfo:
             if missing:
                 raise CheckpointError(
                     f"{index}: {len(missing)} of its {len(names)} shards are not there: "
-                    f"{', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}; download them"
+                    f"{listed(missing, 5)}; download them"
                 )
         else:
             names = [n for n in place.names() if n.endswith(".safetensors") and n[0] != "."]

@@ -108,6 +108,21 @@ def _say(message: str) -> None:
     print("gptoss_stream: " + " ".join(message.splitlines()), file=sys.stderr)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Takes options between positionals of which one may be left out."""
+
+    _is_within = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._is_within:
+            return super().parse_known_args(args, namespace)
+        self._is_within = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._is_within = False
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gptoss_stream",
@@ -115,7 +130,9 @@ def _parser() -> argparse.ArgumentParser:
         "piece and in little memory.",
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(
+        title="commands", metavar="COMMAND", required=True, parser_class=_Parser
+    )
 
     _add_convert(commands)
 
@@ -126,7 +143,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_staging(plan)
     _add_options(plan)
-    _add_writing_options(plan)
+    _add_workers(plan)
+    plan.add_argument("--quiet", action="store_true", help="print the plan alone")
     plan.add_argument("--json", action="store_true", help="print the whole plan for programs")
     plan.set_defaults(run=_plan)
 
@@ -183,7 +201,7 @@ _DIMENSIONS = (
 )
 
 
-def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_convert(commands: argparse._SubParsersAction[_Parser]) -> None:
     convert = commands.add_parser("convert", help="convert a checkpoint")
     _add_source(convert)
     convert.add_argument(
@@ -192,16 +210,11 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="folder to write, new, empty or resumed; or s3://bucket/folder, hf://user/name, …",
     )
     convert.add_argument(
-        "--staging", metavar="DIR", help="for a remote OUTPUT: where shards lie until they are sent"
-    )
-    convert.add_argument(
-        "--max-staged", type=int, default=2, metavar="N", help="shards that lie there at most (2)"
-    )
-    convert.add_argument(
         "--download",
         action="store_true",
         help="download SOURCE into the Hub's cache, not stream it",
     )
+    _add_staging(convert)
     _add_options(convert)
     _add_writing_options(convert)
     _add_sharing(convert)
@@ -365,10 +378,17 @@ def _selection(arguments: argparse.Namespace) -> Selection | None:
     return None if selection == Selection() else selection
 
 
-def _add_writing_options(parser: argparse.ArgumentParser) -> None:
+def _add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--workers", type=int, metavar="N", help="threads; default one more than processors"
+        "--workers",
+        type=int,
+        metavar="N",
+        help="threads; default one more than processors, at most 8",
     )
+
+
+def _add_writing_options(parser: argparse.ArgumentParser) -> None:
+    _add_workers(parser)
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an earlier output of this tool"
     )
@@ -398,6 +418,7 @@ def _progress(quiet: bool) -> Iterator[tuple[Callable[[int, int], None], Callabl
 
 def _convert(arguments: argparse.Namespace) -> None:
     from .converter import convert
+    from .share import Share
 
     task = _task(arguments)
     if arguments.scheduler:
@@ -407,13 +428,15 @@ def _convert(arguments: argparse.Namespace) -> None:
         source = _source(arguments, store)
 
         def on_plan(planned: Plan, resumed: int) -> None:
+            shards = planned.shards if task is None else Share(*task).of(planned.shards)
+            total = sum(shard.nbytes for shard in shards)
             if not arguments.quiet:
                 if planned.info.place is not source:
                     _say(f"going on with {planned.info.place}, which the run began to read")
                 _warn_unused(planned)
                 if resumed:
-                    _say(f"resuming: {sized(resumed)} of {sized(planned.nbytes)} are finished")
-            start(planned.nbytes, resumed)
+                    _say(f"resuming: {sized(resumed)} of {sized(total)} are finished")
+            start(total, resumed)
 
         report = convert(
             source,
@@ -449,8 +472,9 @@ def _convert(arguments: argparse.Namespace) -> None:
         if report.bytes_resumed == report.bytes_out:
             print("nothing was left to do")
             return
+        read = f"read {sized(report.bytes_in)} and " if written == report.bytes_out else ""
         print(
-            f"read {sized(report.bytes_in)} and wrote {sized(written)} in {report.seconds:.1f} s "
+            f"{read}wrote {sized(written)} in {report.seconds:.1f} s "
             f"({sized(round(written / report.seconds))}/s), peak memory {sized(report.peak_rss)}"
         )
 
@@ -525,7 +549,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     )
     for shard in planned.shards:
         print(f"  {shard.name}  {sized(shard.nbytes):>9}  {_count(len(shard.tensors), 'tensor')}")
-    _warn_unused(planned)
+    if not arguments.quiet:
+        _warn_unused(planned)
 
 
 def _part(selection: Mapping[str, Any]) -> str:
@@ -591,7 +616,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from .checkpoint import describe
     from .converted import describe_converted
     from .places import Folder
-    from .sources import recognise
+    from .sources import naming_config, recognise
 
     place = _source(arguments)
     converted = describe_converted(place.path) if isinstance(place, Folder) else None
@@ -600,7 +625,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
         return
     info = describe(place)
     source, reason = recognise(info)
-    model = source.read_config(info.config)
+    with naming_config(info):
+        model = source.read_config(info.config)
     if arguments.json:
         print(json.dumps(_info_as_dict(info, source.NAME, reason, model.dimensions), indent=2))
         return

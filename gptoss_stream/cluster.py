@@ -28,7 +28,6 @@ from . import __version__
 from .errors import (
     GptOssStreamError,
     MachineError,
-    MissingPackageError,
     OptionError,
     OutputError,
     missing_package,
@@ -144,9 +143,9 @@ def _first_line(error: BaseException) -> str:
 class Cluster:
     """Makes the shards of an output on the workers of a Dask client (see `output.Maker`).
 
-    `threads` work on each shard; by default one more than a worker has. Raises what making a
-    shard raises, with the name of the worker; `OptionError` for workers that cannot take part,
-    `MachineError` where the scheduler or too many workers are lost.
+    `threads` work on each shard; by default one more than a worker has, at most 8. Raises what
+    making a shard raises, with the name of the worker; `OptionError` for workers that cannot take
+    part, `MachineError` where the scheduler or too many workers are lost.
     """
 
     is_here = False
@@ -493,8 +492,6 @@ def _named_worker(worker: distributed.Worker) -> Iterator[None]:
     where = f"worker {worker.address}"
     try:
         yield
-    except MissingPackageError as error:
-        raise MissingPackageError(f"{where}: {error}") from None
     except GptOssStreamError as error:
         raise type(error)(f"{where}: {error}") from None
     except MemoryError:

@@ -6,9 +6,8 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .checkpoint import NEVER
 from .places import Place
-from .places._file import changed
+from .places._file import NEVER, changed
 
 __all__ = ["Carried", "carried"]
 

@@ -13,7 +13,7 @@ from .checkpoint import RawTensor, read_header
 from .errors import CheckpointError, OutputError, machine_error
 from .places import Folder, local_path
 from .regular_file import NotRegularError, open_regular
-from .run_state import RECORD_NAME, WORK_NAME
+from .run_state import RECORD_NAME, RUN_NAME
 
 __all__ = ["ConvertedInfo", "describe_converted"]
 
@@ -55,7 +55,7 @@ def describe_converted(path: str | os.PathLike[str]) -> ConvertedInfo | None:
     Raises `OutputError` for a damaged record or shard, `MachineError` where reading fails.
     """
     folder = local_path(path)
-    unfinished, finished = folder / WORK_NAME / "run.json", folder / RECORD_NAME
+    unfinished, finished = folder / RUN_NAME, folder / RECORD_NAME
     try:
         file = unfinished if unfinished.is_file() else finished
         if not file.is_file():

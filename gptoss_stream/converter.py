@@ -31,8 +31,8 @@ class Report:
     """What a conversion did. Sizes in bytes; `shards` maps file names to sizes.
 
     `complete` is whether all of the output is there, as it is not before the last of several tasks
-    has ended; `bytes_resumed` of this task's shards were there before; `peak_rss` is the largest
-    of all processes'.
+    has ended; `bytes_in` and `bytes_out` are those of the whole output, of which `bytes_resumed`
+    (of this task's shards) were there before; `peak_rss` is the largest of all processes'.
     """
 
     output: str
@@ -82,18 +82,20 @@ def convert(
     cache).
 
     Options as in `plan`; `workers` is the number of threads (by default one more than there are
-    processors) and changes speed and memory, never the bytes. `checksums` writes `SHA256SUMS`, of
-    all files, as `sha256sum -c` reads it; `overwrite` deletes what an earlier run of this tool
-    made in `output`, and nothing else. `on_plan` is told the plan and how many bytes of it were
-    finished before, `on_bytes`, from any thread, of bytes written. An interrupted run goes on
-    where it stopped when the same call is made again; where all is finished, that does nothing.
+    processors, at most 8) and changes speed and memory, never the bytes. `checksums` writes
+    `SHA256SUMS`, of all files, as `sha256sum -c` reads it; `overwrite` deletes what an earlier run
+    of this tool made in `output`, and nothing else. `on_plan` is told the plan and how many bytes
+    of it were finished before, `on_bytes`, from any thread, of bytes written. An interrupted run
+    goes on where it stopped when the same call is made again; where all is finished, that does
+    nothing.
 
     With a Dask `client` its workers make the shards, each one at a time with `workers` threads (by
-    default one more than the worker has); they must see source and output by the same names.
-    `task` (index, count) makes but that part of the shards, beside other processes that make the
-    rest; the one that completes the set writes the index.
+    default one more than the worker has, at most 8); they must see source and output by the same
+    names. `task` (index, count) makes but that part of the shards, beside other processes that make
+    the rest; the one that completes the set writes the index.
 
-    Raises `OptionError`, `CheckpointError`, `OutputError`, `MachineError`; see `errors`.
+    Raises `OptionError`, `CheckpointError`, `OutputError`, `MachineError`, and
+    `MissingPackageError` where an extra is not installed; see `errors`.
     """
     from .executor import Threads
     from .jobs import Job, identity, is_scarce
@@ -135,7 +137,7 @@ def convert(
         if client is not None:
             from .cluster import Cluster
 
-            there = str(target.resolve()) if isinstance(target, Path) else target.identity
+            there = os.path.realpath(target) if isinstance(target, Path) else target.identity
             room = None if staging is None else str(user_path(staging).absolute())
             job = Job(place.identity, there, options, contents.identity, checksums, threads, room)
             maker = Cluster(client, job, threads=workers)
@@ -193,7 +195,8 @@ def _unfinished(target: Path | Store) -> Mapping[str, Any] | None:
 
 def _refuse_overlap(source: Path, output: Path) -> None:
     """Refuse an output that is the source, or of which one lies inside the other."""
-    here, there = source.resolve(), output.resolve()
+    # Not Path.resolve: before Python 3.13 a loop of links is a RuntimeError there.
+    here, there = (Path(os.path.realpath(path)) for path in (source, output))
     for inner, outer in ((here, there), (there, here)):
         if any(_same(folder, outer) for folder in (inner, *inner.parents)):
             raise OutputError(

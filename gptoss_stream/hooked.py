@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import strict_json
-from .errors import MissingPackageError, OutputError, machine_error, missing_package
+from .errors import MissingPackageError, OutputError, listed, machine_error, missing_package
 from .selection import parse_numbers
 from .state_dict import StateDict, open_state_dict
 
@@ -77,7 +77,7 @@ def load_hooked_transformer(
         setattr(model.get_submodule(module), attribute, buffer.to(device))
     left = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if left:
-        raise OutputError(f"{state.path}: no values for {', '.join(left[:3])}; run verify")
+        raise OutputError(f"{state.path}: no values for {listed(left)}; run verify")
     return model.requires_grad_(False).eval()
 
 

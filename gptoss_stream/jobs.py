@@ -163,7 +163,7 @@ def make_shard(
     scarce = is_scarce(opened.planned)
     info = opened.planned.info
     with open_checkpoint(info, ahead=0 if scarce else job.threads) as reader:
-        maker = _Maker(job, run, shard, reader, scarce, on_bytes, on_sending)
+        maker = _OneShard(job, run, shard, reader, scarce, on_bytes, on_sending)
         folder = staging if opened.store else Path(job.output)
         try:
             sha256 = maker.send(opened.store, staging) if opened.store else maker.put(folder)
@@ -175,7 +175,7 @@ def make_shard(
 
 
 @dataclass(frozen=True, slots=True)
-class _Maker:
+class _OneShard:
     """One call of `make_shard`."""
 
     job: Job

@@ -176,7 +176,8 @@ class Packed:
             if largest > largest_scale(dtype) and count_infinities(values, dtype):
                 raise OverflowError(f"values with the scale 2^{largest - 127} exceed {dtype}")
             skipped = left - taken.start * BLOCK_VALUES
-            yield values[:, skipped : skipped + right - left], dtype
+            wanted = values if columns is None else values[:, skipped : skipped + right - left]
+            yield wanted, dtype
 
     def extents(self, rows: Span) -> Iterator[Extent]:
         """What loading the rows reads."""

@@ -20,7 +20,7 @@ from .planner import PlannedShard
 from .run_folder import JoinedRun, RunFolder
 from .run_state import fingerprint
 from .safetensors_format import build_index
-from .share import Share
+from .share import Share, cost
 
 __all__ = [
     "Contents",
@@ -154,7 +154,7 @@ def refuse_overwriting_share(share: Share | None, *, overwrite: bool) -> None:
 
 
 def _needed(shards: Sequence[PlannedShard]) -> int:
-    return sum(shard.nbytes + shard.scratch_nbytes for shard in shards)
+    return sum(map(cost, shards))
 
 
 def free_nbytes(folder: Path) -> int:

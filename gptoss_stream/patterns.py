@@ -29,7 +29,6 @@ class Rearrangement:
     """
 
     pattern: str
-    sizes: Mapping[str, int]
     shape: tuple[int, ...]
     units: int
     axis: int
@@ -99,7 +98,6 @@ def rearrangement(
     )
     return Rearrangement(
         pattern=pattern,
-        sizes=sizes,
         shape=whole,
         units=sizes[lead],
         axis=axis,

@@ -15,7 +15,7 @@ from itertools import accumulate, groupby
 from . import layouts, sources, storage
 from .checkpoint import CheckpointInfo, RawTensor, describe
 from .dtypes import DType, output_dtype
-from .errors import ConfigError, OptionError
+from .errors import OptionError
 from .layouts import Layout, Row, ZeroRow
 from .model import ModelConfig
 from .operands import Operand, Packed, Plain, Zeros, plain, take_rows
@@ -171,7 +171,8 @@ def plan(
     `dtype` is a torch name (bfloat16, float16, float32); `max_shard_size` is in bytes or a text
     such as "5GB" (decimal units); `source_format` overrides what is recognised (see
     `sources.names`). Raises `OptionError` for an argument that is none of these,
-    `CheckpointError` for a source that cannot be converted, `MachineError` where reading fails.
+    `CheckpointError` for a source that cannot be converted, `MachineError` where reading fails,
+    `MissingPackageError` where an extra is not installed.
     """
     target_dtype = output_dtype(dtype)
     limit = parse_size(max_shard_size)
@@ -181,13 +182,9 @@ def plan(
     format_, reason = (
         sources.recognise(info) if chosen_format is None else (chosen_format, "as asked")
     )
-    try:
+    with sources.naming_config(info):
         model = format_.read_config(info.config)
         target.check(model)
-    except ConfigError as error:
-        raise ConfigError(
-            str(error).replace("config.json", info.place.at("config.json"), 1)
-        ) from None
     storage.check(format_.TENSORS, model, info)
     resolved = (selection or Selection()).resolve(model)
     whole = [*layout_tensors(target, format_.TENSORS, model, info.tensors, target_dtype)]

@@ -238,11 +238,6 @@ class RunFolder:
             return parse_state(data, str(file))
         return None
 
-    @property
-    def unfinished(self) -> Mapping[str, Any] | None:
-        """The state of a run that the folder holds a part of, if any."""
-        return self._known() if self._run_file.exists() else None
-
     def _refuse_foreign(self) -> None:
         if self.path.is_dir():
             refuse_foreign(str(self.path), [p.name for p in self.path.iterdir()], self._known())
@@ -293,10 +288,7 @@ class RunFolder:
         stands under its name."""
         if self._checksums and name not in self.sums:
             return False
-        try:
-            return (self.path / name).stat().st_size == nbytes
-        except FileNotFoundError:
-            return False
+        return _stands(self.path / name, nbytes)
 
     @property
     def is_complete(self) -> bool:
@@ -394,16 +386,20 @@ class JoinedRun:
 
     def is_finished(self, name: str, nbytes: int) -> bool:
         """Whether a shard stands under its name."""
-        try:
-            return (self.path / name).stat().st_size == nbytes
-        except FileNotFoundError:
-            return False
+        return _stands(self.path / name, nbytes)
 
     def sum(self, name: str) -> str | None:
         """The SHA-256 that was kept of a shard."""
         with suppress(FileNotFoundError):
             return (self.work / f"{name}.sha256").read_text().strip()
         return None
+
+
+def _stands(path: Path, nbytes: int) -> bool:
+    try:
+        return path.stat().st_size == nbytes
+    except FileNotFoundError:
+        return False
 
 
 def note_sum(work: Path, name: str, digest: str, partials: Path) -> None:

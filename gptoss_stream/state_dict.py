@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .checkpoint import RawTensor, read_header
 from .dtypes import OUTPUT_DTYPES, output_dtype, torch_name
-from .errors import OutputError, machine_error, missing_package
+from .errors import CheckpointError, OutputError, listed, machine_error, missing_package
 from .places import Folder, local_path
 from .run_state import WORK_NAME
 from .safetensors_format import INDEX_NAME, parse_index
@@ -67,6 +67,9 @@ class StateDict(Mapping[str, "torch.Tensor"]):
             tensor = torch.frombuffer(mapped, dtype=kind, count=count, offset=raw.offset)
         return tensor.reshape(raw.shape).to(device=self._device, dtype=self._dtype)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._weight_map
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._weight_map)
 
@@ -116,9 +119,11 @@ class StateDict(Mapping[str, "torch.Tensor"]):
                 )
         except OSError as error:
             raise machine_error(error, f"reading {file}") from error
+        except CheckpointError as error:
+            raise OutputError(f"{error}; run verify, or convert again") from None
         wanted = {name for name, where in self._weight_map.items() if where == shard}
         if raws.keys() != wanted:
-            different = ", ".join(map(repr, sorted(raws.keys() ^ wanted)[:3]))
+            different = listed([*map(repr, sorted(raws.keys() ^ wanted))])
             raise OutputError(
                 f"{file}: the index says otherwise of {different}; convert again, or run verify"
             )
@@ -139,8 +144,8 @@ def open_state_dict(
 
     Reads the index only. With `dtype` (a torch name such as "float32") or `device`, each tensor
     is converted when it is asked for, and is then a copy. Raises `OutputError` for a folder that
-    is no finished output, `OptionError` for a dtype that is none, `MissingPackageError` without
-    torch. A context manager, which need not be used as one.
+    is no finished output, `OptionError` for a dtype that is none, `MachineError` where reading
+    fails, `MissingPackageError` without torch. A context manager, which need not be used as one.
     """
     try:
         import torch
@@ -164,8 +169,10 @@ def open_state_dict(
         missing = sorted({s for s in weight_map.values() if not (folder / s).is_file()})
     except OSError as error:
         raise machine_error(error, f"reading {index}") from error
+    except CheckpointError as error:
+        raise OutputError(f"{error}; run verify, or convert again") from None
     if missing:
-        raise OutputError(f"{folder}: shards are missing: {', '.join(missing[:3])}; convert again")
+        raise OutputError(f"{folder}: shards are missing: {listed(missing)}; convert again")
     return StateDict(folder, weight_map, kind, device)
 
 

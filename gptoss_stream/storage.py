@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from .checkpoint import CheckpointInfo, RawTensor
 from .dtypes import BLOCK_NBYTES, BLOCK_VALUES, DType
-from .errors import TensorError
+from .errors import TensorError, listed
 from .model import MODEL_TENSORS, ModelConfig
 from .operands import Operand, Packed, Plain, Zeros
 
@@ -42,11 +42,10 @@ class Stored:
     """Floats under one raw name; experts, where there is `{e}`, along its first axis."""
 
     raw: str
-    dtypes: tuple[DType, ...] = FLOATS
 
     def expected(self, model: ModelConfig, shape: tuple[int, ...]) -> Iterator[Expected]:
         """Raw tensors for a model tensor of `shape`, all experts' together."""
-        yield self.raw, self.dtypes, shape
+        yield self.raw, FLOATS, shape
 
     def bind(
         self, model: ModelConfig, raws: Raws, layer: int, expert: int, shape: tuple[int, ...]
@@ -60,12 +59,11 @@ class StoredTransposed:
     """Matrices of floats, `[…, columns, rows]`; experts along the first axis."""
 
     raw: str
-    dtypes: tuple[DType, ...] = FLOATS
 
     def expected(self, model: ModelConfig, shape: tuple[int, ...]) -> Iterator[Expected]:
         """Raw tensors for a model tensor of `shape`, all experts' together."""
         *lead, rows, columns = shape
-        yield self.raw, self.dtypes, (*lead, columns, rows)
+        yield self.raw, FLOATS, (*lead, columns, rows)
 
     def bind(
         self, model: ModelConfig, raws: Raws, layer: int, expert: int, shape: tuple[int, ...]
@@ -86,11 +84,10 @@ class StoredRows:
     raw: str
     runs: tuple[str, ...]
     which: int
-    dtypes: tuple[DType, ...] = FLOATS
 
     def expected(self, model: ModelConfig, shape: tuple[int, ...]) -> Iterator[Expected]:
         """The fused tensor for a model tensor of `shape`."""
-        yield self.raw, self.dtypes, (sum(map(model.size, self.runs)), *shape[1:])
+        yield self.raw, FLOATS, (sum(map(model.size, self.runs)), *shape[1:])
 
     def bind(
         self, model: ModelConfig, raws: Raws, layer: int, expert: int, shape: tuple[int, ...]
@@ -166,11 +163,10 @@ def check(table: StoredTable, model: ModelConfig, info: CheckpointInfo) -> None:
             else:
                 _check_one(raw, dtypes, shape, info)
     if missing:
-        names = list(missing)
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        count = f"{len(missing)} tensor{'s' if len(missing) > 1 else ''}"
         raise TensorError(
-            f"{info.place}: {len(names)} tensors that config.json calls for are missing: "
-            f"{', '.join(map(repr, names[:3]))}{more}; download the checkpoint again"
+            f"{info.place}: {count} missing that config.json calls for: "
+            f"{listed([*map(repr, missing)])}; download the checkpoint again"
         )
 
 

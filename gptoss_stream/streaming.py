@@ -14,8 +14,9 @@ from contextlib import AbstractContextManager, contextmanager
 from math import prod
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from .blocks import BLOCK_NBYTES, Block, cut
-from .checkpoint import NEVER, Checkpoint, CheckpointInfo, OpenFiles, RawTensor, Schedule
+from .blocks import FETCH_NBYTES, Block, cut
+from .checkpoint import Checkpoint, CheckpointInfo, OpenFiles, RawTensor, Schedule
+from .places._file import NEVER
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,7 +62,7 @@ class StreamedCheckpoint:
         self,
         info: CheckpointInfo,
         room_nbytes: int = ROOM_NBYTES,
-        block_nbytes: int = BLOCK_NBYTES,
+        block_nbytes: int = FETCH_NBYTES,
     ) -> None:
         self.info = info
         self._files = OpenFiles(info)

@@ -26,7 +26,7 @@ from .model import ModelConfig, alternating_layers
 from .operands import Plain, Reader
 from .patterns import rearrangement
 from .places import local_path
-from .planner import PlannedShard, layout_tensors, parse_size, shards
+from .planner import DEFAULT_SHARD_SIZE, PlannedShard, layout_tensors, parse_size, shards
 from .recipe import OutputTensor, Part, fill, make_pieces
 from .sources import hf_bf16, hf_mxfp4, openai
 from .storage import expected
@@ -161,7 +161,7 @@ def synth(
     *,
     format: str = hf_mxfp4.NAME,  # noqa: A002 (the word of the command line)
     seed: int = 0,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     workers: int | None = None,
     overwrite: bool = False,
     on_plan: Callable[[int, int], None] = lambda nbytes, resumed: None,
@@ -172,8 +172,10 @@ def synth(
 
     `preset` is one of `PRESETS`; `overrides` replace its `Dimensions` (layers, experts,
     hidden_size, …). `format` is one of `sources.names`: the same seed gives the same model in
-    each. Raises `OptionError` for dimensions that no model can have, `OutputError` and
-    `MachineError` as `convert` does.
+    each. `max_shard_size` is in bytes or a text, as in `plan`. `on_plan` is told how many bytes
+    there will be and how many were there before, `on_bytes`, from any thread, of bytes written.
+    Returns the folder. Raises `OptionError` for dimensions that no model can have, `OutputError`
+    and `MachineError` as `convert` does.
     """
     from .executor import Threads
     from .output import Contents, make_output
@@ -223,7 +225,7 @@ def random_checkpoint(
     *,
     format: str = hf_mxfp4.NAME,  # noqa: A002 (the word of the command line)
     seed: int = 0,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     **overrides: int | None,
 ) -> RandomCheckpoint:
     """What `synth` writes with the same options; raises `OptionError`."""

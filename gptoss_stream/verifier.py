@@ -115,7 +115,8 @@ def verify(
     files beside the weights are compared in any case.
     `on_plan` is told how many bytes will be compared, `on_bytes`, from any thread, how many have
     been. Raises `CheckpointError` for a source and `OutputError` for an output that is none,
-    `MachineError` where reading fails. Differences are not raised but returned.
+    `OptionError` for an argument that cannot be meant, `MachineError` where reading fails,
+    `MissingPackageError` where an extra is not installed. Differences are not raised but returned.
     """
     threads = count_workers(workers)
     folder = local_path(output)
@@ -171,7 +172,8 @@ def verify_checksums(
 
     Finds what has changed since the folder was written; whether it was right then, only `verify`
     can tell. `on_plan` and `on_bytes` as there. Raises `OutputError` for a folder without sums,
-    `MachineError` where reading fails. Differences are not raised but returned.
+    `OptionError` for a URL, `MachineError` where reading fails. Differences are not raised but
+    returned.
     """
     folder = local_path(output)
     differences: list[Difference] = []
@@ -183,7 +185,9 @@ def verify_checksums(
             sums = parse_sums((folder / SUMS_NAME).read_bytes())
         except ValueError as error:
             sums = {}
-            differences.append(Difference("checksum", SUMS_NAME, found=str(error)))
+            differences.append(
+                Difference("checksum", SUMS_NAME, expected="a sum on each line", found=str(error))
+            )
         present = {name: folder / name for name in sums if (folder / name).is_file()}
         differences += [Difference("missing", name) for name in sums if name not in present]
         differences += [

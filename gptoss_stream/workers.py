@@ -21,9 +21,8 @@ Task: TypeAlias = Callable[[Buffer], None]
 
 
 def count_workers(workers: int | None) -> int:
-    """The number of threads: as asked, or one more than there are processors, since one of them
-    is always waiting for the disk. Raises `OptionError` for none or
-    absurdly many."""
+    """The number of threads: as asked, or one more than there are processors, at most 8, since one
+    of them is always waiting for the disk. Raises `OptionError` for none or absurdly many."""
     if workers is None:
         affinity = getattr(os, "sched_getaffinity", None)
         processors = len(affinity(0)) if affinity else os.cpu_count() or 1

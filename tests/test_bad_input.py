@@ -194,7 +194,7 @@ CONFIGS = {
 }
 
 TENSORS = {
-    "a layer missing": (without(".layers.1."), "19 tensors that config.json calls for are missing"),
+    "a layer missing": (without(".layers.1."), "19 tensors missing that config.json calls for"),
     "a layer too many": (config(num_hidden_layers=1, layer_types=["full_attention"]),
                          CONFIG, "model.layers.1."),
     "a layer left out": (renamed(lambda n: n.replace("layers.1.", "layers.2.")),
@@ -251,6 +251,7 @@ OUTPUTS = {
     "a file": (lambda o: o.write_bytes(b""), 2, "a file, not a folder"),
     "under a file": (lambda o: (o.write_bytes(b""), o / "x")[1], 3, "Not a directory"),
     "a name too long": (lambda o: o / ("x" * 300), 3, "File name too long"),
+    "a loop of links": (lambda o: o.symlink_to(o), 3, "Too many levels of symbolic links"),
     "a file system of the kernel's": (lambda o: Path("/proc/x"), 3, "/proc/x"),
 }
 # fmt: on

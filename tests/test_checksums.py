@@ -66,7 +66,7 @@ def test_an_interrupted_run_keeps_the_sums_of_what_was_finished(
     killed = subprocess.run([sys.executable, "-c", dying, *command], cwd=ROOT)
     assert killed.returncode == -signal.SIGKILL
     kept = {file: file.stat().st_ino for file in out.glob("*.safetensors")}
-    assert len(kept) == 2
+    assert 2 <= len(kept) < 5  # another thread may have been as far
     assert main(command) == 0
     assert {file: file.stat().st_ino for file in kept} == kept
     assert digests(out) == digests(summed)
@@ -93,6 +93,13 @@ def test_verify_checksums_tells_every_change(summed, tmp_path, capsys):
             kinds = {(d.kind, d.name) for d in gptoss_stream.verify_checksums(copy).differences}
             assert ("missing", name) in kinds
         shutil.rmtree(copy)
+
+
+def test_sums_without_form(summed, tmp_path, capsys):
+    copy = shutil.copytree(summed, tmp_path / "copy")
+    (copy / SUMS).write_text("no sum")
+    assert main(["verify", str(copy), "--checksums"]) == 1
+    assert "expected a sum on each line" in capsys.readouterr().out
 
 
 def test_a_shard_that_has_no_sum_is_unexpected(summed, tmp_path):

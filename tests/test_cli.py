@@ -6,6 +6,8 @@ import fcntl
 import json
 import os
 import pty
+import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -97,6 +99,47 @@ def test_bad_input_is_one_line_and_two(tmp_path):
     assert done.stdout == ""
     assert done.stderr.startswith("gptoss_stream: error: ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words", ["plan IN --layers 0 OUT", "plan --json IN --layers=-2,-1 OUT", "verify IN --json OUT"]
+)
+def test_options_stand_anywhere(words, checkpoints, tmp_path):
+    source, out = checkpoints(layers=2), tmp_path / "out"
+    gptoss_stream.convert(source, out)
+    done = run(*({"IN": source, "OUT": out}.get(word, word) for word in words.split()))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("url", ["https://host:abc/x", "https://host:99999/x", "https://[x/y"])
+def test_addresses_that_are_none(url):
+    done = run("inspect", url)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "not an address" in done.stderr
+
+
+def test_numbers_without_end_are_no_numbers(checkpoints, tmp_path):
+    source = shutil.copytree(checkpoints(format="openai"), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    config["initial_context_length"] = 10**400
+    (source / "config.json").write_text(json.dumps(config))
+    done = run("inspect", source)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"{source}/config.json: initial_context_length" in done.stderr
+
+
+def test_a_resume_says_what_it_did(checkpoints, tmp_path):
+    """A task's part is held against the task's share, and what earlier runs read is not told."""
+    command = ["convert", checkpoints(), tmp_path / "out", "--max-shard-size", "300KB"]
+    task = [*command, "--task-index", "0", "--num-tasks", "2"]
+    assert run(*task).returncode == 0
+    resumed, total = re.search(r"resuming: (.*) of (.*) are", run(*task).stderr).groups()
+    assert resumed == total
+    done = run(*command)
+    assert f"resuming: {resumed} of 1.5 MB are finished" in done.stderr
+    assert "\nwrote " in done.stdout
+    command[2] = tmp_path / "whole"
+    assert "\nread 896 kB and wrote 1.5 MB" in run(*command).stdout
 
 
 def test_a_full_disk_is_three(checkpoints, tmp_path):

@@ -58,7 +58,9 @@ def test_what_is_measured_is_what_the_hugging_face_model_does(checkpoints, conve
     assert agreement[-1] == 1
 
 
-def test_an_error_is_one_line(tmp_path, capsys):
+def test_an_error_is_one_line(converted, tmp_path, capsys):
+    assert experts_and_lens.main([str(converted), str(tmp_path / "x.none")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
     assert experts_and_lens.main([str(tmp_path), str(tmp_path / "x.png")]) == 2
-    assert capsys.readouterr().out.count("\n") == 1
+    assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "x.png").exists()

@@ -147,7 +147,7 @@ SOURCES = {
     "another value in config.json": (config(rope_theta=10_000), "config"),
     "a value that only config.json has": (config(note="another"), "config"),
     "other weights by config.json": (config(attention_bias=False), "differs in"),
-    "one shard less": (gone(INDEX, LAST), "tensors that config.json calls for are missing"),
+    "one shard less": (gone(INDEX, LAST), "tensors missing that config.json calls for"),
 }
 OPTIONS = {
     "float16": (["--dtype", "float16"], "dtype"),

@@ -12,6 +12,7 @@ the whole model makes. Needs the extra `examples`.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,11 @@ def main(argv: list[str] | None = None) -> int:
         usage, agreement = measure(model, tokens)
         draw(usage, agreement, arguments.picture)
     except GptOssStreamError as error:
-        print(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except (OSError, ValueError) as error:
+        print(f"error: {arguments.picture}: {error}", file=sys.stderr)
+        return 2
     most = usage.max(-1)
     for layer, (share, expert) in enumerate(zip(*most, strict=True)):
         print(

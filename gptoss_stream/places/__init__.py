@@ -204,7 +204,10 @@ def _repository(name: str | os.PathLike[str]) -> str | None:
     if url.protocol in ("http", "https"):
         from .hub import name_of_page
 
-        return name_of_page(text)
+        try:
+            return name_of_page(text)
+        except ValueError as error:
+            raise OptionError(f"{_shown(text)}: not an address ({error})") from None
     return None
 
 

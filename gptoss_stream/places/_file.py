@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 from ..errors import CheckpointError
 
-__all__ = ["FileInfo", "changed"]
+__all__ = ["NEVER", "FileInfo", "changed"]
+
+NEVER = threading.Event()
+"""Set by nobody: for reads that nothing stops."""
 
 
 @dataclass(frozen=True, slots=True)

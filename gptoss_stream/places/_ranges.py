@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..errors import CheckpointError, GptOssStreamError, MachineError
+from ._file import changed
 
 __all__ = ["FEW_TRIES", "Link", "Patience", "origin", "read_range", "transport_errors"]
 
@@ -26,7 +27,7 @@ _LONGEST_DELAY = 30.0
 _LONGEST_WAIT = 900.0  # that a server may ask for
 TRIES = 8  # without a byte of progress
 FEW_TRIES = 3  # of what is likely to be wrong for good, such as a mistyped address
-_TIMEOUT = 30.0  # seconds without a byte
+TIMEOUT = 30.0  # seconds without a byte
 _CHUNK_NBYTES = 1 << 20
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
@@ -132,7 +133,7 @@ def _try(link: Link, out: memoryview, at: int, total: int, where: str, etag: str
         headers["Range"] = f"bytes={at}-{at + len(out) - 1}"
     try:
         with get_session().stream(
-            "GET", link.url, headers=headers, timeout=_TIMEOUT, follow_redirects=True
+            "GET", link.url, headers=headers, timeout=TIMEOUT, follow_redirects=True
         ) as reply:
             _refuse_downgrade(link.url, str(reply.url), where)
             _check_status(reply, link, whole, where)
@@ -182,11 +183,11 @@ def _check_reply(
         raise _Failed(f"the server sent the bytes with the coding {coding[:20]!r}")
     found = reply.headers.get("ETag")
     if etag is not None and found is not None and found != etag:
-        raise _changed(where)
+        raise changed(where)
     length = reply.headers.get("Content-Length")
     if length is not None and length != str(nbytes):
         if whole:
-            raise _changed(where)
+            raise changed(where)
         raise _Failed(f"the server sends {length[:20]} bytes for {nbytes}")
     if whole:
         return
@@ -194,15 +195,9 @@ def _check_reply(
     if match is None:
         raise _Failed("the server does not say which bytes it sends")
     if int(match[3]) != total:
-        raise _changed(where)
+        raise changed(where)
     if (int(match[1]), int(match[2])) != (at, at + nbytes - 1):
         raise _Failed(f"the server sends bytes {match[1]}-{match[2]} for {at}-{at + nbytes - 1}")
-
-
-def _changed(where: str) -> CheckpointError:
-    from ._file import changed
-
-    return changed(where)
 
 
 def _refuse_downgrade(asked: str, got: str, where: str) -> None:

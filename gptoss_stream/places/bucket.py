@@ -26,12 +26,11 @@ from ..errors import (
     OptionError,
     OutputError,
 )
-from ._file import FileInfo, changed
+from ._file import NEVER, FileInfo, changed
 from ._ranges import FEW_TRIES, TRIES, Patience
 
 __all__ = ["Bucket"]
 
-_NEVER = threading.Event()
 _PART_NBYTES = 16 << 20
 _PARTS = 3  # sent at a time
 _BACK_NBYTES = 16 << 20  # read back at a time
@@ -305,7 +304,7 @@ def _md5(data: Path | bytes, at: int, nbytes: int) -> bytes:
 
 
 def _patiently(
-    call: Callable[[], _T], where: str, stop: threading.Event = _NEVER, tries: int = TRIES
+    call: Callable[[], _T], where: str, stop: threading.Event = NEVER, tries: int = TRIES
 ) -> _T:
     """Call, and again where the store fails in a way that may pass."""
     patience = Patience(stop, tries)

@@ -38,14 +38,23 @@ from ..errors import (
     OptionError,
     OutputError,
 )
-from ._file import FileInfo, changed
-from ._ranges import TRIES, Link, Patience, asked_wait, origin, read_range, transport_errors
+from ._file import NEVER, FileInfo, changed
+from ._ranges import (
+    FEW_TRIES,
+    TIMEOUT,
+    TRIES,
+    Link,
+    Patience,
+    asked_wait,
+    origin,
+    read_range,
+    transport_errors,
+)
 from .folder import Folder, LocalFile
 
 __all__ = ["HubRepository", "name_of_page"]
 
 _NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([^/]+))?(?:/(.*))?")
-_NEVER = threading.Event()
 _OWN = (".gitattributes", "README.md", ".gitignore")  # that a repository has of itself
 _T = TypeVar("_T")
 
@@ -119,9 +128,9 @@ class HubRepository:
         place = cls(repo, None, folder, token, download)
         with _reading(f"hf://{repo}"):
             info = _patiently(
-                lambda: place._api.repo_info(repo, revision=revision, timeout=_TIMEOUT),
+                lambda: place._api.repo_info(repo, revision=revision, timeout=TIMEOUT),
                 f"hf://{repo}",
-                tries=_FIRST_TRIES,
+                tries=FEW_TRIES,
             )
         place.commit = info.sha
         place.revision = revision or constants.DEFAULT_REVISION
@@ -235,7 +244,10 @@ class HubRepository:
         # The cache names a file by its ETag; a name of its own is only given to a whole one.
         whole = os.path.basename(os.path.realpath(path)) == info.version
         file = Folder(Path(path).parent).open(Path(path).name) if whole else None
-        return file if file is not None and file.info.nbytes == info.nbytes else None
+        if file is not None and file.info.nbytes != info.nbytes:
+            file.close()
+            return None
+        return file
 
     def resolve(self, info: FileInfo) -> Link:
         """Where a file's bytes are to be had; raises `CheckpointError` if it has changed."""
@@ -246,7 +258,7 @@ class HubRepository:
         with _reading(where):
             found = _patiently(
                 lambda: huggingface_hub.get_hf_file_metadata(
-                    url, token=self._token, timeout=_TIMEOUT
+                    url, token=self._token, timeout=TIMEOUT
                 ),
                 where,
             )
@@ -291,7 +303,7 @@ class HubRepository:
     def _ask(self) -> None:
         """See whether the Hub is there at all: listing a folder is tried for minutes."""
         _patiently(
-            lambda: self._api.repo_info(self.repo, timeout=_TIMEOUT), str(self), tries=_FIRST_TRIES
+            lambda: self._api.repo_info(self.repo, timeout=TIMEOUT), str(self), tries=FEW_TRIES
         )
         self._is_reached = True
 
@@ -325,7 +337,10 @@ class HubRepository:
             raise OutputError(f"{self}: the Hub cannot be written to offline; unset HF_HUB_OFFLINE")
         file = place.open(name)
         data = bytearray(file.info.nbytes)
-        file.read_into(memoryview(data), 0, _NEVER)
+        try:
+            file.read_into(memoryview(data), 0, NEVER)
+        finally:
+            file.close()
         return bytes(data)
 
     def put(self, files: Mapping[str, Path | bytes], sums: Mapping[str, str]) -> None:
@@ -382,8 +397,6 @@ class HubRepository:
             _patiently(commit, str(self))
 
 
-_TIMEOUT = 30.0
-_FIRST_TRIES = 3  # an endpoint that was mistyped is soon out of reach
 _LONGEST_SILENCE = 300.0  # seconds: a commit of large files is checked before it is answered
 
 
@@ -399,19 +412,20 @@ def _parse(name: str) -> tuple[str, str | None, str | None]:
 
 
 def _cached_folder(repo: str, revision: str | None, subfolder: str) -> Folder:
-    try:
-        path = huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True)
-    except LocalEntryNotFoundError:
-        raise CheckpointError(
-            f"hf://{repo}: HF_HUB_OFFLINE is set, and it is not in the cache; unset it, or "
-            "download the repository first"
-        ) from None
+    with _reading(f"hf://{repo}"):
+        try:
+            path = huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True)
+        except LocalEntryNotFoundError:
+            raise CheckpointError(
+                f"hf://{repo}: HF_HUB_OFFLINE is set, and it is not in the cache; unset it, or "
+                "download the repository first"
+            ) from None
     return Folder(Path(path) / subfolder)
 
 
 def _patiently(call: Callable[[], _T], where: str, tries: int = TRIES) -> _T:
     """Call, and again where the Hub is busy or out of reach."""
-    patience = Patience(_NEVER, tries)
+    patience = Patience(NEVER, tries)
     failures: tuple[type[Exception], ...] = (HfHubHTTPError, *transport_errors())
     while True:
         _limit_waiting()

@@ -11,13 +11,20 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import get_session
 
 from ..errors import CheckpointError, MachineError, OptionError
-from ._file import FileInfo, changed
-from ._ranges import FEW_TRIES, TRIES, Link, Patience, asked_wait, read_range, transport_errors
+from ._file import NEVER, FileInfo, changed
+from ._ranges import (
+    FEW_TRIES,
+    TIMEOUT,
+    TRIES,
+    Link,
+    Patience,
+    asked_wait,
+    read_range,
+    transport_errors,
+)
 
 __all__ = ["WebFolder"]
 
-_NEVER = threading.Event()
-_TIMEOUT = 30.0
 _ONLY = "model.safetensors"  # a web server lists nothing: without an index, this is looked for
 
 
@@ -85,13 +92,13 @@ class WebFolder:
 
     def _ask(self, name: str, tries: int = TRIES) -> FileInfo | None:
         """What the server says of a file; None where it has none."""
-        patience, where = Patience(_NEVER, tries), self.at(name)
+        patience, where = Patience(NEVER, tries), self.at(name)
         while True:
             try:
                 reply = get_session().head(
                     self._url(name),
                     headers={"Accept-Encoding": "identity"},
-                    timeout=_TIMEOUT,
+                    timeout=TIMEOUT,
                     follow_redirects=True,
                 )
             except OfflineModeIsEnabled:  # its text holds the whole address

@@ -9,16 +9,17 @@ A new file here is a new format. A source is a module with
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from .. import plugins
 from ..checkpoint import CheckpointInfo
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..model import ModelConfig
 from ..storage import StoredTable
 
-__all__ = ["Source", "load", "names", "recognise"]
+__all__ = ["Source", "load", "names", "naming_config", "recognise"]
 
 
 class Source(Protocol):
@@ -56,6 +57,16 @@ def recognise(info: CheckpointInfo) -> tuple[Source, str]:
         if reason is not None:
             return source, reason
     raise CheckpointError(_looks_like(info))
+
+
+@contextmanager
+def naming_config(info: CheckpointInfo) -> Iterator[None]:
+    """What is wrong with config.json, as errors that say where it is."""
+    try:
+        yield
+    except ConfigError as error:
+        where = info.place.at("config.json")
+        raise ConfigError(str(error).replace("config.json", where, 1)) from None
 
 
 def _refuse_mixed(info: CheckpointInfo) -> None:

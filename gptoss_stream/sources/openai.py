@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..checkpoint import CheckpointInfo
+from ..errors import ConfigError
 from ..model import ModelConfig, alternating_layers, integer, number
 from ..storage import Stored, StoredMxfp4, StoredRows, StoredTable
 
@@ -60,6 +61,12 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
     num_layers = integer(config, "num_hidden_layers")
     context = integer(config, "initial_context_length", 4096)
     factor = number(config, "rope_scaling_factor", 32.0)
+    try:
+        positions = round(context * factor)
+    except OverflowError:
+        raise ConfigError(
+            "config.json: initial_context_length times rope_scaling_factor is too large"
+        ) from None
     return ModelConfig(
         num_layers=num_layers,
         num_experts=integer(config, "num_experts"),
@@ -72,7 +79,7 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
         head_dim=integer(config, "head_dim"),
         layer_types=alternating_layers(num_layers),
         sliding_window=integer(config, "sliding_window", 128),
-        max_position_embeddings=round(context * factor),
+        max_position_embeddings=positions,
         rope_theta=number(config, "rope_theta", 150000.0),
         rope={
             "rope_type": "yarn",
