@@ -345,7 +345,9 @@ def _add_selection_options(parser: argparse.ArgumentParser) -> None:
         "--source-format", metavar="NAME", help="hf-mxfp4, hf-bf16 or openai; default: recognised"
     )
     part = parser.add_argument_group("in part", "each option restricts what it speaks of")
-    part.add_argument("--layers", metavar="LIST", help="such as 0-3,7; -1 is the last")
+    part.add_argument(
+        "--layers", metavar="LIST", help="such as 0-3,7; -1 is the last (--layers=-2,-1)"
+    )
     part.add_argument("--experts", metavar="LIST", help="such as 0,5-9; -1 is the last")
     part.add_argument(
         "--only",
