@@ -66,7 +66,7 @@ def test_an_interrupted_run_keeps_the_sums_of_what_was_finished(
     killed = subprocess.run([sys.executable, "-c", dying, *command], cwd=ROOT)
     assert killed.returncode == -signal.SIGKILL
     kept = {file: file.stat().st_ino for file in out.glob("*.safetensors")}
-    assert 2 <= len(kept) < 5  # another thread may have been as far
+    assert len(kept) == 2 or (workers > 1 and 2 < len(kept) < 5)  # another thread was as far
     assert main(command) == 0
     assert {file: file.stat().st_ino for file in kept} == kept
     assert digests(out) == digests(summed)
