@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from . import strict_json
 from .dtypes import DType
 from .errors import CheckpointError, ConfigError, listed, machine_error
 from .places import File, FileInfo, Name, Place, open_place
-from .places._file import NEVER, changed
+from .places._file import NEVER, changed, read_whole
 from .places.folder import LocalFile
 from .safetensors_format import (
     INDEX_NAME,
@@ -130,17 +130,12 @@ def describe(source: Name) -> CheckpointInfo:
 
 def read_small(place: Place, name: str, limit: int) -> bytes:
     """A whole file of at most `limit` bytes; raises `CheckpointError` for a larger one."""
-    file = place.open(name)
-    try:
+    with closing(place.open(name)) as file:
         if file.info.nbytes > limit:
             raise CheckpointError(
                 f"{place.at(name)}: more than {limit} bytes; this is not the file it should be"
             )
-        data = bytearray(file.info.nbytes)
-        file.read_into(memoryview(data), 0, NEVER)
-        return bytes(data)
-    finally:
-        file.close()
+        return read_whole(file)
 
 
 def _read_config(place: Place) -> Mapping[str, Any]:

@@ -22,6 +22,7 @@ from .errors import (
     GptOssStreamError,
     MachineError,
     OptionError,
+    counted,
     listed,
     machine_error,
     sized,
@@ -163,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_selection_options(verify)
     verify.add_argument("--sample", type=int, metavar="N", help="only N tensors, at random")
     verify.add_argument("--seed", type=int, default=0, metavar="S", help="of the sample; default 0")
-    verify.add_argument("--workers", type=int, metavar="N", help="threads")
+    _add_workers(verify)
     verify.add_argument("--quiet", action="store_true", help="print differences only")
     verify.add_argument("--json", action="store_true", help="print the result for programs")
     verify.set_defaults(run=_verify)
@@ -462,8 +463,8 @@ def _convert(arguments: argparse.Namespace) -> None:
         print(json.dumps(report.as_dict(), indent=2))
     elif not arguments.quiet:
         print(
-            f"{report.output}: {_count(report.tensors, 'tensor')}, {sized(report.bytes_out)} in "
-            f"{_count(len(report.shards), 'shard')}, {report.layout} in {report.dtype}"
+            f"{report.output}: {counted(report.tensors, 'tensor')}, {sized(report.bytes_out)} in "
+            f"{counted(len(report.shards), 'shard')}, {report.layout} in {report.dtype}"
             f"{', a part of the model' if report.partial else ''}"
         )
         if task is not None:
@@ -505,7 +506,7 @@ def _store(arguments: argparse.Namespace) -> Store | None:
 def _warn_unused(planned: Plan) -> None:
     if planned.unused:
         shown = listed(planned.unused, 5)
-        _say(f"warning: {_count(len(planned.unused), 'tensor')} not converted: {shown}")
+        _say(f"warning: {counted(len(planned.unused), 'tensor')} not converted: {shown}")
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -541,16 +542,16 @@ def _plan(arguments: argparse.Namespace) -> None:
     print(
         f"source   {planned.info.place}: {planned.source_format} ({planned.recognised_by})\n"
         f"model    {_model_line(model)}\n"
-        f"output   {_count(planned.num_tensors, 'tensor')}{_part(planned.selection.as_dict())}, "
+        f"output   {counted(planned.num_tensors, 'tensor')}{_part(planned.selection.as_dict())}, "
         f"{planned.layout} in {arguments.dtype}, "
-        f"{sized(planned.nbytes)} in {_count(len(planned.shards), 'shard')}, "
+        f"{sized(planned.nbytes)} in {counted(len(planned.shards), 'shard')}, "
         f"of {sized(planned.source_nbytes)} read\n"
         f"disk     {sized(needed)} needed, {sized(free)} free"
         f"{'' if needed <= free else ': NOT ENOUGH'}\n"
-        f"memory   {sized(memory)} at most, {_count(workers, 'worker')}"
+        f"memory   {sized(memory)} at most, {counted(workers, 'worker')}"
     )
     for shard in planned.shards:
-        print(f"  {shard.name}  {sized(shard.nbytes):>9}  {_count(len(shard.tensors), 'tensor')}")
+        print(f"  {shard.name}  {sized(shard.nbytes):>9}  {counted(len(shard.tensors), 'tensor')}")
     if not arguments.quiet:
         _warn_unused(planned)
 
@@ -563,7 +564,7 @@ def _part(selection: Mapping[str, Any]) -> str:
 
 def _model_line(model: Any) -> str:
     return (
-        f"{_count(model.num_layers, 'layer')}, {_count(model.num_experts, 'expert')} "
+        f"{counted(model.num_layers, 'layer')}, {counted(model.num_experts, 'expert')} "
         f"({model.experts_per_token} for each token), "
         f"{model.num_parameters / 1e9:.3g} billion parameters"
     )
@@ -636,8 +637,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
     print(
         f"{info.place}: {source.NAME} ({reason})\n"
         f"{_model_line(model)}\n"
-        f"{_count(len(info.tensors), 'tensor')}, {sized(total)} in "
-        f"{_count(len(info.shards), 'shard')}"
+        f"{counted(len(info.tensors), 'tensor')}, {sized(total)} in "
+        f"{counted(len(info.shards), 'shard')}"
     )
     _print_tensors(info.tensors)
 
@@ -658,8 +659,8 @@ def _inspect_converted(info: ConvertedInfo, as_json: bool) -> None:
     print(
         f"{info.path}: converted, {info.layout} in {info.dtype}{_part(info.selection)}\n"
         f"from {info.source} ({info.source_format}) by gptoss_stream {info.version}\n"
-        f"{_count(len(info.tensors), 'tensor')}, {sized(total)} in "
-        f"{_count(len(shards), 'shard')}: {state}"
+        f"{counted(len(info.tensors), 'tensor')}, {sized(total)} in "
+        f"{counted(len(shards), 'shard')}: {state}"
     )
     _print_tensors(info.tensors)
 
@@ -721,10 +722,12 @@ def _verify(arguments: argparse.Namespace) -> int:
         return 0 if result.equal else 1
     for difference in result.differences:
         print(difference)
-    what = _count(result.files, "file") if arguments.checksums else _count(result.tensors, "tensor")
+    what = (
+        counted(result.files, "file") if arguments.checksums else counted(result.tensors, "tensor")
+    )
     compared = f"{what}, {sized(result.nbytes)}{_part(result.selection)}"
     if not result.equal:
-        print(f"{result.output}: {_count(len(result.differences), 'difference')} ({compared})")
+        print(f"{result.output}: {counted(len(result.differences), 'difference')} ({compared})")
         return 1
     if not arguments.quiet:
         print(f"{result.output}: equal ({compared} compared)")
@@ -765,7 +768,3 @@ def _layouts(arguments: argparse.Namespace) -> None:
         print(json.dumps(known, indent=2))
     else:
         print("\n".join(f"{kind:8} {', '.join(names)}" for kind, names in known.items()))
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"

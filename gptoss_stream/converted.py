@@ -10,7 +10,7 @@ from typing import Any
 
 from . import strict_json
 from .checkpoint import RawTensor, read_header
-from .errors import CheckpointError, OutputError, machine_error
+from .errors import OutputError, reading_output
 from .places import Folder, local_path
 from .regular_file import NotRegularError, open_regular
 from .run_state import RECORD_NAME, RUN_NAME
@@ -57,34 +57,31 @@ def describe_converted(path: str | os.PathLike[str]) -> ConvertedInfo | None:
     folder = local_path(path)
     unfinished, finished = folder / RUN_NAME, folder / RECORD_NAME
     try:
-        file = unfinished if unfinished.is_file() else finished
-        if not file.is_file():
-            return None
-        with open(open_regular(file), "rb") as opened:
-            record = strict_json.loads(opened.read())
-        if "layout" not in record:
-            return None  # of a checkpoint that synth made
-        files = [str(name) for name in record["files"]]
-        shards = [name for name in files if name.endswith(".safetensors")]
-        tensors: dict[str, RawTensor] = {}
-        for name in shards:
-            if (folder / name).is_file():
-                tensors |= read_header(Folder(folder), name)[1]
-        return ConvertedInfo(
-            path=folder,
-            layout=str(record["layout"]),
-            dtype=str(record["dtype"]),
-            selection=dict(record["selection"]),
-            source=str(record["source"]),
-            source_format=str(record["source_format"]),
-            version=str(record["version"]),
-            finished=file == finished,
-            missing=tuple(name for name in files if not (folder / name).is_file()),
-            tensors=tensors,
-        )
-    except OSError as error:
-        raise machine_error(error, f"reading {folder}") from error
-    except CheckpointError as error:
-        raise OutputError(f"{error}; run verify, or convert again") from None
+        with reading_output(folder):
+            file = unfinished if unfinished.is_file() else finished
+            if not file.is_file():
+                return None
+            with open(open_regular(file), "rb") as opened:
+                record = strict_json.loads(opened.read())
+            if "layout" not in record:
+                return None  # of a checkpoint that synth made
+            files = [str(name) for name in record["files"]]
+            shards = [name for name in files if name.endswith(".safetensors")]
+            tensors: dict[str, RawTensor] = {}
+            for name in shards:
+                if (folder / name).is_file():
+                    tensors |= read_header(Folder(folder), name)[1]
+            return ConvertedInfo(
+                path=folder,
+                layout=str(record["layout"]),
+                dtype=str(record["dtype"]),
+                selection=dict(record["selection"]),
+                source=str(record["source"]),
+                source_format=str(record["source_format"]),
+                version=str(record["version"]),
+                finished=file == finished,
+                missing=tuple(name for name in files if not (folder / name).is_file()),
+                tensors=tensors,
+            )
     except (NotRegularError, ValueError, TypeError, KeyError):
         raise OutputError(f"{file}: its record is damaged; run verify, or convert again") from None

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 __all__ = [
@@ -31,9 +32,11 @@ __all__ = [
     "OptionError",
     "OutputError",
     "TensorError",
+    "counted",
     "listed",
     "machine_error",
     "missing_package",
+    "reading_output",
     "sized",
     "user_path",
 ]
@@ -100,6 +103,11 @@ def listed(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
+def counted(number: int, what: str) -> str:
+    """So many of something, for people."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def sized(nbytes: int) -> str:
     """Bytes for people, in decimal units."""
     size = float(nbytes)
@@ -129,3 +137,14 @@ def machine_error(error: OSError, doing: str) -> MachineError:
     name = os.fspath(error.filename) if isinstance(error.filename, (str, os.PathLike)) else ""
     where = f" ({name})" if name and name not in doing else ""
     return MachineError(f"{doing}: {reason}{where}; {advice}")
+
+
+@contextmanager
+def reading_output(where: Path) -> Iterator[None]:
+    """What a reader of checkpoints finds wrong with files of an output, as errors of the output."""
+    try:
+        yield
+    except OSError as error:
+        raise machine_error(error, f"reading {where}") from error
+    except CheckpointError as error:
+        raise OutputError(f"{error}; run verify, or convert again") from None

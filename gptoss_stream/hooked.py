@@ -46,7 +46,8 @@ def load_hooked_transformer(
     folder's, where it has one; nothing is asked of the network.
 
     Raises `OutputError` for a folder of another layout or which lacks a tensor, `OptionError` for
-    layers that are not there, `MissingPackageError` without TransformerLens 3.9.
+    layers that are not there and a dtype that is none, `MachineError` where reading fails,
+    `MissingPackageError` without TransformerLens 3.9.
     """
     torch, lens, config_class = _packages()
     state = open_state_dict(path, dtype=dtype, device=device)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .checkpoint import RawTensor, read_header
 from .dtypes import OUTPUT_DTYPES, output_dtype, torch_name
-from .errors import CheckpointError, OutputError, listed, machine_error, missing_package
+from .errors import OutputError, listed, missing_package, reading_output
 from .places import Folder, local_path
 from .run_state import WORK_NAME
 from .safetensors_format import INDEX_NAME, parse_index
@@ -108,7 +108,7 @@ class StateDict(Mapping[str, "torch.Tensor"]):
 
     def _open(self, shard: str) -> None:
         file = self.path / shard
-        try:
+        with reading_output(file):
             _, raws, _ = read_header(Folder(self.path), shard)
             with open(file, "rb") as opened:
                 mapped = mmap.mmap(
@@ -117,10 +117,6 @@ class StateDict(Mapping[str, "torch.Tensor"]):
                     flags=mmap.MAP_PRIVATE | _NORESERVE,
                     prot=mmap.PROT_READ | mmap.PROT_WRITE,
                 )
-        except OSError as error:
-            raise machine_error(error, f"reading {file}") from error
-        except CheckpointError as error:
-            raise OutputError(f"{error}; run verify, or convert again") from None
         wanted = {name for name, where in self._weight_map.items() if where == shard}
         if raws.keys() != wanted:
             different = listed([*map(repr, sorted(raws.keys() ^ wanted))])
@@ -154,7 +150,7 @@ def open_state_dict(
     folder = local_path(path)
     kind = None if dtype is None else getattr(torch, torch_name(output_dtype(dtype)))
     index = folder / INDEX_NAME
-    try:
+    with reading_output(index):
         if not index.is_file():
             unfinished = (folder / WORK_NAME).exists()
             raise OutputError(
@@ -167,10 +163,6 @@ def open_state_dict(
             )
         weight_map = parse_index(index.read_bytes(), str(index))
         missing = sorted({s for s in weight_map.values() if not (folder / s).is_file()})
-    except OSError as error:
-        raise machine_error(error, f"reading {index}") from error
-    except CheckpointError as error:
-        raise OutputError(f"{error}; run verify, or convert again") from None
     if missing:
         raise OutputError(f"{folder}: shards are missing: {listed(missing)}; convert again")
     return StateDict(folder, weight_map, kind, device)

@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from .checkpoint import CheckpointInfo, RawTensor
 from .dtypes import BLOCK_NBYTES, BLOCK_VALUES, DType
-from .errors import TensorError, listed
+from .errors import TensorError, counted, listed
 from .model import MODEL_TENSORS, ModelConfig
 from .operands import Operand, Packed, Plain, Zeros
 
@@ -163,9 +163,8 @@ def check(table: StoredTable, model: ModelConfig, info: CheckpointInfo) -> None:
             else:
                 _check_one(raw, dtypes, shape, info)
     if missing:
-        count = f"{len(missing)} tensor{'s' if len(missing) > 1 else ''}"
         raise TensorError(
-            f"{info.place}: {count} missing that config.json calls for: "
+            f"{info.place}: {counted(len(missing), 'tensor')} missing that config.json calls for: "
             f"{listed([*map(repr, missing)])}; download the checkpoint again"
         )
 

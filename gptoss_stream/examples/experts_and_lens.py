@@ -92,10 +92,11 @@ def main(argv: list[str] | None = None) -> int:
         else:
             tokens = model.to_tokens(arguments.text)
         usage, agreement = measure(model, tokens)
-        draw(usage, agreement, arguments.picture)
     except GptOssStreamError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    try:
+        draw(usage, agreement, arguments.picture)
     except (OSError, ValueError) as error:
         print(f"error: {arguments.picture}: {error}", file=sys.stderr)
         return 2

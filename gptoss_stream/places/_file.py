@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError
 
-__all__ = ["NEVER", "FileInfo", "changed"]
+if TYPE_CHECKING:
+    from . import File
+
+__all__ = ["NEVER", "FileInfo", "changed", "read_whole"]
 
 NEVER = threading.Event()
 """Set by nobody: for reads that nothing stops."""
@@ -24,6 +28,13 @@ class FileInfo:
     inode: int = 0
     sha256: str | None = None
     """Where the place knows it."""
+
+
+def read_whole(file: File) -> bytes:
+    """All of a small file, which stays open."""
+    data = bytearray(file.info.nbytes)
+    file.read_into(memoryview(data), 0, NEVER)
+    return bytes(data)
 
 
 def changed(where: str) -> CheckpointError:

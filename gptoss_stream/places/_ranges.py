@@ -20,7 +20,17 @@ from urllib.parse import urlsplit
 from ..errors import CheckpointError, GptOssStreamError, MachineError
 from ._file import changed
 
-__all__ = ["FEW_TRIES", "Link", "Patience", "origin", "read_range", "transport_errors"]
+__all__ = [
+    "FEW_TRIES",
+    "TIMEOUT",
+    "TRIES",
+    "Link",
+    "Patience",
+    "asked_wait",
+    "origin",
+    "read_range",
+    "transport_errors",
+]
 
 FIRST_DELAY = 0.5  # seconds, doubled each time
 _LONGEST_DELAY = 30.0

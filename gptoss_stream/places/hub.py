@@ -13,7 +13,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -38,7 +38,7 @@ from ..errors import (
     OptionError,
     OutputError,
 )
-from ._file import NEVER, FileInfo, changed
+from ._file import NEVER, FileInfo, changed, read_whole
 from ._ranges import (
     FEW_TRIES,
     TIMEOUT,
@@ -335,13 +335,8 @@ class HubRepository:
         )
         if isinstance(place, Folder):
             raise OutputError(f"{self}: the Hub cannot be written to offline; unset HF_HUB_OFFLINE")
-        file = place.open(name)
-        data = bytearray(file.info.nbytes)
-        try:
-            file.read_into(memoryview(data), 0, NEVER)
-        finally:
-            file.close()
-        return bytes(data)
+        with closing(place.open(name)) as file:
+            return read_whole(file)
 
     def put(self, files: Mapping[str, Path | bytes], sums: Mapping[str, str]) -> None:
         """Commit files, all in one commit, and hold what the Hub then lists against their sums.
