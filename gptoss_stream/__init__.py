@@ -1,12 +1,12 @@
-"""Rewrite gpt-oss checkpoints into the layout that other code loads, in little memory.
+"""Rewrite gpt-oss checkpoints into the format that other code loads, in little memory.
 
 Data flows one way:
 
     places/      where files are: a folder here, a repository of the Hub, a bucket, a web server
     checkpoint   a checkpoint's files, opened: headers checked, tensors described, rows read
     streaming    the same of one that is far away: each block read once, ahead of its use
-    sources/     how each checkpoint format stores the model's tensors
-    layouts/     what each output tensor is made of
+    formats/     how each checkpoint format stores the model's tensors: read and written
+    mapping      what each tensor of one format is made of in another
     planner      both together: every shard, tensor, shape and size, before any data moves
     executor     makes the plan's shards, segment by segment, in bounded memory
     output       a folder from empty, or where an earlier run stopped, to finished
@@ -20,12 +20,12 @@ Data flows one way:
     hooked       a HookedTransformer made of these
 
 and on the way: `safetensors_format` headers and index, `strict_json`, `dtypes`, `model` the model's
-numbers and tensors, `storage` the words of the sources' tables, `selection` which tensors are
+numbers and tensors, `tables` what the formats' tables are made of, `selection` which tensors are
 wanted, `operands`, `patterns` and `recipe` an output tensor as a recipe, `mxfp4` and `cast` values,
 `workers` threads, `blocks` what they read of far files, `shard_file`, `scratch` and `run_folder`
 files being written, `run_state` what a run is, `far_folder` and `uploads` a store being written to,
-`checksums` of files, `companions` small files beside them, `regular_file`, `plugins` the layouts
-and sources there are, `memory` what there is of it, `errors`, `synthesis` random checkpoints,
+`checksums` of files, `companions` small files beside them, `regular_file`, `plugins` the formats
+there are, `memory` what there is of it, `errors`, `synthesis` random checkpoints,
 `share` a task's part of a run, `examples`, `cli` the command line.
 
     >>> import gptoss_stream
@@ -38,7 +38,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import layouts, sources
+    from . import formats
     from .converter import Report, convert
     from .errors import GptOssStreamError
     from .hooked import load_hooked_transformer
@@ -61,13 +61,12 @@ __all__ = [
     "Verification",
     "__version__",
     "convert",
-    "layouts",
+    "formats",
     "load_hooked_transformer",
     "open_place",
     "open_state_dict",
     "open_store",
     "plan",
-    "sources",
     "synth",
     "verify",
     "verify_checksums",
@@ -99,6 +98,6 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
         globals()[name] = value
         return value
-    if name in ("layouts", "sources"):
+    if name == "formats":
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -38,12 +38,16 @@ __all__ = [
     "RawTensor",
     "Schedule",
     "describe",
+    "is_zero",
     "read_header",
     "read_small",
 ]
 
+_MODEL_CONFIGS = ("config.json", "source_config.json")
+_HOOKED_CONFIG = "tl_config.json"
 _MAX_CONFIG_NBYTES = 1_000_000
 _MAX_INDEX_NBYTES = 25_000_000
+_PIECE_NBYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +94,20 @@ class CheckpointInfo:
     """What a checkpoint holds, with no file open."""
 
     place: Place
-    config: Mapping[str, Any]
+    configs: Mapping[str, Mapping[str, Any]]
+    """Its configuration files by name: config.json, or what stands beside a converted model."""
     shards: tuple[FileInfo, ...]
     tensors: Mapping[str, RawTensor]
+
+    @property
+    def config_name(self) -> str:
+        """The file that says what the model is."""
+        return next(iter(self.configs), "config.json")
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The configuration of Hugging Face or OpenAI; empty where there is none."""
+        return next((self.configs[n] for n in _MODEL_CONFIGS if n in self.configs), {})
 
 
 def describe(source: Name) -> CheckpointInfo:
@@ -104,7 +119,7 @@ def describe(source: Name) -> CheckpointInfo:
     place = open_place(source)
     try:
         place.check()
-        config = _read_config(place)
+        configs = _read_configs(place)
         weight_map = None
         if place.has(INDEX_NAME):
             index = place.at(INDEX_NAME)
@@ -123,7 +138,7 @@ def describe(source: Name) -> CheckpointInfo:
                     f"{place}: no {INDEX_NAME} and no .safetensors file; "
                     "name the folder of a gpt-oss checkpoint"
                 )
-        return _describe_shards(place, config, names, weight_map)
+        return _describe_shards(place, configs, names, weight_map)
     except OSError as error:
         raise machine_error(error, f"reading {place}") from error
 
@@ -138,27 +153,37 @@ def read_small(place: Place, name: str, limit: int) -> bytes:
         return read_whole(file)
 
 
-def _read_config(place: Place) -> Mapping[str, Any]:
+def _read_configs(place: Place) -> Mapping[str, Mapping[str, Any]]:
+    """Read config.json or, beside a HookedTransformer's tensors, the two that stand for it."""
+    if place.has("config.json"):
+        return {"config.json": _read_config(place, "config.json")}
     file = place.at("config.json")
-    if not place.has("config.json"):
-        if place.has("model.bin"):
-            raise ConfigError(
-                f"{file}: missing; this looks like the released metal/, which is not converted: "
-                "name the folder above it"
-            )
-        raise ConfigError(f"{file}: missing; a checkpoint folder needs it")
+    if place.has(_HOOKED_CONFIG):
+        names = [name for name in ("source_config.json", _HOOKED_CONFIG) if place.has(name)]
+        return {name: _read_config(place, name) for name in names}
+    if place.has("model.bin"):
+        raise ConfigError(
+            f"{file}: missing; this looks like the released metal/, which is not converted: "
+            "name the folder above it"
+        )
+    if place.has("source_config.json"):
+        raise ConfigError(f"{file}: missing; this is a part of a model, which is not converted")
+    raise ConfigError(f"{file}: missing; a checkpoint folder needs it")
+
+
+def _read_config(place: Place, name: str) -> Mapping[str, Any]:
     try:
-        config = strict_json.loads(read_small(place, "config.json", _MAX_CONFIG_NBYTES))
+        config = strict_json.loads(read_small(place, name, _MAX_CONFIG_NBYTES))
     except ValueError as error:
-        raise ConfigError(f"{file}: {error}") from None
+        raise ConfigError(f"{place.at(name)}: {error}") from None
     if not isinstance(config, dict):
-        raise ConfigError(f"{file}: not a JSON object")
+        raise ConfigError(f"{place.at(name)}: not a JSON object")
     return config
 
 
 def _describe_shards(
     place: Place,
-    config: Mapping[str, Any],
+    configs: Mapping[str, Mapping[str, Any]],
     names: list[str],
     weight_map: Mapping[str, str] | None,
 ) -> CheckpointInfo:
@@ -175,7 +200,7 @@ def _describe_shards(
         tensors |= found
     if weight_map is not None:
         _check_index(place.at(INDEX_NAME), weight_map, tensors)
-    return CheckpointInfo(place, config, tuple(shards), tensors)
+    return CheckpointInfo(place, configs, tuple(shards), tensors)
 
 
 def _check_index(
@@ -216,6 +241,23 @@ def read_header(place: Place, name: str) -> tuple[FileInfo, dict[str, RawTensor]
     start = LENGTH_NBYTES + length
     tensors = {i.name: RawTensor(i.name, i.dtype, i.shape, name, start + i.begin) for i in infos}
     return opened.info, tensors, metadata
+
+
+def is_zero(info: CheckpointInfo, raw: RawTensor) -> bool:
+    """Whether a tensor of floats is zero, of either sign; reads it a piece at a time."""
+    import numpy as np
+
+    bits = np.dtype(f"u{raw.dtype.itemsize}")
+    try:
+        with closing(info.place.open(raw.shard)) as file:
+            for at in range(0, raw.nbytes, _PIECE_NBYTES):
+                piece = bytearray(min(_PIECE_NBYTES, raw.nbytes - at))
+                file.read_into(memoryview(piece), raw.offset + at, NEVER)
+                if (np.frombuffer(piece, bits) << 1).any():  # the sign shifted out
+                    return False
+    except OSError as error:
+        raise machine_error(error, f"reading {info.place.at(raw.shard)}") from error
+    return True
 
 
 class OpenFiles:

@@ -127,7 +127,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gptoss_stream",
-        description="Rewrite gpt-oss checkpoints into the layout that other code loads, piece by "
+        description="Rewrite gpt-oss checkpoints into the format that other code loads, piece by "
         "piece and in little memory.",
     )
     parser.add_argument("--version", action="version", version=__version__)
@@ -160,7 +160,9 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--checksums", action="store_true", help="hold OUTPUT against its SHA256SUMS, not a SOURCE"
     )
-    verify.add_argument("--layout", metavar="NAME", help="default: what the output's record says")
+    verify.add_argument(
+        "--to", metavar="FORMAT", help="of OUTPUT; default: what the output's record says"
+    )
     _add_selection_options(verify)
     verify.add_argument("--sample", type=int, metavar="N", help="only N tensors, at random")
     verify.add_argument("--seed", type=int, default=0, metavar="S", help="of the sample; default 0")
@@ -172,7 +174,10 @@ def _parser() -> argparse.ArgumentParser:
     synth = commands.add_parser("synth", help="write a random checkpoint to try things with")
     synth.add_argument("output", metavar="OUTPUT", help="folder to write; new, empty or resumed")
     synth.add_argument(
-        "--format", default="hf-mxfp4", metavar="NAME", help="hf-mxfp4 (default), hf-bf16, openai"
+        "--format",
+        default="hf-mxfp4",
+        metavar="FORMAT",
+        help="default hf-mxfp4; see the command formats",
     )
     synth.add_argument("--preset", default="tiny", metavar="NAME", help="tiny (default), 20b, 120b")
     for name in _DIMENSIONS:
@@ -184,9 +189,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_writing_options(synth)
     synth.set_defaults(run=_synth)
 
-    layouts = commands.add_parser("layouts", help="list layouts and source formats")
-    layouts.add_argument("--json", action="store_true", help="print them for programs")
-    layouts.set_defaults(run=_layouts)
+    formats = commands.add_parser("formats", help="list the formats that are read and written")
+    formats.add_argument("--json", action="store_true", help="print them for programs")
+    formats.set_defaults(run=_formats)
     return parser
 
 
@@ -327,14 +332,17 @@ def _source(arguments: argparse.Namespace, store: Store | None = None) -> Place:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--layout", default="transformer-lens", metavar="NAME", help="default transformer-lens"
+        "--to",
+        default="transformer-lens",
+        metavar="FORMAT",
+        help="what to write; default transformer-lens; see the command formats",
     )
     _add_selection_options(parser)
     parser.add_argument(
         "--dtype",
-        default="bfloat16",
         metavar="DTYPE",
-        help="bfloat16 (default), float16 or float32",
+        help="bfloat16, float16, float32 or keep; default: keep from a format to itself and from "
+        "transformer-lens, else bfloat16",
     )
     parser.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="default 5GB (decimal units)"
@@ -343,7 +351,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_selection_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--source-format", metavar="NAME", help="hf-mxfp4, hf-bf16 or openai; default: recognised"
+        "--from", dest="source_format", metavar="FORMAT", help="of SOURCE; default: detected"
     )
     part = parser.add_argument_group("in part", "each option restricts what it speaks of")
     part.add_argument(
@@ -436,7 +444,7 @@ def _convert(arguments: argparse.Namespace) -> None:
             if not arguments.quiet:
                 if planned.info.place is not source:
                     _say(f"going on with {planned.info.place}, which the run began to read")
-                _warn_unused(planned)
+                _warn(planned)
                 if resumed:
                     _say(f"resuming: {sized(resumed)} of {sized(total)} are finished")
             start(total, resumed)
@@ -444,11 +452,11 @@ def _convert(arguments: argparse.Namespace) -> None:
         report = convert(
             source,
             store or arguments.output,
-            layout=arguments.layout,
+            to=arguments.to,
+            source_format=arguments.source_format,
             dtype=arguments.dtype,
             max_shard_size=arguments.max_shard_size,
             selection=_selection(arguments),
-            source_format=arguments.source_format,
             workers=arguments.workers,
             overwrite=arguments.overwrite,
             checksums=arguments.checksums,
@@ -464,7 +472,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     elif not arguments.quiet:
         print(
             f"{report.output}: {counted(report.tensors, 'tensor')}, {sized(report.bytes_out)} in "
-            f"{counted(len(report.shards), 'shard')}, {report.layout} in {report.dtype}"
+            f"{counted(len(report.shards), 'shard')}, {_format_line(report.format, report.dtype)}"
             f"{', a part of the model' if report.partial else ''}"
         )
         if task is not None:
@@ -503,7 +511,11 @@ def _store(arguments: argparse.Namespace) -> Store | None:
     return open_store(arguments.output, token=arguments.token)
 
 
-def _warn_unused(planned: Plan) -> None:
+def _warn(planned: Plan) -> None:
+    if planned.warning:
+        _say(f"warning: {planned.warning}")
+    for dtypes, count in planned.narrowed.items():
+        _say(f"warning: {counted(count, 'tensor')} narrowed from {dtypes}")
     if planned.unused:
         shown = listed(planned.unused, 5)
         _say(f"warning: {counted(len(planned.unused), 'tensor')} not converted: {shown}")
@@ -519,11 +531,11 @@ def _plan(arguments: argparse.Namespace) -> None:
     store = _store(arguments)
     planned = plan(
         _source(arguments, store),
-        layout=arguments.layout,
+        to=arguments.to,
+        source_format=arguments.source_format,
         dtype=arguments.dtype,
         max_shard_size=arguments.max_shard_size,
         selection=_selection(arguments),
-        source_format=arguments.source_format,
     )
     workers = count_workers(arguments.workers)
     if store is None:
@@ -536,14 +548,14 @@ def _plan(arguments: argparse.Namespace) -> None:
     is_local = planned.info.place.is_local and store is None
     memory = memory_nbytes(workers, is_local=is_local)
     if arguments.json:
-        print(json.dumps(_plan_as_dict(planned, arguments.dtype, needed, free, memory), indent=2))
+        print(json.dumps(_plan_as_dict(planned, needed, free, memory), indent=2))
         return
     model = planned.model
     print(
         f"source   {planned.info.place}: {planned.source_format} ({planned.recognised_by})\n"
         f"model    {_model_line(model)}\n"
         f"output   {counted(planned.num_tensors, 'tensor')}{_part(planned.selection.as_dict())}, "
-        f"{planned.layout} in {arguments.dtype}, "
+        f"{_format_line(planned.to, planned.dtype)}, "
         f"{sized(planned.nbytes)} in {counted(len(planned.shards), 'shard')}, "
         f"of {sized(planned.source_nbytes)} read\n"
         f"disk     {sized(needed)} needed, {sized(free)} free"
@@ -553,7 +565,12 @@ def _plan(arguments: argparse.Namespace) -> None:
     for shard in planned.shards:
         print(f"  {shard.name}  {sized(shard.nbytes):>9}  {counted(len(shard.tensors), 'tensor')}")
     if not arguments.quiet:
-        _warn_unused(planned)
+        _warn(planned)
+
+
+def _format_line(name: str, dtype: str) -> str:
+    """A format and a dtype in words."""
+    return f"{name} in {'the dtypes of the source' if dtype == 'keep' else dtype}"
 
 
 def _part(selection: Mapping[str, Any]) -> str:
@@ -570,7 +587,7 @@ def _model_line(model: Any) -> str:
     )
 
 
-def _plan_as_dict(planned: Plan, dtype: str, needed: int, free: int, memory: int) -> dict[str, Any]:
+def _plan_as_dict(planned: Plan, needed: int, free: int, memory: int) -> dict[str, Any]:
     return {
         "source": str(planned.info.place),
         "source_format": planned.source_format,
@@ -582,10 +599,11 @@ def _plan_as_dict(planned: Plan, dtype: str, needed: int, free: int, memory: int
             "parameters": planned.model.num_parameters,
             **planned.model.dimensions,
         },
-        "layout": planned.layout,
+        "format": planned.to,
         "partial": planned.is_partial,
         "selection": planned.selection.as_dict(),
-        "dtype": dtype,
+        "dtype": planned.dtype,
+        "narrowed": dict(planned.narrowed),
         "max_shard_size": planned.max_shard_size,
         "tensors": planned.num_tensors,
         "source_bytes": planned.source_nbytes,
@@ -618,8 +636,9 @@ def _plan_as_dict(planned: Plan, dtype: str, needed: int, free: int, memory: int
 def _inspect(arguments: argparse.Namespace) -> None:
     from .checkpoint import describe
     from .converted import describe_converted
+    from .formats import detect, load, naming_config
     from .places import Folder
-    from .sources import naming_config, recognise
+    from .tables import read_table
 
     place = _source(arguments)
     converted = describe_converted(place.path) if isinstance(place, Folder) else None
@@ -627,15 +646,16 @@ def _inspect(arguments: argparse.Namespace) -> None:
         _inspect_converted(converted, arguments.json)
         return
     info = describe(place)
-    source, reason = recognise(info)
+    name, reason = detect(info)
     with naming_config(info):
-        model = source.read_config(info.config)
+        found = load(name)
+        _, model = read_table(found.TABLE, found.read_model(info), info.tensors)
     if arguments.json:
-        print(json.dumps(_info_as_dict(info, source.NAME, reason, model.dimensions), indent=2))
+        print(json.dumps(_info_as_dict(info, name, reason, model.dimensions), indent=2))
         return
     total = sum(raw.nbytes for raw in info.tensors.values())
     print(
-        f"{info.place}: {source.NAME} ({reason})\n"
+        f"{info.place}: {name} ({reason})\n"
         f"{_model_line(model)}\n"
         f"{counted(len(info.tensors), 'tensor')}, {sized(total)} in "
         f"{counted(len(info.shards), 'shard')}"
@@ -657,7 +677,7 @@ def _inspect_converted(info: ConvertedInfo, as_json: bool) -> None:
     total = sum(raw.nbytes for raw in info.tensors.values())
     shards = {raw.shard for raw in info.tensors.values()}
     print(
-        f"{info.path}: converted, {info.layout} in {info.dtype}{_part(info.selection)}\n"
+        f"{info.path}: converted, {_format_line(info.format, info.dtype)}{_part(info.selection)}\n"
         f"from {info.source} ({info.source_format}) by gptoss_stream {info.version}\n"
         f"{counted(len(info.tensors), 'tensor')}, {sized(total)} in "
         f"{counted(len(shards), 'shard')}: {state}"
@@ -708,9 +728,9 @@ def _verify(arguments: argparse.Namespace) -> int:
             result = verify(
                 _source(arguments),
                 arguments.output,
-                layout=arguments.layout,
-                selection=_selection(arguments),
+                to=arguments.to,
                 source_format=arguments.source_format,
+                selection=_selection(arguments),
                 sample=arguments.sample,
                 seed=arguments.seed,
                 workers=arguments.workers,
@@ -760,11 +780,8 @@ def _synth(arguments: argparse.Namespace) -> None:
         )
 
 
-def _layouts(arguments: argparse.Namespace) -> None:
-    from . import layouts, sources
+def _formats(arguments: argparse.Namespace) -> None:
+    from . import formats
 
-    known = {"layouts": list(layouts.names()), "sources": list(sources.names())}
-    if arguments.json:
-        print(json.dumps(known, indent=2))
-    else:
-        print("\n".join(f"{kind:8} {', '.join(names)}" for kind, names in known.items()))
+    known = list(formats.names())
+    print(json.dumps({"formats": known}, indent=2) if arguments.json else "\n".join(known))

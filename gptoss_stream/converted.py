@@ -23,7 +23,7 @@ class ConvertedInfo:
     """A converted folder, by its record and the headers of the shards that are there."""
 
     path: Path
-    layout: str
+    format: str
     dtype: str
     selection: Mapping[str, Any]
     source: str
@@ -63,7 +63,7 @@ def describe_converted(path: str | os.PathLike[str]) -> ConvertedInfo | None:
                 return None
             with open(open_regular(file), "rb") as opened:
                 record = strict_json.loads(opened.read())
-            if "layout" not in record:
+            if "source_format" not in record:
                 return None  # of a checkpoint that synth made
             files = [str(name) for name in record["files"]]
             shards = [name for name in files if name.endswith(".safetensors")]
@@ -73,7 +73,7 @@ def describe_converted(path: str | os.PathLike[str]) -> ConvertedInfo | None:
                     tensors |= read_header(Folder(folder), name)[1]
             return ConvertedInfo(
                 path=folder,
-                layout=str(record["layout"]),
+                format=str(record["format"]),
                 dtype=str(record["dtype"]),
                 selection=dict(record["selection"]),
                 source=str(record["source"]),

@@ -10,13 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import layouts
+from . import formats
 from .companions import Carried, carried
 from .errors import OptionError, OutputError, user_path
 from .far_folder import FarFolder
 from .memory import peak_rss_nbytes
 from .places import Folder, Name, Store, open_place, open_store
-from .planner import DEFAULT_LAYOUT, DEFAULT_SHARD_SIZE, Plan, plan
+from .planner import DEFAULT_FORMAT, DEFAULT_SHARD_SIZE, Plan, plan
 from .run_state import RUN_NAME, parse_state
 from .selection import Selection
 
@@ -33,10 +33,11 @@ class Report:
     `complete` is whether all of the output is there, as it is not before the last of several tasks
     has ended; `bytes_in` and `bytes_out` are those of the whole output, of which `bytes_resumed`
     (of this task's shards) were there before; `peak_rss` is the largest of all processes'.
+    `narrowed` counts the tensors that lost precision, by dtypes ("F32 to BF16").
     """
 
     output: str
-    layout: str
+    format: str
     dtype: str
     partial: bool
     complete: bool
@@ -48,6 +49,7 @@ class Report:
     peak_rss: int
     shards: dict[str, int]
     unused: tuple[str, ...]
+    narrowed: Mapping[str, int]
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON types."""
@@ -58,11 +60,11 @@ def convert(
     source: Name,
     output: str | os.PathLike[str] | Store,
     *,
-    layout: str = DEFAULT_LAYOUT,
-    dtype: str = "bfloat16",
+    to: str = DEFAULT_FORMAT,
+    source_format: str | None = None,
+    dtype: str | None = None,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     selection: Selection | None = None,
-    source_format: str | None = None,
     workers: int | None = None,
     overwrite: bool = False,
     checksums: bool = False,
@@ -73,7 +75,7 @@ def convert(
     on_plan: Callable[[Plan, int], None] = lambda plan, resumed: None,
     on_bytes: Callable[[int], None] = lambda nbytes: None,
 ) -> Report:
-    """Convert a checkpoint to `layout`, into the folder `output`.
+    """Convert a checkpoint to the format `to`, into the folder `output`.
 
     `source` is a folder, a repository of the Hub or a URL (see `open_place`, which also opens one
     at a revision); `output` is a folder, or a URL or repository as `open_store` takes it. What is
@@ -115,19 +117,19 @@ def convert(
     if not overwrite:
         place = place.pinned(_unfinished(target))
     options: dict[str, Any] = {
-        "layout": layout,
+        "to": to,
+        "source_format": source_format,
         "dtype": dtype,
         "max_shard_size": max_shard_size,
         "selection": selection,
-        "source_format": source_format,
     }
     planned = plan(place, **options)
     if isinstance(place, Folder) and isinstance(target, Path):
         _refuse_overlap(place.path, target)
     companions: dict[str, bytes | Carried] = {
         **{file.name: file for file in carried(place)},
-        **layouts.load(layout).companions(
-            planned.model, planned.info.config, planned.dtype, partial=planned.is_partial
+        **formats.load(to).files(
+            planned.model, planned.info.config, planned.main_dtype, partial=planned.is_partial
         ),
     }
     contents = Contents(identity(planned), planned.shards, companions, checksums)
@@ -161,8 +163,8 @@ def convert(
         )
     return Report(
         output=str(target),
-        layout=layout,
-        dtype=dtype,
+        format=to,
+        dtype=planned.dtype,
         partial=planned.is_partial,
         complete=done.is_complete,
         tensors=planned.num_tensors,
@@ -173,6 +175,7 @@ def convert(
         peak_rss=max(maker.peak_rss, peak_rss_nbytes()),
         shards={shard.name: shard.nbytes for shard in planned.shards},
         unused=planned.unused,
+        narrowed=planned.narrowed,
     )
 
 

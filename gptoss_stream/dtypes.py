@@ -14,8 +14,10 @@ from .errors import OptionError
 __all__ = [
     "BLOCK_NBYTES",
     "BLOCK_VALUES",
+    "KEEP",
     "OUTPUT_DTYPES",
     "DType",
+    "is_exact",
     "nbytes",
     "output_dtype",
     "torch_name",
@@ -67,6 +69,8 @@ class DType(Enum):
 
 OUTPUT_DTYPES = {"bfloat16": DType.BF16, "float16": DType.F16, "float32": DType.F32}
 """What `--dtype` takes, by torch's names."""
+KEEP = "keep"
+"""And this: each tensor in the dtype of its source."""
 
 
 def output_dtype(name: str) -> DType:
@@ -74,13 +78,23 @@ def output_dtype(name: str) -> DType:
     try:
         return OUTPUT_DTYPES[name]
     except KeyError:
-        names = ", ".join(OUTPUT_DTYPES)
+        names = ", ".join([*OUTPUT_DTYPES, KEEP])
         raise OptionError(f"unknown dtype {name!r}; choose one of {names}") from None
 
 
 def torch_name(dtype: DType) -> str:
     """The torch name of an output dtype."""
     return next(name for name, value in OUTPUT_DTYPES.items() if value is dtype)
+
+
+_PRECISION = {DType.U8: 2, DType.BF16: 8, DType.F16: 11, DType.F32: 24}  # bits; U8 holds MXFP4
+
+
+def is_exact(source: DType, target: DType) -> bool:
+    """Whether a cast keeps every value. U8 stands for MXFP4, whose range float16 has not."""
+    if source is target or target in (DType.F32, DType.U8):
+        return True
+    return target is DType.BF16 and _PRECISION[source] <= _PRECISION[target]
 
 
 def nbytes(dtype: DType, shape: Sequence[int]) -> int:

@@ -1,7 +1,7 @@
 """Every error that a user can cause or meet.
 
 GptOssStreamError            exit code 2: what was asked for cannot be done as asked
- ├ OptionError               an argument is wrong (unknown layout, size that does not parse)
+ ├ OptionError               an argument is wrong (unknown format, size that does not parse)
  ├ CheckpointError           the source cannot be used
  │  ├ HeaderError            a safetensors header breaks a rule of the format
  │  ├ ConfigError            config.json is missing, damaged or of another model

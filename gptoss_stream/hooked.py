@@ -37,7 +37,7 @@ def load_hooked_transformer(
     n_ctx: int | None = None,
     layers: str | None = None,
 ) -> HookedTransformer:
-    """The model in a folder of the layout `transformer-lens`, ready for hooks and `generate`.
+    """The model in a folder of the format `transformer-lens`, ready for hooks and `generate`.
 
     Opens in seconds whatever the size: on the CPU and in the folder's own dtype, a weight comes
     from the disk when it is used. `dtype` (a torch name) and `device` make copies; `n_ctx` is the
@@ -45,7 +45,7 @@ def load_hooked_transformer(
     these layers only, numbered anew from 0. Weights need no gradient. The tokenizer is the
     folder's, where it has one; nothing is asked of the network.
 
-    Raises `OutputError` for a folder of another layout or which lacks a tensor, `OptionError` for
+    Raises `OutputError` for a folder of another format or which lacks a tensor, `OptionError` for
     layers that are not there and a dtype that is none, `MachineError` where reading fails,
     `MissingPackageError` without TransformerLens 3.9.
     """
@@ -95,7 +95,7 @@ def _packages() -> tuple[Any, Any, Any]:
     if int(found.split(".")[0]) > 3:
         raise MissingPackageError(
             f"transformer-lens {found} has no HookedTransformer: {advice}, or convert to the "
-            "layout hf and use its TransformerBridge"
+            "format hf and use its TransformerBridge"
         )
     import transformer_lens
     from transformer_lens.config import hooked_transformer_config
@@ -116,7 +116,7 @@ def _settings(folder: Path) -> dict[str, Any]:
         int(settings["n_layers"]), list(settings["attn_types"]), str(settings["dtype"])
     except FileNotFoundError:
         raise OutputError(
-            f"{file}: missing; a HookedTransformer is made of the layout transformer-lens"
+            f"{file}: missing; a HookedTransformer is made of the format transformer-lens"
         ) from None
     except OSError as error:
         raise machine_error(error, f"reading {file}") from error

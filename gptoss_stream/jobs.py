@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .dtypes import torch_name
 from .errors import CheckpointError, OptionError, machine_error
 from .executor import Threads, Watch
 from .far_folder import FarFolder
@@ -42,12 +41,12 @@ def identity(planned: Plan) -> dict[str, Any]:
         "source": place.identity,
         **({"source_revision": place.revision} if place.revision else {}),
         "source_files": {s.name: [s.nbytes, s.version] for s in planned.info.shards},
-        "source_config": _digest(json.dumps(planned.info.config, sort_keys=True).encode()),
+        "source_config": _digest(json.dumps(planned.info.configs, sort_keys=True).encode()),
         "source_format": planned.source_format,
-        "layout": planned.layout,
+        "format": planned.to,
         "partial": planned.is_partial,
         "selection": planned.selection.as_dict(),
-        "dtype": torch_name(planned.dtype),
+        "dtype": planned.dtype,
         "max_shard_size": planned.max_shard_size,
         "unused": list(planned.unused),
         "plan": _digest(

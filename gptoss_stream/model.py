@@ -1,16 +1,15 @@
-"""What a gpt-oss model is: its numbers, and its tensors by name and shape.
+"""A gpt-oss model: its configuration, and its tensors by name and axes.
 
-Model tensors carry Hugging Face's names without the leading `model.`, with the experts taken
-apart: `layers.3.mlp.experts.7.gate_up_proj` is the matrix of one expert, its rows alternating
-between gate and up. Matrices are `[out, in]`. How a checkpoint stores them is a source's matter
-(`sources/`), what an output makes of them a layout's (`layouts/`).
+Each tensor has one name and one order of axes here; `formats/` says how each checkpoint format
+stores it. Gate and up projection are one tensor, with an axis of their own.
 
-Letters: V vocabulary, H hidden size, I intermediate size, E experts, nh query heads,
-nk key/value heads, hd head dimension, l layer, e expert.
+Axes: l layer, e expert, t gate (0) or up (1), n query head, k key/value head, h element of a head,
+m hidden size, i intermediate size, v vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -19,44 +18,50 @@ from typing import Any
 from .errors import ConfigError
 
 __all__ = [
+    "ABSENT_IS_ZERO",
+    "ATTENTION_BIASES",
     "LAYER_KINDS",
     "MODEL_TENSORS",
     "ModelConfig",
     "alternating_layers",
     "integer",
     "number",
+    "yarn_attention_factor",
 ]
 
 MODEL_TENSORS: Mapping[str, str] = {
-    "embed_tokens.weight": "V H",
-    "layers.{l}.input_layernorm.weight": "H",
-    "layers.{l}.self_attn.q_proj.weight": "nh*hd H",
-    "layers.{l}.self_attn.q_proj.bias": "nh*hd",
-    "layers.{l}.self_attn.k_proj.weight": "nk*hd H",
-    "layers.{l}.self_attn.k_proj.bias": "nk*hd",
-    "layers.{l}.self_attn.v_proj.weight": "nk*hd H",
-    "layers.{l}.self_attn.v_proj.bias": "nk*hd",
-    "layers.{l}.self_attn.o_proj.weight": "H nh*hd",
-    "layers.{l}.self_attn.o_proj.bias": "H",
-    "layers.{l}.self_attn.sinks": "nh",
-    "layers.{l}.post_attention_layernorm.weight": "H",
-    "layers.{l}.mlp.router.weight": "E H",
-    "layers.{l}.mlp.router.bias": "E",
-    "layers.{l}.mlp.experts.{e}.gate_up_proj": "2*I H",
-    "layers.{l}.mlp.experts.{e}.gate_up_proj_bias": "2*I",
-    "layers.{l}.mlp.experts.{e}.down_proj": "H I",
-    "layers.{l}.mlp.experts.{e}.down_proj_bias": "H",
-    "norm.weight": "H",
-    "lm_head.weight": "V H",
+    "embed": "v m",
+    "attn_norm": "l m",
+    "q": "l n h m",
+    "q_bias": "l n h",
+    "k": "l k h m",
+    "k_bias": "l k h",
+    "v": "l k h m",
+    "v_bias": "l k h",
+    "sinks": "l n",
+    "o": "l m n h",
+    "o_bias": "l m",
+    "mlp_norm": "l m",
+    "router": "l e m",
+    "router_bias": "l e",
+    "gate_up": "l e t i m",
+    "gate_up_bias": "l e t i",
+    "down": "l e m i",
+    "down_bias": "l e m",
+    "final_norm": "m",
+    "unembed": "v m",
+    "unembed_bias": "v",
 }
-"""Every tensor of the model and its shape, for each layer `{l}` and expert `{e}`."""
+"""Every tensor of the model and its axes; weights are [out, in]. `unembed_bias` is zero, and only
+`transformer-lens` stores it."""
+
+ATTENTION_BIASES = frozenset({"q_bias", "k_bias", "v_bias", "o_bias"})
+
+ABSENT_IS_ZERO = ATTENTION_BIASES | {"unembed_bias"}
+"""What a model that lacks it computes as if it were zero."""
 
 LAYER_KINDS = ("sliding_attention", "full_attention")
 """What `layer_types` may hold; in the released models they alternate, beginning with the first."""
-
-_ATTENTION_BIASES = frozenset(
-    f"layers.{{l}}.self_attn.{which}_proj.bias" for which in ("q", "k", "v", "o")
-)
 
 _LIMITS = {
     "num_layers": 1024,
@@ -134,7 +139,7 @@ class ModelConfig:
 
     @property
     def dimensions(self) -> dict[str, int]:
-        """The letters that shapes are written in."""
+        """The model's sizes by their usual letters."""
         return {
             "V": self.vocab_size,
             "H": self.hidden_size,
@@ -145,23 +150,37 @@ class ModelConfig:
             "hd": self.head_dim,
         }
 
-    def size(self, product: str) -> int:
-        """The value of a product of letters and numbers, such as "2*I"."""
-        letters = self.dimensions
-        return prod(letters[f] if f in letters else int(f) for f in product.split("*"))
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of each axis in `MODEL_TENSORS`."""
+        return {
+            "l": self.num_layers,
+            "e": self.num_experts,
+            "t": 2,
+            "n": self.num_heads,
+            "k": self.num_kv_heads,
+            "h": self.head_dim,
+            "m": self.hidden_size,
+            "i": self.intermediate_size,
+            "v": self.vocab_size,
+        }
 
-    def shape(self, letters: str) -> tuple[int, ...]:
-        """The value of a shape such as "nh*hd H"."""
-        return tuple(self.size(product) for product in letters.split())
+    @property
+    def rope_type(self) -> str:
+        """The kind of rotary embedding, in transformers' words."""
+        return str(self.rope.get("rope_type", self.rope.get("type", "default")))
 
-    def has(self, model_tensor: str) -> bool:
-        """Whether this model has a tensor of its own, given by its name in `MODEL_TENSORS`."""
-        if self.tied_embeddings and model_tensor == "lm_head.weight":
+    def has(self, tensor: str) -> bool:
+        """Whether this model has a tensor of `MODEL_TENSORS` of its own: where the embeddings are
+        tied the unembedding is the embedding, and an absent bias is zero."""
+        if tensor == "unembed":
+            return not self.tied_embeddings
+        if tensor == "unembed_bias":
             return False
-        return self.attention_bias or model_tensor not in _ATTENTION_BIASES
+        return self.attention_bias or tensor not in ATTENTION_BIASES
 
     def instances(self, template: str) -> Iterator[tuple[int, int]]:
-        """The (layer, expert) pairs that a name with `{l}` or `{e}` stands for, in order."""
+        """Yield the (layer, expert) pairs that a name with `{l}` or `{e}` stands for, in order."""
         layers = range(self.num_layers if "{l}" in template else 1)
         experts = range(self.num_experts if "{e}" in template else 1)
         return ((layer, expert) for layer in layers for expert in experts)
@@ -169,12 +188,11 @@ class ModelConfig:
     @property
     def num_parameters(self) -> int:
         """Parameters of the model; tied embeddings count once."""
+        sizes = self.sizes
         return sum(
-            prod(self.shape(letters))
-            * (self.num_layers if "{l}" in name else 1)
-            * (self.num_experts if "{e}" in name else 1)
-            for name, letters in MODEL_TENSORS.items()
-            if self.has(name)
+            prod(sizes[axis] for axis in axes.split())
+            for tensor, axes in MODEL_TENSORS.items()
+            if self.has(tensor)
         )
 
 
@@ -182,6 +200,12 @@ def alternating_layers(num_layers: int) -> tuple[str, ...]:
     """The released models' layer types. A hostile count makes no tuple of that length."""
     count = max(0, min(num_layers, _LIMITS["num_layers"] + 1))
     return tuple(LAYER_KINDS[layer % 2] for layer in range(count))
+
+
+def yarn_attention_factor(rope: Mapping[str, Any]) -> float:
+    """Return YaRN's default attention factor, as transformers computes it (`get_mscale`)."""
+    factor = number(rope, "factor")
+    return 1.0 if factor <= 1 else 0.1 * math.log(factor) + 1.0
 
 
 def integer(config: Mapping[str, Any], key: str, default: int | None = None) -> int:

@@ -1,8 +1,8 @@
-"""How one model tensor lies in the checkpoint, bound to its raw tensors: what recipes read.
+"""Where the elements of an output come from: stored tensors, or a part of them, as one array.
 
-An operand has a shape of one or two axes and loads any block of it. Three kinds: `Plain` (floats
-as they are), `Packed` (MXFP4 blocks and scales) and `Zeros` (nothing stored). None knows names,
-layers or files beyond the raw tensors it was given.
+An operand has a shape and loads any block of it. Four kinds: `Dense` (floats, or bytes, as they
+are), `Packed` (an MXFP4 matrix), `Interleaved` (the rows or columns of several in turn) and `Zeros`
+(nothing stored). None knows names, layers or files beyond the raw tensors it was given.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -21,7 +21,7 @@ from .errors import TensorError
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Operand", "Packed", "Plain", "Reader", "Zeros", "plain", "take_rows"]
+__all__ = ["Dense", "Interleaved", "Operand", "Packed", "Reader", "Zeros", "dense"]
 
 Span: TypeAlias = tuple[int, int]  # [begin, end)
 
@@ -52,42 +52,69 @@ class Reader(Protocol):
         return
 
 
-@dataclass(frozen=True, slots=True)
-class Plain:
-    """Floats from element `first` of a raw tensor on: `stored_shape`, one or two axes.
+class Operand(Protocol):
+    """What the four kinds have in common."""
 
-    The model's rows are the stored rows, or the stored columns where it `is_transposed`. `start`
-    and `step` choose among them; `shape` is what is left, with the axes as they are stored.
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array."""
+        ...
+
+    def load(
+        self,
+        reader: Reader,
+        rows: Span,
+        columns: Span | None,
+        dtype: DType,
+        into: np.ndarray[Any, Any] | None = None,
+    ) -> AbstractContextManager[tuple[np.ndarray[Any, Any], DType]]:
+        """Load the block `[rows, columns]`, of all columns for None.
+
+        Args:
+            reader: Reads the raw tensors.
+            rows: First and last row, along the first axis.
+            columns: The same along the second axis; only for matrices.
+            dtype: The dtype that the caller will cast to; what is decoded is decoded to it.
+            into: Memory of the block's shape that the block may be made in.
+
+        Returns:
+            The block, good within the context, and its dtype. It is `into` itself where it was
+            made there.
+        """
+        ...
+
+    def extents(self, rows: Span) -> Iterator[Extent]:
+        """Yield what loading the rows reads."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """Elements from `first` on of a raw tensor, with the shape `stored_shape`.
+
+    `taken` are the indices along `axis` (0 or 1) that the operand consists of, all for None.
     """
 
     raw: RawTensor
     first: int
     stored_shape: tuple[int, ...]
-    is_transposed: bool = False
-    start: int = 0
-    step: int = 1
+    axis: int = 0
+    taken: range | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """What is left of `stored_shape`."""
-        sizes, axis = list(self.stored_shape), int(self.is_transposed)
-        sizes[axis] = len(range(self.start, sizes[axis], self.step))
-        return tuple(sizes)
+        """See `Operand`."""
+        if self.taken is None:
+            return self.stored_shape
+        axis, shape = self.axis, self.stored_shape
+        return (*shape[:axis], len(self.taken), *shape[axis + 1 :])
 
-    @property
-    def _width(self) -> int:
-        """Elements of a stored row."""
-        return self.stored_shape[1] if len(self.stored_shape) == 2 else 1
-
-    def _block(self, rows: Span, columns: Span | None) -> tuple[Span, tuple[slice, ...]]:
-        """The stored rows to read, and what to take of them."""
-        begin, end = columns if columns is not None else (0, self._width)
-        if self.is_transposed:
-            last = self.start + (end - 1) * self.step + 1
-            return rows, (slice(None), slice(self.start + begin * self.step, last, self.step))
-        stored = self.start + rows[0] * self.step, self.start + (rows[1] - 1) * self.step + 1
-        take = (slice(None, None, self.step), slice(begin, end))
-        return stored, take[: len(self.stored_shape)]
+    def _stored(self, axis: int, span: Span) -> slice:
+        """What some of the operand's rows or columns are of the stored ones."""
+        if self.taken is None or self.axis != axis:
+            return slice(*span)
+        wanted = self.taken[span[0] : span[1]]
+        return slice(wanted[0], wanted[-1] + 1, wanted.step)
 
     @contextmanager
     def load(
@@ -98,38 +125,45 @@ class Plain:
         dtype: DType,
         into: np.ndarray[Any, Any] | None = None,
     ) -> Iterator[tuple[np.ndarray[Any, Any], DType]]:
-        """The block `[rows, columns]` of `shape`, in the raw tensor's dtype; never `into`."""
-        (begin, end), take = self._block(rows, columns)
-        shape = (end - begin, *self.stored_shape[1:])
-        with reader.read(self.raw, self.first + begin * self._width, shape) as array:
-            yield array[take], self.raw.dtype
+        """See `Operand`; the block has the raw tensor's dtype and is never `into`."""
+        stored = self._stored(0, rows)
+        width = prod(self.stored_shape[1:])
+        shape = (stored.stop - stored.start, *self.stored_shape[1:])
+        with reader.read(self.raw, self.first + stored.start * width, shape) as array:
+            array = array[:: stored.step]
+            if columns is not None or self.axis == 1:
+                array = array[:, self._stored(1, columns or (0, self.shape[1]))]
+            yield array, self.raw.dtype
 
     def extents(self, rows: Span) -> Iterator[Extent]:
-        """What loading the rows reads."""
-        (begin, end), _ = self._block(rows, None)
-        yield Extent(self.raw, self.first + begin * self._width, (end - begin) * self._width)
+        """See `Operand`."""
+        stored, width = self._stored(0, rows), prod(self.stored_shape[1:])
+        count = (stored.stop - stored.start) * width
+        yield Extent(self.raw, self.first + stored.start * width, count)
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """An MXFP4 matrix: `stored_shape` rows and columns from row `first` of the raw tensors on."""
+    """An MXFP4 matrix: `stored_shape` rows and columns from row `first` of the raw tensors on, of
+    which `taken` are the rows that the operand consists of, all for None."""
 
     blocks: RawTensor  # [..., columns / 32, 16] U8
     scales: RawTensor  # [..., columns / 32] U8
     first: int
     stored_shape: tuple[int, int]
-    start: int = 0
-    step: int = 1
+    taken: range | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
-        """What `start` and `step` leave of `stored_shape`."""
+        """See `Operand`."""
         rows, columns = self.stored_shape
-        return len(range(self.start, rows, self.step)), columns
+        return (rows if self.taken is None else len(self.taken)), columns
 
-    def _rows(self, rows: Span) -> Span:
-        begin = self.first + self.start + rows[0] * self.step
-        return begin, begin + (rows[1] - rows[0] - 1) * self.step + 1
+    def _rows(self, rows: Span) -> slice:
+        if self.taken is None:
+            return slice(self.first + rows[0], self.first + rows[1])
+        wanted = self.taken[rows[0] : rows[1]]
+        return slice(self.first + wanted[0], self.first + wanted[-1] + 1, wanted.step)
 
     @contextmanager
     def load(
@@ -140,15 +174,15 @@ class Packed:
         dtype: DType,
         into: np.ndarray[Any, Any] | None = None,
     ) -> Iterator[tuple[np.ndarray[Any, Any], DType]]:
-        """The block `[rows, columns]` of `shape`, decoded to `dtype`; in `into` itself where
-        that is given and can take it."""
+        """See `Operand`; the block is decoded to `dtype`."""
         import numpy as np
 
         from .cast import STORAGE, count_infinities
         from .mxfp4 import NAN_SCALE, decode, largest_scale
 
         groups = self.stored_shape[1] // BLOCK_VALUES
-        begin, end = self._rows(rows)
+        stored = self._rows(rows)
+        begin, end = stored.start, stored.stop
         left, right = columns if columns is not None else (0, self.stored_shape[1])
         taken = slice(left // BLOCK_VALUES, -(-right // BLOCK_VALUES))
         with (
@@ -159,8 +193,8 @@ class Packed:
             ) as blocks,
             reader.read(self.scales, begin * groups, (end - begin, groups)) as scales,
         ):
-            tile_blocks = blocks[:: self.step, taken]
-            tile_scales = scales[:: self.step, taken]
+            tile_blocks = blocks[:: stored.step, taken]
+            tile_scales = scales[:: stored.step, taken]
             largest = int(tile_scales.max())
             if largest == NAN_SCALE:
                 raise TensorError(
@@ -180,33 +214,104 @@ class Packed:
             yield wanted, dtype
 
     def extents(self, rows: Span) -> Iterator[Extent]:
-        """What loading the rows reads."""
-        begin, end = self._rows(rows)
+        """See `Operand`."""
+        stored = self._rows(rows)
         for raw in (self.blocks, self.scales):
             width = prod(raw.shape) // prod(self.scales.shape[:-1])
-            yield Extent(raw, begin * width, (end - begin) * width)
+            yield Extent(raw, stored.start * width, (stored.stop - stored.start) * width)
+
+
+@dataclass(frozen=True, slots=True)
+class Interleaved:
+    """The rows (`axis` 0) or columns (1) of several operands of one shape, in turn."""
+
+    operands: tuple[Operand, ...]
+    axis: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See `Operand`."""
+        shape = [*self.operands[0].shape]
+        shape[self.axis] *= len(self.operands)
+        return tuple(shape)
+
+    def _part(self, span: Span, number: int) -> tuple[Span, slice]:
+        """Which rows or columns of an operand lie in a span, and where in it they belong."""
+        count = len(self.operands)
+        begin, end = (-(-(at - number) // count) for at in span)
+        return (begin, end), slice(begin * count + number - span[0], None, count)
+
+    @contextmanager
+    def load(
+        self,
+        reader: Reader,
+        rows: Span,
+        columns: Span | None,
+        dtype: DType,
+        into: np.ndarray[Any, Any] | None = None,
+    ) -> Iterator[tuple[np.ndarray[Any, Any], DType]]:
+        """See `Operand`; the block has the dtype `dtype`."""
+        import numpy as np
+
+        from .cast import STORAGE, cast
+
+        spans = [rows, *((0, size) for size in self.shape[1:])]
+        if columns is not None:
+            spans[1] = columns
+        out = into
+        if out is None:
+            out = np.empty([end - begin for begin, end in spans], STORAGE[dtype])
+        for number, operand in enumerate(self.operands):
+            (begin, end), where = self._part(spans[self.axis], number)
+            if begin == end:
+                continue
+            theirs = [*spans]
+            theirs[self.axis] = begin, end
+            block = theirs[1] if len(theirs) > 1 else None
+            with operand.load(reader, theirs[0], block, dtype) as (array, found):
+                cast(array, found, out[where] if self.axis == 0 else out[:, where], dtype)
+        yield out, dtype
+
+    def extents(self, rows: Span) -> Iterator[Extent]:
+        """See `Operand`."""
+        for number, operand in enumerate(self.operands):
+            begin, end = self._part(rows, number)[0] if self.axis == 0 else rows
+            if begin < end:
+                yield from operand.extents((begin, end))
 
 
 @dataclass(frozen=True, slots=True)
 class Zeros:
-    """A tensor that the model lacks and the target has, all zero."""
+    """A tensor that the model lacks and the output has, all zero."""
 
     shape: tuple[int, ...]
 
+    @contextmanager
+    def load(
+        self,
+        reader: Reader,
+        rows: Span,
+        columns: Span | None,
+        dtype: DType,
+        into: np.ndarray[Any, Any] | None = None,
+    ) -> Iterator[tuple[np.ndarray[Any, Any], DType]]:
+        """See `Operand`; the block has the dtype `dtype`."""
+        import numpy as np
 
-Operand: TypeAlias = Plain | Packed | Zeros
+        from .cast import STORAGE
+
+        begin, end = rows
+        out = np.empty((end - begin, *self.shape[1:]), STORAGE[dtype]) if into is None else into
+        out[...] = 0
+        yield out, dtype
+
+    def extents(self, rows: Span) -> Iterator[Extent]:
+        """Yield nothing: nothing is read."""
+        return iter(())
 
 
-def plain(operand: Operand) -> Plain:
-    """An operand that can only be plain: no other is transposed through a scratch file."""
-    if not isinstance(operand, Plain):
-        raise TypeError("only plain operands are staged")
+def dense(operand: Operand) -> Dense:
+    """Return an operand that can only be dense: no other goes through a spill file."""
+    if not isinstance(operand, Dense):
+        raise TypeError("only dense operands are spilled")
     return operand
-
-
-def take_rows(operand: Operand, start: int, step: int) -> Operand:
-    """The operand's rows `start::step`, of model rows (whichever stored axis holds them)."""
-    if isinstance(operand, Zeros):
-        rows, *rest = operand.shape
-        return Zeros((len(range(start, rows, step)), *rest))
-    return replace(operand, start=start, step=step)

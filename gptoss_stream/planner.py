@@ -1,47 +1,50 @@
-"""From a source and a layout to a plan: every shard, tensor, shape and size of the output.
+"""From a source and a format to write to a plan: every shard, tensor, shape and size of the output.
 
-Reads headers and configuration, no tensor data, and moves none. All that can be wrong with a
-source and is visible in these is found here, before the first byte is written.
+Reads headers and configuration, no tensor data (but of a bias that must be zero), and moves none.
+All that can be wrong with a source and is visible in these is found here, before the first byte is
+written.
 """
 
 from __future__ import annotations
 
 import re
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, groupby
+from itertools import accumulate
 
-from . import layouts, sources, storage
-from .checkpoint import CheckpointInfo, RawTensor, describe
-from .dtypes import DType, output_dtype
-from .errors import OptionError
-from .layouts import Layout, Row, ZeroRow
-from .model import ModelConfig
-from .operands import Operand, Packed, Plain, Zeros, plain, take_rows
-from .patterns import Rearrangement, rearrangement, transposed
+from . import formats
+from .checkpoint import CheckpointInfo, describe, is_zero
+from .dtypes import KEEP, DType, is_exact, output_dtype, torch_name
+from .errors import OptionError, TensorError
+from .mapping import MappedTensor, output_tensors, raw_tensors
+from .model import ABSENT_IS_ZERO, ModelConfig
+from .operands import Dense, dense
 from .places import Name
 from .recipe import OutputTensor, Part, extents
 from .safetensors_format import build_header
-from .selection import ResolvedSelection, Selection
+from .selection import GROUPS, ResolvedSelection, Selection
+from .tables import Mxfp4, Row, Table, check, read_table
 
 __all__ = [
-    "DEFAULT_LAYOUT",
+    "DEFAULT_FORMAT",
     "DEFAULT_SHARD_SIZE",
-    "LayoutTensor",
     "Plan",
     "PlannedShard",
-    "layout_tensors",
     "parse_size",
     "plan",
     "shards",
 ]
 
-DEFAULT_LAYOUT = "transformer-lens"
+DEFAULT_FORMAT = "transformer-lens"
 DEFAULT_SHARD_SIZE = "5GB"
-STAGED_NBYTES = 64_000_000
-"""A transpose of more than this goes through a scratch file (`scratch`): reading it a few columns
+SPILL_NBYTES = 64_000_000
+"""A transposition of more than this goes through a spill file (`scratch`): reading it a few columns
 at a time would read it from disk once for each time."""
+SPILLED_AXES = frozenset({"v"})
+"""Only tensors with these axes are that large; an expert's matrix is read again from the page
+cache for each segment of the output, which costs less than writing it once more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,7 @@ class PlannedShard:
     def scratch_nbytes(self) -> int:
         """Disk space that is needed beside the shard while it is made."""
         return sum(
-            part.elements * plain(part.operand).raw.dtype.itemsize for part, _ in self.staged()
+            part.elements * dense(part.operand).raw.dtype.itemsize for part, _ in self.staged()
         )
 
     def overlapping(self, begin: int, end: int) -> Iterator[tuple[OutputTensor, int, int, int]]:
@@ -87,12 +90,13 @@ class PlannedShard:
 
 
 def is_staged(part: Part) -> bool:
-    """Whether a part is a transpose too large to be read in columns."""
-    operand = part.operand
+    """Whether a part is a transposition too large to be read in columns."""
+    operand, how = part.operand, part.rearrangement
     return (
-        isinstance(operand, Plain)
-        and part.rearrangement.axis == 1
-        and part.elements * operand.raw.dtype.itemsize > STAGED_NBYTES
+        how.transposes
+        and isinstance(operand, Dense)
+        and not SPILLED_AXES.isdisjoint("".join(how.axes))
+        and part.elements * operand.raw.dtype.itemsize > SPILL_NBYTES
     )
 
 
@@ -104,15 +108,24 @@ class Plan:
     source_format: str
     recognised_by: str
     model: ModelConfig
-    layout: str
-    dtype: DType
+    """The model as it is written: with what the source stores."""
+    to: str
+    """The format that is written."""
+    dtype: str
+    """That of dense tensors, a torch name or "keep"."""
+    main_dtype: DType
+    """The dtype of most dense elements, which the configuration names."""
     max_shard_size: int
     selection: ResolvedSelection
     is_partial: bool
     """Whether the output holds but a part of the model's tensors."""
     shards: tuple[PlannedShard, ...] = field(repr=False)
     unused: tuple[str, ...]
-    """Raw tensors that the checkpoint holds and the layout has no use for."""
+    """Raw tensors that the checkpoint holds and the output has no use for."""
+    narrowed: Mapping[str, int]
+    """How many output tensors lose precision, by dtypes: {"F32 to BF16": 12}."""
+    warning: str
+    """What everybody who writes this format should know."""
 
     @property
     def num_tensors(self) -> int:
@@ -159,53 +172,128 @@ def _union_length(runs: list[tuple[int, int]]) -> int:
 def plan(
     source: Name,
     *,
-    layout: str = DEFAULT_LAYOUT,
-    dtype: str = "bfloat16",
+    to: str = DEFAULT_FORMAT,
+    source_format: str | None = None,
+    dtype: str | None = None,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     selection: Selection | None = None,
-    source_format: str | None = None,
 ) -> Plan:
-    """Plan the conversion of a checkpoint: a folder, a repository of the Hub, a URL (see
-    `places.open_place`).
+    """Plan the conversion of a checkpoint.
 
-    `dtype` is a torch name (bfloat16, float16, float32); `max_shard_size` is in bytes or a text
-    such as "5GB" (decimal units); `source_format` overrides what is recognised (see
-    `sources.names`). Raises `OptionError` for an argument that is none of these,
-    `CheckpointError` for a source that cannot be converted, `MachineError` where reading fails,
-    `MissingPackageError` where an extra is not installed.
+    Args:
+        source: A folder, a repository of the Hub, or a URL (see `places.open_place`).
+        to: The format to write (see `formats.names`).
+        source_format: The format to read; by default it is detected.
+        dtype: A torch name (bfloat16, float16, float32), or "keep" for the source's own. By
+            default "keep" from a format to itself and from `transformer-lens`, else bfloat16.
+        max_shard_size: In bytes, or a text such as "5GB" (decimal units).
+        selection: Which tensors of the output; all by default.
+
+    Raises:
+        OptionError: For an argument that cannot be used, and where the format cannot be written.
+        CheckpointError: For a source that cannot be converted.
+        MachineError: If reading fails.
+        MissingPackageError: If an extra is not installed.
     """
-    target_dtype = output_dtype(dtype)
     limit = parse_size(max_shard_size)
-    target = layouts.load(layout)
-    chosen_format = None if source_format is None else sources.load(source_format)
+    target = formats.load(to)
+    if source_format is not None:
+        formats.load(source_format)
+    if dtype not in (None, KEEP):
+        output_dtype(str(dtype))
     info = describe(source)
-    format_, reason = (
-        sources.recognise(info) if chosen_format is None else (chosen_format, "as asked")
-    )
-    with sources.naming_config(info):
-        model = format_.read_config(info.config)
+    found, reason = formats.detect(info) if source_format is None else (source_format, "as asked")
+    format_ = formats.load(found)
+    written = _dtype_name(dtype, to, found)
+    with formats.naming_config(info):
+        table, model = read_table(format_.TABLE, format_.read_model(info), info.tensors)
         target.check(model)
-    storage.check(format_.TENSORS, model, info)
+    check(table, model, info)
+    _refuse_lost(table, target.TABLE, model, info, to)
     resolved = (selection or Selection()).resolve(model)
-    whole = [*layout_tensors(target, format_.TENSORS, model, info.tensors, target_dtype)]
-    _refuse_cut_stacks(whole, resolved, layout)
+    made_in = None if written == KEEP else output_dtype(written)
+    whole = [*output_tensors(table, target.TABLE, model, info.tensors, made_in)]
+    _refuse_cut_stacks(whole, resolved, to)
     tensors = [t.tensor for t in whole if resolved.takes(t.tensor.name, *t.made_of)]
     if not tensors:
-        raise OptionError(f"the selection {resolved.as_dict()} chooses no tensor of {layout}")
-    used = {raw.name for t in whole for raw in _raws(t.tensor)}
+        raise OptionError(f"the selection {resolved.as_dict()} chooses no tensor of {to}")
+    used = {raw.name for t in whole for part in t.tensor.parts for raw in raw_tensors(part.operand)}
+    used |= {name.format(l=n) for name in formats.ignored(format_) for n in range(model.num_layers)}
+    used |= {row.stored for row in _lost(table, target.TABLE)}
     return Plan(
         info=info,
-        source_format=format_.NAME,
+        source_format=found,
         recognised_by=reason,
         model=model,
-        layout=layout,
-        dtype=target_dtype,
+        to=to,
+        dtype=written,
+        main_dtype=_main_dtype(tensors),
         max_shard_size=limit,
         selection=resolved,
         is_partial=len(tensors) < len(whole),
         shards=shards(tensors, limit),
         unused=tuple(sorted(info.tensors.keys() - used)),
+        narrowed=_narrowed(tensors),
+        warning=formats.warning(target) if to != found else "",
     )
+
+
+def _dtype_name(dtype: str | None, to: str, found: str) -> str:
+    """The dtype to write, by name."""
+    if dtype is None:
+        default = formats.default_dtype(formats.load(found))
+        return KEEP if to == found else default
+    is_packed = any(isinstance(row.encoding, Mxfp4) for row in formats.load(to).TABLE)
+    if is_packed and dtype not in (KEEP, torch_name(DType.BF16)):
+        raise OptionError(
+            f"dtype {dtype!r}: {to} has its experts in MXFP4 and all else in bfloat16; choose "
+            "bfloat16 or keep"
+        )
+    return dtype
+
+
+def _lost(source: Table, target: Table) -> list[Row]:
+    """The rows of the source that the target has no place for."""
+    kept = {row.tensor for row in target}
+    return [row for row in source if row.tensor not in kept]
+
+
+def _refuse_lost(
+    source: Table, target: Table, model: ModelConfig, info: CheckpointInfo, to: str
+) -> None:
+    """Refuse to leave out a tensor that is not zero (`unembed_bias`)."""
+    for row in _lost(source, target):
+        if row.tensor not in ABSENT_IS_ZERO:
+            continue
+        for layer, expert in model.instances(row.stored):
+            raw = info.tensors[row.stored.format(l=layer, e=expert)]
+            if not is_zero(info, raw):
+                raise TensorError(
+                    f"{info.place.at(raw.shard)}: tensor {raw.name!r} is not zero, and {to} has no "
+                    "place for it: the output would compute something else"
+                )
+
+
+def _main_dtype(tensors: Iterable[OutputTensor]) -> DType:
+    """The dtype of most dense elements; bfloat16 where there are none."""
+    counts: Counter[DType] = Counter()
+    for tensor in tensors:
+        if tensor.dtype is not DType.U8:
+            counts[tensor.dtype] += tensor.nbytes // tensor.dtype.itemsize
+    return max(counts, key=lambda dtype: counts[dtype], default=DType.BF16)
+
+
+def _narrowed(tensors: Iterable[OutputTensor]) -> dict[str, int]:
+    """How many tensors lose precision, by dtypes."""
+    counts: Counter[str] = Counter()
+    for tensor in tensors:
+        found = {raw.dtype for part in tensor.parts for raw in raw_tensors(part.operand)}
+        counts.update(
+            f"{'MXFP4' if dtype is DType.U8 else dtype} to {tensor.dtype}"
+            for dtype in found
+            if not is_exact(dtype, tensor.dtype)
+        )
+    return dict(sorted(counts.items()))
 
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
@@ -221,99 +309,22 @@ def parse_size(size: int | str) -> int:
     return nbytes
 
 
-def _raws(tensor: OutputTensor) -> Iterator[RawTensor]:
-    for part in tensor.parts:
-        operand = part.operand
-        if isinstance(operand, Packed):
-            yield from (operand.blocks, operand.scales)
-        elif isinstance(operand, Plain):
-            yield operand.raw
-
-
-@dataclass(frozen=True, slots=True)
-class LayoutTensor:
-    """An output tensor and what it is made of: a model tensor, and its layer and expert where
-    there are such (of a tensor that stacks the experts, none)."""
-
-    tensor: OutputTensor
-    made_of: tuple[str, int | None, int | None]
-
-
-def layout_tensors(
-    layout: Layout,
-    table: storage.StoredTable,
-    model: ModelConfig,
-    raws: Mapping[str, RawTensor],
-    dtype: DType,
-) -> Iterator[LayoutTensor]:
-    """Every output tensor, in order: rows with {l} layer by layer, rows with {e} expert by
-    expert within it."""
-    present = [r for r in layout.ROWS if not _is_left_out(r, model)]
-    for has_layer, rows in groupby(present, lambda row: "{l}" in row.target):
-        block = list(rows)
-        for layer in range(model.num_layers) if has_layer else (None,):
-            for has_expert, run in groupby(block, lambda row: "{e}" in row.target):
-                group = list(run)
-                for expert in range(model.num_experts) if has_expert else (None,):
-                    for row in group:
-                        tensor = _tensor(row, table, model, raws, dtype, layer or 0, expert or 0)
-                        yield LayoutTensor(tensor, (row.model_tensor, layer, expert))
-
-
-def _is_left_out(row: Row | ZeroRow, model: ModelConfig) -> bool:
-    return isinstance(row, Row) and row.optional and not model.has(row.model_tensor)
-
-
 def _refuse_cut_stacks(
-    tensors: Iterable[LayoutTensor], selection: ResolvedSelection, layout: str
+    tensors: Iterable[MappedTensor], selection: ResolvedSelection, to: str
 ) -> None:
-    """Of a tensor that stacks the experts, some would lose their numbers."""
+    """Refuse to choose experts of a tensor that stacks them: they would lose their numbers."""
     for t in tensors:
-        model_tensor, _, expert = t.made_of
+        tensor, _, expert = t.made_of
         if (
             selection.experts is not None
-            and "{e}" in model_tensor
+            and tensor in GROUPS["experts"]
             and expert is None
             and selection.takes(t.tensor.name, *t.made_of)
         ):
             raise OptionError(
-                f"layout {layout} stacks the experts in one tensor ({t.tensor.name}), in which "
-                "some would lose their numbers; take all experts, or another layout"
+                f"format {to} stacks the experts in one tensor ({t.tensor.name}), in which "
+                "some would lose their numbers; take all experts, or another format"
             )
-
-
-def _tensor(
-    row: Row | ZeroRow,
-    table: storage.StoredTable,
-    model: ModelConfig,
-    raws: Mapping[str, RawTensor],
-    dtype: DType,
-    layer: int,
-    expert: int,
-) -> OutputTensor:
-    name = row.target.format(l=layer, e=expert)
-    if isinstance(row, ZeroRow):
-        shape = model.shape(row.shape)
-        part = Part(
-            Zeros(shape), rearrangement("a -> a" if len(shape) == 1 else "a b -> a b", shape)
-        )
-        return OutputTensor(name, dtype, shape, (part,))
-    stacked = "{e}" in row.model_tensor and "{e}" not in row.target
-    parts = []
-    for e in range(model.num_experts) if stacked else (expert,):
-        operand = storage.bind(table, model, raws, row.model_tensor, layer, e)
-        operand = take_rows(operand, *row.rows)
-        parts.append(Part(operand, _rearrangement(row, operand, model)))
-    shape = parts[0].rearrangement.shape
-    return OutputTensor(name, dtype, (len(parts), *shape) if stacked else shape, tuple(parts))
-
-
-def _rearrangement(row: Row, operand: Operand, model: ModelConfig) -> Rearrangement:
-    known = tuple((axis, model.size(letters)) for axis, letters in row.axes.items())
-    pattern = row.pattern
-    if isinstance(operand, Plain) and operand.is_transposed:
-        pattern = transposed(pattern)
-    return rearrangement(pattern, operand.shape, known)
 
 
 def shards(

@@ -1,4 +1,4 @@
-"""Folders of the package in which every file is one thing to choose: a layout, a source format.
+"""Folders of the package in which every file is one thing to choose: a checkpoint format.
 
 A file's name, with `-` for `_`, is what it is chosen by; one with a leading underscore is none.
 """

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .checkpoint import Extent
 from .dtypes import DType, nbytes
 from .errors import TensorError
-from .operands import Operand, Packed, Plain, Reader, Zeros
+from .operands import Operand, Reader
 from .patterns import Rearrangement
 
 if TYPE_CHECKING:
@@ -88,20 +88,14 @@ def make_pieces(
     Where units gather from every row of the operand, `rows` limits them to some of these.
     Raises `OverflowError` for values that the dtype cannot hold.
     """
-    operand, how = part.operand, part.rearrangement
-    if isinstance(operand, Zeros):
-        for piece in pieces:
-            piece.out[...] = 0
-    elif how.axis == 0:
-        for piece in pieces:
-            _make_from_rows(part, operand, piece, dtype, reader)
-    else:
-        _make_from_columns(part, operand, pieces, dtype, reader, rows or (0, operand.shape[0]))
+    if part.rearrangement.transposes:
+        _make_from_columns(part, pieces, dtype, reader, rows or (0, part.operand.shape[0]))
+        return
+    for piece in pieces:
+        _make_from_rows(part, piece, dtype, reader)
 
 
-def _make_from_rows(
-    part: Part, operand: Plain | Packed, piece: Piece, dtype: DType, reader: Reader
-) -> None:
+def _make_from_rows(part: Part, piece: Piece, dtype: DType, reader: Reader) -> None:
     from einops import rearrange
 
     from .cast import cast
@@ -110,17 +104,15 @@ def _make_from_rows(
     unit_nbytes = prod(how.unit_shape) * dtype.itemsize
     for begin, end in _tiles(piece.first, piece.last, TILE_NBYTES // unit_nbytes):
         target = piece.out[begin - piece.first : end - piece.first]
-        span = begin * how.span, end * how.span
         into = target if how.is_copy else None
-        with operand.load(reader, span, None, dtype, into) as (array, source_dtype):
+        with part.operand.load(reader, (begin, end), None, dtype, into) as (array, source_dtype):
             if array is not into:
-                tile = rearrange(array, how.pattern, **how.tile_sizes)
-                cast(tile, source_dtype, target.reshape(tile.shape), dtype)
+                tile = array if how.is_copy else rearrange(array, how.pattern)
+                cast(tile, source_dtype, target, dtype)
 
 
 def _make_from_columns(
     part: Part,
-    operand: Plain | Packed,
     pieces: list[Piece],
     dtype: DType,
     reader: Reader,
@@ -134,9 +126,8 @@ def _make_from_columns(
     first, last = pieces[0].first, pieces[-1].last
     top, bottom = rows
     for begin, end in _tiles(top, bottom, TRANSPOSE_ROWS):
-        columns = first * how.span, last * how.span
-        with operand.load(reader, (begin, end), columns, dtype) as (array, source_dtype):
-            tile = rearrange(array, how.pattern, **how.tile_sizes)
+        with part.operand.load(reader, (begin, end), (first, last), dtype) as (array, source_dtype):
+            tile = rearrange(array, how.pattern)
             for piece in pieces:
                 units = tile[piece.first - first : piece.last - first]
                 cast(units, source_dtype, piece.out[..., begin - top : end - top], dtype)
@@ -210,11 +201,10 @@ def extents(
         if low < high and part not in without:
             how = part.rearrangement
             unit_nbytes = prod(how.unit_shape) * tensor.dtype.itemsize
-            rows = low // unit_nbytes * how.span, -(-high // unit_nbytes) * how.span
-            yield from rows_of(part, rows if how.axis == 0 else (0, part.operand.shape[0]))
+            rows = low // unit_nbytes, -(-high // unit_nbytes)
+            yield from rows_of(part, (0, part.operand.shape[0]) if how.transposes else rows)
 
 
 def rows_of(part: Part, rows: tuple[int, int]) -> Iterator[Extent]:
     """What reading some rows of a part's operand reads."""
-    if not isinstance(part.operand, Zeros):
-        yield from part.operand.extents(rows)
+    return part.operand.extents(rows)

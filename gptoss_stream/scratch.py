@@ -19,7 +19,7 @@ import numpy as np
 
 from .cast import STORAGE, cast
 from .dtypes import DType
-from .operands import Reader, plain
+from .operands import Reader, dense
 from .recipe import Part, Piece, make_pieces
 from .shard_file import ALIGNMENT
 
@@ -27,6 +27,7 @@ __all__ = ["StagedTranspose"]
 
 
 _WRITING = 8  # blocks of a scratch file that may be on their way to the disk
+_LEAST_VIEW_NBYTES = 512
 _MOST_VIEWS = 1024  # that one call fills (IOV_MAX, on all systems that have the call)
 
 
@@ -41,10 +42,11 @@ class StagedTranspose:
 
     def __init__(self, part: Part, file: Path, block_nbytes: int) -> None:
         self._part = part
-        self._dtype = plain(part.operand).raw.dtype
+        self._dtype = dense(part.operand).raw.dtype
         step = _block_rows(part, block_nbytes)
         row_nbytes = part.elements // part.operand.shape[0] * self._dtype.itemsize
         self.blocks = self.blocks_of(part, block_nbytes)
+        self._rows_of_block = step
         self._slot = -(-step * row_nbytes // ALIGNMENT) * ALIGNMENT
         self._row_nbytes = row_nbytes
         self._left = len(self.blocks)
@@ -101,16 +103,18 @@ class StagedTranspose:
         first, last = pieces[0].first, pieces[-1].last
         size = self._dtype.itemsize
         per_row = prod(how.unit_shape[:-1]) * size  # bytes of a unit for each row of a block
+        # Straight into the output, where that takes no view for every few elements.
+        is_direct = dtype is self._dtype and self._rows_of_block * size >= _LEAST_VIEW_NBYTES
         rows = [
             row.data.cast("B")
-            for piece in pieces
+            for piece in (pieces if is_direct else ())
             for row in piece.out.reshape(-1, how.unit_shape[-1])
         ]
         for block, (begin, end) in enumerate(self.blocks):
             at = block * self._slot + first * per_row * (end - begin)
             nbytes = (last - first) * per_row * (end - begin)
             _advise(self._descriptor, at + ahead * nbytes, nbytes, "POSIX_FADV_WILLNEED")
-            if dtype is self._dtype:  # then no copy in between
+            if is_direct:
                 _read(self._descriptor, [row[begin * size : end * size] for row in rows], at)
                 continue
             run = np.empty((last - first, *how.unit_shape[:-1], end - begin), STORAGE[self._dtype])
@@ -128,7 +132,7 @@ class StagedTranspose:
 
 
 def _block_rows(part: Part, block_nbytes: int) -> int:
-    operand = plain(part.operand)
+    operand = dense(part.operand)
     row_nbytes = part.elements // operand.shape[0] * operand.raw.dtype.itemsize
     return max(1, block_nbytes // row_nbytes)
 

@@ -9,18 +9,18 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from .errors import OptionError
-from .model import ModelConfig
+from .model import ATTENTION_BIASES, ModelConfig
 
 __all__ = ["GROUPS", "Selection", "parse_numbers"]
 
-GROUPS = {
-    "attention": re.compile(r"\.self_attn\."),
-    "experts": re.compile(r"\.mlp\.experts\."),
-    "router": re.compile(r"\.mlp\.router\."),
-    "embeddings": re.compile(r"^(embed_tokens|lm_head)\."),
-    "norms": re.compile(r"norm\.weight$"),
+GROUPS: Mapping[str, frozenset[str]] = {
+    "attention": frozenset({"q", "k", "v", "o", "sinks"}) | ATTENTION_BIASES,
+    "experts": frozenset({"gate_up", "gate_up_bias", "down", "down_bias"}),
+    "router": frozenset({"router", "router_bias"}),
+    "embeddings": frozenset({"embed", "unembed", "unembed_bias"}),
+    "norms": frozenset({"attn_norm", "mlp_norm", "final_norm"}),
 }
-"""What `only` chooses among, by names in `model.MODEL_TENSORS`."""
+"""What `only` chooses among: names in `model.MODEL_TENSORS`."""
 
 _RANGE = re.compile(r"(-?\d{1,9})(?:-(-?\d{1,9}))?")
 
@@ -87,7 +87,7 @@ class ResolvedSelection:
         return (
             (layer is None or self.layers is None or layer in self.layers)
             and (expert is None or self.experts is None or expert in self.experts)
-            and (not self.only or any(GROUPS[group].search(model_tensor) for group in self.only))
+            and (not self.only or any(model_tensor in GROUPS[group] for group in self.only))
             and (not self.include or _matches(target, self.include))
             and not _matches(target, self.exclude)
         )

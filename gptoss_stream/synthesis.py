@@ -17,25 +17,24 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__, layouts, strict_json
+from . import __version__, formats, strict_json
 from .checkpoint import RawTensor
 from .dtypes import DType
 from .errors import ConfigError, OptionError
-from .layouts.hf import hugging_face_config
+from .formats import hf_mxfp4
+from .mapping import output_tensors
 from .model import ModelConfig, alternating_layers
-from .operands import Plain, Reader
-from .patterns import rearrangement
+from .operands import Reader
 from .places import local_path
-from .planner import DEFAULT_SHARD_SIZE, PlannedShard, layout_tensors, parse_size, shards
-from .recipe import OutputTensor, Part, fill, make_pieces
-from .sources import hf_bf16, hf_mxfp4, openai
-from .storage import expected
+from .planner import DEFAULT_SHARD_SIZE, PlannedShard, parse_size, shards
+from .recipe import fill, make_pieces
+from .tables import components, fused
 
 if TYPE_CHECKING:
     import numpy as np
 
 __all__ = [
-    "FORMATS",
+    "DEFAULT_FORMAT",
     "PRESETS",
     "Dimensions",
     "RandomCheckpoint",
@@ -98,6 +97,7 @@ class Dimensions:
         return model
 
 
+DEFAULT_FORMAT = "hf-mxfp4"
 _FACTOR = 32.0  # of the rope's YaRN
 
 PRESETS = {
@@ -159,7 +159,7 @@ def synth(
     output: str | os.PathLike[str],
     preset: str = "tiny",
     *,
-    format: str = hf_mxfp4.NAME,  # noqa: A002 (the word of the command line)
+    format: str = DEFAULT_FORMAT,  # noqa: A002 (the word of the command line)
     seed: int = 0,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     workers: int | None = None,
@@ -171,7 +171,7 @@ def synth(
     """Write a random gpt-oss checkpoint into a folder, deterministic by seed.
 
     `preset` is one of `PRESETS`; `overrides` replace its `Dimensions` (layers, experts,
-    hidden_size, …). `format` is one of `sources.names`: the same seed gives the same model in
+    hidden_size, …). `format` is one of `formats.names`: the same seed gives the same model in
     each. `max_shard_size` is in bytes or a text, as in `plan`. `on_plan` is told how many bytes
     there will be and how many were there before, `on_bytes`, from any thread, of bytes written.
     Returns the folder. Raises `OptionError` for dimensions that no model can have, `OutputError`
@@ -223,7 +223,7 @@ class RandomCheckpoint:
 def random_checkpoint(
     preset: str = "tiny",
     *,
-    format: str = hf_mxfp4.NAME,  # noqa: A002 (the word of the command line)
+    format: str = DEFAULT_FORMAT,  # noqa: A002 (the word of the command line)
     seed: int = 0,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     **overrides: int | None,
@@ -231,20 +231,28 @@ def random_checkpoint(
     """What `synth` writes with the same options; raises `OptionError`."""
     if preset not in PRESETS:
         raise OptionError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
-    if format not in FORMATS:
-        raise OptionError(f"unknown format {format!r}; choose one of {', '.join(FORMATS)}")
+    target = formats.load(format)
     chosen = {key: value for key, value in overrides.items() if value is not None}
     dimensions = replace(PRESETS[preset], **chosen)
     if dimensions.experts_per_token > dimensions.experts and "experts_per_token" not in chosen:
         dimensions = replace(dimensions, experts_per_token=dimensions.experts)
     if not 0 <= seed < 2**64:
         raise OptionError(f"seed {seed}: it must lie in 0 to 2^64 - 1")
-    made = FORMATS[format](dimensions.model())
-    limit = parse_size(max_shard_size)
+    model, limit = dimensions.model(), parse_size(max_shard_size)
+    raws = _raws(model)
+    mapped = output_tensors(hf_mxfp4.TABLE, target.TABLE, model, raws, DType.BF16)
+    tensors = [one.tensor for one in mapped]
+    if format in _AS_RELEASED:
+        tensors.sort(key=lambda tensor: tensor.name)
+    files = target.files(model, {}, DType.BF16, partial=False)
+    config = strict_json.loads(next(iter(files.values())))
+    if "eos_token_id" in config:
+        generation = {"eos_token_id": config["eos_token_id"]}
+        files["generation_config.json"] = strict_json.dumps(generation)
     return RandomCheckpoint(
-        shards(made.tensors, limit, first_number=made.first_number, stem=made.stem),
+        shards(tensors, limit, **_AS_RELEASED.get(format, {})),
         _RandomReader(seed),
-        {name: strict_json.dumps(text) for name, text in made.configs.items()},
+        files,
         {
             "tool": "gptoss_stream",
             "version": __version__,
@@ -257,102 +265,21 @@ def random_checkpoint(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Checkpoint:
-    """A checkpoint to be made: its tensors, its small files, how its shards are named."""
-
-    tensors: list[OutputTensor]
-    configs: Mapping[str, Mapping[str, Any]]
-    first_number: int = 1
-    stem: str = "model"
-
-
-def _hf_mxfp4(model: ModelConfig) -> _Checkpoint:
-    """As released: tensors sorted by name, layers as strings, and shards counted from 0."""
-    quantization = {
-        "modules_to_not_convert": [
-            "model.layers.*.self_attn",
-            "model.layers.*.mlp.router",
-            "model.embed_tokens",
-            "lm_head",
-        ],
-        "quant_method": "mxfp4",
-    }
-    config = {
-        **hugging_face_config(model),
-        "quantization_config": quantization,
-        "torch_dtype": "bfloat16",
-    }
-    tensors = [_joined(name, [raw]) for name, raw in sorted(_raws(model).items())]
-    return _Checkpoint(tensors, _with_generation(config), first_number=0)
-
-
-def _hf_bf16(model: ModelConfig) -> _Checkpoint:
-    """What the layout `hf` makes of the same checkpoint in MXFP4."""
-    table, layout = hf_mxfp4.TENSORS, layouts.load("hf")
-    tensors = [t.tensor for t in layout_tensors(layout, table, model, _raws(model), DType.BF16)]
-    config = {**hugging_face_config(model), "torch_dtype": "bfloat16"}
-    return _Checkpoint(tensors, _with_generation(config))
-
-
-def _openai(model: ModelConfig) -> _Checkpoint:
-    """The same raw tensors under OpenAI's names, q, k and v one after another."""
-    raws = _raws(model)
-    fused: dict[str, list[RawTensor]] = {}
-    pairs = zip(expected(hf_mxfp4.TENSORS, model), expected(openai.TENSORS, model), strict=True)
-    for (stored, _, _), (template, _, _) in pairs:
-        for layer, _ in model.instances(template):
-            parts = fused.setdefault(template.format(l=layer), [])
-            parts.append(raws[stored.format(l=layer)])
-    config = {
-        "num_hidden_layers": model.num_layers,
-        "num_experts": model.num_experts,
-        "experts_per_token": model.experts_per_token,
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.intermediate_size,
-        "swiglu_limit": model.swiglu_limit,
-        "head_dim": model.head_dim,
-        "num_attention_heads": model.num_heads,
-        "num_key_value_heads": model.num_kv_heads,
-        "sliding_window": model.sliding_window,
-        "initial_context_length": model.rope["original_max_position_embeddings"],
-        "rope_theta": model.rope_theta,
-        "rope_scaling_factor": model.rope["factor"],
-        "rope_ntk_alpha": model.rope["beta_slow"],
-        "rope_ntk_beta": model.rope["beta_fast"],
-    }
-    tensors = [_joined(name, parts) for name, parts in sorted(fused.items())]
-    return _Checkpoint(tensors, {"config.json": config}, stem="model-")
-
-
-FORMATS = {hf_mxfp4.NAME: _hf_mxfp4, hf_bf16.NAME: _hf_bf16, openai.NAME: _openai}
-"""How a checkpoint of each format is made."""
-
-
-def _with_generation(config: dict[str, Any]) -> dict[str, Mapping[str, Any]]:
-    return {
-        "config.json": config,
-        "generation_config.json": {"eos_token_id": config["eos_token_id"]},
-    }
+_AS_RELEASED: Mapping[str, Mapping[str, Any]] = {
+    "hf-mxfp4": {"first_number": 0},
+    "openai": {"stem": "model-"},
+}
+"""The formats that OpenAI has released, and how the shards are named in each: there tensors are
+sorted by name, layers as strings."""
 
 
 def _raws(model: ModelConfig) -> dict[str, RawTensor]:
     """The raw tensors of the model in Hugging Face's MXFP4 format, which lie nowhere."""
     return {
-        (name := template.format(l=layer)): RawTensor(name, dtypes[0], shape, "", 0)
-        for template, dtypes, shape in expected(hf_mxfp4.TENSORS, model)
-        for layer, _ in model.instances(template)
+        (name := stored.name.format(l=layer)): RawTensor(
+            name, stored.dtypes[0], stored.shape, "", 0
+        )
+        for rows in fused(hf_mxfp4.TABLE).values()
+        for stored in components(rows, model.sizes)
+        for layer, _ in model.instances(stored.name)
     }
-
-
-def _joined(name: str, raws: list[RawTensor]) -> OutputTensor:
-    """An output tensor that is raw tensors, unchanged, one after another."""
-    parts = []
-    for raw in raws:
-        *lead, last = raw.shape
-        shape = (prod(lead), last) if lead else (last,)
-        pattern = "a b -> a b" if lead else "a -> a"
-        parts.append(Part(Plain(raw, 0, shape), rearrangement(pattern, shape)))
-    whole = (sum(raw.shape[0] for raw in raws), *raws[0].shape[1:])
-    return OutputTensor(name, raws[0].dtype, whole, tuple(parts))

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from . import layouts, strict_json
+from . import formats, strict_json
 from .cast import STORAGE, cast
 from .checkpoint import (
     Checkpoint,
@@ -31,11 +31,11 @@ from .checkpoint import (
 )
 from .checksums import SUMS_NAME, parse_sums
 from .companions import carried
-from .dtypes import OUTPUT_DTYPES, DType
+from .dtypes import KEEP, OUTPUT_DTYPES, DType
 from .errors import CheckpointError, OptionError, OutputError, machine_error
 from .executor import SEGMENT_NBYTES
 from .places import FileInfo, Folder, Name, local_path
-from .planner import DEFAULT_LAYOUT, Plan, is_staged, plan
+from .planner import DEFAULT_FORMAT, Plan, is_staged, plan
 from .recipe import OutputTensor, Part, Piece, extents, fill, make_pieces, rows_of
 from .run_state import RECORD_NAME, WORK_NAME
 from .safetensors_format import INDEX_NAME, METADATA, build_index
@@ -74,10 +74,10 @@ class Difference:
 @dataclass(frozen=True, slots=True)
 class Verification:
     """What a verification found: how much was compared (tensors, or files by their sums), and
-    every difference. `layout` and `selection` are what the output was held to be."""
+    every difference. `format` and `selection` are what the output was compared with."""
 
     output: str
-    layout: str
+    format: str
     selection: Mapping[str, Any]
     tensors: int
     files: int
@@ -98,9 +98,9 @@ def verify(
     source: Name,
     output: str | os.PathLike[str],
     *,
-    layout: str | None = None,
-    selection: Selection | None = None,
+    to: str | None = None,
     source_format: str | None = None,
+    selection: Selection | None = None,
     sample: int | None = None,
     seed: int = 0,
     workers: int | None = None,
@@ -109,8 +109,9 @@ def verify(
 ) -> Verification:
     """Compare an output folder with what its source gives, byte for byte.
 
-    The dtype is the output's own. `layout` and `selection` are, where they are not given, what the
-    output's record says; the result repeats them. `sample` compares the data of that many
+    The dtype is that of most of the output's floats, or each tensor's own where the output's record
+    says "keep". `to` (the format) and `selection` are, where they are not given, what the record
+    says; the result repeats them. `sample` compares the data of that many
     tensors, chosen at random by `seed`, instead of all; names, dtypes, shapes, index and the small
     files beside the weights are compared in any case.
     `on_plan` is told how many bytes will be compared, `on_bytes`, from any thread, how many have
@@ -125,10 +126,10 @@ def verify(
         recorded = _recorded(folder)
         planned = plan(
             source,
-            layout=layout or recorded["layout"],
-            dtype=_dtype_of(found),
-            selection=selection or recorded["selection"],
+            to=to or recorded["to"],
             source_format=source_format,
+            dtype=recorded["dtype"] or _dtype_of(found),
+            selection=selection or recorded["selection"],
         )
         expected = {tensor.name: tensor for s in planned.shards for tensor in s.tensors}
         differences += _compare_names(found.tensors, expected)
@@ -153,7 +154,7 @@ def verify(
     differences += sorted(comparison.differences.values(), key=lambda d: d.name)
     return Verification(
         str(folder),
-        planned.layout,
+        planned.to,
         planned.selection.as_dict(),
         len(comparable),
         0,
@@ -239,15 +240,17 @@ def _read_output(folder: Path) -> tuple[CheckpointInfo, list[Difference]]:
 
 
 def _recorded(folder: Path) -> dict[str, Any]:
-    """The layout and selection that an output's record tells; the defaults where it tells none."""
-    layout, selection = DEFAULT_LAYOUT, Selection()
+    """What an output's record says of format and selection, and whether dtypes were kept; the
+    defaults where it says nothing."""
+    to, dtype, selection = DEFAULT_FORMAT, None, Selection()
     try:
         record = strict_json.loads((folder / RECORD_NAME).read_bytes())
-        layout = str(record["layout"])
+        to = str(record["format"])
+        dtype = KEEP if record["dtype"] == KEEP else None
         selection = Selection.from_dict(record["selection"])
     except (OSError, ValueError, TypeError, KeyError):
         pass
-    return {"layout": layout, "selection": selection}
+    return {"to": to, "dtype": dtype, "selection": selection}
 
 
 def _dtype_of(found: CheckpointInfo) -> str:
@@ -294,8 +297,8 @@ def _compare_index(folder: Path, found: Mapping[str, RawTensor]) -> Iterator[Dif
 
 def _compare_companions(folder: Path, planned: Plan) -> Iterator[Difference]:
     """The small files beside the weights, and whether a run is still unfinished."""
-    expected = layouts.load(planned.layout).companions(
-        planned.model, planned.info.config, planned.dtype, partial=planned.is_partial
+    expected = formats.load(planned.to).files(
+        planned.model, planned.info.config, planned.main_dtype, partial=planned.is_partial
     )
     for carried_file in carried(planned.info.place):
         expected[carried_file.name] = b"".join(carried_file.chunks())
@@ -450,6 +453,8 @@ def _first_unequal(found: Buffer, expected: Buffer) -> int | None:
 
 def _value(element: Any, dtype: DType) -> float | str:
     """A stored element as a number; what JSON has no number for as a word."""
+    if dtype is DType.U8:
+        return int(element)
     wide = np.empty(1, np.float32)
     cast(np.array([element], STORAGE[dtype]), dtype, wide, DType.F32)
     return float(wide[0]) if np.isfinite(wide[0]) else str(wide[0])

@@ -79,7 +79,7 @@ def draw(usage: Any, agreement: Any, picture: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("converted", help="folder of the layout transformer-lens")
+    parser.add_argument("converted", help="folder of the format transformer-lens")
     parser.add_argument("picture", type=Path, help="the PNG to write")
     parser.add_argument("--text", default=TEXT, help="what the model reads")
     arguments = parser.parse_args(argv)

@@ -1,0 +1,69 @@
+"""Hugging Face with the experts in MXFP4: openai/gpt-oss-20b, -120b, and fine-tunes.
+
+Names and shapes: transformers, `models/gpt_oss/modeling_gpt_oss.py` and `integrations/mxfp4.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..checkpoint import CheckpointInfo
+from ..dtypes import DType
+from ..model import ModelConfig
+from ..tables import Mxfp4, Row, Table
+from ._hugging_face import (
+    EXPERT_BIASES,
+    EXPERTS,
+    FIRST,
+    LAST,
+    ROUTER,
+    config_files,
+    read_model,
+)
+
+__all__ = ["QUANTIZATION", "TABLE", "check", "detect", "files", "read_model"]
+
+_MXFP4 = Mxfp4("_blocks", "_scales")
+
+TABLE: Table = (
+    *FIRST,
+    *ROUTER,
+    Row(EXPERTS + "gate_up_proj", "gate_up", "e (i t) m", encoding=_MXFP4),
+    EXPERT_BIASES[0],
+    Row(EXPERTS + "down_proj", "down", "e m i", encoding=_MXFP4),
+    EXPERT_BIASES[1],
+    *LAST,
+)
+
+QUANTIZATION: Mapping[str, Any] = {
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
+    "quant_method": "mxfp4",
+}
+"""The quantization_config of the released models."""
+
+
+def detect(info: CheckpointInfo) -> str | None:
+    """See `Format.detect`: by config.json alone; the tensors are checked against it afterwards."""
+    quantization = info.config.get("quantization_config")
+    if info.config.get("model_type") != "gpt_oss" or not isinstance(quantization, dict):
+        return None
+    if quantization.get("quant_method") != "mxfp4" or "config.json" not in info.configs:
+        return None
+    return 'config.json has model_type "gpt_oss" and quant_method "mxfp4"'
+
+
+def check(model: ModelConfig) -> None:
+    """See `Format.check`: the code that loads this format reads the whole configuration."""
+
+
+def files(
+    model: ModelConfig, config: Mapping[str, Any], dtype: DType, *, partial: bool
+) -> dict[str, bytes]:
+    """See `Format.files`: config.json with the quantization_config of the released models."""
+    return config_files(model, config, dtype, partial=partial, quantization=QUANTIZATION)

@@ -1,0 +1,166 @@
+"""OpenAI's own format: the folder `original/` of the released repositories.
+
+q, k and v are one tensor, in this order, with no row permuted. Names, shapes and what its
+config.json leaves out: openai/gpt-oss, `gpt_oss/torch/model.py` and `gpt_oss/torch/weights.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .. import strict_json
+from ..checkpoint import CheckpointInfo
+from ..dtypes import DType
+from ..errors import ConfigError
+from ..model import ModelConfig, alternating_layers, integer, number, yarn_attention_factor
+from ..tables import Mxfp4, Row, Table
+
+__all__ = ["TABLE", "check", "detect", "files", "parse_config", "read_model"]
+
+_BLOCK = "block.{l}."
+_ATTENTION, _MLP = _BLOCK + "attn.", _BLOCK + "mlp."
+_MXFP4 = Mxfp4(".blocks", ".scales")
+
+# fmt: off
+TABLE: Table = (
+    Row("embedding.weight", "embed", "v m"),
+    Row(_ATTENTION + "norm.scale", "attn_norm", "m"),
+    Row(_ATTENTION + "qkv.weight", "q", "(n h) m"),
+    Row(_ATTENTION + "qkv.weight", "k", "(k h) m"),
+    Row(_ATTENTION + "qkv.weight", "v", "(k h) m"),
+    Row(_ATTENTION + "qkv.bias", "q_bias", "(n h)"),
+    Row(_ATTENTION + "qkv.bias", "k_bias", "(k h)"),
+    Row(_ATTENTION + "qkv.bias", "v_bias", "(k h)"),
+    Row(_ATTENTION + "out.weight", "o", "m (n h)"),
+    Row(_ATTENTION + "out.bias", "o_bias", "m"),
+    Row(_ATTENTION + "sinks", "sinks", "n"),
+    Row(_MLP + "norm.scale", "mlp_norm", "m"),
+    Row(_MLP + "gate.weight", "router", "e m"),
+    Row(_MLP + "gate.bias", "router_bias", "e"),
+    Row(_MLP + "mlp1_weight", "gate_up", "e (i t) m", encoding=_MXFP4),
+    Row(_MLP + "mlp1_bias", "gate_up_bias", "e (i t)"),
+    Row(_MLP + "mlp2_weight", "down", "e m i", encoding=_MXFP4),
+    Row(_MLP + "mlp2_bias", "down_bias", "e m"),
+    Row("norm.scale", "final_norm", "m"),
+    Row("unembedding.weight", "unembed", "v m"),
+)
+# fmt: on
+
+
+def detect(info: CheckpointInfo) -> str | None:
+    """See `Format.detect`: by the first block's fused tensor, and by config.json, which names no
+    model type."""
+    if "model_type" in info.config or _ATTENTION.format(l=0) + "qkv.weight" not in info.tensors:
+        return None
+    return "config.json has no model_type, and the tensors OpenAI's names (block.0.attn.qkv.weight)"
+
+
+def read_model(info: CheckpointInfo) -> ModelConfig:
+    """See `Format.read_model`."""
+    return parse_config(info.config)
+
+
+def parse_config(config: Mapping[str, Any]) -> ModelConfig:
+    """Return the model that OpenAI's config.json describes; raises `ConfigError`."""
+    num_layers = integer(config, "num_hidden_layers")
+    context = integer(config, "initial_context_length", 4096)
+    factor = number(config, "rope_scaling_factor", 32.0)
+    try:
+        positions = round(context * factor)
+    except OverflowError:
+        raise ConfigError(
+            "config.json: initial_context_length times rope_scaling_factor is too large"
+        ) from None
+    return ModelConfig(
+        num_layers=num_layers,
+        num_experts=integer(config, "num_experts"),
+        experts_per_token=integer(config, "experts_per_token", 4),
+        vocab_size=integer(config, "vocab_size"),
+        hidden_size=integer(config, "hidden_size"),
+        intermediate_size=integer(config, "intermediate_size"),
+        num_heads=integer(config, "num_attention_heads"),
+        num_kv_heads=integer(config, "num_key_value_heads"),
+        head_dim=integer(config, "head_dim"),
+        layer_types=alternating_layers(num_layers),
+        sliding_window=integer(config, "sliding_window", 128),
+        max_position_embeddings=positions,
+        rope_theta=number(config, "rope_theta", 150000.0),
+        rope={
+            "rope_type": "yarn",
+            "factor": factor,
+            "beta_fast": number(config, "rope_ntk_beta", 32.0),
+            "beta_slow": number(config, "rope_ntk_alpha", 1.0),
+            "truncate": False,
+            "original_max_position_embeddings": context,
+        },
+        swiglu_limit=number(config, "swiglu_limit", 7.0),
+    )
+
+
+def check(model: ModelConfig) -> None:
+    """See `Format.check`: OpenAI's code fixes what its config.json has no words for."""
+    rope, kind = model.rope, model.rope_type
+    found = {
+        "layer_types": list(model.layer_types),
+        "sliding_window": model.sliding_window is not None,
+        "rms_norm_eps": model.rms_norm_eps,
+        "swiglu_alpha": model.swiglu_alpha,
+        "hidden_act": model.hidden_act,
+        "rope_type": kind,
+    }
+    fixed: dict[str, Any] = {
+        "layer_types": list(alternating_layers(model.num_layers)),
+        "sliding_window": True,
+        "rms_norm_eps": 1e-5,
+        "swiglu_alpha": 1.702,
+        "hidden_act": "silu",
+        "rope_type": "yarn",
+    }
+    if kind == "yarn":
+        found |= {"rope truncate": rope.get("truncate", True)}
+        fixed |= {"rope truncate": False}
+        if rope.get("attention_factor") is not None:
+            found["rope attention_factor"] = number(rope, "attention_factor")
+            fixed["rope attention_factor"] = yarn_attention_factor(rope)
+    for name, value in fixed.items():
+        if found[name] != value:
+            raise ConfigError(
+                f"config.json: {name} is {_shown(found[name])}, and OpenAI's code always computes "
+                f"gpt-oss with {_shown(value)}: its results would be wrong; choose another format"
+            )
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)[:60]
+
+
+def files(
+    model: ModelConfig, config: Mapping[str, Any], dtype: DType, *, partial: bool
+) -> dict[str, bytes]:
+    """See `Format.files`: OpenAI's config.json, which is another name's for a part of a model."""
+    is_own = bool(config) and "model_type" not in config
+    target = dict(config) if is_own else openai_config(model)
+    return {"source_config.json" if partial else "config.json": strict_json.dumps(target)}
+
+
+def openai_config(model: ModelConfig) -> dict[str, Any]:
+    """Return OpenAI's config.json for a model that `check` accepts."""
+    return {
+        "num_hidden_layers": model.num_layers,
+        "num_experts": model.num_experts,
+        "experts_per_token": model.experts_per_token,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.intermediate_size,
+        "swiglu_limit": model.swiglu_limit,
+        "head_dim": model.head_dim,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "sliding_window": model.sliding_window,
+        "initial_context_length": integer(model.rope, "original_max_position_embeddings"),
+        "rope_theta": model.rope_theta,
+        "rope_scaling_factor": number(model.rope, "factor"),
+        "rope_ntk_alpha": number(model.rope, "beta_slow", 1.0),
+        "rope_ntk_beta": number(model.rope, "beta_fast", 32.0),
+    }
