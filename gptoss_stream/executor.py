@@ -21,11 +21,13 @@ import numpy as np
 from .checkpoint import Extent, Schedule
 from .checksums import OrderedSum
 from .dtypes import DType
+from .errors import OutputError
 from .memory import peak_rss_nbytes
 from .operands import Reader
 from .planner import PlannedShard
 from .recipe import Part, Piece, extents, fill, make_pieces, rows_of
 from .scratch import StagedTranspose
+from .second_reader import objection
 from .shard_file import ShardFile
 from .workers import Buffer, Task, run_tasks
 
@@ -229,7 +231,7 @@ class _Run:
         self.watch.on_whole(name)
         if self.watch.on_sum is not None and progress.sum is not None:
             self.watch.on_sum(name, progress.sum.hexdigest())
-        file.commit()
+        file.commit(partial(_check_header, progress.shard))
         for transpose in progress.staged.values():
             transpose.close()
         del self._in_progress[name]
@@ -239,6 +241,15 @@ class _Run:
         """Delete every partial file."""
         for progress in list(self._in_progress.values()):
             progress.close()
+
+
+def _check_header(shard: PlannedShard, file: Path) -> None:
+    seen = objection(file, ((t.name, t.dtype, t.shape) for t in shard.tensors))
+    if seen is not None:
+        raise OutputError(
+            f"{file}: safetensors cannot read what was written: {seen}; check the disk, then run "
+            "the same command again"
+        )
 
 
 def execute(

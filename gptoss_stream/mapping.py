@@ -145,14 +145,11 @@ class _Mapping:
         block: what lies outside a block is moved as it is."""
         last = target.groups[-1]
         for source in sources:
-            if not isinstance(source.row.encoding, Mxfp4):
+            is_packed = isinstance(source.row.encoding, Mxfp4)
+            if not is_packed or source.row.groups[-1] != last or len(last) != 1 or source.skipped:
                 raise OptionError(
-                    f"{target.stored!r} is stored in MXFP4, and the source holds it as floats, "
-                    "which this version does not quantise; choose another format"
-                )
-            if source.row.groups[-1] != last or len(last) != 1 or source.skipped:
-                raise OptionError(
-                    f"{target.stored!r} has its MXFP4 blocks along another axis than the source"
+                    f"{target.stored!r} is in MXFP4, and the source has no such blocks along the "
+                    "same axis; choose another format"
                 )
         rows = [_component(source.row, stored.component) for source in sources]
         nbytes = prod(stored.shape[len(target.groups) - 1 :])
@@ -193,7 +190,7 @@ class _Binding:
         order = [axis for group in groups for axis in group]
         if not self.sources:
             size = prod(self.sizes[axis] for axis in order)
-            yield Part(Zeros((size,)), rearrangement(["x"], ["x"], [size]))
+            yield Part(Zeros((size,)), rearrangement(("x",), ("x",), (size,)))
             return
         lead = order[0]
         if self._is_apart(lead, order, fixed):
@@ -234,13 +231,13 @@ class _Binding:
         else:
             operand, axes = self._operand(fixed)
         runs = _runs(axes, order, joined=isinstance(operand, Dense) and operand.taken is None)
-        shape = [prod(self.sizes[axis] for axis in run) for run in runs]
+        shape = tuple(prod(self.sizes[axis] for axis in run) for run in runs)
         if isinstance(operand, Dense) and operand.taken is None:
-            operand = replace(operand, stored_shape=tuple(shape))
+            operand = replace(operand, stored_shape=shape)
         if len(shape) != len(operand.shape):
             raise OptionError(f"axes {axes} of the source cannot be rearranged as {order}")
-        names = ["".join(run) for run in runs]
-        wanted = sorted(names, key=lambda name: order.index(name[0]))
+        names = tuple("".join(run) for run in runs)
+        wanted = tuple(sorted(names, key=lambda name: order.index(name[0])))
         try:
             return Part(operand, rearrangement(names, wanted, shape))
         except ValueError as error:

@@ -8,8 +8,8 @@ rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 __all__ = ["Rearrangement", "rearrangement"]
 
@@ -33,8 +33,9 @@ class Rearrangement:
     """Whether the output is the input unchanged."""
 
 
+@lru_cache(maxsize=256)
 def rearrangement(
-    source: Sequence[str], target: Sequence[str], shape: Sequence[int]
+    source: tuple[str, ...], target: tuple[str, ...], shape: tuple[int, ...]
 ) -> Rearrangement:
     """Rearrange inputs with the axes `source`, of this shape, into outputs with the axes `target`.
 
@@ -46,13 +47,13 @@ def rearrangement(
     if sorted(source) != sorted(target) or len(sizes) != len(source):
         raise ValueError(f"pattern {pattern!r} adds, drops or repeats axes")
     transposes = target[0] != source[0]
-    if transposes and (len(source) != 2):
+    if transposes and len(source) != 2:
         raise ValueError(f"pattern {pattern!r} is no transposition and begins with another axis")
     return Rearrangement(
         pattern=pattern,
-        axes=tuple(target),
+        axes=target,
         units=sizes[target[0]],
         unit_shape=tuple(sizes[axis] for axis in target[1:]),
         transposes=transposes,
-        is_copy=tuple(source) == tuple(target),
+        is_copy=source == target,
     )

@@ -209,6 +209,7 @@ def plan(
         table, model = read_table(format_.TABLE, format_.read_model(info), info.tensors)
         target.check(model)
     check(table, model, info)
+    _refuse_quantising(table, target.TABLE, found, to)
     _refuse_lost(table, target.TABLE, model, info, to)
     resolved = (selection or Selection()).resolve(model)
     made_in = None if written == KEEP else output_dtype(written)
@@ -250,6 +251,17 @@ def _dtype_name(dtype: str | None, to: str, found: str) -> str:
             "bfloat16 or keep"
         )
     return dtype
+
+
+def _refuse_quantising(source: Table, target: Table, found: str, to: str) -> None:
+    """Refuse to make MXFP4 of floats, which needs an encoder."""
+    packed = {row.tensor for row in source if isinstance(row.encoding, Mxfp4)}
+    for row in target:
+        if isinstance(row.encoding, Mxfp4) and row.tensor not in packed:
+            raise OptionError(
+                f"{found} to {to}: {to} has the experts in MXFP4, and floats are not quantised by "
+                "this version; --to hf is the unquantised format that most readers load"
+            )
 
 
 def _lost(source: Table, target: Table) -> list[Row]:

@@ -11,6 +11,7 @@ import errno
 import mmap
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -104,12 +105,14 @@ class ShardFile:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def commit(self) -> None:
-        """Cut the file to its size, wait until it is on the disk, give it its final name."""
+    def commit(self, check: Callable[[Path], None]) -> None:
+        """Cut the file to its size, wait until it is on the disk, have it checked under its partial
+        name, and give it its final one."""
         os.ftruncate(self._descriptor, self._nbytes)
         os.fsync(self._descriptor)
         descriptor, self._descriptor = self._descriptor, -1
         os.close(descriptor)
+        check(self._partial)
         os.rename(self._partial, self._final)
         sync_folder(self._final.parent)
 

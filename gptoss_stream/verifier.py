@@ -39,6 +39,7 @@ from .planner import DEFAULT_FORMAT, Plan, is_staged, plan
 from .recipe import OutputTensor, Part, Piece, extents, fill, make_pieces, rows_of
 from .run_state import RECORD_NAME, WORK_NAME
 from .safetensors_format import INDEX_NAME, METADATA, build_index
+from .second_reader import objection
 from .selection import Selection
 from .streaming import AnyCheckpoint, open_checkpoint
 from .workers import Buffer, Task, count_workers, run_tasks
@@ -229,6 +230,10 @@ def _read_output(folder: Path) -> tuple[CheckpointInfo, list[Difference]]:
             differences.append(Difference("file", name, found=str(error), expected="a sound shard"))
             continue
         shards.append(shard)
+        described = ((raw.name, raw.dtype, raw.shape) for raw in found.values())
+        seen = objection(folder / name, described)
+        if seen is not None:
+            differences.append(Difference("file", name, "", seen, "what safetensors can read"))
         if metadata != METADATA:
             differences.append(Difference("file", name, "", f"metadata {metadata}", METADATA))
         differences += [
