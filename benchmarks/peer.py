@@ -1,4 +1,4 @@
-"""The peers: other code that makes what a layout holds, whole in memory.
+"""The peers: other code that makes what a format holds, whole in memory.
 
     python benchmarks/peer.py transformer-lens SOURCE OUTPUT
 
@@ -20,25 +20,24 @@ if TYPE_CHECKING:
 # Imported where they are used: each peer has but its own packages in memory.
 
 
-def load_model(source: Path) -> Any:
-    """The Hugging Face model in bfloat16, dequantised where it is not."""
-    import torch
+def load_model(source: Path, dtype: str = "bfloat16") -> Any:
+    """The Hugging Face model in a dtype, dequantised where it is not."""
     from transformers import AutoModelForCausalLM, Mxfp4Config
 
     return AutoModelForCausalLM.from_pretrained(
         source,
-        dtype=torch.bfloat16,
+        dtype=dtype,
         quantization_config=Mxfp4Config(dequantize=True),
     )
 
 
-def converted(source: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the HookedTransformer, in bfloat16; the tests' oracle too."""
+def converted(source: Path, dtype: str = "bfloat16") -> dict[str, torch.Tensor]:
+    """Every tensor of the HookedTransformer; the tests' oracle too."""
     import torch
     from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
     from transformer_lens.pretrained.weight_conversions.openai import convert_gpt_oss_weights
 
-    model = load_model(source)
+    model = load_model(source, dtype)
     config = model.config
     hooked = HookedTransformerConfig(
         d_model=config.hidden_size,
@@ -52,7 +51,7 @@ def converted(source: Path) -> dict[str, torch.Tensor]:
         act_fn=config.hidden_act,
         num_experts=config.num_local_experts,
         experts_per_token=config.num_experts_per_tok,
-        dtype=torch.bfloat16,
+        dtype=getattr(torch, dtype),
         device="cpu",
     )
     tensors: dict[str, torch.Tensor] = convert_gpt_oss_weights(model, hooked)

@@ -157,17 +157,15 @@ def _read_configs(place: Place) -> Mapping[str, Mapping[str, Any]]:
     """Read config.json or, beside a HookedTransformer's tensors, the two that stand for it."""
     if place.has("config.json"):
         return {"config.json": _read_config(place, "config.json")}
-    file = place.at("config.json")
-    if place.has(_HOOKED_CONFIG):
-        names = [name for name in ("source_config.json", _HOOKED_CONFIG) if place.has(name)]
+    names = [name for name in ("source_config.json", _HOOKED_CONFIG) if place.has(name)]
+    if names:
         return {name: _read_config(place, name) for name in names}
+    file = place.at("config.json")
     if place.has("model.bin"):
         raise ConfigError(
             f"{file}: missing; this looks like the released metal/, which is not converted: "
             "name the folder above it"
         )
-    if place.has("source_config.json"):
-        raise ConfigError(f"{file}: missing; this is a part of a model, which is not converted")
     raise ConfigError(f"{file}: missing; a checkpoint folder needs it")
 
 

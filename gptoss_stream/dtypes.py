@@ -78,7 +78,7 @@ def output_dtype(name: str) -> DType:
     try:
         return OUTPUT_DTYPES[name]
     except KeyError:
-        names = ", ".join([*OUTPUT_DTYPES, KEEP])
+        names = ", ".join(OUTPUT_DTYPES)
         raise OptionError(f"unknown dtype {name!r}; choose one of {names}") from None
 
 

@@ -68,15 +68,15 @@ def output_tensors(
     Raises:
         OptionError: If one format cannot be made of the other.
     """
-    mapping = _Mapping(source, model, raws, dtype)
+    mapping, sizes = _Mapping(source, model, raws, dtype), model.sizes
     present = [row for row in target if not row.optional or model.has(row.tensor)]
-    stored = [one for rows in fused(present).values() for one in components(rows, model.sizes)]
+    stored = [one for rows in fused(present).values() for one in components(rows, sizes)]
     for has_layer, in_layer in groupby(stored, lambda one: "l" in one.rows[0].named):
         block = list(in_layer)
-        for layer in range(model.num_layers) if has_layer else (None,):
+        for layer in range(sizes["l"]) if has_layer else (None,):
             for has_expert, in_expert in groupby(block, lambda one: "e" in one.rows[0].named):
                 group = list(in_expert)
-                for expert in range(model.num_experts) if has_expert else (None,):
+                for expert in range(sizes["e"]) if has_expert else (None,):
                     for one in group:
                         tensor = mapping.tensor(one, layer or 0, expert)
                         yield MappedTensor(tensor, (one.rows[0].tensor, layer, expert))

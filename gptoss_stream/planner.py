@@ -16,7 +16,7 @@ from itertools import accumulate
 
 from . import formats
 from .checkpoint import CheckpointInfo, describe, is_zero
-from .dtypes import KEEP, DType, is_exact, output_dtype, torch_name
+from .dtypes import KEEP, OUTPUT_DTYPES, DType, is_exact, output_dtype, torch_name
 from .errors import OptionError, TensorError
 from .mapping import MappedTensor, output_tensors, raw_tensors
 from .model import ABSENT_IS_ZERO, ModelConfig
@@ -199,8 +199,9 @@ def plan(
     target = formats.load(to)
     if source_format is not None:
         formats.load(source_format)
-    if dtype not in (None, KEEP):
-        output_dtype(str(dtype))
+    if dtype not in (None, KEEP, *OUTPUT_DTYPES):
+        names = ", ".join([*OUTPUT_DTYPES, KEEP])
+        raise OptionError(f"unknown dtype {dtype!r}; choose one of {names}")
     info = describe(source)
     found, reason = formats.detect(info) if source_format is None else (source_format, "as asked")
     format_ = formats.load(found)

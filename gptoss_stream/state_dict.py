@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint import RawTensor, read_header
-from .dtypes import OUTPUT_DTYPES, output_dtype, torch_name
+from .dtypes import OUTPUT_DTYPES, DType, output_dtype, torch_name
 from .errors import OutputError, listed, missing_package, reading_output
 from .places import Folder, local_path
 from .run_state import WORK_NAME
@@ -59,13 +59,16 @@ class StateDict(Mapping[str, "torch.Tensor"]):
         import torch
 
         raw, mapped = self._find(name)
-        kind = getattr(torch, torch_name(raw.dtype))
+        is_packed = raw.dtype is DType.U8
+        kind = torch.uint8 if is_packed else getattr(torch, torch_name(raw.dtype))
         count = raw.nbytes // raw.dtype.itemsize
         if count == 0:
             tensor = torch.empty(raw.shape, dtype=kind)
         else:
             tensor = torch.frombuffer(mapped, dtype=kind, count=count, offset=raw.offset)
-        return tensor.reshape(raw.shape).to(device=self._device, dtype=self._dtype)
+        return tensor.reshape(raw.shape).to(
+            device=self._device, dtype=kind if is_packed else self._dtype
+        )
 
     def __contains__(self, name: object) -> bool:
         return name in self._weight_map
@@ -124,7 +127,7 @@ class StateDict(Mapping[str, "torch.Tensor"]):
                 f"{file}: the index says otherwise of {different}; convert again, or run verify"
             )
         for raw in raws.values():
-            if raw.dtype not in OUTPUT_DTYPES.values():
+            if raw.dtype not in (*OUTPUT_DTYPES.values(), DType.U8):
                 raise OutputError(f"{file}: tensor {raw.name!r} is {raw.dtype}, no output's dtype")
         self._raws |= raws
         self._maps[shard] = mapped
@@ -136,10 +139,10 @@ def open_state_dict(
     dtype: str | None = None,
     device: str | torch.device | None = None,
 ) -> StateDict:
-    """Open a converted folder, of either layout, as a mapping from name to torch tensor.
+    """Open a converted folder, of any format, as a mapping from name to torch tensor.
 
     Reads the index only. With `dtype` (a torch name such as "float32") or `device`, each tensor
-    is converted when it is asked for, and is then a copy. Raises `OutputError` for a folder that
+    is converted when it is asked for, and is then a copy; blocks and scales of MXFP4 stay uint8. Raises `OutputError` for a folder that
     is no finished output, `OptionError` for a dtype that is none, `MachineError` where reading
     fails, `MissingPackageError` without torch. A context manager, which need not be used as one.
     """

@@ -29,7 +29,7 @@ _LAUNCHER = f"""
 import gc, json, os, signal, sys
 import gptoss_stream.places._ranges as ranges
 import gptoss_stream.places.hub
-from gptoss_stream import converter, executor, layouts, remote_output, sources, verifier
+from gptoss_stream import converter, executor, formats, remote_output, verifier
 from gptoss_stream.cli import main
 from gptoss_stream.streaming import ROOM_NBYTES, StreamedCheckpoint
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download

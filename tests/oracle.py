@@ -6,6 +6,7 @@ Imports nothing of gptoss_stream: what it says is what the package is held to.
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from transformer_lens import HookedTransformer
+from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
 from transformer_lens.loading_from_pretrained import convert_hf_model_config
 from transformers import (
     AutoConfig,
@@ -45,6 +48,20 @@ def state_dict(folder: Path, dtype: torch.dtype = torch.bfloat16) -> dict[str, t
     return {name: tensor.detach().to(dtype) for name, tensor in tensors.items()}
 
 
+def hooked_model(folder: Path, dtype: torch.dtype = torch.bfloat16) -> HookedTransformer:
+    """TransformerLens's own model of a folder, nothing processed."""
+    fields = {k: v for k, v in hooked_config(folder).items() if v is not None}
+    fields |= {"dtype": dtype, "init_weights": False, "device": "cpu", "tokenizer_name": None}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        model = HookedTransformer(HookedTransformerConfig(**fields))
+    tensors = peer.converted(folder, str(dtype).removeprefix("torch."))
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    assert not unexpected
+    assert all(".attn." in name for name in missing)  # buffers
+    return model.requires_grad_(False)
+
+
 def save_tokenizer(folder: Path) -> None:
     """A tokenizer of the tiny model's vocabulary: `w7` is token 7."""
     words = {"<unk>": 0, "<|return|>": 1, **{f"w{i}": i for i in range(2, 1009)}}
@@ -56,24 +73,37 @@ def save_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def make_packed(folder: Path, **settings: Any) -> Path:
-    """Save a small random model of transformers' own, its experts replaced by MXFP4 blocks."""
-    config = GptOssConfig(
-        num_hidden_layers=2,
-        num_local_experts=3,
-        num_experts_per_tok=2,
-        hidden_size=64,
-        intermediate_size=96,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=24,
-        vocab_size=101,
-        sliding_window=8,
-        max_position_embeddings=4096,
-        **settings,
-    )
+SMALL = {
+    "num_hidden_layers": 2,
+    "num_local_experts": 3,
+    "num_experts_per_tok": 2,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "vocab_size": 101,
+    "sliding_window": 8,
+    "max_position_embeddings": 4096,
+}
+"""Sizes of which no two are equal, and an odd vocabulary."""
+
+
+def make_dense(folder: Path, dtype: torch.dtype = torch.bfloat16, **settings: Any) -> Path:
+    """Save a small random model of transformers' own; biases, norms and sinks too are random."""
     torch.manual_seed(0)
-    GptOssForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    model = GptOssForCausalLM(GptOssConfig(**SMALL | settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 or name.endswith("bias"):
+                parameter.add_(torch.randn(parameter.shape) / 8)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def make_packed(folder: Path, dtype: torch.dtype = torch.bfloat16, **settings: Any) -> Path:
+    """Save such a model with its experts replaced by MXFP4 blocks."""
+    make_dense(folder, dtype, **settings)
     tensors = load_file(folder / "model.safetensors")
     for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
         experts, columns, rows = tensors.pop(name).shape

@@ -15,11 +15,11 @@ PACKAGE = Path(gptoss_stream.__file__).parent
 LAYERS = [
     {"errors"},
     {"dtypes", "strict_json", "memory", "regular_file", "plugins"},
-    {"safetensors_format", "model", "patterns", "cast", "checksums", "run_state", "places"},
+    {"safetensors_format", "model", "patterns", "second_reader", "cast", "checksums", "run_state", "places"},
     {"checkpoint", "mxfp4", "shard_file"},
     {"operands", "companions", "workers", "selection", "blocks"},
-    {"recipe", "storage", "converted", "run_folder", "far_folder", "streaming"},
-    {"sources", "layouts", "scratch", "uploads"},
+    {"recipe", "tables", "converted", "run_folder", "far_folder", "streaming"},
+    {"formats", "mapping", "scratch", "uploads"},
     {"planner", "state_dict"},
     {"executor", "hooked", "share"},
     {"output"},
@@ -66,13 +66,17 @@ def test_imports_go_down(module):
         assert upward == set(), f"{file.name} imports {upward}"
 
 
-def test_only_layouts_and_sources_know_their_formats():
-    """Neither the executor nor what lies below it holds a tensor's name."""
-    for module in ("executor", "recipe", "operands", "patterns", "scratch", "shard_file"):
+def test_only_formats_know_what_tensors_are_called():
+    """Neither the executor nor what lies below it holds a tensor's name, nor does the mapping from
+    one format to another; and only `formats` has their names."""
+    modules = ("mapping", "executor", "recipe", "operands", "patterns", "scratch", "shard_file")
+    for module in modules:
         text = (PACKAGE / f"{module}.py").read_text()
         code = ast.unparse(_without_docstrings(ast.parse(text)))
         for word in ("blocks.", "layers.", "q_proj", "experts", "lm_head", "W_U"):
             assert word not in code, f"{module} speaks of {word}"
+        for name in gptoss_stream.formats.names():
+            assert repr(name) not in code, f"{module} speaks of {name}"
 
 
 def _without_docstrings(tree: ast.Module) -> ast.Module:

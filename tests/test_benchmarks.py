@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 import gptoss_stream
 
 
-@pytest.mark.parametrize("source_format", gptoss_stream.sources.names())
+@pytest.mark.parametrize("source_format", gptoss_stream.formats.names())
 def test_floor_reads_what_a_conversion_reads(checkpoints, source_format):
     source = checkpoints(format=source_format, max_shard_size="500KB")
     planned = gptoss_stream.plan(source)
@@ -88,7 +88,7 @@ def test_the_same_numbers_give_the_same_pictures(tmp_path):
         "memory": {"gptoss_stream": course, pictures.PEER.title: course},
         "throughput": [
             {"source": source, "layout": "hf", "bytes_in": 1, "bytes_out": 2, **times}
-            for source in gptoss_stream.sources.names()
+            for source in gptoss_stream.formats.names()
         ],
     }
     drawn = []

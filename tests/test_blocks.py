@@ -81,10 +81,10 @@ def test_a_part_of_a_tensor_is_a_block_of_that_part():
     assert [(b.begin, b.end) for b in blocks] == [(108, 118), (180_008, 180_010)]
 
 
-@pytest.mark.parametrize("layout", ["transformer-lens", "hf"])
-def test_what_a_whole_conversion_needs_at_a_time_is_little(checkpoints, layout):
+@pytest.mark.parametrize("to", ["transformer-lens", "hf"])
+def test_what_a_whole_conversion_needs_at_a_time_is_little(checkpoints, to):
     """In blocks of a sixteenth of the file, a handful are needed at any step."""
-    planned = plan(checkpoints(), layout=layout)
+    planned = plan(checkpoints(), to=to)
     tensors = [t for shard in planned.shards for t in shard.tensors]
     schedule = Schedule(len(tensors), lambda i: extents(tensors[i], 0, tensors[i].nbytes))
     total = planned.source_nbytes

@@ -1,4 +1,4 @@
-"""TransformerLens 4 on the `hf` layout. Slow: it cannot live beside 3.9 and gets an environment."""
+"""TransformerLens 4 on the format `hf`. Slow: it cannot live beside 3.9 and gets an environment."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ print(json.dumps({
 def test_a_transformer_bridge_computes_the_hugging_face_logits(source, tmp_path, environment):
     folder = gptoss_stream.synth(tmp_path / "source", format=source)
     save_tokenizer(folder)
-    gptoss_stream.convert(folder, tmp_path / "out", layout="hf", dtype="float32")
+    gptoss_stream.convert(folder, tmp_path / "out", to="hf", dtype="float32")
     done = subprocess.run(
         [environment, "-c", SCRIPT, tmp_path / "out"],
         env={"HF_HUB_OFFLINE": "1", "PATH": ""},

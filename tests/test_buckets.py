@@ -506,7 +506,7 @@ def test_foreign_objects_are_refused(s3, checkpoints, tmp_path):
 @pytest.mark.parametrize("most", [1, 2])
 def test_few_shards_are_here_at_a_time(s3, checkpoints, whole, tmp_path, monkeypatch, most):
     """Also where the store is slow, and a large transpose goes through a scratch file."""
-    monkeypatch.setattr("gptoss_stream.planner.STAGED_NBYTES", 100_000)
+    monkeypatch.setattr("gptoss_stream.planner.SPILL_NBYTES", 100_000)
     s3.proxy.rate = 3e6
     seen, over = Counter(), threading.Event()
 

@@ -205,7 +205,7 @@ def test_a_terminal_sees_a_progress_bar(tmp_path):
 def test_inspect_knows_converted_folders(checkpoints, tmp_path):
     """Whole, in part, unfinished, with a file lost: each says what it is and what it is made of."""
     source, out = checkpoints(), tmp_path / "out"
-    options = ["--max-shard-size", "300KB", "--layout", "hf", "--layers", "1"]
+    options = ["--max-shard-size", "300KB", "--to", "hf", "--layers", "1"]
     assert run("convert", source, out, *options).returncode == 0
     shown = run("inspect", out).stdout
     assert f"{out}: converted, hf in bfloat16 (layers 1)" in shown
@@ -215,7 +215,7 @@ def test_inspect_knows_converted_folders(checkpoints, tmp_path):
     assert "shards: complete" in shown
     assert "model.layers.1.mlp.experts.gate_up_proj " in shown
     said = json.loads(run("inspect", out, "--json").stdout)
-    assert (said["layout"], said["complete"], said["missing"]) == ("hf", True, [])
+    assert (said["format"], said["complete"], said["missing"]) == ("hf", True, [])
     assert len(said["tensors"]) == 3 + 17
     lost = min(out.glob("*.safetensors"))
     lost.unlink()

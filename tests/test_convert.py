@@ -51,7 +51,7 @@ def test_the_bytes_depend_on_nothing_but_source_and_options(checkpoints, tmp_pat
                 "scarce": number % 2 == 0,
             },
         )
-        monkeypatch.setattr("gptoss_stream.planner.STAGED_NBYTES", staged)
+        monkeypatch.setattr("gptoss_stream.planner.SPILL_NBYTES", staged)
         out = tmp_path / str(number)
         gptoss_stream.convert(source, out, max_shard_size="300KB", workers=workers)
         assert digests(out) == expected
@@ -81,7 +81,7 @@ def test_what_lies_beside_the_weights(tiny, tmp_path):
     record = json.loads((out / "gptoss_stream.json").read_text())
     assert record["version"] == gptoss_stream.__version__
     assert record["source_format"] == "hf-mxfp4"
-    assert (record["layout"], record["dtype"]) == ("transformer-lens", "bfloat16")
+    assert (record["format"], record["dtype"]) == ("transformer-lens", "bfloat16")
     assert {*record["files"]} == {str(f.relative_to(out)) for f in out.rglob("*") if f.is_file()}
     assert not (out / ".gptoss_stream").exists()
     assert report.shards == {"model.safetensors": (out / "model.safetensors").stat().st_size}
@@ -142,10 +142,12 @@ def test_too_little_room_is_said_with_the_numbers(checkpoints, tmp_path, monkeyp
 def test_large_transposes_of_one_shard_do_not_wait_for_each_other(
     checkpoints, tmp_path, monkeypatch
 ):
-    """Three of them, with their blocks taken long before or right before they are needed."""
+    """Three of them, with their blocks taken long before or right before they are needed: those of
+    `W_O` are spilled too for once, by its axis of heads."""
     source = checkpoints(layers=2)
     gptoss_stream.convert(source, tmp_path / "plain")
-    monkeypatch.setattr("gptoss_stream.planner.STAGED_NBYTES", 20_000)
+    monkeypatch.setattr("gptoss_stream.planner.SPILL_NBYTES", 20_000)
+    monkeypatch.setattr("gptoss_stream.planner.SPILLED_AXES", frozenset("vn"))
     assert len(list(gptoss_stream.plan(source).shards[0].staged())) == 3
     for segment, workers in ((4096, 1), (65_536, 3), (1 << 20, 2)):
         monkeypatch.setattr(
@@ -169,7 +171,7 @@ def test_reads_that_give_less_than_was_asked_for(checkpoints, tmp_path, monkeypa
         *full, last = views[: 1 + len(asked) % 3]
         return preadv(descriptor, [*full, last[: max(1, len(last) // 2)]], offset)
 
-    monkeypatch.setattr("gptoss_stream.planner.STAGED_NBYTES", 20_000)
+    monkeypatch.setattr("gptoss_stream.planner.SPILL_NBYTES", 20_000)
     monkeypatch.setattr("gptoss_stream.scratch._MOST_VIEWS", 5)
     monkeypatch.setattr(os, "preadv", short)
     gptoss_stream.convert(source, tmp_path / "short")
@@ -240,7 +242,7 @@ def test_infinities_and_nans_of_the_source_stay(tiny, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"layout": "x"},
+        {"to": "x"},
         {"dtype": "int8"},
         {"max_shard_size": "x"},
         {"max_shard_size": "9" * 400},

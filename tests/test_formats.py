@@ -18,7 +18,7 @@ import gptoss_stream
 from gptoss_stream.cli import main
 from gptoss_stream.errors import CheckpointError, OptionError
 
-FORMATS = ("hf-mxfp4", "hf-bf16", "openai")
+FORMATS = ("hf-mxfp4", "hf", "openai")
 LAYOUTS = ("hf", "transformer-lens")
 DTYPES = ("bfloat16", "float16", "float32")
 # Shapes that break a symmetry; the last has its fused q, k and v in shards of their own.
@@ -56,7 +56,7 @@ def test_every_source_gives_the_peers_tensors(layout, shape, checkpoints, expect
     outputs = []
     for source in FORMATS:
         out = tmp_path / source
-        gptoss_stream.convert(checkpoints(format=source, **shape), out, layout=layout)
+        gptoss_stream.convert(checkpoints(format=source, **shape), out, to=layout)
         outputs.append({n: d for n, d in digests(out).items() if n.endswith(".safetensors")})
     assert outputs[1:] == outputs[:1] * 2
     found, wanted = load_output(out), expected(checkpoints(format="hf-mxfp4", **shape), layout)
@@ -68,7 +68,7 @@ def test_every_source_gives_the_peers_tensors(layout, shape, checkpoints, expect
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("source", FORMATS)
 def test_every_dtype(source, layout, dtype, checkpoints, expected, tmp_path):
-    gptoss_stream.convert(checkpoints(format=source), tmp_path / "out", layout=layout, dtype=dtype)
+    gptoss_stream.convert(checkpoints(format=source), tmp_path / "out", to=layout, dtype=dtype)
     found, wanted = load_output(tmp_path / "out"), expected(checkpoints(), layout)
     assert set(found) == set(wanted)
     cast = {name: tensor.to(getattr(torch, dtype)) for name, tensor in wanted.items()}
@@ -80,7 +80,7 @@ def test_every_dtype(source, layout, dtype, checkpoints, expected, tmp_path):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_unquantised_checkpoints_of_other_dtypes(layout, stored, checkpoints, tmp_path):
     """Their own bits where the dtype is kept, and the cast's where it is not."""
-    source = shutil.copytree(checkpoints(format="hf-bf16", layers=2), tmp_path / "source")
+    source = shutil.copytree(checkpoints(format="hf", layers=2), tmp_path / "source")
     tensors = {
         name: torch.randn(tensor.shape, generator=torch.Generator().manual_seed(3)).to(stored)
         for name, tensor in load_file(source / "model.safetensors").items()
@@ -88,7 +88,7 @@ def test_unquantised_checkpoints_of_other_dtypes(layout, stored, checkpoints, tm
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     for dtype in DTYPES:
         out = tmp_path / f"{dtype}"
-        gptoss_stream.convert(source, out, layout=layout, dtype=dtype)
+        gptoss_stream.convert(source, out, to=layout, dtype=dtype)
         found = load_output(out)
         if layout == "hf":
             assert set(found) == set(tensors)
@@ -107,7 +107,7 @@ def test_unquantised_checkpoints_of_other_dtypes(layout, stored, checkpoints, tm
 def test_what_the_model_lacks_the_hf_layout_lacks(bias, tied, tmp_path):
     """Attention biases, and the output embedding where the input's serves."""
     source = oracle.make_packed(tmp_path / "source", attention_bias=bias, tie_word_embeddings=tied)
-    gptoss_stream.convert(source, tmp_path / "out", layout="hf")
+    gptoss_stream.convert(source, tmp_path / "out", to="hf")
     found = load_output(tmp_path / "out")
     assert ("model.layers.0.self_attn.q_proj.bias" in found) == bias
     assert ("lm_head.weight" in found) != tied
@@ -123,7 +123,7 @@ def test_what_the_model_lacks_the_hf_layout_lacks(bias, tied, tmp_path):
 def test_transformers_computes_the_same_logits(source, dtype, checkpoints, tmp_path):
     """Bit for bit, over more tokens than the sliding window holds, of the model as it is loaded
     without a word about how."""
-    gptoss_stream.convert(checkpoints(format=source), tmp_path / "out", layout="hf", dtype=dtype)
+    gptoss_stream.convert(checkpoints(format=source), tmp_path / "out", to="hf", dtype=dtype)
     model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report.values())
     assert model.dtype is getattr(torch, dtype)
@@ -139,13 +139,13 @@ def test_configurations_of_both_origins_mean_the_same(checkpoints, tmp_path):
     """OpenAI's has other names and leaves much out; the one made of it is complete."""
     configs = {}
     for source in FORMATS:
-        gptoss_stream.convert(checkpoints(format=source), tmp_path / source, layout="hf")
+        gptoss_stream.convert(checkpoints(format=source), tmp_path / source, to="hf")
         text = json.loads((tmp_path / source / "config.json").read_text())
         assert "quantization_config" not in text
         assert text["torch_dtype"] == text["dtype"] == "bfloat16"
         configs[source] = AutoConfig.from_pretrained(tmp_path / source).to_dict()
         configs[source].pop("_name_or_path", None)
-    assert configs["openai"] == configs["hf-mxfp4"] == configs["hf-bf16"]
+    assert configs["openai"] == configs["hf-mxfp4"] == configs["hf"]
     original = AutoConfig.from_pretrained(checkpoints()).to_dict()
     for config in (original, configs["openai"]):
         for key in ("quantization_config", "_name_or_path", "dtype", "torch_dtype"):
@@ -194,7 +194,7 @@ def test_the_format_can_be_told(checkpoints, tmp_path):
         gptoss_stream.plan(source)
     assert gptoss_stream.plan(source, source_format="hf-mxfp4").source_format == "hf-mxfp4"
     with pytest.raises(CheckpointError, match=r"'model.layers.0.mlp.experts.gate_up_proj'"):
-        gptoss_stream.plan(source, source_format="hf-bf16")
+        gptoss_stream.plan(source, source_format="hf")
     with pytest.raises(OptionError, match="unknown source format 'x'; choose one of hf-bf16"):
         gptoss_stream.plan(source, source_format="x")
 
@@ -230,7 +230,7 @@ def test_layouts_and_sources_are_listed_for_programs(capsys):
     assert main(["layouts", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert listed == {"layouts": [*LAYOUTS], "sources": sorted(FORMATS)}
-    assert gptoss_stream.sources.names() == tuple(sorted(FORMATS))
+    assert gptoss_stream.formats.names() == tuple(sorted(FORMATS))
     for name in LAYOUTS:
         assert gptoss_stream.layouts.load(name).ROWS
 
@@ -239,6 +239,6 @@ def test_the_tokenizer_comes_along(checkpoints, tmp_path):
     source = shutil.copytree(checkpoints(), tmp_path / "source")
     oracle.save_tokenizer(source)
     for layout in LAYOUTS:
-        gptoss_stream.convert(source, tmp_path / layout, layout=layout)
+        gptoss_stream.convert(source, tmp_path / layout, to=layout)
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / layout)
         assert tokenizer("w7 w1000 x")["input_ids"] == [7, 1000, 0]

@@ -161,9 +161,9 @@ def test_a_partial_output(source, converted, tmp_path):
         gptoss_stream.load_hooked_transformer(tmp_path / "few", layers="0")
 
 
-def test_another_layout_is_refused(source, tmp_path):
-    gptoss_stream.convert(source, tmp_path / "hf", layout="hf")
-    with pytest.raises(OutputError, match="is made of the layout transformer-lens"):
+def test_another_format_is_refused(source, tmp_path):
+    gptoss_stream.convert(source, tmp_path / "hf", to="hf")
+    with pytest.raises(OutputError, match="is made of the format transformer-lens"):
         gptoss_stream.load_hooked_transformer(tmp_path / "hf")
 
 

@@ -783,7 +783,7 @@ def test_a_download_is_done_once(hub, cli, convert, released, whole, tmp_path):
     assert finished(tmp_path / "out") == whole(released)
     assert len(shards_asked_for(hub)) == len({*shards_asked_for(hub)})
     assert len(shards_asked_for(hub)) == len(list(released.glob("*.safetensors")))
-    for options in (["--dtype", "float32"], ["--layout", "hf"], ["--layers", "0", "--download"]):
+    for options in (["--dtype", "float32"], ["--to", "hf"], ["--layers", "0", "--download"]):
         hub.reset_counts()
         assert convert(name, "other", *options, "--overwrite").returncode == 0
         assert not [r for r in hub.requests if r.origin == "cdn" and r.method == "GET"]
@@ -1143,7 +1143,7 @@ def test_an_output_is_replaced_when_that_is_wanted(hub, convert, released, anoth
     hub.add_repo(OUT, {**hub.files(OUT), **card})
     for source, options, word in (
         (released, ["--dtype", "float32"], "dtype"),
-        (released, ["--layout", "hf"], "layout"),
+        (released, ["--to", "hf"], "format"),
         (another, [], "source_files"),
     ):
         before = contents(hub)

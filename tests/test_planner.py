@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 import gptoss_stream
 from gptoss_stream.errors import OptionError
-from gptoss_stream.planner import balanced_groups, parse_size, shards
+from gptoss_stream.planner import balanced_groups, parse_size
 from gptoss_stream.safetensors_format import INDEX_NAME, build_index
-from gptoss_stream.synthesis import FORMATS, PRESETS
+from gptoss_stream.synthesis import random_checkpoint
 
 
 def hollow_checkpoint(folder, preset):
     """A checkpoint of a released model's shapes whose shards are all hole."""
-    made = FORMATS["hf-mxfp4"](PRESETS[preset].model())
-    planned = shards(made.tensors, 5 * 10**9, first_number=0)
-    for shard in planned:
+    made = random_checkpoint(preset)
+    for shard in made.shards:
         with open(folder / shard.name, "wb") as file:
             file.write(shard.header)
             file.truncate(shard.nbytes)
-    weight_map = {t.name: shard.name for shard in planned for t in shard.tensors}
-    nbytes = sum(shard.data_nbytes for shard in planned)
+    weight_map = {t.name: shard.name for shard in made.shards for t in shard.tensors}
+    nbytes = sum(shard.data_nbytes for shard in made.shards)
     (folder / INDEX_NAME).write_bytes(build_index(nbytes, weight_map))
-    (folder / "config.json").write_text(json.dumps(made.configs["config.json"]))
+    (folder / "config.json").write_bytes(made.files["config.json"])
     return folder
 
 

@@ -100,7 +100,7 @@ def test_the_store_holds_what_a_folder_would_and_the_index_comes_last(checkpoint
 @pytest.mark.parametrize("most", [1, 2, 3])
 def test_few_shards_are_here_at_a_time(checkpoints, near, tmp_path, monkeypatch, most):
     """Also where a large transpose begins long before its shard, and a store is slow."""
-    monkeypatch.setattr("gptoss_stream.planner.STAGED_NBYTES", 100_000)
+    monkeypatch.setattr("gptoss_stream.planner.SPILL_NBYTES", 100_000)
     store, seen, over = Memory(), [], threading.Event()
     store.pause = 0.05
 

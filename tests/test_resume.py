@@ -20,7 +20,7 @@ from runs import ROOT, WORK_NAME, assert_clean_error, digests, run_here
 from shards import edit_json, write_shard
 
 import gptoss_stream
-from gptoss_stream import layouts
+from gptoss_stream import formats
 
 SIZE = ("--max-shard-size", "150KB")
 KILLED = """
@@ -160,8 +160,8 @@ OPTIONS = {
     ),
     "sums": (["--checksums"], "checksums"),
     **{
-        f"layout {name}": (["--layout", name], "layout")
-        for name in layouts.names()
+        f"format {name}": (["--to", name], "format")
+        for name in formats.names()
         if name != "transformer-lens"
     },
 }
@@ -235,7 +235,7 @@ TEXTS = {
     "a string": lambda text: b'"files"',
     "zeros": lambda text: bytes(len(text)),
     "UTF-16": lambda text: text.decode().encode("utf-16"),
-    "with a key twice": lambda text: text.replace(b'"dtype"', b'"layout"'),
+    "with a key twice": lambda text: text.replace(b'"dtype"', b'"format"'),
     "deep": lambda text: b'{"files":' * 10_000,
 }
 

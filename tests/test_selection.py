@@ -22,7 +22,7 @@ def whole(checkpoints, tmp_path_factory):
     outputs = {}
     for layout in ("hf", "transformer-lens"):
         out = tmp_path_factory.mktemp("whole") / layout
-        gptoss_stream.convert(checkpoints(), out, layout=layout)
+        gptoss_stream.convert(checkpoints(), out, to=layout)
         outputs[layout] = load_output(out)
     return outputs
 
@@ -63,7 +63,7 @@ CHOICES = {
 
 
 @pytest.mark.parametrize(("options", "chosen"), CHOICES.values(), ids=CHOICES.keys())
-@pytest.mark.parametrize("source", ["hf-mxfp4", "hf-bf16", "openai"])
+@pytest.mark.parametrize("source", ["hf-mxfp4", "hf", "openai"])
 def test_what_is_chosen(source, options, chosen, checkpoints, whole, tmp_path, capsys):
     """Exactly that, bit for bit as in the whole, under the same names; the record says so, and
     verify holds the output to it."""
@@ -86,7 +86,7 @@ def test_what_is_chosen(source, options, chosen, checkpoints, whole, tmp_path, c
 def test_a_part_in_the_hf_layout(checkpoints, whole, tmp_path):
     """It has no config.json: transformers would fill the rest of the model at random."""
     out = tmp_path / "out"
-    gptoss_stream.convert(checkpoints(), out, layout="hf", selection=Selection(layers="1"))
+    gptoss_stream.convert(checkpoints(), out, to="hf", selection=Selection(layers="1"))
     found, wanted = load_output(out), whole["hf"]
     assert set(found) == {n for n in wanted if ".layers." not in n or ".layers.1." in n}
     assert all(same_bits(found[name], wanted[name]) for name in found)
@@ -138,14 +138,14 @@ def test_choices_that_are_refused(selection, message, checkpoints, tmp_path):
 def test_a_stack_of_experts_is_not_cut(checkpoints):
     """In it experts have no numbers but their places."""
     with pytest.raises(OptionError, match="stacks the experts in one tensor"):
-        gptoss_stream.plan(checkpoints(), layout="hf", selection=Selection(experts="0"))
+        gptoss_stream.plan(checkpoints(), to="hf", selection=Selection(experts="0"))
     plan = gptoss_stream.plan(
-        checkpoints(), layout="hf", selection=Selection(experts="0", only=("attention",))
+        checkpoints(), to="hf", selection=Selection(experts="0", only=("attention",))
     )
     assert plan.num_tensors == 4 * 9
 
 
-@pytest.mark.parametrize("source", ["hf-mxfp4", "hf-bf16", "openai"])
+@pytest.mark.parametrize("source", ["hf-mxfp4", "hf", "openai"])
 def test_only_what_is_chosen_is_read(source, checkpoints, tmp_path, monkeypatch):
     """Every byte that is read is one that the choice needs, and the plan tells how many."""
     folder = checkpoints(format=source)

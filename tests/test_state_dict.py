@@ -23,24 +23,24 @@ NAME = "blocks.1.mlp.experts.3.W_out.weight"
 
 @pytest.fixture(scope="module")
 def converted(checkpoints, tmp_path_factory):
-    """The folder of each layout in each dtype, in several shards."""
+    """The folder of each format in each dtype, in several shards."""
     made = {}
 
-    def of(layout="transformer-lens", dtype="bfloat16"):
-        if (layout, dtype) not in made:
-            out = tmp_path_factory.mktemp("converted") / f"{layout}-{dtype}"
-            options = {"layout": layout, "dtype": dtype, "max_shard_size": "300KB"}
+    def of(to="transformer-lens", dtype="bfloat16"):
+        if (to, dtype) not in made:
+            out = tmp_path_factory.mktemp("converted") / f"{to}-{dtype}"
+            options = {"to": to, "dtype": dtype, "max_shard_size": "300KB"}
             gptoss_stream.convert(checkpoints(), out, **options)
-            made[layout, dtype] = out
-        return made[layout, dtype]
+            made[to, dtype] = out
+        return made[to, dtype]
 
     return of
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("layout", ["transformer-lens", "hf"])
-def test_every_tensor_is_as_safetensors_loads_it(layout, dtype, converted):
-    folder = converted(layout, dtype)
+@pytest.mark.parametrize("to", ["transformer-lens", "hf"])
+def test_every_tensor_is_as_safetensors_loads_it(to, dtype, converted):
+    folder = converted(to, dtype)
     wanted = load_output(folder)
     with gptoss_stream.open_state_dict(folder) as state:
         assert set(state) == set(wanted)

@@ -14,7 +14,7 @@ from gptoss_stream.executor import Watch, execute
 from gptoss_stream.places import Folder
 from gptoss_stream.streaming import StreamedCheckpoint
 
-SOURCES = ("hf-mxfp4", "hf-bf16", "openai")
+SOURCES = ("hf-mxfp4", "hf", "openai")
 
 
 class Far(Folder):
@@ -57,13 +57,13 @@ class FarFile:
 
 
 @pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("layout", ["transformer-lens", "hf"])
+@pytest.mark.parametrize("to", ["transformer-lens", "hf"])
 @pytest.mark.parametrize("workers", [1, 3])
-def test_the_output_is_that_of_a_local_source(checkpoints, tmp_path, source, layout, workers):
+def test_the_output_is_that_of_a_local_source(checkpoints, tmp_path, source, to, workers):
     checkpoint = checkpoints(format=source)
-    convert(checkpoint, tmp_path / "near", layout=layout, max_shard_size="300KB")
+    convert(checkpoint, tmp_path / "near", to=to, max_shard_size="300KB")
     far = Far(checkpoint)
-    convert(far, tmp_path / "far", layout=layout, max_shard_size="300KB", workers=workers)
+    convert(far, tmp_path / "far", to=to, max_shard_size="300KB", workers=workers)
     assert digests(tmp_path / "far", "*.safetensors") == digests(tmp_path / "near", "*.safetensors")
 
 

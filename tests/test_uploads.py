@@ -135,13 +135,13 @@ def test_what_waits_at_the_end_stays_and_is_not_sent(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-@pytest.mark.parametrize("layout", ["transformer-lens", "hf"])
+@pytest.mark.parametrize("to", ["transformer-lens", "hf"])
 def test_one_shard_here_and_everything_through_scratch_files(
-    checkpoints, tmp_path, monkeypatch, workers, layout
+    checkpoints, tmp_path, monkeypatch, workers, to
 ):
     """All transposes begin before their shards, and none waits for what waits for it."""
-    monkeypatch.setattr("gptoss_stream.planner.STAGED_NBYTES", 1000)
-    options = {"layout": layout, "max_shard_size": "60KB", "workers": workers}
+    monkeypatch.setattr("gptoss_stream.planner.SPILL_NBYTES", 1000)
+    options = {"to": to, "max_shard_size": "60KB", "workers": workers}
     store = Memory()
     store.pause = 0.002
     with at_most(20):

@@ -37,7 +37,7 @@ def test_what_convert_made_is_equal(dtype, checkpoints, tmp_path, monkeypatch):
     report = gptoss_stream.convert(source, tmp_path / "out", dtype=dtype)
     for segment, staged in ((8 << 20, 64_000_000), (4096, 1000), (65_536, 1)):
         monkeypatch.setattr("gptoss_stream.verifier.SEGMENT_NBYTES", segment)
-        monkeypatch.setattr("gptoss_stream.planner.STAGED_NBYTES", staged)
+        monkeypatch.setattr("gptoss_stream.planner.SPILL_NBYTES", staged)
         result = gptoss_stream.verify(source, tmp_path / "out")
         assert result.equal
         assert result.tensors == report.tensors
@@ -82,7 +82,7 @@ def regions(output) -> dict[str, list[tuple]]:
 @pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
 def test_every_flipped_bit_is_found_where_it_is(staged, count, small, monkeypatch):
     """Of the data: the tensor, the element and its value. Of all else: the file or the tensor."""
-    monkeypatch.setattr("gptoss_stream.planner.STAGED_NBYTES", staged)
+    monkeypatch.setattr("gptoss_stream.planner.SPILL_NBYTES", staged)
     source, output = small
     rng, parts = random.Random(staged + count), regions(output)
     tensors = {n: t for f in output.glob("*.safetensors") for n, t in load_file(f).items()}
@@ -138,7 +138,7 @@ def test_a_clean_copy_raises_no_alarm(count, tmp_path, monkeypatch):
         copied = shutil.copytree(out, tmp_path / f"copy{number}")
         with monkeypatch.context() as patch:
             patch.setattr("gptoss_stream.verifier.SEGMENT_NBYTES", rng.choice((4096, 65_536)))
-            patch.setattr("gptoss_stream.planner.STAGED_NBYTES", rng.choice((100, 64_000_000)))
+            patch.setattr("gptoss_stream.planner.SPILL_NBYTES", rng.choice((100, 64_000_000)))
             assert gptoss_stream.verify(source, copied, workers=rng.randrange(1, 5)).equal
             assert gptoss_stream.verify(source, copied, sample=3, seed=number).equal
 

@@ -146,6 +146,9 @@ def _refuse_mixed(info: CheckpointInfo) -> None:
 
 
 def _looks_like(info: CheckpointInfo) -> str:
+    if "config.json" not in info.configs:
+        file = info.place.at("config.json")
+        return f"{file}: missing; what stands here is a part of a model, which is not converted"
     config = info.place.at(info.config_name)
     model_type = info.config.get("model_type")
     if model_type not in (None, "gpt_oss"):

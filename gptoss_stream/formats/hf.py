@@ -37,7 +37,8 @@ files = config_files
 
 def detect(info: CheckpointInfo) -> str | None:
     """See `Format.detect`: by config.json, unless the experts of layer 0 are one by one."""
-    one_by_one = EXPERTS.format(l=0) + "gate_up_projs."
+    first = EXPERTS.format(l=0)
+    one_by_one = (first + "gate_up_projs.", first + "0.")
     if not is_unquantised(info) or any(name.startswith(one_by_one) for name in info.tensors):
         return None
     return 'config.json has model_type "gpt_oss" and no quantization_config'
