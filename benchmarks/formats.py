@@ -1,11 +1,12 @@
-"""Every source format to every layout, each against its floor, in one run.
+"""Every format to every format, each against its floor, in one run.
 
     python benchmarks/formats.py --preset 20b --layers 2 --warm --folder /some/disk
 
 Makes the same random checkpoint in each format and then, `--runs` times in turn, takes each pair
 through what `convert.py` does with one: floors and conversion from a cold page cache, from a warm
 one (`--warm`), and the conversion under `--limit` of memory. A pair's floor reads what the
-conversion reads of that source and writes as much as that layout holds. Prints medians, and medians
+conversion reads of that source and writes as much as that format holds. `--from` and `--to` choose
+some of the formats. Prints medians, and medians
 of the ratios within each turn: to the floor, of limited to unlimited, and of the time for each byte
 written to that of the first pair. Needs root, as `convert.py` does.
 """
@@ -21,12 +22,16 @@ import trials
 
 import gptoss_stream
 
-FIRST = (trials.DEFAULT_FORMAT, "transformer-lens")
+FIRST = (trials.DEFAULT_SOURCE, "transformer-lens")
 
 
 def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """The summary of every pair, the first one first."""
-    names = [(s, t) for s in gptoss_stream.sources.names() for t in gptoss_stream.layouts.names()]
+    names = [
+        pair
+        for pair in trials.pairs()
+        if pair[0] in (arguments.sources or pair) and pair[1] in (arguments.targets or pair)
+    ]
     names.sort(key=lambda pair: pair != FIRST)
     limit = trials.limit_nbytes(arguments.limit)
     with ExitStack() as stack:
@@ -34,7 +39,7 @@ def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             name: stack.enter_context(
                 trials.checkpoint(arguments.folder, arguments.preset, arguments.layers, name)
             )
-            for name in gptoss_stream.sources.names()
+            for name in dict.fromkeys(source for source, _ in names)
         }
         cases = {pair: trials.case(sources[pair[0]], pair[1]) for pair in names}
         turns = [
@@ -48,11 +53,11 @@ def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for pair, case in cases.items():
         per_byte = [
             turn[pair]["convert"].wall / case.planned.nbytes
-            / (turn[FIRST]["convert"].wall / cases[FIRST].planned.nbytes)
+            / (turn[names[0]]["convert"].wall / cases[names[0]].planned.nbytes)
             for turn in turns
         ]  # fmt: skip
         results.append(
-            {"source": pair[0], "layout": pair[1], **case.sizes}
+            {"source": pair[0], "target": pair[1], **case.sizes}
             | {"relative": statistics.median(per_byte)}
             | trials.summary([turn[pair] for turn in turns])
         )
@@ -61,14 +66,14 @@ def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def table(results: list[dict[str, Any]]) -> str:
     """The summary for people; a dash for what was not tried."""
-    head = f"{'':28} {'in':>6} {'out':>6}  {'cold':>6} {'floor':>6} {'ratio':>5}"
+    head = f"{'':36} {'in':>6} {'out':>6}  {'cold':>6} {'floor':>6} {'ratio':>5}"
     head += f"  {'warm':>6} {'floor':>6} {'ratio':>5}  {'limited':>7} {'a byte':>6}"
     head += f" {'CPU':>6} {'RSS':>5}"
-    units = f"{'':28} {'GB':>6} {'GB':>6}  {'s':>6} {'s':>6} {'':5}"
+    units = f"{'':36} {'GB':>6} {'GB':>6}  {'s':>6} {'s':>6} {'':5}"
     units += f"  {'s':>6} {'s':>6} {'':5}  {'':7} {'':6} {'s':>6} {'MB':>5}"
     lines = [head, units]
     for row in results:
-        line = f"{row['source']:8} to {row['layout']:16} "
+        line = f"{row['source']:16} to {row['target']:16} "
         line += f"{row['bytes_in'] / 1e9:6.2f} {row['bytes_out'] / 1e9:6.2f}"
         for cache in ("", trials.WARM):
             line += _cells(row.get(f"convert{cache}"), row.get(f"floor{cache}"))
@@ -89,6 +94,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `measured`, beyond those that all share."""
     trials.add_turn_options(parser)
     parser.add_argument("--layers", type=int, default=2)
+    names = gptoss_stream.formats.names()
+    parser.add_argument("--from", nargs="+", choices=names, dest="sources", help="default: all")
+    parser.add_argument("--to", nargs="+", choices=names, dest="targets", help="default: all")
 
 
 def main() -> None:

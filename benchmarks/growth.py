@@ -20,7 +20,7 @@ from typing import Any
 import trials
 from measure import Failed, Measured, can_limit
 
-from gptoss_stream.planner import DEFAULT_LAYOUT, parse_size
+from gptoss_stream.planner import DEFAULT_FORMAT, parse_size
 
 LAYERS = {"20b": [1, 2, 4, 8, 24], "120b": [1, 2, 4]}
 
@@ -30,7 +30,7 @@ def sizes(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for layers in arguments.layers or LAYERS.get(arguments.preset, [1, 2, 4]):
         with trials.checkpoint(arguments.folder, arguments.preset, layers) as source:
-            case = trials.case(source, arguments.layout)
+            case = trials.case(source, arguments.to)
             runs = [trials.conversion(case) for _ in range(arguments.runs)]
         rows.append({"layers": layers, **case.sizes, **trials.medians(runs)})
         trials.say(f"{trials.layers_text(arguments.preset, layers)}: {rows[-1]['walls']} s")
@@ -62,7 +62,7 @@ def limited(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     if not limits:
         return []
     with trials.checkpoint(arguments.folder, arguments.preset, arguments.limit_layers) as source:
-        case = trials.case(source, arguments.layout)
+        case = trials.case(source, arguments.to)
         turns = [
             {limit: _tried(case, limit) for limit in (None, *limits)} for _ in range(arguments.runs)
         ]
@@ -127,7 +127,7 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = trials.options(__doc__, runs=3)
     parser.add_argument("--layers", type=int, nargs="+", help="20b: 1 2 4 8 24; 120b: 1 2 4")
-    parser.add_argument("--layout", default=DEFAULT_LAYOUT)
+    parser.add_argument("--to", default=DEFAULT_FORMAT)
     parser.add_argument(
         "--limits", nargs="*", default=["192MB", "256MB", "512MB", "2GB"], help="no value: none"
     )
@@ -135,7 +135,7 @@ def main() -> None:
     arguments = parser.parse_args()
     grown = sizes(arguments)
     results = {"sizes": grown, "line": line(grown), "limits": limited(arguments)}
-    what = f"{arguments.preset} to {arguments.layout}; runs of each: {arguments.runs}"
+    what = f"{arguments.preset} to {arguments.to}; runs of each: {arguments.runs}"
     if results["limits"]:
         what += f"; limits: {trials.layers_text(arguments.preset, arguments.limit_layers)}"
     trials.report(results, f"{what}\n{table(results)}", arguments.json)

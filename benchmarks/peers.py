@@ -1,9 +1,9 @@
-"""Each layout against the peers that make the same, in one run.
+"""Conversions against the peers that make the same, in one run.
 
     python benchmarks/peers.py --preset 20b --layers 2 --folder /some/disk
 
 Makes random checkpoints and then, `--runs` times in turn and each from a cold page cache, converts
-to each layout and runs the peers (`peer.py`): TransformerLens for `transformer-lens`, transformers
+to each format and runs the peers (`peer.py`): TransformerLens for `transformer-lens`, transformers
 for `hf`, and OpenAI's own reader, from its own format, for what `hf` holds under other names.
 Prints medians, and medians of the ratios within each turn to the conversion from the same source.
 In the first turn it holds what a peer wrote against what the conversion wrote: every tensor's name,
@@ -33,9 +33,6 @@ from typing import Any
 import trials
 from measure import Failed, Measured, run
 
-import gptoss_stream
-from gptoss_stream.sources import openai
-
 PIECE = 64 << 20
 
 
@@ -47,7 +44,7 @@ class Peer:
     title: str
     packages: tuple[str, ...]
     source_format: str
-    layout: str
+    target: str
     has_our_names: bool = True
 
     @property
@@ -61,11 +58,11 @@ PEERS = (
         "transformer-lens",
         "transformers + TransformerLens",
         ("transformers", "transformer_lens"),
-        trials.DEFAULT_FORMAT,
+        trials.DEFAULT_SOURCE,
         "transformer-lens",
     ),
-    Peer("transformers", "transformers", ("transformers",), trials.DEFAULT_FORMAT, "hf"),
-    Peer("gpt-oss", "gpt-oss's reader", ("gpt_oss", "torch"), openai.NAME, "hf", False),
+    Peer("transformers", "transformers", ("transformers",), trials.DEFAULT_SOURCE, "hf"),
+    Peer("gpt-oss", "gpt-oss's reader", ("gpt_oss", "torch"), "openai", "hf", False),
 )
 
 
@@ -164,15 +161,15 @@ def one_turn(
         for folder in (case.output, theirs):
             shutil.rmtree(folder, ignore_errors=True)
     walls = ", ".join(f"{name} {measured.wall:.1f} s" for name, measured in turn.items())
-    trials.say(f"{case.source.name} to {case.layout}: {walls}")
+    trials.say(f"{case.source.name} to {case.target}: {walls}")
     return turn
 
 
 def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """The summary of each conversion with its peers."""
     peers = [peer for peer in PEERS if not peer.missing]
-    pairs = [(trials.DEFAULT_FORMAT, layout) for layout in gptoss_stream.layouts.names()]
-    pairs += [(p.source_format, p.layout) for p in peers if p.source_format != pairs[0][0]]
+    pairs = [(trials.DEFAULT_SOURCE, target) for target in ("hf", "transformer-lens")]
+    pairs += [(p.source_format, p.target) for p in peers if p.source_format != pairs[0][0]]
     notes: dict[str, str] = {}
     with ExitStack() as stack:
         sources = {
@@ -182,7 +179,7 @@ def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             for name in dict.fromkeys(name for name, _ in pairs)
         }
         cases = {pair: trials.case(sources[pair[0]], pair[1]) for pair in pairs}
-        rivals = {pair: [p for p in peers if (p.source_format, p.layout) == pair] for pair in pairs}
+        rivals = {pair: [p for p in peers if (p.source_format, p.target) == pair] for pair in pairs}
         turns = [
             {pair: one_turn(case, rivals[pair], notes) for pair, case in cases.items()}
             for _ in range(arguments.runs)
@@ -196,7 +193,7 @@ def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             if len(runs) == len(turns):
                 ours = [turn[pair]["gptoss_stream"] for turn in turns]
                 rows[name] |= trials.medians(runs) | {"to_ours": trials.ratio(runs, ours)}
-        results.append({"source": pair[0], "layout": pair[1], **case.sizes, "rows": rows})
+        results.append({"source": pair[0], "target": pair[1], **case.sizes, "rows": rows})
     return results
 
 
@@ -206,7 +203,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     lines = []
     for result in results:
         lines.append(
-            f"{result['source']} to {result['layout']}: {result['bytes_in'] / 1e9:.2f} GB in, "
+            f"{result['source']} to {result['target']}: {result['bytes_in'] / 1e9:.2f} GB in, "
             f"{result['bytes_out'] / 1e9:.2f} GB out"
         )
         lines.append(f"  {'':32} {'wall s':>8} {'to ours':>8} {'CPU s':>7} {'peak RSS GB':>12}")

@@ -2,10 +2,10 @@
 
     python benchmarks/pictures.py --preset 20b --layers 2 --folder /some/disk
     python benchmarks/pictures.py --preset 20b --layers 2 --throughput formats.json
-    python benchmarks/pictures.py --from docs/pictures.json
+    python benchmarks/pictures.py --draw docs/pictures.json
 
 Measures and writes `pictures.json` into `--to` (docs/ of the repository), then draws `memory` and
-`throughput` there, each as SVG and PNG; `--from` only draws, and the same numbers give the same
+`throughput` there, each as SVG and PNG; `--draw` only draws, and the same numbers give the same
 bytes again. Memory is the resident memory of a conversion to `transformer-lens` and of
 TransformerLens (`peer.py`), looked at every 50 ms in one run of each; speed is what `formats.py`
 measures in `--runs` turns, or has measured already (`--throughput`, what it wrote with `--json`).
@@ -71,7 +71,7 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
     """Memory over time of the conversion and of the peer, once each."""
     folder, preset, layers = arguments.folder, arguments.preset, arguments.layers
     with trials.checkpoint(folder, preset, layers, PEER.source_format) as source:
-        case = trials.case(source, PEER.layout)
+        case = trials.case(source, PEER.target)
         ours = trials.conversion(case, sample=INTERVAL)
         try:
             command = peers.peer_command(PEER.name, source, case.output)
@@ -136,7 +136,7 @@ def _memory_text(nbytes: int) -> str:
 
 
 def _draw_throughput(axes: Axes, rows: Sequence[Mapping[str, Any]], what: str) -> None:
-    names = [f"{row['source']} → {row['layout']}" for row in rows]
+    names = [f"{row['source']} → {row['target']}" for row in rows]
     moved = [(row["bytes_in"] + row["bytes_out"]) / 1e9 for row in rows]
     ours = [n / row["convert"]["wall"] for n, row in zip(moved, rows, strict=True)]
     floors = [n / row["floor"]["wall"] for n, row in zip(moved, rows, strict=True)]
@@ -160,17 +160,17 @@ def main() -> None:
     parser = trials.options(__doc__, runs=3, reports=False)
     formats.add_options(parser)
     parser.set_defaults(limit="0")  # no picture shows it
-    parser.add_argument("--from", type=Path, metavar="FILE", dest="results", help="only draw")
+    parser.add_argument("--draw", type=Path, metavar="FILE", dest="results", help="only draw")
     parser.add_argument("--throughput", type=Path, metavar="FILE", help="JSON of formats.py")
-    parser.add_argument("--to", type=Path, default=trials.HERE.parent / "docs", help="a folder")
+    parser.add_argument("--output", type=Path, default=trials.HERE.parent / "docs", help="a folder")
     arguments = parser.parse_args()
-    arguments.to.mkdir(parents=True, exist_ok=True)
+    arguments.output.mkdir(parents=True, exist_ok=True)
     if arguments.results is not None:
-        draw(json.loads(arguments.results.read_text()), arguments.to)
+        draw(json.loads(arguments.results.read_text()), arguments.output)
         return
     results = measured(arguments)
-    (arguments.to / "pictures.json").write_text(f"{json.dumps(results)}\n")
-    draw(results, arguments.to)
+    (arguments.output / "pictures.json").write_text(f"{json.dumps(results)}\n")
+    draw(results, arguments.output)
 
 
 if __name__ == "__main__":

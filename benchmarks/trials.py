@@ -22,13 +22,13 @@ from measure import Measured, can_limit, run
 
 import gptoss_stream
 from gptoss_stream import Plan
-from gptoss_stream.planner import DEFAULT_LAYOUT, parse_size
+from gptoss_stream.planner import DEFAULT_FORMAT, parse_size
 from gptoss_stream.recipe import extents
-from gptoss_stream.sources import hf_mxfp4
+from gptoss_stream.tables import Mxfp4
 from gptoss_stream.workers import count_workers
 
 HERE = Path(__file__).parent
-DEFAULT_FORMAT = hf_mxfp4.NAME
+DEFAULT_SOURCE = "hf-mxfp4"
 WARM = ", warm"
 
 Turn: TypeAlias = Mapping[str, Measured]
@@ -89,7 +89,7 @@ def layers_text(preset: str, layers: int) -> str:
 
 @contextmanager
 def checkpoint(
-    folder: Path, preset: str, layers: int, source_format: str = DEFAULT_FORMAT
+    folder: Path, preset: str, layers: int, source_format: str = DEFAULT_SOURCE
 ) -> Iterator[Path]:
     """A random checkpoint on the disk, for as long as the block lasts."""
     source = folder / f"{preset}-{layers}-{source_format}"
@@ -107,7 +107,7 @@ class Case:
     """A checkpoint on the disk and what it is to become, beside it."""
 
     source: Path
-    layout: str
+    target: str
     planned: Plan
 
     @property
@@ -118,12 +118,28 @@ class Case:
     @property
     def output(self) -> Path:
         """Where it is written to."""
-        return self.source.parent / f"{self.source.name}-to-{self.layout}"
+        return self.source.parent / f"{self.source.name}-to-{self.target}"
 
 
-def case(source: Path, layout: str = DEFAULT_LAYOUT) -> Case:
-    """The conversion of a checkpoint to a layout."""
-    return Case(source, layout, gptoss_stream.plan(source, layout=layout))
+def case(source: Path, target: str = DEFAULT_FORMAT) -> Case:
+    """The conversion of a checkpoint to a format."""
+    return Case(source, target, gptoss_stream.plan(source, to=target))
+
+
+def pairs() -> list[tuple[str, str]]:
+    """Every source and target format but those that would need floats quantised."""
+    formats = gptoss_stream.formats
+    packed = {
+        name
+        for name in formats.names()
+        if any(isinstance(row.encoding, Mxfp4) for row in formats.load(name).TABLE)
+    }
+    return [
+        (source, target)
+        for source in formats.names()
+        for target in formats.names()
+        if target not in packed or source in packed
+    ]
 
 
 def reads(planned: Plan) -> list[tuple[str, int, int]]:
@@ -161,7 +177,7 @@ def floor(case: Case, *arguments: str, warm: bool = False) -> Measured:
 def convert_command(case: Case) -> list[str]:
     """The conversion as a user runs it."""
     command = [sys.executable, "-m", "gptoss_stream", "convert", str(case.source)]
-    return [*command, str(case.output), "--layout", case.layout]
+    return [*command, str(case.output), "--to", case.target]
 
 
 def conversion(
@@ -186,7 +202,7 @@ def one_turn(case: Case, *, limit: int | None = None, warm: bool = False) -> Tur
     if limit is not None:
         turn["convert, limited"] = conversion(case, limit=limit)
     walls = ", ".join(f"{name} {measured.wall:.1f} s" for name, measured in turn.items())
-    say(f"{case.source.name} to {case.layout}: {walls}")
+    say(f"{case.source.name} to {case.target}: {walls}")
     return turn
 
 

@@ -21,12 +21,12 @@ Data flows one way:
 
 and on the way: `safetensors_format` headers and index, `strict_json`, `dtypes`, `model` the model's
 numbers and tensors, `tables` what the formats' tables are made of, `selection` which tensors are
-wanted, `operands`, `patterns` and `recipe` an output tensor as a recipe, `second_reader` a check by safetensors, `mxfp4` and `cast` values,
+wanted, `operands`, `patterns` and `recipe` an output tensor as a recipe, `mxfp4` and `cast` values,
 `workers` threads, `blocks` what they read of far files, `shard_file`, `scratch` and `run_folder`
 files being written, `run_state` what a run is, `far_folder` and `uploads` a store being written to,
-`checksums` of files, `companions` small files beside them, `regular_file`, `plugins` the formats
-there are, `memory` what there is of it, `errors`, `synthesis` random checkpoints,
-`share` a task's part of a run, `examples`, `cli` the command line.
+`checksums` of files, `second_reader` a check by safetensors, `companions` small files beside them,
+`regular_file`, `plugins` the formats there are, `memory` what there is of it, `errors`,
+`synthesis` random checkpoints, `share` a task's part of a run, `examples`, `cli` the command line.
 
     >>> import gptoss_stream
     >>> report = gptoss_stream.convert("gpt-oss-20b", "gpt-oss-20b-tl")  # doctest: +SKIP

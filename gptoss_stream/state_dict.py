@@ -142,7 +142,9 @@ def open_state_dict(
     """Open a converted folder, of any format, as a mapping from name to torch tensor.
 
     Reads the index only. With `dtype` (a torch name such as "float32") or `device`, each tensor
-    is converted when it is asked for, and is then a copy; blocks and scales of MXFP4 stay uint8. Raises `OutputError` for a folder that
+    is converted when it is asked for, and is then a copy; blocks and scales of MXFP4 stay uint8.
+
+    Raises `OutputError` for a folder that
     is no finished output, `OptionError` for a dtype that is none, `MachineError` where reading
     fails, `MissingPackageError` without torch. A context manager, which need not be used as one.
     """

@@ -38,6 +38,7 @@ __all__ = [
     "Table",
     "check",
     "components",
+    "count_present",
     "fused",
     "group_sizes",
     "read_table",
@@ -215,7 +216,7 @@ def read_table(
     """
 
     def is_stored(row: Row, name: str) -> bool:
-        name += row.encoding.components((BLOCK_VALUES,))[0].suffix
+        name = _first_name(row, name)
         return any(
             name.format(l=layer, e=expert) in tensors for layer, expert in model.instances(name)
         )
@@ -230,6 +231,16 @@ def read_table(
         attention_bias=model.attention_bias or bool(stored & ATTENTION_BIASES),
         tied_embeddings=model.tied_embeddings and "unembed" not in stored,
     )
+
+
+def count_present(table: Table, tensors: Mapping[str, RawTensor]) -> int:
+    """Return how many of a table's names the tensors of the first layer and expert have."""
+    return sum(_first_name(row, row.stored).format(l=0, e=0) in tensors for row in table)
+
+
+def _first_name(row: Row, stored: str) -> str:
+    """The name of the first stored tensor of a row."""
+    return stored + row.encoding.components((BLOCK_VALUES,))[0].suffix
 
 
 def _respell(row: Row, name: str) -> Row:

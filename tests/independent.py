@@ -33,7 +33,9 @@ def save(folder: Path, tensors: Tensors, **configs: dict) -> Path:
     """Write tensors into one file, and configuration files beside it."""
     folder.mkdir(parents=True)
     # Contiguous and each in memory of its own, as save_file wants them.
-    contiguous = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+    contiguous = {
+        name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()
+    }
     save_file(contiguous, folder / "model.safetensors", {"format": "pt"})
     for name, config in configs.items():
         (folder / f"{name}.json").write_text(json.dumps(config, default=str))

@@ -15,7 +15,16 @@ PACKAGE = Path(gptoss_stream.__file__).parent
 LAYERS = [
     {"errors"},
     {"dtypes", "strict_json", "memory", "regular_file", "plugins"},
-    {"safetensors_format", "model", "patterns", "second_reader", "cast", "checksums", "run_state", "places"},
+    {
+        "safetensors_format",
+        "model",
+        "patterns",
+        "second_reader",
+        "cast",
+        "checksums",
+        "run_state",
+        "places",
+    },
     {"checkpoint", "mxfp4", "shard_file"},
     {"operands", "companions", "workers", "selection", "blocks"},
     {"recipe", "tables", "converted", "run_folder", "far_folder", "streaming"},

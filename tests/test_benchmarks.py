@@ -87,7 +87,7 @@ def test_the_same_numbers_give_the_same_pictures(tmp_path):
         "layers": 1,
         "memory": {"gptoss_stream": course, pictures.PEER.title: course},
         "throughput": [
-            {"source": source, "layout": "hf", "bytes_in": 1, "bytes_out": 2, **times}
+            {"source": source, "target": "hf", "bytes_in": 1, "bytes_out": 2, **times}
             for source in gptoss_stream.formats.names()
         ],
     }

@@ -1,10 +1,14 @@
-"""Every source format to every layout in every dtype, against the oracle and each other."""
+"""The released formats to those that are loaded, in every dtype, against the oracle and each other.
+
+Every pair of formats: `test_pairs`.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
+import sys
 
 import oracle
 import pytest
@@ -19,7 +23,7 @@ from gptoss_stream.cli import main
 from gptoss_stream.errors import CheckpointError, OptionError
 
 FORMATS = ("hf-mxfp4", "hf", "openai")
-LAYOUTS = ("hf", "transformer-lens")
+TARGETS = ("hf", "transformer-lens")
 DTYPES = ("bfloat16", "float16", "float32")
 # Shapes that break a symmetry; the last has its fused q, k and v in shards of their own.
 SHAPES = {
@@ -33,43 +37,43 @@ SHAPES = {
 
 @pytest.fixture(scope="module")
 def expected():
-    """What the peer makes of a checkpoint, for each layout; made once each."""
+    """What the peer makes of a checkpoint, for each target; made once each."""
     made = {}
 
-    def of(source, layout) -> dict[str, torch.Tensor]:
-        if (source, layout) not in made:
+    def of(source, target) -> dict[str, torch.Tensor]:
+        if (source, target) not in made:
             tensors = (
                 oracle.load_model(source).state_dict()
-                if layout == "hf"
+                if target == "hf"
                 else oracle.state_dict(source)
             )
-            made[source, layout] = {name: t.detach() for name, t in tensors.items()}
-        return made[source, layout]
+            made[source, target] = {name: t.detach() for name, t in tensors.items()}
+        return made[source, target]
 
     return of
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_source_gives_the_peers_tensors(layout, shape, checkpoints, expected, tmp_path):
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_source_gives_the_peers_tensors(target, shape, checkpoints, expected, tmp_path):
     """In bfloat16, bit for bit, and all three files byte for byte."""
     outputs = []
     for source in FORMATS:
         out = tmp_path / source
-        gptoss_stream.convert(checkpoints(format=source, **shape), out, to=layout)
+        gptoss_stream.convert(checkpoints(format=source, **shape), out, to=target)
         outputs.append({n: d for n, d in digests(out).items() if n.endswith(".safetensors")})
     assert outputs[1:] == outputs[:1] * 2
-    found, wanted = load_output(out), expected(checkpoints(format="hf-mxfp4", **shape), layout)
+    found, wanted = load_output(out), expected(checkpoints(format="hf-mxfp4", **shape), target)
     assert set(found) == set(wanted)
     assert [name for name in wanted if not same_bits(found[name], wanted[name])] == []
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("source", FORMATS)
-def test_every_dtype(source, layout, dtype, checkpoints, expected, tmp_path):
-    gptoss_stream.convert(checkpoints(format=source), tmp_path / "out", to=layout, dtype=dtype)
-    found, wanted = load_output(tmp_path / "out"), expected(checkpoints(), layout)
+def test_every_dtype(source, target, dtype, checkpoints, expected, tmp_path):
+    gptoss_stream.convert(checkpoints(format=source), tmp_path / "out", to=target, dtype=dtype)
+    found, wanted = load_output(tmp_path / "out"), expected(checkpoints(), target)
     assert set(found) == set(wanted)
     cast = {name: tensor.to(getattr(torch, dtype)) for name, tensor in wanted.items()}
     assert [name for name in cast if not same_bits(found[name], cast[name])] == []
@@ -77,8 +81,8 @@ def test_every_dtype(source, layout, dtype, checkpoints, expected, tmp_path):
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.float32])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_unquantised_checkpoints_of_other_dtypes(layout, stored, checkpoints, tmp_path):
+@pytest.mark.parametrize("target", TARGETS)
+def test_unquantised_checkpoints_of_other_dtypes(target, stored, checkpoints, tmp_path):
     """Their own bits where the dtype is kept, and the cast's where it is not."""
     source = shutil.copytree(checkpoints(format="hf", layers=2), tmp_path / "source")
     tensors = {
@@ -88,9 +92,9 @@ def test_unquantised_checkpoints_of_other_dtypes(layout, stored, checkpoints, tm
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     for dtype in DTYPES:
         out = tmp_path / f"{dtype}"
-        gptoss_stream.convert(source, out, to=layout, dtype=dtype)
+        gptoss_stream.convert(source, out, to=target, dtype=dtype)
         found = load_output(out)
-        if layout == "hf":
+        if target == "hf":
             assert set(found) == set(tensors)
             for name, tensor in tensors.items():
                 assert same_bits(found[name], tensor.to(getattr(torch, dtype)))
@@ -104,7 +108,7 @@ def test_unquantised_checkpoints_of_other_dtypes(layout, stored, checkpoints, tm
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
-def test_what_the_model_lacks_the_hf_layout_lacks(bias, tied, tmp_path):
+def test_what_the_model_lacks_the_hf_format_lacks(bias, tied, tmp_path):
     """Attention biases, and the output embedding where the input's serves."""
     source = oracle.make_packed(tmp_path / "source", attention_bias=bias, tie_word_embeddings=tied)
     gptoss_stream.convert(source, tmp_path / "out", to="hf")
@@ -190,12 +194,12 @@ def test_the_format_can_be_told(checkpoints, tmp_path):
     config = json.loads((source / "config.json").read_text())
     del config["quantization_config"]
     (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="add --source-format hf-mxfp4"):
+    with pytest.raises(CheckpointError, match="add --from hf-mxfp4"):
         gptoss_stream.plan(source)
     assert gptoss_stream.plan(source, source_format="hf-mxfp4").source_format == "hf-mxfp4"
     with pytest.raises(CheckpointError, match=r"'model.layers.0.mlp.experts.gate_up_proj'"):
         gptoss_stream.plan(source, source_format="hf")
-    with pytest.raises(OptionError, match="unknown source format 'x'; choose one of hf-bf16"):
+    with pytest.raises(OptionError, match="unknown format 'x'; choose one of hf, hf-mxfp4, "):
         gptoss_stream.plan(source, source_format="x")
 
 
@@ -206,39 +210,76 @@ def test_pruned_models(experts, checkpoints):
         assert plan.model.num_experts == experts
 
 
-def test_a_layout_is_added_as_the_readme_says(checkpoints, expected, tmp_path, monkeypatch):
-    """By its one file."""
+@pytest.fixture
+def halves(tmp_path, monkeypatch):
+    """The format that the README adds, by its one file."""
     readme = (ROOT / "README.md").read_text()
-    (code,) = re.findall(r"<!-- layout -->\n```python\n(.*?)```\n<!-- end -->", readme, re.DOTALL)
-    (tmp_path / "layouts").mkdir()
-    (tmp_path / "layouts/routers.py").write_text(code)
-    folders = [*gptoss_stream.layouts.__path__, str(tmp_path / "layouts")]
-    monkeypatch.setattr(gptoss_stream.layouts, "__path__", folders)
-    assert gptoss_stream.layouts.names() == ("hf", "routers", "transformer-lens")
-    for source in FORMATS:
-        out = tmp_path / source
-        gptoss_stream.convert(checkpoints(format=source), out, layout="routers")
-        found = load_output(out)
-        assert len(found) == 8
-        for layer in range(4):
-            weight = expected(checkpoints(), "hf")[f"model.layers.{layer}.mlp.router.weight"]
-            assert same_bits(found[f"routers.{layer}.weight"], weight.T)
-        assert gptoss_stream.verify(checkpoints(format=source), out).equal
+    (code,) = re.findall(r"<!-- format -->\n```python\n(.*?)```\n<!-- end -->", readme, re.DOTALL)
+    (tmp_path / "formats").mkdir()
+    (tmp_path / "formats/halves.py").write_text(code)
+    folders = [*gptoss_stream.formats.__path__, str(tmp_path / "formats")]
+    monkeypatch.setattr(gptoss_stream.formats, "__path__", folders)
+    yield "halves"
+    sys.modules.pop("gptoss_stream.formats.halves", None)
 
 
-def test_layouts_and_sources_are_listed_for_programs(capsys):
-    assert main(["layouts", "--json"]) == 0
-    listed = json.loads(capsys.readouterr().out)
-    assert listed == {"layouts": [*LAYOUTS], "sources": sorted(FORMATS)}
-    assert gptoss_stream.formats.names() == tuple(sorted(FORMATS))
-    for name in LAYOUTS:
-        assert gptoss_stream.layouts.load(name).ROWS
+def as_halves(tensors):
+    """Hugging Face's tensors as that format stores them."""
+    out = {}
+    for name, tensor in tensors.items():
+        if name.endswith("gate_up_proj"):
+            halves = tensor.transpose(1, 2)
+            out[name.replace("gate_up_proj", "w13")] = torch.cat(
+                [halves[:, 0::2], halves[:, 1::2]], 1
+            )
+        elif name.endswith("gate_up_proj_bias"):
+            out[name.replace("gate_up_proj", "w13")] = torch.cat(
+                [tensor[:, 0::2], tensor[:, 1::2]], 1
+            )
+        elif name.endswith("down_proj"):
+            out[name.replace("down_proj", "w2")] = tensor.transpose(1, 2).contiguous()
+        else:
+            out[name.replace("down_proj", "w2")] = tensor
+    return out
+
+
+@pytest.mark.parametrize("other", gptoss_stream.formats.names())
+def test_a_format_is_added_as_the_readme_says(other, halves, checkpoints, expected, tmp_path):
+    """By its one file it is read and written, from and to all others."""
+    assert halves in gptoss_stream.formats.names()
+    source = checkpoints(format=other)
+    gptoss_stream.convert(source, tmp_path / "there", to=halves, dtype="bfloat16")
+    found, wanted = load_output(tmp_path / "there"), as_halves(expected(checkpoints(), "hf"))
+    assert set(found) == set(wanted)
+    assert [name for name in wanted if not same_bits(found[name], wanted[name])] == []
+    assert gptoss_stream.verify(source, tmp_path / "there").equal
+    assert gptoss_stream.plan(tmp_path / "there", to="hf").source_format == halves
+    if other in ("hf-mxfp4", "openai"):
+        return
+    gptoss_stream.convert(tmp_path / "there", tmp_path / "back", to=other)
+    before, after = load_output(source), load_output(tmp_path / "back")
+    assert set(before) == set(after)
+    assert [name for name in before if not same_bits(after[name], before[name])] == []
+    gptoss_stream.convert(tmp_path / "there", tmp_path / "again", to=halves)
+    again = load_output(tmp_path / "again")
+    assert [name for name in found if not same_bits(again[name], found[name])] == []
+
+
+def test_formats_are_listed(capsys):
+    names = ["hf", "hf-mxfp4", "hf-unfused", "openai", "transformer-lens"]
+    assert main(["formats", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"formats": names}
+    assert main(["formats"]) == 0
+    assert capsys.readouterr().out.split() == names
+    assert gptoss_stream.formats.names() == tuple(names)
+    for name in names:
+        assert gptoss_stream.formats.load(name).TABLE
 
 
 def test_the_tokenizer_comes_along(checkpoints, tmp_path):
     source = shutil.copytree(checkpoints(), tmp_path / "source")
     oracle.save_tokenizer(source)
-    for layout in LAYOUTS:
-        gptoss_stream.convert(source, tmp_path / layout, to=layout)
-        tokenizer = AutoTokenizer.from_pretrained(tmp_path / layout)
+    for target in TARGETS:
+        gptoss_stream.convert(source, tmp_path / target, to=target)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / target)
         assert tokenizer("w7 w1000 x")["input_ids"] == [7, 1000, 0]

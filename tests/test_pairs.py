@@ -129,7 +129,9 @@ def test_packed_bytes_are_moved_unchanged(source, target, sources, tmp_path):
 @pytest.mark.parametrize("target", PACKED)
 @pytest.mark.parametrize("source", [name for name in FORMATS if name not in PACKED])
 def test_floats_are_not_quantised(source, target, sources, tmp_path):
-    with pytest.raises(OptionError, match=f"{source} to {target}: .* not quantised by this version"):
+    with pytest.raises(
+        OptionError, match=f"{source} to {target}: .* not quantised by this version"
+    ):
         gptoss_stream.convert(sources(source, "bf16")[0], tmp_path / "out", to=target)
     assert not (tmp_path / "out").exists()
 
@@ -170,7 +172,7 @@ def test_dtypes_that_a_packed_target_has_not(target, dtype, sources):
 
 def test_dtypes_of_several_sources_of_one_tensor(sources, tmp_path):
     """Kept, they become the one that holds all of them exactly."""
-    folder, model = sources("hf-unfused", "bf16")
+    folder, _ = sources("hf-unfused", "bf16")
     stored = independent.load_folder(folder)
     one = "model.layers.1.mlp.experts.gate_up_projs.1.weight"
     two = "model.layers.0.mlp.experts.down_projs.2.bias"

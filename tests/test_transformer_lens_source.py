@@ -1,4 +1,4 @@
-"""TransformerLens's state dicts as sources: this tool's outputs, edited or not, and a user's own."""
+"""TransformerLens's state dicts as sources: outputs of this tool, edited or not, and a user's."""
 
 from __future__ import annotations
 
@@ -116,7 +116,9 @@ def test_a_folder_whose_source_was_openais(checkpoints, tmp_path):
     gptoss_stream.convert(source, tmp_path / "direct", to="hf")
     gptoss_stream.convert(tmp_path / "tl", tmp_path / "around", to="hf")
     for name in ("config.json", "model.safetensors"):
-        assert (tmp_path / "around" / name).read_bytes() == (tmp_path / "direct" / name).read_bytes()
+        assert (tmp_path / "around" / name).read_bytes() == (
+            tmp_path / "direct" / name
+        ).read_bytes()
     gptoss_stream.convert(tmp_path / "tl", tmp_path / "again")
     for name in ("tl_config.json", "source_config.json", "model.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "tl" / name).read_bytes()

@@ -23,7 +23,7 @@ from ..checkpoint import CheckpointInfo
 from ..dtypes import DType
 from ..errors import CheckpointError, ConfigError
 from ..model import ModelConfig
-from ..tables import Table
+from ..tables import Table, count_present
 
 __all__ = [
     "Format",
@@ -113,15 +113,18 @@ def default_dtype(format_: Format) -> str:
 def detect(info: CheckpointInfo) -> tuple[str, str]:
     """Return the name of a checkpoint's format, and why it is that.
 
+    Where several formats could be meant, it is the one whose names the tensors have.
+
     Raises:
         CheckpointError: If it is of no known format, saying what it looks like.
     """
     _refuse_mixed(info)
-    for name in names():
-        reason = load(name).detect(info)
-        if reason is not None:
-            return name, reason
-    raise CheckpointError(_looks_like(info))
+    reasons = {name: load(name).detect(info) for name in names()}
+    claims = [name for name, reason in reasons.items() if reason is not None]
+    if not claims:
+        raise CheckpointError(_looks_like(info))
+    name = max(claims, key=lambda name: count_present(load(name).TABLE, info.tensors))
+    return name, str(reasons[name])
 
 
 @contextmanager

@@ -66,10 +66,10 @@ is loaded, not what it computes."""
 
 
 def detect(info: CheckpointInfo) -> str | None:
-    """See `Format.detect`: by the names of the configuration and of the tensors."""
-    if "config.json" in info.configs or "embed.W_E" not in info.tensors:
+    """See `Format.detect`: by the tensors' names."""
+    if "embed.W_E" not in info.tensors:
         return None
-    return f"{info.config_name} is there, and the tensors have TransformerLens's names (embed.W_E)"
+    return "the tensors have TransformerLens's names (embed.W_E)"
 
 
 def read_model(info: CheckpointInfo) -> ModelConfig:
