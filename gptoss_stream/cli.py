@@ -475,6 +475,7 @@ def _convert(arguments: argparse.Namespace) -> None:
             f"{counted(len(report.shards), 'shard')}, {_format_line(report.format, report.dtype)}"
             f"{', a part of the model' if report.partial else ''}"
         )
+        _print_narrowed(report.narrowed)
         if task is not None:
             state = "all is finished" if report.complete else "others are still to be made"
             print(f"task {task[0]} of {task[1]} is done; {state}")
@@ -514,8 +515,6 @@ def _store(arguments: argparse.Namespace) -> Store | None:
 def _warn(planned: Plan) -> None:
     if planned.warning:
         _say(f"warning: {planned.warning}")
-    for dtypes, count in planned.narrowed.items():
-        _say(f"warning: {counted(count, 'tensor')} narrowed from {dtypes}")
     if planned.unused:
         shown = listed(planned.unused, 5)
         _say(f"warning: {counted(len(planned.unused), 'tensor')} not converted: {shown}")
@@ -562,10 +561,16 @@ def _plan(arguments: argparse.Namespace) -> None:
         f"{'' if needed <= free else ': NOT ENOUGH'}\n"
         f"memory   {sized(memory)} at most, {counted(workers, 'worker')}"
     )
+    _print_narrowed(planned.narrowed)
     for shard in planned.shards:
         print(f"  {shard.name}  {sized(shard.nbytes):>9}  {counted(len(shard.tensors), 'tensor')}")
     if not arguments.quiet:
         _warn(planned)
+
+
+def _print_narrowed(narrowed: Mapping[str, int]) -> None:
+    for dtypes, count in narrowed.items():
+        print(f"narrowed {counted(count, 'tensor')} from {dtypes}")
 
 
 def _format_line(name: str, dtype: str) -> str:

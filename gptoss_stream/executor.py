@@ -167,7 +167,10 @@ class _Run:
                 if self.stop.is_set():
                     return
                 progress.file = ShardFile(
-                    self.partials / shard.name, self.folder / shard.name, shard.nbytes
+                    self.partials / shard.name,
+                    self.folder / shard.name,
+                    shard.nbytes,
+                    partial(_check_header, shard),
                 )
             yield partial(self._do, number, partial(self._make_segment, progress, at))
 
@@ -231,7 +234,7 @@ class _Run:
         self.watch.on_whole(name)
         if self.watch.on_sum is not None and progress.sum is not None:
             self.watch.on_sum(name, progress.sum.hexdigest())
-        file.commit(partial(_check_header, progress.shard))
+        file.commit()
         for transpose in progress.staged.values():
             transpose.close()
         del self._in_progress[name]

@@ -41,14 +41,21 @@ def sync_folder(folder: Path) -> None:
 class ShardFile:
     """A file of known size that is being written, from any number of threads.
 
-    Nothing has the final name until `commit`. After any error the file is only good for
-    `discard`. Raises `OSError` as the system does.
+    Nothing has the final name until `commit`, which calls `check` with the partial file. After any
+    error the file is only good for `discard`. Raises `OSError` as the system does.
     """
 
-    def __init__(self, partial: Path, final: Path, nbytes: int) -> None:
+    def __init__(
+        self,
+        partial: Path,
+        final: Path,
+        nbytes: int,
+        check: Callable[[Path], None] = lambda partial: None,
+    ) -> None:
         self._partial = partial
         self._final = final
         self._nbytes = nbytes
+        self._check = check
         self._unflushed = 0
         self._flushing = threading.Lock()
         self._direct = getattr(os, "O_DIRECT", 0)
@@ -105,14 +112,14 @@ class ShardFile:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def commit(self, check: Callable[[Path], None]) -> None:
-        """Cut the file to its size, wait until it is on the disk, have it checked under its partial
-        name, and give it its final one."""
+    def commit(self) -> None:
+        """Cut the file to its size, wait until it is on the disk, have it checked, and give it its
+        final name."""
         os.ftruncate(self._descriptor, self._nbytes)
         os.fsync(self._descriptor)
         descriptor, self._descriptor = self._descriptor, -1
         os.close(descriptor)
-        check(self._partial)
+        self._check(self._partial)
         os.rename(self._partial, self._final)
         sync_folder(self._final.parent)
 

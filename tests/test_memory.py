@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,14 @@ import gptoss_stream
 pytestmark = pytest.mark.slow
 
 LIMIT = 160_000_000
+PAIR_LIMIT = 100_000_000  # with 3 threads
+WIDEST = [
+    ("hf-mxfp4", "transformer-lens"),
+    ("hf", "transformer-lens"),
+    ("transformer-lens", "hf"),
+    ("transformer-lens", "hf-unfused"),
+    ("hf-unfused", "hf"),
+]
 GROUP = Path("/sys/fs/cgroup/memory/gptoss_stream_test")
 
 
@@ -45,12 +54,28 @@ def test_peak_memory_is_the_same_for_every_model(preset, layers, tmp_path):
     assert report["peak_rss"] < gptoss_stream.plan(source).nbytes / 20
 
 
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Give a random checkpoint of 20b's shapes with 2 layers in a format; made once each."""
+    folder = tmp_path_factory.mktemp("sources")
+    yield lambda name: gptoss_stream.synth(folder / name, "20b", layers=2, format=name)
+    shutil.rmtree(folder)
+
+
 @pytest.mark.parametrize(("source", "target"), PAIRS)
-def test_peak_memory_is_the_same_for_every_format(source, target, tmp_path):
-    folder = gptoss_stream.synth(tmp_path / "source", "20b", layers=1, format=source)
-    report = convert(folder, tmp_path / "out", "--to", target)
-    assert report["bytes_out"] > 2e9
-    assert report["peak_rss"] < LIMIT
+def test_peak_memory_is_the_same_for_every_pair(source, target, sources, tmp_path):
+    report = convert(sources(source), tmp_path / "out", "--to", target, "--workers", "3")
+    assert report["bytes_out"] > 3e9
+    assert report["peak_rss"] < PAIR_LIMIT
+
+
+@pytest.mark.parametrize(("source", "target"), WIDEST)
+def test_peak_memory_of_the_widest_pairs(source, target, tmp_path):
+    """At 120b's shapes, with as many experts; those that gather or scatter most."""
+    folder = gptoss_stream.synth(tmp_path / "source", "120b", layers=1, format=source)
+    report = convert(folder, tmp_path / "out", "--to", target, "--workers", "3")
+    assert report["bytes_out"] > 4e9
+    assert report["peak_rss"] < PAIR_LIMIT
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
@@ -58,9 +83,9 @@ def test_peak_memory_is_the_same_for_every_format(source, target, tmp_path):
     os.geteuid() != 0 or not (GROUP.parent / "memory.limit_in_bytes").exists(),
     reason="needs root and control groups of version 1",
 )
-def test_a_limit_that_counts_the_page_cache_is_kept(source, target, tmp_path):
+def test_a_limit_that_counts_the_page_cache_is_kept(source, target, sources, tmp_path):
     """256 MB, from a cold cache: what was cached before would not count against the limit."""
-    folder = gptoss_stream.synth(tmp_path / "source", "20b", layers=1, format=source)
+    folder = sources(source)
     GROUP.mkdir(exist_ok=True)
     (GROUP / "memory.limit_in_bytes").write_text(str(256_000_000))
     os.sync()

@@ -184,3 +184,16 @@ def test_without_torch_the_extra_is_named(call, converted):
     )
     assert done.returncode == 0, done.stderr
     assert "torch is not installed; run: pip install 'gptoss_stream[" in done.stdout
+
+
+@pytest.mark.parametrize("to", ["hf-mxfp4", "openai"])
+def test_packed_tensors_are_bytes(to, checkpoints, tmp_path):
+    """Whatever dtype the others are asked for in."""
+    gptoss_stream.convert(checkpoints(), tmp_path / "out", to=to)
+    wanted = load_output(tmp_path / "out")
+    with gptoss_stream.open_state_dict(tmp_path / "out", dtype="float32") as state:
+        assert set(state) == set(wanted)
+        for name, tensor in wanted.items():
+            is_packed = tensor.dtype is torch.uint8
+            assert state[name].dtype is (torch.uint8 if is_packed else torch.float32)
+            assert torch.equal(state[name], tensor if is_packed else tensor.float())

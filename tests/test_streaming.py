@@ -8,13 +8,14 @@ from collections import Counter
 import pytest
 from runs import digests
 
-from gptoss_stream import Selection, convert, plan, verify
+from gptoss_stream import Selection, convert, formats, plan, verify
 from gptoss_stream.errors import CheckpointError, MachineError
 from gptoss_stream.executor import Watch, execute
 from gptoss_stream.places import Folder
 from gptoss_stream.streaming import StreamedCheckpoint
 
-SOURCES = ("hf-mxfp4", "hf", "openai")
+PACKED = ("hf-mxfp4", "openai")
+PAIRS = [(a, b) for a in formats.names() for b in formats.names() if b not in PACKED or a in PACKED]
 
 
 class Far(Folder):
@@ -56,8 +57,7 @@ class FarFile:
         self.file.close()
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("to", ["transformer-lens", "hf"])
+@pytest.mark.parametrize(("source", "to"), PAIRS)
 @pytest.mark.parametrize("workers", [1, 3])
 def test_the_output_is_that_of_a_local_source(checkpoints, tmp_path, source, to, workers):
     checkpoint = checkpoints(format=source)

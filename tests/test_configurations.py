@@ -1,0 +1,118 @@
+"""The configuration files of each written format, and what its readers could not compute."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import independent
+import oracle
+import pytest
+import torch
+from transformers import AutoConfig
+
+import gptoss_stream
+from gptoss_stream.errors import ConfigError
+
+SOURCES = ("hf-mxfp4", "openai")
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_openais_configuration_is_complete(source, checkpoints, tmp_path):
+    """It holds what gpt-oss's own `ModelConfig` reads, and comes back as it was."""
+    gptoss_stream.convert(checkpoints(format=source), tmp_path / "out", to="openai")
+    found = json.loads((tmp_path / "out/config.json").read_text())
+    meant = AutoConfig.from_pretrained(checkpoints())
+    assert found == independent.openai_config(meant.to_dict())
+    gptoss_stream.convert(tmp_path / "out", tmp_path / "back", to="hf-mxfp4")
+    again = AutoConfig.from_pretrained(tmp_path / "back").to_dict()
+    assert again == meant.to_dict() | {"_name_or_path": again["_name_or_path"]}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_packed_configuration_says_so(source, checkpoints, tmp_path):
+    gptoss_stream.convert(checkpoints(format=source), tmp_path / "out", to="hf-mxfp4")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "mxfp4"
+    assert config["torch_dtype"] == config["dtype"] == "bfloat16"
+    gptoss_stream.convert(tmp_path / "out", tmp_path / "hf", to="hf")
+    assert "quantization_config" not in json.loads((tmp_path / "hf/config.json").read_text())
+
+
+def test_a_part_of_a_model_is_no_checkpoint(checkpoints, tmp_path):
+    """transformers would fill the rest of it at random, and others would stop in the midst."""
+    part = gptoss_stream.Selection(layers="1")
+    for target in ("hf", "hf-mxfp4", "hf-unfused", "openai"):
+        gptoss_stream.convert(checkpoints(), tmp_path / target, to=target, selection=part)
+        assert not (tmp_path / target / "config.json").exists()
+        assert (tmp_path / target / "source_config.json").exists()
+
+
+def yarn(**values):
+    """The rotary settings of the released models but for some."""
+    settings = {
+        "rope_type": "yarn",
+        "rope_theta": 150_000.0,
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 128,
+    }
+    return {"rope_parameters": {**settings, **values}}
+
+
+NOT_OPENAIS = {
+    "no alternation": ({"layer_types": ["full_attention"] * 4}, "layer_types is \\['full"),
+    "the other alternation": (
+        {"layer_types": ["full_attention", "sliding_attention"] * 2},
+        "layer_types is \\['full",
+    ),
+    "no window": ({"sliding_window": None}, "sliding_window is false"),
+    "another epsilon": ({"rms_norm_eps": 1e-6}, "rms_norm_eps is 1e-06"),
+    "another activation": ({"hidden_act": "gelu"}, "hidden_act is gelu"),
+    "another slope": ({"swiglu_alpha": 1.5}, "swiglu_alpha is 1.5"),
+    "cut frequencies": (yarn(truncate=True), "rope truncate is true"),
+    "cut frequencies, unsaid": (yarn(truncate=None), "rope truncate is "),
+    "another attention factor": (yarn(attention_factor=1.0), "rope attention_factor is 1.0"),
+    "no YaRN": (yarn(rope_type="linear"), "rope_type is linear"),
+}
+
+
+@pytest.mark.parametrize(("values", "words"), NOT_OPENAIS.values(), ids=NOT_OPENAIS.keys())
+def test_what_openais_code_would_compute_otherwise_is_refused(values, words, checkpoints, tmp_path):
+    source = shutil.copytree(checkpoints(), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    config.pop("rope_scaling")
+    (source / "config.json").write_text(json.dumps({**config, **yarn(), **values}))
+    with pytest.raises(ConfigError, match=rf"{words}.*always computes gpt-oss with"):
+        gptoss_stream.convert(source, tmp_path / "out", to="openai")
+    assert not (tmp_path / "out").exists()
+    assert gptoss_stream.plan(source, to="hf").to == "hf"
+
+
+@pytest.mark.parametrize("values", [{"swiglu_limit": 5.0}, yarn(beta_fast=16.0, factor=8.0)])
+def test_what_openais_configuration_can_say_is_said(values, checkpoints, tmp_path):
+    source = shutil.copytree(checkpoints(), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    config.pop("rope_scaling")
+    (source / "config.json").write_text(json.dumps({**config, **yarn(), **values}))
+    gptoss_stream.convert(source, tmp_path / "there", to="openai")
+    gptoss_stream.convert(tmp_path / "there", tmp_path / "back", to="hf-mxfp4")
+    meant = [AutoConfig.from_pretrained(folder) for folder in (source, tmp_path / "back")]
+    for key in ("rope_parameters", "swiglu_limit", "sliding_window"):
+        assert getattr(meant[0], key) == getattr(meant[1], key), key
+
+
+def test_a_head_that_counts_is_said_to(tmp_path):
+    """Biases and head that a format always stores are the model's from then on."""
+    settings = {"tie_word_embeddings": True, "attention_bias": False}
+    source = oracle.make_dense(tmp_path / "source", torch.float32, **settings)
+    gptoss_stream.convert(source, tmp_path / "there", dtype="keep")
+    gptoss_stream.convert(tmp_path / "there", tmp_path / "back", to="hf")
+    config = json.loads((tmp_path / "back/config.json").read_text())
+    assert (config["tie_word_embeddings"], config["attention_bias"]) == (False, True)
+    expected = independent.complete(independent.load_folder(source))
+    found = independent.read_hf(tmp_path / "back")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
