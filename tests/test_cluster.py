@@ -80,6 +80,18 @@ def test_any_number_of_workers_gives_the_same_bytes(source, whole, tmp_path):
             assert digests(output) == whole
 
 
+@pytest.mark.parametrize(
+    ("source_format", "target"), [("transformer-lens", "hf"), ("openai", "hf-mxfp4")]
+)
+def test_other_formats(source_format, target, two, checkpoints, tmp_path):
+    folder = checkpoints(format=source_format)
+    options = ("--to", target)
+    done = run(convert_command(folder, tmp_path / "one", "--checksums", *options))
+    assert done.returncode == 0
+    assert_done(over(two.address, folder, tmp_path / "two", *options))
+    assert digests(tmp_path / "two") == digests(tmp_path / "one")
+
+
 def test_local_workers(source, whole, tmp_path):
     assert_done(over("local:2", source, tmp_path / "out"))
     assert digests(tmp_path / "out") == whole

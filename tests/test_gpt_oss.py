@@ -1,5 +1,5 @@
-"""OpenAI's own package on the format `openai`. Slow: it asks for Python 3.12 and much that its model
-does not need, and gets an environment of its own."""
+"""OpenAI's own package on the format `openai`. Slow: it asks for Python 3.12 and for much that its
+model does not need, and gets an environment of its own."""
 
 from __future__ import annotations
 

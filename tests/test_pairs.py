@@ -9,10 +9,21 @@ import oracle
 import peer
 import pytest
 import torch
+from runs import (
+    Conversion,
+    assert_clean_error,
+    assert_nothing_half_written,
+    assert_resumes,
+    convert_command,
+    digests,
+    limit_file_size,
+    run,
+)
 from safetensors.torch import save_file
 from test_oracle import same_bits
 
 import gptoss_stream
+from gptoss_stream import executor
 from gptoss_stream.errors import CheckpointError, OptionError
 
 FORMATS = gptoss_stream.formats.names()
@@ -107,6 +118,55 @@ def test_there_and_back(source, target, variant, sources, tmp_path):
 
 
 BUFFERS = ("mask", "IGNORE", "rotary_sin", "rotary_cos")
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+def test_every_pair_in_pieces_of_any_size(source, target, checkpoints, tmp_path, monkeypatch):
+    """The bytes depend neither on segments nor threads, nor on whether a transposition is spilled,
+    also where that changes the dtype."""
+    folder = checkpoints(format=source, layers=2)
+    dtypes = ["keep"] if target in PACKED else ["keep", "float32"]
+    for dtype in dtypes:
+        options = {"to": target, "dtype": dtype, "max_shard_size": "300KB"}
+        gptoss_stream.convert(folder, tmp_path / f"{dtype}-whole", **options)
+        expected = digests(tmp_path / f"{dtype}-whole")
+        for workers, segment, spilled in ((1, 4096, 1000), (3, 12_288, 1000), (2, 1 << 17, 10**8)):
+            with monkeypatch.context() as patch:
+                defaults = executor.execute.__kwdefaults__
+                changed = {**defaults, "segment_nbytes": segment, "scarce": workers == 3}
+                patch.setattr(executor.execute, "__kwdefaults__", changed)
+                patch.setattr("gptoss_stream.planner.SPILL_NBYTES", spilled)
+                out = tmp_path / f"{dtype}-{workers}"
+                gptoss_stream.convert(folder, out, workers=workers, **options)
+                assert digests(out) == expected
+                assert gptoss_stream.verify(folder, out).equal
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+def test_only_the_vocabulary_is_spilled(source, target, sources, monkeypatch):
+    """Experts never are, however large; and the vocabulary only where it is transposed."""
+    monkeypatch.setattr("gptoss_stream.planner.SPILL_NBYTES", 0)
+    for variant in ("bf16", "f32, one expert"):
+        shards = gptoss_stream.plan(sources(source, variant)[0], to=target).shards
+        staged = {part for shard in shards for part, _ in shard.staged()}
+        names = [t.name for shard in shards for t in shard.tensors if staged & {*t.parts}]
+        transposed = {"transformer-lens": "unembed.W_U", "openai": "unembedding.weight"}
+        head = transposed.get(target, "lm_head.weight")
+        is_turned = (source == "transformer-lens") != (target == "transformer-lens")
+        assert names == ([head] if is_turned else [])
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), [("transformer-lens", "hf"), ("hf-mxfp4", "openai"), ("hf", "hf-unfused")]
+)
+def test_an_interrupted_run_of_other_formats_goes_on(source, target, checkpoints, tmp_path):
+    folder, out = checkpoints(format=source), tmp_path / "out"
+    options = ("--to", target)
+    whole = Conversion.done(folder, tmp_path / "whole", *options)
+    done = run(convert_command(folder, out, *options), preexec_fn=limit_file_size(150_000))
+    assert_clean_error(done, 3)
+    assert_nothing_half_written(out, whole.whole)
+    assert_resumes(folder, out, whole.whole, *options)
 
 
 @pytest.mark.parametrize("target", PACKED)
