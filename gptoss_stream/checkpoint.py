@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -154,10 +155,10 @@ def read_small(place: Place, name: str, limit: int) -> bytes:
 
 
 def _read_configs(place: Place) -> Mapping[str, Mapping[str, Any]]:
-    """Read config.json or, beside a HookedTransformer's tensors, the two that stand for it."""
-    if place.has("config.json"):
-        return {"config.json": _read_config(place, "config.json")}
-    names = [name for name in ("source_config.json", _HOOKED_CONFIG) if place.has(name)]
+    """Read config.json or what stands for it, and a HookedTransformer's where there is one."""
+    names: list[str] = []
+    for group in (_MODEL_CONFIGS, (_HOOKED_CONFIG,)):
+        names += islice((name for name in group if place.has(name)), 1)
     if names:
         return {name: _read_config(place, name) for name in names}
     file = place.at("config.json")

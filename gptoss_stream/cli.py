@@ -654,7 +654,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     name, reason = detect(info)
     with naming_config(info):
         found = load(name)
-        _, model = read_table(found.TABLE, found.read_model(info), info.tensors)
+        _, model = read_table(found.TABLE, found.read_model(info), info)
     if arguments.json:
         print(json.dumps(_info_as_dict(info, name, reason, model.dimensions), indent=2))
         return

@@ -207,7 +207,7 @@ def plan(
     format_ = formats.load(found)
     written = _dtype_name(dtype, to, found)
     with formats.naming_config(info):
-        table, model = read_table(format_.TABLE, format_.read_model(info), info.tensors)
+        table, model = read_table(format_.TABLE, format_.read_model(info), info)
         target.check(model)
     check(table, model, info)
     _refuse_quantising(table, target.TABLE, found, to)

@@ -44,6 +44,7 @@ __all__ = [
     "read_table",
 ]
 
+_MOST_MISSING = 100_000  # that are looked for one by one
 _FLOATS = (DType.BF16, DType.F16, DType.F32)
 _GROUP = re.compile(r"\(([a-z ]+)\)|([a-z])")
 
@@ -203,9 +204,7 @@ def components(rows: Sequence[Row], sizes: Mapping[str, int]) -> Iterator[Stored
         yield StoredTensor(rows[0].stored + suffix, tuple(rows), dtypes, shape, number)
 
 
-def read_table(
-    table: Table, model: ModelConfig, tensors: Mapping[str, RawTensor]
-) -> tuple[Table, ModelConfig]:
+def read_table(table: Table, model: ModelConfig, info: CheckpointInfo) -> tuple[Table, ModelConfig]:
     """Decide by stored names alone how a checkpoint is read.
 
     What is stored counts, whatever the configuration says: a stored output embedding is one of its
@@ -213,18 +212,34 @@ def read_table(
 
     Returns:
         The table in the spelling of the checkpoint, and the model with what is stored.
+
+    Raises:
+        TensorError: If a tensor is stored under two spellings of its name, or if the configuration
+            calls for far more tensors than there are.
     """
+    count = sum(prod(model.sizes[axis] for axis in row.named) for row in table)
+    if count > len(info.tensors) + _MOST_MISSING:
+        raise TensorError(
+            f"{info.place}: {info.config_name} calls for {counted(count, 'tensor')}, and there are "
+            f"{len(info.tensors)}; check {info.config_name}"
+        )
 
     def is_stored(row: Row, name: str) -> bool:
         name = _first_name(row, name)
         return any(
-            name.format(l=layer, e=expert) in tensors for layer, expert in model.instances(name)
+            name.format(l=layer, e=expert) in info.tensors
+            for layer, expert in model.instances(name)
         )
 
     spelled = []
     for row in table:
-        names = [name for name in row.also if is_stored(row, name)]
-        spelled.append(row if not names or is_stored(row, row.stored) else _respell(row, names[0]))
+        found = [name for name in (row.stored, *row.also) if row.also and is_stored(row, name)]
+        if len(found) > 1:
+            raise TensorError(
+                f"{info.place}: tensors are stored as {found[0]!r} and as {found[1]!r}; "
+                "remove one of them"
+            )
+        spelled.append(replace(row, stored=found[0], also=()) if found else row)
     stored = {row.tensor for row in spelled if not row.optional or is_stored(row, row.stored)}
     return tuple(spelled), replace(
         model,
@@ -241,10 +256,6 @@ def count_present(table: Table, tensors: Mapping[str, RawTensor]) -> int:
 def _first_name(row: Row, stored: str) -> str:
     """The name of the first stored tensor of a row."""
     return stored + row.encoding.components((BLOCK_VALUES,))[0].suffix
-
-
-def _respell(row: Row, name: str) -> Row:
-    return replace(row, stored=name, also=())
 
 
 def check(table: Table, model: ModelConfig, info: CheckpointInfo) -> None:

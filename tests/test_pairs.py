@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 
 import independent
 import oracle
@@ -14,6 +16,7 @@ from runs import (
     assert_clean_error,
     assert_nothing_half_written,
     assert_resumes,
+    at_most,
     convert_command,
     digests,
     limit_file_size,
@@ -276,6 +279,16 @@ def test_the_singular_spelling_is_read_where_it_is_told(sources, tmp_path):
     assert all(torch.equal(found[name], model[name]) for name in model)
 
 
+def test_two_spellings_of_one_tensor_are_refused(sources, tmp_path):
+    folder, _ = sources("hf-unfused", "bf16")
+    stored = independent.load_folder(folder)
+    stored["model.layers.1.mlp.router.bias"] = stored["model.layers.1.mlp.router.linear.bias"] * 2
+    config = json.loads((folder / "config.json").read_text())
+    source = independent.save(tmp_path / "source", stored, config=config)
+    with pytest.raises(CheckpointError, match=r"router.linear.bias' and as .*router.bias'; remove"):
+        gptoss_stream.plan(source, to="hf")
+
+
 def test_who_writes_unfused_experts_is_warned(sources, tmp_path, capsys):
     from gptoss_stream.cli import main
 
@@ -305,3 +318,69 @@ def test_stored_biases_count(tmp_path):
     found, wanted = independent.read_hf(tmp_path / "out"), independent.load_folder(source)
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def lose(tensors, name):
+    del tensors[name]
+
+
+def turn(tensors, name):
+    tensors[name] = tensors[name].reshape(*tensors[name].shape, 1)
+
+
+def widen(tensors, name):
+    tensors[name] = tensors[name].double()
+
+
+def beyond(tensors, name):
+    """A tensor of a third layer, of which the configuration knows nothing."""
+    tensors[re.sub(r"(layers|blocks?)\.1\.", r"\1.2.", name)] = tensors[name]
+
+
+NOT_CONVERTED = {
+    lose: "1 tensor missing that",
+    turn: "calls for",
+    widen: "is F64",
+    beyond: "is of a layer that",
+}
+ONE_OF = {
+    "hf": "model.layers.1.mlp.experts.down_proj",
+    "hf-mxfp4": "model.layers.1.mlp.experts.down_proj_scales",
+    "hf-unfused": "model.layers.1.mlp.experts.down_projs.0.weight",
+    "openai": "block.1.mlp.mlp2_weight.scales",
+    "transformer-lens": "blocks.1.mlp.experts.0.W_out.weight",
+}
+
+
+@pytest.mark.parametrize("damage", NOT_CONVERTED)
+@pytest.mark.parametrize("source", FORMATS)
+def test_tensors_that_do_not_fit_are_named(source, damage, sources, tmp_path):
+    folder, _ = sources(source, "bf16")
+    stored, name = independent.load_folder(folder), ONE_OF[source]
+    if source in PACKED and damage is widen:
+        name = name.replace("_scales", "_bias").replace("weight.scales", "bias")
+    damage(stored, name)
+    configs = {file.stem: json.loads(file.read_text()) for file in folder.glob("*config.json")}
+    damaged = independent.save(tmp_path / "source", stored, **configs)
+    with pytest.raises(CheckpointError, match=NOT_CONVERTED[damage]) as refusal:
+        gptoss_stream.convert(damaged, tmp_path / "out", to=source)
+    word = re.sub(r"\.1\.", ".2.", name, count=1) if damage is beyond else name
+    assert repr(word) in str(refusal.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("source", ["hf-unfused", "transformer-lens"])
+def test_a_configuration_for_millions_of_tensors_is_refused_at_once(source, sources, tmp_path):
+    """Of a source that stores experts one by one; nothing is looked for 67 million times."""
+    folder = shutil.copytree(sources(source, "bf16")[0], tmp_path / "source")
+    file = folder / ("config.json" if source == "hf-unfused" else "tl_config.json")
+    names = ("num_hidden_layers", "num_local_experts", "n_layers", "num_experts")
+    config = json.loads(file.read_text())
+    config |= dict(zip(names, (1024, 65_536) * 2, strict=True))
+    config |= {"layer_types": None, "attn_types": ["local"] * 1024}
+    file.write_text(json.dumps(config))
+    with (
+        at_most(10),
+        pytest.raises(CheckpointError, match=r"calls for \d{3},\d{3},\d{3} tensors, and there are"),
+    ):
+        gptoss_stream.plan(folder, to="hf")

@@ -135,6 +135,16 @@ def test_one_of_the_configurations_suffices(converted, tmp_path):
         ).read_bytes()
 
 
+def test_a_config_json_beside_it_is_read_too(original, converted, tmp_path):
+    """Somebody may keep Hugging Face's under its own name, which does not make it that format."""
+    (converted / "source_config.json").rename(converted / "config.json")
+    plan = gptoss_stream.plan(converted, to="hf")
+    assert plan.source_format == "transformer-lens"
+    edit_json(converted / "tl_config.json", yarn_factor=16.0)
+    with pytest.raises(ConfigError, match=r"/config.json: it calls for yarn_factor = 32"):
+        gptoss_stream.plan(converted, to="hf")
+
+
 CONTRADICTIONS = {
     "d_model": 65,
     "n_layers": 3,

@@ -149,7 +149,7 @@ def _refuse_mixed(info: CheckpointInfo) -> None:
 
 
 def _looks_like(info: CheckpointInfo) -> str:
-    if "config.json" not in info.configs:
+    if info.config_name != "config.json":
         file = info.place.at("config.json")
         return f"{file}: missing; what stands here is a part of a model, which is not converted"
     config = info.place.at(info.config_name)

@@ -83,7 +83,7 @@ def is_unquantised(info: CheckpointInfo) -> bool:
     """Whether config.json is that of an unquantised gpt-oss, and no expert of layer 0 in MXFP4."""
     return (
         info.config.get("model_type") == "gpt_oss"
-        and "config.json" in info.configs
+        and info.config_name == "config.json"
         and info.config.get("quantization_config") is None
         and EXPERTS.format(l=0) + "gate_up_proj_blocks" not in info.tensors
     )

@@ -53,7 +53,7 @@ def detect(info: CheckpointInfo) -> str | None:
     quantization = info.config.get("quantization_config")
     if info.config.get("model_type") != "gpt_oss" or not isinstance(quantization, dict):
         return None
-    if quantization.get("quant_method") != "mxfp4" or "config.json" not in info.configs:
+    if quantization.get("quant_method") != "mxfp4" or info.config_name != "config.json":
         return None
     return 'config.json has model_type "gpt_oss" and quant_method "mxfp4"'
 

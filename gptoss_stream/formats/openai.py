@@ -51,7 +51,9 @@ TABLE: Table = (
 def detect(info: CheckpointInfo) -> str | None:
     """See `Format.detect`: by the first block's fused tensor, and by config.json, which names no
     model type."""
-    if "model_type" in info.config or _ATTENTION.format(l=0) + "qkv.weight" not in info.tensors:
+    if info.config_name != "config.json" or "model_type" in info.config:
+        return None
+    if _ATTENTION.format(l=0) + "qkv.weight" not in info.tensors:
         return None
     return "config.json has no model_type, and the tensors OpenAI's names (block.0.attn.qkv.weight)"
 
