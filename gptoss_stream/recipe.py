@@ -26,6 +26,8 @@ __all__ = ["Make", "OutputTensor", "Part", "Piece", "extents", "fill", "make_pie
 
 TILE_NBYTES = 1 << 20
 """What is read, rearranged and given back at a time."""
+READ_NBYTES = 4 << 20
+"""The most that is read at a time of a matrix to transpose, whole rows of it."""
 TRANSPOSE_ROWS = 192
 """Rows of a tile that is transposed: with fewer, calls cost more than the copying (32 rows took
 twice as long), with many more the tile leaves the cache."""
@@ -125,7 +127,8 @@ def _make_from_columns(
     how = part.rearrangement
     first, last = pieces[0].first, pieces[-1].last
     top, bottom = rows
-    for begin, end in _tiles(top, bottom, TRANSPOSE_ROWS):
+    row_nbytes = part.operand.shape[1] * dtype.itemsize
+    for begin, end in _tiles(top, bottom, min(TRANSPOSE_ROWS, READ_NBYTES // row_nbytes)):
         with part.operand.load(reader, (begin, end), (first, last), dtype) as (array, source_dtype):
             tile = rearrange(array, how.pattern)
             for piece in pieces:
