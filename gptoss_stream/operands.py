@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 from .checkpoint import Extent, RawTensor, Schedule
 from .dtypes import BLOCK_NBYTES, BLOCK_VALUES, DType
@@ -21,7 +21,7 @@ from .errors import TensorError
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Dense", "Interleaved", "Operand", "Packed", "Reader", "Zeros", "dense"]
+__all__ = ["Block", "Dense", "Interleaved", "Operand", "Packed", "Reader", "Zeros", "dense"]
 
 Span: TypeAlias = tuple[int, int]  # [begin, end)
 
@@ -52,6 +52,20 @@ class Reader(Protocol):
         return
 
 
+class Block(NamedTuple):
+    """A block of an operand: `[rows, columns]`, of all columns for None."""
+
+    rows: Span
+    columns: Span | None
+    dtype: DType
+    """What the caller will cast to; what is decoded is decoded to it."""
+    into: np.ndarray[Any, Any] | None = None
+    """Memory of the block's shape that it may be made in."""
+
+
+Loaded: TypeAlias = "tuple[np.ndarray[Any, Any], DType]"
+
+
 class Operand(Protocol):
     """What the four kinds have in common."""
 
@@ -60,26 +74,12 @@ class Operand(Protocol):
         """The shape of the array."""
         ...
 
-    def load(
-        self,
-        reader: Reader,
-        rows: Span,
-        columns: Span | None,
-        dtype: DType,
-        into: np.ndarray[Any, Any] | None = None,
-    ) -> AbstractContextManager[tuple[np.ndarray[Any, Any], DType]]:
-        """Load the block `[rows, columns]`, of all columns for None.
-
-        Args:
-            reader: Reads the raw tensors.
-            rows: First and last row, along the first axis.
-            columns: The same along the second axis; only for matrices.
-            dtype: The dtype that the caller will cast to; what is decoded is decoded to it.
-            into: Memory of the block's shape that the block may be made in.
+    def load(self, reader: Reader, block: Block) -> AbstractContextManager[Loaded]:
+        """Load a block.
 
         Returns:
-            The block, good within the context, and its dtype. It is `into` itself where it was
-            made there.
+            The block as an array, good within the context, and its dtype. It is `block.into`
+            itself where it was made there.
         """
         ...
 
@@ -117,22 +117,15 @@ class Dense:
         return slice(wanted[0], wanted[-1] + 1, wanted.step)
 
     @contextmanager
-    def load(
-        self,
-        reader: Reader,
-        rows: Span,
-        columns: Span | None,
-        dtype: DType,
-        into: np.ndarray[Any, Any] | None = None,
-    ) -> Iterator[tuple[np.ndarray[Any, Any], DType]]:
+    def load(self, reader: Reader, block: Block) -> Iterator[Loaded]:
         """See `Operand`; the block has the raw tensor's dtype and is never `into`."""
-        stored = self._stored(0, rows)
+        stored = self._stored(0, block.rows)
         width = prod(self.stored_shape[1:])
         shape = (stored.stop - stored.start, *self.stored_shape[1:])
         with reader.read(self.raw, self.first + stored.start * width, shape) as array:
             array = array[:: stored.step]
-            if columns is not None or self.axis == 1:
-                array = array[:, self._stored(1, columns or (0, self.shape[1]))]
+            if block.columns is not None or self.axis == 1:
+                array = array[:, self._stored(1, block.columns or (0, self.shape[1]))]
             yield array, self.raw.dtype
 
     def extents(self, rows: Span) -> Iterator[Extent]:
@@ -166,22 +159,16 @@ class Packed:
         return slice(self.first + wanted[0], self.first + wanted[-1] + 1, wanted.step)
 
     @contextmanager
-    def load(
-        self,
-        reader: Reader,
-        rows: Span,
-        columns: Span | None,
-        dtype: DType,
-        into: np.ndarray[Any, Any] | None = None,
-    ) -> Iterator[tuple[np.ndarray[Any, Any], DType]]:
+    def load(self, reader: Reader, block: Block) -> Iterator[Loaded]:
         """See `Operand`; the block is decoded to `dtype`."""
         import numpy as np
 
         from .cast import STORAGE, count_infinities
         from .mxfp4 import NAN_SCALE, decode, largest_scale
 
+        dtype, columns, into = block.dtype, block.columns, block.into
         groups = self.stored_shape[1] // BLOCK_VALUES
-        stored = self._rows(rows)
+        stored = self._rows(block.rows)
         begin, end = stored.start, stored.stop
         left, right = columns if columns is not None else (0, self.stored_shape[1])
         taken = slice(left // BLOCK_VALUES, -(-right // BLOCK_VALUES))
@@ -242,35 +229,28 @@ class Interleaved:
         return (begin, end), slice(begin * count + number - span[0], None, count)
 
     @contextmanager
-    def load(
-        self,
-        reader: Reader,
-        rows: Span,
-        columns: Span | None,
-        dtype: DType,
-        into: np.ndarray[Any, Any] | None = None,
-    ) -> Iterator[tuple[np.ndarray[Any, Any], DType]]:
+    def load(self, reader: Reader, block: Block) -> Iterator[Loaded]:
         """See `Operand`; the block has the dtype `dtype`."""
         import numpy as np
 
         from .cast import STORAGE, cast
 
-        spans = [rows, *((0, size) for size in self.shape[1:])]
-        if columns is not None:
-            spans[1] = columns
-        out = into
+        spans = [block.rows, *((0, size) for size in self.shape[1:])]
+        if block.columns is not None:
+            spans[1] = block.columns
+        out = block.into
         if out is None:
-            out = np.empty([end - begin for begin, end in spans], STORAGE[dtype])
+            out = np.empty([end - begin for begin, end in spans], STORAGE[block.dtype])
         for number, operand in enumerate(self.operands):
             (begin, end), where = self._part(spans[self.axis], number)
             if begin == end:
                 continue
             theirs = [*spans]
             theirs[self.axis] = begin, end
-            block = theirs[1] if len(theirs) > 1 else None
-            with operand.load(reader, theirs[0], block, dtype) as (array, found):
-                cast(array, found, out[where] if self.axis == 0 else out[:, where], dtype)
-        yield out, dtype
+            asked = Block(theirs[0], theirs[1] if len(theirs) > 1 else None, block.dtype)
+            with operand.load(reader, asked) as (array, found):
+                cast(array, found, out[where] if self.axis == 0 else out[:, where], block.dtype)
+        yield out, block.dtype
 
     def extents(self, rows: Span) -> Iterator[Extent]:
         """See `Operand`."""
@@ -287,23 +267,17 @@ class Zeros:
     shape: tuple[int, ...]
 
     @contextmanager
-    def load(
-        self,
-        reader: Reader,
-        rows: Span,
-        columns: Span | None,
-        dtype: DType,
-        into: np.ndarray[Any, Any] | None = None,
-    ) -> Iterator[tuple[np.ndarray[Any, Any], DType]]:
+    def load(self, reader: Reader, block: Block) -> Iterator[Loaded]:
         """See `Operand`; the block has the dtype `dtype`."""
         import numpy as np
 
         from .cast import STORAGE
 
-        begin, end = rows
-        out = np.empty((end - begin, *self.shape[1:]), STORAGE[dtype]) if into is None else into
+        (begin, end), out = block.rows, block.into
+        if out is None:
+            out = np.empty((end - begin, *self.shape[1:]), STORAGE[block.dtype])
         out[...] = 0
-        yield out, dtype
+        yield out, block.dtype
 
     def extents(self, rows: Span) -> Iterator[Extent]:
         """Yield nothing: nothing is read."""

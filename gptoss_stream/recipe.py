@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .checkpoint import Extent
 from .dtypes import DType, nbytes
 from .errors import TensorError
-from .operands import Operand, Reader
+from .operands import Block, Operand, Reader
 from .patterns import Rearrangement
 
 if TYPE_CHECKING:
@@ -106,9 +106,9 @@ def _make_from_rows(part: Part, piece: Piece, dtype: DType, reader: Reader) -> N
     unit_nbytes = prod(how.unit_shape) * dtype.itemsize
     for begin, end in _tiles(piece.first, piece.last, TILE_NBYTES // unit_nbytes):
         target = piece.out[begin - piece.first : end - piece.first]
-        into = target if how.is_copy else None
-        with part.operand.load(reader, (begin, end), None, dtype, into) as (array, source_dtype):
-            if array is not into:
+        block = Block((begin, end), None, dtype, target if how.is_copy else None)
+        with part.operand.load(reader, block) as (array, source_dtype):
+            if array is not block.into:
                 tile = array if how.is_copy else rearrange(array, how.pattern)
                 cast(tile, source_dtype, target, dtype)
 
@@ -129,7 +129,8 @@ def _make_from_columns(
     top, bottom = rows
     row_nbytes = part.operand.shape[1] * dtype.itemsize
     for begin, end in _tiles(top, bottom, min(TRANSPOSE_ROWS, READ_NBYTES // row_nbytes)):
-        with part.operand.load(reader, (begin, end), (first, last), dtype) as (array, source_dtype):
+        block = Block((begin, end), (first, last), dtype)
+        with part.operand.load(reader, block) as (array, source_dtype):
             tile = rearrange(array, how.pattern)
             for piece in pieces:
                 units = tile[piece.first - first : piece.last - first]
