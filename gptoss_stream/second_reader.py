@@ -6,6 +6,7 @@ process.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -42,4 +43,7 @@ def objection(file: Path, tensors: Iterable[tuple[str, DType, tuple[int, ...]]])
                     return f"it sees {name!r} as {found}, not {dtype} {list(shape)}"
     except SafetensorError as error:
         return str(error)
+    except FileNotFoundError:  # as which it reports whatever keeps it from opening a file
+        with open(file, "rb"):
+            raise OSError(errno.EIO, "safetensors cannot open it", str(file)) from None
     return None

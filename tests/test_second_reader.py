@@ -82,3 +82,11 @@ def test_verify_asks_it_too(checkpoints, tmp_path, monkeypatch):
     (difference,) = gptoss_stream.verify(checkpoints(), tmp_path / "out").differences
     assert (difference.kind, difference.name) == ("file", "model.safetensors")
     assert "it is odd" in str(difference)
+
+
+def test_what_it_cannot_open_is_said_as_the_system_says_it(tmp_path):
+    """It calls every such failure a missing file."""
+    with pytest.raises(FileNotFoundError, match="No such file"):
+        objection(tmp_path / "none", [])
+    with pytest.raises(OSError, match="Is a directory"):
+        objection(tmp_path, [])
