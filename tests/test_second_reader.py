@@ -88,5 +88,6 @@ def test_what_it_cannot_open_is_said_as_the_system_says_it(tmp_path):
     """It calls every such failure a missing file."""
     with pytest.raises(FileNotFoundError, match="No such file"):
         objection(tmp_path / "none", [])
-    with pytest.raises(OSError, match="Is a directory"):
-        objection(tmp_path, [])
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="Too many levels of symbolic links"):
+        objection(tmp_path / "loop", [])
