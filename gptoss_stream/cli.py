@@ -151,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = commands.add_parser("inspect", help="show what a folder is")
     _add_source(inspect, also=", or what was made of one")
+    _add_source_format(inspect)
     inspect.add_argument("--json", action="store_true", help="print it for programs")
     inspect.set_defaults(run=_inspect)
 
@@ -349,10 +350,14 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_selection_options(parser: argparse.ArgumentParser) -> None:
+def _add_source_format(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from", dest="source_format", metavar="FORMAT", help="of SOURCE; default: detected"
     )
+
+
+def _add_selection_options(parser: argparse.ArgumentParser) -> None:
+    _add_source_format(parser)
     part = parser.add_argument_group("in part", "each option restricts what it speaks of")
     part.add_argument(
         "--layers", metavar="LIST", help="such as 0-3,7; -1 is the last (--layers=-2,-1)"
@@ -651,9 +656,11 @@ def _inspect(arguments: argparse.Namespace) -> None:
         _inspect_converted(converted, arguments.json)
         return
     info = describe(place)
-    name, reason = detect(info)
+    name, reason = arguments.source_format, "as asked"
+    if name is None:
+        name, reason = detect(info)
+    found = load(name)
     with naming_config(info):
-        found = load(name)
         _, model = read_table(found.TABLE, found.read_model(info), info)
     if arguments.json:
         print(json.dumps(_info_as_dict(info, name, reason, model.dimensions), indent=2))

@@ -23,7 +23,7 @@ from typing import TypeAlias
 from .checkpoint import RawTensor
 from .dtypes import DType
 from .errors import OptionError
-from .model import ModelConfig
+from .model import ABSENT_IS_ZERO, ModelConfig
 from .operands import Dense, Interleaved, Operand, Packed, Zeros
 from .patterns import rearrangement
 from .recipe import OutputTensor, Part
@@ -129,6 +129,8 @@ class _Mapping:
             fixed = dict(row.fixed) if expert is None else {**row.fixed, "e": expert}
             sources = self._sources.get(row.tensor, [])
             sizes: Mapping[str, int] = self._sizes
+            if not sources and row.tensor not in ABSENT_IS_ZERO:
+                raise OptionError(f"the source holds nothing that {name!r} can be made of")
             if is_packed:
                 sources, sizes = self._as_bytes(row, sources, stored)
             parts += _Binding(self._raws, sources, sizes, layer).parts(row.groups, fixed)
@@ -219,10 +221,16 @@ class _Binding:
 
     def _source(self, fixed: Mapping[str, int]) -> _Source:
         """The row that holds the fixed indices; any of several while they leave it open."""
-        return next(
-            source
-            for source in self.sources
-            if all(fixed.get(axis, index) == index for axis, index in source.row.fixed.items())
+        for source in self.sources:
+            if all(fixed.get(axis, index) == index for axis, index in source.row.fixed.items()):
+                return source
+        raise self._refusal(f"nothing holds {fixed}")
+
+    def _refusal(self, reason: str) -> OptionError:
+        row = self.sources[0].row
+        return OptionError(
+            f"the source's {row.stored!r} ({row.axes}) cannot be made into what is asked for: "
+            f"{reason}; choose another format"
         )
 
     def _part(self, groups: _Groups, order: list[str], fixed: Mapping[str, int]) -> Part:
@@ -234,26 +242,27 @@ class _Binding:
         shape = tuple(prod(self.sizes[axis] for axis in run) for run in runs)
         if isinstance(operand, Dense) and operand.taken is None:
             operand = replace(operand, stored_shape=shape)
-        if len(shape) != len(operand.shape):
-            raise OptionError(f"axes {axes} of the source cannot be rearranged as {order}")
+        if shape != operand.shape:
+            raise self._refusal(f"its axes cannot be rearranged as {' '.join(order)}")
         names = tuple("".join(run) for run in runs)
         wanted = tuple(sorted(names, key=lambda name: order.index(name[0])))
         try:
             return Part(operand, rearrangement(names, wanted, shape))
         except ValueError as error:
-            raise OptionError(f"{self.sources[0].row.stored!r}: {error}") from None
+            raise self._refusal(str(error)) from None
 
     def _interleaved(
         self, groups: _Groups, fixed: Mapping[str, int]
     ) -> tuple[Operand, list[tuple[str, ...]]]:
         """Gate and up in turn, as the target wants them and the source does not hold them."""
         (within,) = (group for group in groups if "t" in group)
-        if within[-1] != "t" or len(within) != 2:
-            raise OptionError(f"{self.sources[0].row.stored!r}: gate and up cannot be joined so")
         both = [self._operand({**fixed, "t": index}) for index in range(self.sizes["t"])]
-        axes = [(*group, "t") if group[-1] == within[0] else group for group in both[0][1]]
-        axis = next(number for number, group in enumerate(axes) if "t" in group)
-        return Interleaved(tuple(operand for operand, _ in both), axis), axes
+        (gate, axes), (up, others) = both
+        inner = [number for number, group in enumerate(axes[:2]) if group[-1:] == within[:1]]
+        if within[1:] != ("t",) or axes != others or gate.shape != up.shape or not inner:
+            raise self._refusal("gate and up cannot be joined")
+        joined = [(*group, "t") if number in inner else group for number, group in enumerate(axes)]
+        return Interleaved((gate, up), inner[0]), joined
 
     def _operand(self, fixed: Mapping[str, int]) -> tuple[Operand, list[tuple[str, ...]]]:
         """The source's elements with some indices fixed, and the axes that are left of each of
@@ -271,7 +280,7 @@ class _Binding:
         for number, group in enumerate(groups):
             for axis in set(group) & fixed.keys():
                 if taken is not None or number > 1:
-                    raise OptionError(f"{row.stored!r}: more than one axis of it is sliced")
+                    raise self._refusal("more than one of its axes would be cut")
                 taken, along = _slice(group, axis, fixed[axis], sizes), number
                 groups[number] = tuple(other for other in group if other != axis)
         name = row.stored
@@ -279,7 +288,7 @@ class _Binding:
             names = (name + row.encoding.blocks, name + row.encoding.scales)
             blocks, scales = (self._raw(name, fixed) for name in names)
             if along:
-                raise OptionError(f"{name!r}: an MXFP4 tensor cannot be cut within its blocks")
+                raise self._refusal("it would be cut within its MXFP4 blocks")
             if taken is None:
                 groups = [tuple(axis for group in groups[:-1] for axis in group), groups[-1]]
             matrix = prod(shape[:-1]), shape[-1]
@@ -290,6 +299,8 @@ class _Binding:
         return Dense(self._raw(name, fixed), first, shape, along, taken), groups
 
     def _raw(self, name: str, fixed: Mapping[str, int]) -> RawTensor:
+        if "{e}" in name and "e" not in fixed:
+            raise self._refusal("it holds a single expert")
         return self.raws[name.format(l=self.layer, e=fixed.get("e"))]
 
 

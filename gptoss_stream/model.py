@@ -106,6 +106,8 @@ class ModelConfig:
     hidden_act: str = "silu"
     attention_bias: bool = True
     tied_embeddings: bool = False
+    unembed_bias: bool = False
+    """Whether the checkpoint stores one; it counts as no parameter, being zero."""
 
     def __post_init__(self) -> None:
         for name, limit in _LIMITS.items():
@@ -176,7 +178,7 @@ class ModelConfig:
         if tensor == "unembed":
             return not self.tied_embeddings
         if tensor == "unembed_bias":
-            return False
+            return self.unembed_bias
         return self.attention_bias or tensor not in ATTENTION_BIASES
 
     def instances(self, template: str) -> Iterator[tuple[int, int]]:
@@ -192,7 +194,7 @@ class ModelConfig:
         return sum(
             prod(sizes[axis] for axis in axes.split())
             for tensor, axes in MODEL_TENSORS.items()
-            if self.has(tensor)
+            if self.has(tensor) and tensor != "unembed_bias"
         )
 
 

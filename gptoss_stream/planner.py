@@ -25,7 +25,7 @@ from .places import Name
 from .recipe import OutputTensor, Part, extents
 from .safetensors_format import build_header
 from .selection import GROUPS, ResolvedSelection, Selection
-from .tables import Mxfp4, Row, Table, check, read_table
+from .tables import Mxfp4, Table, check, read_table
 
 __all__ = [
     "DEFAULT_FORMAT",
@@ -211,7 +211,7 @@ def plan(
         target.check(model)
     check(table, model, info)
     _refuse_quantising(table, target.TABLE, found, to)
-    _refuse_lost(table, target.TABLE, model, info, to)
+    left_out = _refuse_lost(table, target.TABLE, model, info, to)
     resolved = (selection or Selection()).resolve(model)
     made_in = None if written == KEEP else output_dtype(written)
     whole = [*output_tensors(table, target.TABLE, model, info.tensors, made_in)]
@@ -221,7 +221,7 @@ def plan(
         raise OptionError(f"the selection {resolved.as_dict()} chooses no tensor of {to}")
     used = {raw.name for t in whole for part in t.tensor.parts for raw in raw_tensors(part.operand)}
     used |= {name.format(l=n) for name in formats.ignored(format_) for n in range(model.num_layers)}
-    used |= {row.stored for row in _lost(table, target.TABLE)}
+    used |= left_out
     return Plan(
         info=info,
         source_format=found,
@@ -265,26 +265,28 @@ def _refuse_quantising(source: Table, target: Table, found: str, to: str) -> Non
             )
 
 
-def _lost(source: Table, target: Table) -> list[Row]:
-    """The rows of the source that the target has no place for."""
-    kept = {row.tensor for row in target}
-    return [row for row in source if row.tensor not in kept]
-
-
 def _refuse_lost(
     source: Table, target: Table, model: ModelConfig, info: CheckpointInfo, to: str
-) -> None:
-    """Refuse to leave out a tensor that is not zero (`unembed_bias`)."""
-    for row in _lost(source, target):
-        if row.tensor not in ABSENT_IS_ZERO:
+) -> set[str]:
+    """Refuse to leave out a tensor, unless it is one that may be absent and is zero.
+
+    Returns:
+        The names of those that are left out.
+    """
+    kept = {row.tensor for row in target}
+    names: set[str] = set()
+    for row in source:
+        if row.tensor in kept or (row.optional and not model.has(row.tensor)):
             continue
         for layer, expert in model.instances(row.stored):
             raw = info.tensors[row.stored.format(l=layer, e=expert)]
-            if not is_zero(info, raw):
+            if row.tensor not in ABSENT_IS_ZERO or not is_zero(info, raw):
                 raise TensorError(
                     f"{info.place.at(raw.shard)}: tensor {raw.name!r} is not zero, and {to} has no "
                     "place for it: the output would compute something else"
                 )
+            names.add(raw.name)
+    return names
 
 
 def _main_dtype(tensors: Iterable[OutputTensor]) -> DType:

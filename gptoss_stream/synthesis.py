@@ -113,7 +113,7 @@ PRESETS = {
         vocab_size=1009,
         experts_per_token=2,
         sliding_window=16,
-        initial_context=128,
+        initial_context=512,  # OpenAI's code cannot stretch 128
     ),
     "20b": Dimensions(layers=24, experts=32),
     "120b": Dimensions(layers=36, experts=128),

@@ -38,9 +38,9 @@ __all__ = [
     "Table",
     "check",
     "components",
-    "count_present",
     "fused",
     "group_sizes",
+    "names_present",
     "read_table",
 ]
 
@@ -245,12 +245,16 @@ def read_table(table: Table, model: ModelConfig, info: CheckpointInfo) -> tuple[
         model,
         attention_bias=model.attention_bias or bool(stored & ATTENTION_BIASES),
         tied_embeddings=model.tied_embeddings and "unembed" not in stored,
+        unembed_bias="unembed_bias" in stored,
     )
 
 
-def count_present(table: Table, tensors: Mapping[str, RawTensor]) -> int:
-    """Return how many of a table's names the tensors of the first layer and expert have."""
-    return sum(_first_name(row, row.stored).format(l=0, e=0) in tensors for row in table)
+def names_present(table: Table, tensors: Mapping[str, RawTensor]) -> set[str]:
+    """Return which of a table's names, of the first layer and expert, tensors have."""
+    names = {
+        _first_name(row, name).format(l=0, e=0) for row in table for name in (row.stored, *row.also)
+    }
+    return names & tensors.keys()
 
 
 def _first_name(row: Row, stored: str) -> str:

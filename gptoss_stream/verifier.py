@@ -111,10 +111,10 @@ def verify(
     """Compare an output folder with what its source gives, byte for byte.
 
     The dtype is that of most of the output's floats, or each tensor's own where the output's record
-    says "keep". `to` (the format) and `selection` are, where they are not given, what the record
-    says; the result repeats them. `sample` compares the data of that many
-    tensors, chosen at random by `seed`, instead of all; names, dtypes, shapes, index and the small
-    files beside the weights are compared in any case.
+    says "keep" (without a record, where the tensors differ in it). `to` (the format) and
+    `selection` are, where they are not given, what the record says; the result repeats them. `sample` compares
+    the data of that many tensors, chosen at random by `seed`, instead of all; names, dtypes,
+    shapes, index and the small files beside the weights are compared in any case.
     `on_plan` is told how many bytes will be compared, `on_bytes`, from any thread, how many have
     been. Raises `CheckpointError` for a source and `OutputError` for an output that is none,
     `OptionError` for an argument that cannot be meant, `MachineError` where reading fails,
@@ -124,12 +124,12 @@ def verify(
     folder = local_path(output)
     try:
         found, differences = _read_output(folder)
-        recorded = _recorded(folder)
+        recorded = _recorded(folder, found)
         planned = plan(
             source,
             to=to or recorded["to"],
             source_format=source_format,
-            dtype=recorded["dtype"] or _dtype_of(found),
+            dtype=recorded["dtype"],
             selection=selection or recorded["selection"],
         )
         expected = {tensor.name: tensor for s in planned.shards for tensor in s.tensors}
@@ -244,27 +244,24 @@ def _read_output(folder: Path) -> tuple[CheckpointInfo, list[Difference]]:
     return CheckpointInfo(Folder(folder), {}, tuple(shards), tensors), differences
 
 
-def _recorded(folder: Path) -> dict[str, Any]:
-    """What an output's record says of format and selection, and whether dtypes were kept; the
-    defaults where it says nothing."""
-    to, dtype, selection = DEFAULT_FORMAT, None, Selection()
-    try:
-        record = strict_json.loads((folder / RECORD_NAME).read_bytes())
-        to = str(record["format"])
-        dtype = KEEP if record["dtype"] == KEEP else None
-        selection = Selection.from_dict(record["selection"])
-    except (OSError, ValueError, TypeError, KeyError):
-        pass
-    return {"to": to, "dtype": dtype, "selection": selection}
-
-
-def _dtype_of(found: CheckpointInfo) -> str:
-    """The torch name of the dtype that most of the output's tensors have."""
+def _recorded(folder: Path, found: CheckpointInfo) -> dict[str, Any]:
+    """What an output's record says of format and selection, and whether dtypes were kept; where it
+    says nothing, the defaults, and of the dtype what the tensors say."""
     counts = {
         name: sum(raw.dtype is dtype for raw in found.tensors.values())
         for name, dtype in OUTPUT_DTYPES.items()
     }
-    return max(counts, key=lambda name: counts[name])
+    most = max(counts, key=lambda name: counts[name])
+    is_packed = any(raw.dtype is DType.U8 for raw in found.tensors.values())
+    is_kept = len(list(filter(None, counts.values()))) > 1 or (is_packed and most != "bfloat16")
+    to, selection = DEFAULT_FORMAT, Selection()
+    try:
+        record = strict_json.loads((folder / RECORD_NAME).read_bytes())
+        to, is_kept = str(record["format"]), record["dtype"] == KEEP
+        selection = Selection.from_dict(record["selection"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        pass
+    return {"to": to, "dtype": KEEP if is_kept else most, "selection": selection}
 
 
 def _compare_names(

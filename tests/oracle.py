@@ -48,9 +48,11 @@ def state_dict(folder: Path, dtype: torch.dtype = torch.bfloat16) -> dict[str, t
     return {name: tensor.detach().to(dtype) for name, tensor in tensors.items()}
 
 
-def hooked_model(folder: Path, dtype: torch.dtype = torch.bfloat16) -> HookedTransformer:
-    """TransformerLens's own model of a folder, nothing processed."""
-    fields = {k: v for k, v in hooked_config(folder).items() if v is not None}
+def hooked_model(
+    folder: Path, dtype: torch.dtype = torch.bfloat16, **settings: Any
+) -> HookedTransformer:
+    """TransformerLens's own model of a folder, nothing processed, with some other settings."""
+    fields = {k: v for k, v in hooked_config(folder).items() if v is not None} | settings
     fields |= {"dtype": dtype, "init_weights": False, "device": "cpu", "tokenizer_name": None}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)

@@ -128,7 +128,7 @@ def test_nothing_of_the_weights_is_allocated(converted):
 def test_a_longer_or_shorter_context(converted):
     whole = gptoss_stream.load_hooked_transformer(converted())
     short = gptoss_stream.load_hooked_transformer(converted(), n_ctx=64)
-    assert (whole.cfg.n_ctx, short.cfg.n_ctx) == (4096, 64)
+    assert (whole.cfg.n_ctx, short.cfg.n_ctx) == (16384, 64)
     assert torch.equal(short(TOKENS), whole(TOKENS))
 
 

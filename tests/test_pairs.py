@@ -255,8 +255,10 @@ def test_dtypes_of_several_sources_of_one_tensor(sources, tmp_path):
     assert gptoss_stream.verify(source, tmp_path / "out").equal
 
 
-def test_the_singular_spelling_is_read_where_it_is_told(sources, tmp_path):
+def test_the_singular_spelling_is_read_where_it_is_told(sources, tmp_path, capsys):
     """Some write halves under these names, others rows in turn."""
+    from gptoss_stream.cli import main
+
     folder, model = sources("hf-unfused", "bf16")
     stored = {
         name.replace("gate_up_projs.", "").replace("down_projs.", "").replace(".linear", ""): t
@@ -273,6 +275,8 @@ def test_the_singular_spelling_is_read_where_it_is_told(sources, tmp_path):
     source = independent.save(tmp_path / "source", stored, config=config)
     with pytest.raises(CheckpointError, match=r"as two halves; .* add --from hf-unfused"):
         gptoss_stream.plan(source, to="hf")
+    assert main(["inspect", str(source), "--from", "hf-unfused"]) == 0
+    assert "hf-unfused (as asked)" in capsys.readouterr().out
     gptoss_stream.convert(source, tmp_path / "out", to="hf", source_format="hf-unfused")
     found = independent.load_folder(tmp_path / "out")
     assert set(found) == set(model)
@@ -287,6 +291,28 @@ def test_two_spellings_of_one_tensor_are_refused(sources, tmp_path):
     source = independent.save(tmp_path / "source", stored, config=config)
     with pytest.raises(CheckpointError, match=r"router.linear.bias' and as .*router.bias'; remove"):
         gptoss_stream.plan(source, to="hf")
+
+
+def test_experts_of_two_formats_are_refused(sources, tmp_path):
+    """transformers would read the stacked ones, and leave the others."""
+    folder, model = sources("hf-unfused", "bf16")
+    stored = independent.load_folder(folder)
+    stored |= {name: tensor for name, tensor in model.items() if "experts" in name}
+    config = json.loads((folder / "config.json").read_text())
+    source = independent.save(tmp_path / "source", stored, config=config)
+    with pytest.raises(CheckpointError, match=r"one of hf, beside those of hf-unfused; remove the"):
+        gptoss_stream.plan(source, to="hf")
+
+
+@pytest.mark.parametrize("variant", ["bf16", "f32, one expert"])
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+def test_verify_without_a_record(source, target, variant, sources, tmp_path):
+    """The tensors say which dtype they were made in."""
+    folder, _ = sources(source, variant)
+    gptoss_stream.convert(folder, tmp_path / "out", to=target, dtype="keep")
+    (tmp_path / "out/gptoss_stream.json").unlink()
+    (difference,) = gptoss_stream.verify(folder, tmp_path / "out", to=target).differences
+    assert (difference.kind, difference.name) == ("missing", "gptoss_stream.json")
 
 
 def test_who_writes_unfused_experts_is_warned(sources, tmp_path, capsys):

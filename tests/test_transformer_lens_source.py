@@ -147,7 +147,6 @@ def test_a_config_json_beside_it_is_read_too(original, converted, tmp_path):
 
 CONTRADICTIONS = {
     "d_model": 65,
-    "n_layers": 3,
     "num_experts": 4,
     "window_size": 16,
     "attn_types": ["global", "local"],
@@ -157,9 +156,6 @@ CONTRADICTIONS = {
     "yarn_attention_factor": 1.0,
     "yarn_truncate": True,
     "use_yarn_rope": False,
-    "use_attention_sinks": False,
-    "normalization_type": "RMSPre",
-    "act_fn": "gelu",
 }
 
 
@@ -187,17 +183,107 @@ REFUSED_FIELDS = {
     "processed norms": ({"normalization_type": "RMSPre"}, "'RMSPre'; gpt-oss has 'RMS'"),
     "no sinks": ({"use_attention_sinks": False}, "use_attention_sinks is 'False'"),
     "another activation": ({"act_fn": "gelu"}, "hidden_act is gelu"),
-    "YaRN without a factor": ({"yarn_factor": None}, "yarn_factor is missing"),
+    "more layers than types": ({"n_layers": 3}, "2 layer_types for 3 layers"),
+    "windows without a size": ({"window_size": None}, "but no sliding_window"),
+    "windows that are not used": ({"use_local_attn": False}, "but no sliding_window"),
+    "another scale": ({"attn_scale": 1.0}, "attn_scale is 1.0; gpt-oss has 4.898"),
+    **{
+        key: ({key: value}, f"{key} is '{value}'; gpt-oss has")
+        for key, value in {
+            "use_attn_scale": False,
+            "attention_dir": "bidirectional",
+            "attn_only": True,
+            "parallel_attn_mlp": True,
+            "post_embedding_ln": True,
+            "use_normalization_before_and_after": True,
+            "use_qk_norm": True,
+            "rotary_adjacent_pairs": True,
+            "rotary_base_local": 10_000,
+            "yarn_global_attn_only": True,
+            "use_NTK_by_parts_rope": True,
+            "clip_qkv": 0.1,
+            "attn_scores_soft_cap": 5.0,
+            "output_logits_soft_cap": 1.0,
+            "scale_attn_by_inverse_layer_idx": True,
+        }.items()
+    },
 }
 
 
+@pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize(("values", "words"), REFUSED_FIELDS.values(), ids=REFUSED_FIELDS.keys())
-def test_fields_that_are_no_gpt_oss_are_refused(values, words, converted):
-    (converted / "source_config.json").unlink()
+def test_fields_that_are_no_gpt_oss_are_refused(values, words, alone, converted):
+    """Each changes what TransformerLens computes, also where the source's configuration is."""
+    if alone:
+        (converted / "source_config.json").unlink()
     edit_json(converted / "tl_config.json", **values)
     with pytest.raises(ConfigError, match=words) as refusal:
         gptoss_stream.plan(converted, to="hf")
     assert str(refusal.value).startswith(f"{converted}/tl_config.json: ")
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ("use_attention_sinks", "use_attention_sinks is 'False'"),
+        ("use_local_attn", "but no sliding_window"),
+        ("normalization_type", "normalization_type is 'LN'"),
+        ("rotary_dim", "rotary_dim is 'None'"),
+    ],
+)
+def test_a_field_that_is_missing_is_what_transformer_lens_takes_it_for(field, words, converted):
+    (converted / "source_config.json").unlink()
+    fields = json.loads((converted / "tl_config.json").read_text())
+    del fields[field]
+    (converted / "tl_config.json").write_text(json.dumps(fields))
+    with pytest.raises(ConfigError, match=words):
+        gptoss_stream.plan(converted, to="hf")
+
+
+def test_missing_fields_of_yarn_are_transformer_lenss(original, converted, tmp_path):
+    """Its attention factor is 1 by default, transformers' follows from the factor."""
+    (converted / "source_config.json").unlink()
+    fields = json.loads((converted / "tl_config.json").read_text())
+    del fields["yarn_attention_factor"]
+    (converted / "tl_config.json").write_text(json.dumps(fields))
+    gptoss_stream.convert(converted, tmp_path / "out", to="hf")
+    hooked = oracle.hooked_model(original, torch.float32, yarn_attention_factor=1.0)
+    with torch.no_grad():
+        wanted = hooked(TOKENS)
+    torch.testing.assert_close(logits_of(tmp_path / "out"), wanted, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"attn_scale": -1.0},
+        {"attn_scale": 24**0.5},
+        {"d_vocab_out": -1},
+        {"d_vocab_out": None},
+        {"tokenizer_name": "mine", "seed": 3, "device": "cuda"},
+    ],
+)
+def test_fields_that_mean_the_same(values, converted, tmp_path):
+    edit_json(converted / "tl_config.json", **values)
+    assert gptoss_stream.convert(converted, tmp_path / "out", to="hf").complete
+
+
+def test_windows_of_no_layer_mean_nothing(tmp_path):
+    """As TransformerLens's own configuration has it where no layer has a window."""
+    kinds = ["full_attention"] * 2
+    source = oracle.make_dense(
+        tmp_path / "hf", torch.float32, layer_types=kinds, sliding_window=None
+    )
+    gptoss_stream.convert(source, tmp_path / "tl", dtype="keep")
+    edit_json(tmp_path / "tl/tl_config.json", use_local_attn=True)
+    gptoss_stream.convert(tmp_path / "tl", tmp_path / "out", to="hf")
+    assert independent.config_of(tmp_path / "out")["sliding_window"] is None
+
+
+def test_the_configuration_of_another_model_is_refused(converted):
+    edit_json(converted / "source_config.json", model_type="llama")
+    with pytest.raises(ConfigError, match=r"source_config.json: a model of type 'llama'"):
+        gptoss_stream.plan(converted, to="hf")
 
 
 def test_processed_weights_are_refused(converted, tmp_path):

@@ -23,7 +23,7 @@ from ..checkpoint import CheckpointInfo
 from ..dtypes import DType
 from ..errors import CheckpointError, ConfigError
 from ..model import ModelConfig
-from ..tables import Table, count_present
+from ..tables import Table, names_present
 
 __all__ = [
     "Format",
@@ -123,8 +123,21 @@ def detect(info: CheckpointInfo) -> tuple[str, str]:
     claims = [name for name, reason in reasons.items() if reason is not None]
     if not claims:
         raise CheckpointError(_looks_like(info))
-    name = max(claims, key=lambda name: count_present(load(name).TABLE, info.tensors))
+    present = {name: names_present(load(name).TABLE, info.tensors) for name in names()}
+    name = max(claims, key=lambda name: len(present[name]))
+    _refuse_others(info, name, present)
     return name, str(reasons[name])
+
+
+def _refuse_others(info: CheckpointInfo, name: str, present: Mapping[str, set[str]]) -> None:
+    """Refuse tensors of another format beside those of one: nothing says which count."""
+    for other, theirs in present.items():
+        more = sorted(theirs - present[name])
+        if more:
+            raise CheckpointError(
+                f"{info.place.at(info.tensors[more[0]].shard)}: tensor {more[0]!r} is one of "
+                f"{other}, beside those of {name}; remove the ones that do not count"
+            )
 
 
 @contextmanager
@@ -133,8 +146,9 @@ def naming_config(info: CheckpointInfo) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        where = info.place.at(info.config_name)
-        raise ConfigError(str(error).replace("config.json", where, 1)) from None
+        name, _, what = str(error).partition(": ")
+        file = info.config_name if name == "config.json" else name
+        raise ConfigError(f"{info.place.at(file)}: {what}") from None
 
 
 def _refuse_mixed(info: CheckpointInfo) -> None:

@@ -6,6 +6,7 @@ config.json leaves out: openai/gpt-oss, `gpt_oss/torch/model.py` and `gpt_oss/to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -120,7 +121,7 @@ def check(model: ModelConfig) -> None:
         "rope_type": "yarn",
     }
     if kind == "yarn":
-        found |= {"rope truncate": rope.get("truncate", True)}
+        found |= {"rope truncate": bool(rope.get("truncate", True))}
         fixed |= {"rope truncate": False}
         if rope.get("attention_factor") is not None:
             found["rope attention_factor"] = number(rope, "attention_factor")
@@ -131,6 +132,28 @@ def check(model: ModelConfig) -> None:
                 f"config.json: {name} is {_shown(found[name])}, and OpenAI's code always computes "
                 f"gpt-oss with {_shown(value)}: its results would be wrong; choose another format"
             )
+    _refuse_frequencies(model)
+
+
+def _refuse_frequencies(model: ModelConfig) -> None:
+    """Refuse YaRN settings that OpenAI's code asserts against (`RotaryEmbedding`), or for which it
+    leaves the frequencies as they are."""
+    rope, half = model.rope, model.head_dim / 2
+    factor, length = number(rope, "factor"), integer(rope, "original_max_position_embeddings")
+    if factor == 1:
+        return
+    betas = number(rope, "beta_fast", 32.0), number(rope, "beta_slow", 1.0)
+    if factor > 1 and model.rope_theta > 1 and length > 0 and min(betas) > 0:
+        low, high = (
+            half * math.log(length / (beta * 2 * math.pi)) / math.log(model.rope_theta)
+            for beta in betas
+        )
+        if 0 < low < high < half - 1:
+            return
+    raise ConfigError(
+        f"config.json: YaRN with factor {factor:g}, {length} original positions and heads of "
+        f"{model.head_dim} is what OpenAI's code cannot compute; choose another format"
+    )
 
 
 def _shown(value: Any) -> str:

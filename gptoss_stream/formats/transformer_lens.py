@@ -6,6 +6,7 @@ configuration: `loading_from_pretrained.py`, the branch for GptOssForCausalLM.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,50 +82,102 @@ def read_model(info: CheckpointInfo) -> ModelConfig:
             "which cannot be undone; load the HookedTransformer without processing "
             "(from_pretrained_no_processing) and save it again"
         )
-    fields = info.configs.get("tl_config.json", {})
+    fields = info.configs.get(_FIELDS)
+    described = None if fields is None else _parse_fields(fields)
     if not info.config:
-        model = _parse_fields(fields)
-        check(model)
-        return model
+        if described is None:
+            raise ConfigError("config.json: missing; a checkpoint folder needs it")
+        return described
+    if info.config.get("model_type", "gpt_oss") != "gpt_oss":
+        raise ConfigError(
+            f"config.json: a model of type {str(info.config['model_type'])[:40]!r}, beside tensors "
+            "of a gpt-oss; take the configuration from the same place as the tensors"
+        )
     parse = _hugging_face.parse_config if "model_type" in info.config else openai.parse_config
     model = parse(info.config)
     check(model)
-    for key, value in hooked_transformer_config(model, DType.BF16).items():
-        if key in fields and key not in _NOT_COMPARED and fields[key] != value:
-            raise ConfigError(
-                f"config.json: it calls for {key} = {str(value)[:40]}, and tl_config.json says "
-                f"{str(fields[key])[:40]}; correct the one that is wrong, or remove "
-                f"{info.config_name}"
-            )
+    if described is not None:
+        _refuse_contradiction(model, described, info.config_name)
     return model
+
+
+def _refuse_contradiction(model: ModelConfig, described: ModelConfig, name: str) -> None:
+    """Refuse two configurations with which TransformerLens computes different things."""
+    wanted, found = (hooked_transformer_config(m, DType.BF16) for m in (model, described))
+    for key in {**wanted, **found}:
+        if key not in _NOT_COMPARED and wanted.get(key) != found.get(key):
+            here, there = (str(config.get(key))[:40] for config in (wanted, found))
+            raise ConfigError(
+                f"config.json: it calls for {key} = {here}, and {_FIELDS} says {there}; correct "
+                f"the one that is wrong, or remove {name}"
+            )
+
+
+_FIELDS = "tl_config.json"
+
+# What gpt-oss needs of the fields that change what a HookedTransformer computes, and what these
+# are where a configuration does not say: TransformerLens 3.9, `HookedTransformerConfig`.
+_NEEDED: Mapping[str, tuple[Any, Any]] = {
+    "positional_embedding_type": ("rotary", "standard"),
+    "normalization_type": ("RMS", "LN"),
+    "gated_mlp": (True, False),
+    "use_attention_sinks": (True, False),
+    "use_attn_scale": (True, True),
+    "attention_dir": ("causal", "causal"),
+    "attn_only": (False, False),
+    "parallel_attn_mlp": (False, False),
+    "post_embedding_ln": (False, False),
+    "use_normalization_before_and_after": (False, False),
+    "use_qk_norm": (False, False),
+    "rotary_adjacent_pairs": (False, False),
+    "rotary_base_local": (None, None),
+    "yarn_global_attn_only": (False, False),
+    "use_NTK_by_parts_rope": (False, False),
+    "clip_qkv": (None, None),
+    "attn_scores_soft_cap": (-1.0, -1.0),
+    "output_logits_soft_cap": (-1.0, -1.0),
+    "scale_attn_by_inverse_layer_idx": (False, False),
+}
 
 
 def _parse_fields(fields: Mapping[str, Any]) -> ModelConfig:
     """Return the model that the fields of a HookedTransformerConfig describe."""
+    try:
+        model = _model_of(fields)
+        check(model)
+        return model
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("config.json", _FIELDS, 1)) from None
+
+
+def _model_of(fields: Mapping[str, Any]) -> ModelConfig:
+    head, num_layers = integer(fields, "d_head"), integer(fields, "n_layers")
+    vocabulary = integer(fields, "d_vocab")
+    needed = {
+        **_NEEDED,
+        "rotary_dim": (head, None),
+        "d_vocab_out": (vocabulary, vocabulary),
+    }
+    unset = {"d_vocab_out": (None, -1)}
+    for key, (value, default) in needed.items():
+        found = fields.get(key, default)
+        if found != value and found not in unset.get(key, ()):
+            raise ConfigError(f"config.json: {key} is {str(found)[:40]!r}; gpt-oss has {value!r}")
+    scale = number(fields, "attn_scale", -1.0)
+    if scale != -1.0 and not math.isclose(scale, math.sqrt(head), rel_tol=1e-6):
+        raise ConfigError(f"config.json: attn_scale is {scale}; gpt-oss has {math.sqrt(head)}")
+    is_windowed = bool(fields.get("use_local_attn")) and fields.get("window_size") is not None
     kinds = fields.get("attn_types")
+    if kinds is None and not fields.get("use_local_attn"):
+        kinds = ["global"] * min(num_layers, 10_000)
     names = {"local": "sliding_attention", "global": "full_attention"}
     if not isinstance(kinds, list) or not all(kind in names for kind in kinds):
         raise ConfigError("config.json: attn_types must be a list of local and global")
-    head = integer(fields, "d_head")
-    fixed = {
-        "rotary_dim": head,
-        "positional_embedding_type": "rotary",
-        "normalization_type": "RMS",
-        "use_attention_sinks": True,
-        "gated_mlp": True,
-        "d_vocab_out": integer(fields, "d_vocab"),
-    }
-    for key, value in fixed.items():
-        if fields.get(key, value) != value:
-            raise ConfigError(
-                f"config.json: {key} is {str(fields[key])[:40]!r}; gpt-oss has {value!r}"
-            )
-    is_windowed = fields.get("use_local_attn", True) and fields.get("window_size") is not None
     return ModelConfig(
-        num_layers=integer(fields, "n_layers"),
+        num_layers=num_layers,
         num_experts=integer(fields, "num_experts"),
         experts_per_token=integer(fields, "experts_per_token"),
-        vocab_size=integer(fields, "d_vocab"),
+        vocab_size=vocabulary,
         hidden_size=integer(fields, "d_model"),
         intermediate_size=integer(fields, "d_mlp"),
         num_heads=integer(fields, "n_heads"),
@@ -133,7 +186,7 @@ def _parse_fields(fields: Mapping[str, Any]) -> ModelConfig:
         layer_types=tuple(names[kind] for kind in kinds),
         sliding_window=integer(fields, "window_size") if is_windowed else None,
         max_position_embeddings=integer(fields, "n_ctx"),
-        rope_theta=number(fields, "rotary_base"),
+        rope_theta=number(fields, "rotary_base", 10_000.0),
         rope=_rope(fields) if fields.get("use_yarn_rope") else {"rope_type": "default"},
         rms_norm_eps=number(fields, "eps", 1e-5),
         hidden_act=str(fields.get("act_fn", "silu")),
@@ -143,17 +196,17 @@ def _parse_fields(fields: Mapping[str, Any]) -> ModelConfig:
 def _rope(fields: Mapping[str, Any]) -> dict[str, Any]:
     rope: dict[str, Any] = {
         "rope_type": "yarn",
-        "factor": number(fields, "yarn_factor"),
+        "factor": number(fields, "yarn_factor", 1.0),
         "beta_fast": number(fields, "yarn_beta_fast", 32.0),
         "beta_slow": number(fields, "yarn_beta_slow", 1.0),
         "truncate": bool(fields.get("yarn_truncate", True)),
         "original_max_position_embeddings": integer(
-            fields, "yarn_original_max_position_embeddings"
+            fields, "yarn_original_max_position_embeddings", 4096
         ),
     }
-    default = yarn_attention_factor(rope)
-    factor = number(fields, "yarn_attention_factor", default)
-    return rope if factor == default else {**rope, "attention_factor": factor}
+    factor = number(fields, "yarn_attention_factor", 1.0)
+    is_default = factor == yarn_attention_factor(rope)
+    return rope if is_default else {**rope, "attention_factor": factor}
 
 
 def check(model: ModelConfig) -> None:
