@@ -112,9 +112,9 @@ def verify(
 
     The dtype is that of most of the output's floats, or each tensor's own where the output's record
     says "keep" (without a record, where the tensors differ in it). `to` (the format) and
-    `selection` are, where they are not given, what the record says; the result repeats them. `sample` compares
-    the data of that many tensors, chosen at random by `seed`, instead of all; names, dtypes,
-    shapes, index and the small files beside the weights are compared in any case.
+    `selection` are, where they are not given, what the record says; the result repeats them.
+    `sample` compares the data of that many tensors, chosen at random by `seed`, instead of all;
+    names, dtypes, shapes, index and the small files beside the weights are compared in any case.
     `on_plan` is told how many bytes will be compared, `on_bytes`, from any thread, how many have
     been. Raises `CheckpointError` for a source and `OutputError` for an output that is none,
     `OptionError` for an argument that cannot be meant, `MachineError` where reading fails,

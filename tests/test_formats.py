@@ -210,17 +210,32 @@ def test_pruned_models(experts, checkpoints):
         assert plan.model.num_experts == experts
 
 
+README = (ROOT / "README.md").read_text()
+(HALVES,) = re.findall(r"<!-- format -->\n```python\n(.*?)```\n<!-- end -->", README, re.DOTALL)
+
+
 @pytest.fixture
-def halves(tmp_path, monkeypatch):
-    """The format that the README adds, by its one file."""
-    readme = (ROOT / "README.md").read_text()
-    (code,) = re.findall(r"<!-- format -->\n```python\n(.*?)```\n<!-- end -->", readme, re.DOTALL)
+def add_format(tmp_path, monkeypatch):
+    """Add a format by its one file, and give its name."""
     (tmp_path / "formats").mkdir()
-    (tmp_path / "formats/halves.py").write_text(code)
     folders = [*gptoss_stream.formats.__path__, str(tmp_path / "formats")]
     monkeypatch.setattr(gptoss_stream.formats, "__path__", folders)
-    yield "halves"
-    sys.modules.pop("gptoss_stream.formats.halves", None)
+    names = []
+
+    def add(name, code):
+        (tmp_path / f"formats/{name}.py").write_text(code)
+        names.append(name)
+        return name
+
+    yield add
+    for name in names:
+        sys.modules.pop(f"gptoss_stream.formats.{name}", None)
+
+
+@pytest.fixture
+def halves(add_format):
+    """The format that the README adds."""
+    return add_format("halves", HALVES)
 
 
 def as_halves(tensors):
@@ -263,6 +278,39 @@ def test_a_format_is_added_as_the_readme_says(other, halves, checkpoints, expect
     gptoss_stream.convert(tmp_path / "there", tmp_path / "again", to=halves)
     again = load_output(tmp_path / "again")
     assert [name for name in found if not same_bits(again[name], found[name])] == []
+
+
+def test_a_format_without_a_place_for_a_tensor_loses_none(add_format, checkpoints, tmp_path):
+    """And makes none up."""
+    code = HALVES.replace("    *FIRST,", "    *[row for row in FIRST if row.tensor != 'sinks'],")
+    name = add_format("sinkless", code)
+    with pytest.raises(CheckpointError, match=r"self_attn.sinks' is not zero, and sinkless has no"):
+        gptoss_stream.convert(checkpoints(), tmp_path / "out", to=name)
+    gptoss_stream.convert(checkpoints(), tmp_path / "with", to=add_format("halves", HALVES))
+    sinks = {"source_format": name, "to": "hf"}
+    with pytest.raises(OptionError, match=r"holds nothing that 'model.layers.0.self_attn.sinks'"):
+        gptoss_stream.convert(tmp_path / "with", tmp_path / "out", **sinks)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_format_that_may_have_a_bias_of_the_head(add_format, checkpoints, tmp_path):
+    """It is read where it is stored, and only then."""
+    row = 'Row("lm_head.bias", "unembed_bias", "v", optional=True)'
+    name = add_format("biased", HALVES.replace("    *LAST,", f"    *LAST,\n    {row},"))
+    gptoss_stream.convert(checkpoints(), tmp_path / "there", to=name)
+    assert "lm_head.bias" not in load_output(tmp_path / "there")
+    assert gptoss_stream.plan(tmp_path / "there", to="hf", source_format=name).num_tensors == 71
+    shard = tmp_path / "there/model.safetensors"
+    tensors = load_file(shard) | {"lm_head.bias": torch.arange(1009).bfloat16()}
+    save_file(tensors, shard, {"format": "pt"})
+    (tmp_path / "there/model.safetensors.index.json").unlink()
+    gptoss_stream.convert(tmp_path / "there", tmp_path / "tl", source_format=name)
+    found = load_output(tmp_path / "tl")["unembed.b_U"]
+    assert torch.equal(found, torch.arange(1009).bfloat16())
+    gptoss_stream.convert(tmp_path / "tl", tmp_path / "back", to=name)
+    assert torch.equal(load_output(tmp_path / "back")["lm_head.bias"], found)
+    with pytest.raises(CheckpointError, match=r"'lm_head.bias' is not zero, and hf has no place"):
+        gptoss_stream.plan(tmp_path / "there", to="hf", source_format=name)
 
 
 def test_formats_are_listed(capsys):

@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
+from shards import edit_json
 
 import gptoss_stream
 from gptoss_stream.cli import main
@@ -270,3 +271,11 @@ def test_an_output_that_is_none(checkpoints, tmp_path):
     for output in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(OutputError, match=str(output)):
             gptoss_stream.verify(checkpoints(layers=2), output)
+
+
+@pytest.mark.parametrize("selection", ["x", [], 3, {"layers": 1}, {"other": []}])
+def test_a_damaged_record_ends_nothing(selection, checkpoints, tmp_path):
+    """It is taken for one that says nothing."""
+    gptoss_stream.convert(checkpoints(), tmp_path / "out")
+    edit_json(tmp_path / "out/gptoss_stream.json", lambda r: r.update(selection=selection))
+    assert gptoss_stream.verify(checkpoints(), tmp_path / "out").equal
