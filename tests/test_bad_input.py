@@ -230,7 +230,7 @@ FOLDERS = {
     "OpenAI's for Metal": (only({"model.bin": b"GPT-OSS v1.0\0"}), "the folder above"),
     "unfused experts": (both(config(quantization_config=...),
                              renamed(lambda n: n.replace("proj_blocks", "projs.0.weight"))),
-                        "calls for BF16"),
+                        "beside those of hf-unfused"),
     "a checkpoint of PyTorch's": (only({CONFIG: b"{}", "pytorch_model.bin": b"PK\3\4"}),
                                   "no .safetensors file"),
 }
