@@ -24,7 +24,7 @@ import gptoss_stream
 from gptoss_stream import Plan
 from gptoss_stream.planner import DEFAULT_FORMAT, parse_size
 from gptoss_stream.recipe import extents
-from gptoss_stream.tables import Mxfp4
+from gptoss_stream.tables import packed_tensors
 from gptoss_stream.workers import count_workers
 
 HERE = Path(__file__).parent
@@ -129,11 +129,7 @@ def case(source: Path, target: str = DEFAULT_FORMAT) -> Case:
 def pairs() -> list[tuple[str, str]]:
     """Every source and target format but those that would need floats quantised."""
     formats = gptoss_stream.formats
-    packed = {
-        name
-        for name in formats.names()
-        if any(isinstance(row.encoding, Mxfp4) for row in formats.load(name).TABLE)
-    }
+    packed = {name for name in formats.names() if packed_tensors(formats.load(name).TABLE)}
     return [
         (source, target)
         for source in formats.names()

@@ -25,7 +25,7 @@ from .errors import OutputError
 from .memory import peak_rss_nbytes
 from .operands import Reader
 from .planner import PlannedShard
-from .recipe import Part, Piece, extents, fill, make_pieces, rows_of
+from .recipe import Part, Piece, extents, fill, make_pieces
 from .scratch import StagedTranspose
 from .second_reader import objection
 from .shard_file import ShardFile
@@ -150,7 +150,7 @@ class _Run:
         shard, at, part = self._steps[step]
         if part is not None:
             block = StagedTranspose.blocks_of(part, self.segment_nbytes)[at]
-            yield from rows_of(part, block)
+            yield from part.operand.extents(block)
             return
         for tensor, low, high, _ in shard.overlapping(at, at + self.segment_nbytes):
             yield from extents(tensor, low, high, without=self._staged[shard.name])

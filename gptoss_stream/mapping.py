@@ -69,8 +69,8 @@ def output_tensors(
         OptionError: If one format cannot be made of the other.
     """
     mapping, sizes = _Mapping(source, model, raws, dtype), model.sizes
-    present = [row for row in target if not row.optional or model.has(row.tensor)]
-    stored = [one for rows in fused(present).values() for one in components(rows, sizes)]
+    present = fused(row for row in target if row.is_in(model))
+    stored = [one for rows in present.values() for one in components(rows, sizes)]
     for has_layer, in_layer in groupby(stored, lambda one: "l" in one.rows[0].named):
         block = list(in_layer)
         for layer in range(sizes["l"]) if has_layer else (None,):
@@ -114,7 +114,7 @@ class _Mapping:
         for rows in fused(source).values():
             skipped = 0
             for row in rows:
-                if not row.optional or model.has(row.tensor):
+                if row.is_in(model):
                     self._sources.setdefault(row.tensor, []).append(_Source(row, skipped))
                 skipped += prod(group_sizes(row, self._sizes))
         # Tied embeddings serve as the unembedding too.

@@ -25,7 +25,7 @@ from .places import Name
 from .recipe import OutputTensor, Part, extents
 from .safetensors_format import build_header
 from .selection import GROUPS, ResolvedSelection, Selection
-from .tables import Mxfp4, Table, check, read_table
+from .tables import Table, check, packed_tensors, read_table
 
 __all__ = [
     "DEFAULT_FORMAT",
@@ -245,8 +245,7 @@ def _dtype_name(dtype: str | None, to: str, found: str) -> str:
     if dtype is None:
         default = formats.default_dtype(formats.load(found))
         return KEEP if to == found else default
-    is_packed = any(isinstance(row.encoding, Mxfp4) for row in formats.load(to).TABLE)
-    if is_packed and dtype not in (KEEP, torch_name(DType.BF16)):
+    if packed_tensors(formats.load(to).TABLE) and dtype not in (KEEP, torch_name(DType.BF16)):
         raise OptionError(
             f"dtype {dtype!r}: {to} has its experts in MXFP4 and all else in bfloat16; choose "
             "bfloat16 or keep"
@@ -256,13 +255,11 @@ def _dtype_name(dtype: str | None, to: str, found: str) -> str:
 
 def _refuse_quantising(source: Table, target: Table, found: str, to: str) -> None:
     """Refuse to make MXFP4 of floats, which needs an encoder."""
-    packed = {row.tensor for row in source if isinstance(row.encoding, Mxfp4)}
-    for row in target:
-        if isinstance(row.encoding, Mxfp4) and row.tensor not in packed:
-            raise OptionError(
-                f"{found} to {to}: {to} has the experts in MXFP4, and floats are not quantised by "
-                "this version; --to hf is the unquantised format that most readers load"
-            )
+    if packed_tensors(target) - packed_tensors(source):
+        raise OptionError(
+            f"{found} to {to}: {to} has the experts in MXFP4, and floats are not quantised by "
+            "this version; --to hf is the unquantised format that most readers load"
+        )
 
 
 def _refuse_lost(
@@ -276,7 +273,7 @@ def _refuse_lost(
     kept = {row.tensor for row in target}
     names: set[str] = set()
     for row in source:
-        if row.tensor in kept or (row.optional and not model.has(row.tensor)):
+        if row.tensor in kept or not row.is_in(model):
             continue
         for layer, expert in model.instances(row.stored):
             raw = info.tensors[row.stored.format(l=layer, e=expert)]

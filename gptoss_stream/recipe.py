@@ -22,7 +22,7 @@ from .patterns import Rearrangement
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Make", "OutputTensor", "Part", "Piece", "extents", "fill", "make_pieces", "rows_of"]
+__all__ = ["Make", "OutputTensor", "Part", "Piece", "extents", "fill", "make_pieces"]
 
 TILE_NBYTES = 1 << 20
 """What is read, rearranged and given back at a time."""
@@ -206,9 +206,5 @@ def extents(
             how = part.rearrangement
             unit_nbytes = prod(how.unit_shape) * tensor.dtype.itemsize
             rows = low // unit_nbytes, -(-high // unit_nbytes)
-            yield from rows_of(part, (0, part.operand.shape[0]) if how.transposes else rows)
-
-
-def rows_of(part: Part, rows: tuple[int, int]) -> Iterator[Extent]:
-    """What reading some rows of a part's operand reads."""
-    return part.operand.extents(rows)
+            rows = (0, part.operand.shape[0]) if how.transposes else rows
+            yield from part.operand.extents(rows)

@@ -41,6 +41,7 @@ __all__ = [
     "fused",
     "group_sizes",
     "names_present",
+    "packed_tensors",
     "read_table",
 ]
 
@@ -159,6 +160,10 @@ class Row:
         """The axes whose index the stored name tells."""
         return tuple(axis for axis in ("l", "e") if f"{{{axis}}}" in self.stored)
 
+    def is_in(self, model: ModelConfig) -> bool:
+        """Return whether a checkpoint of the model has the tensor."""
+        return not self.optional or model.has(self.tensor)
+
 
 Table = tuple[Row, ...]
 
@@ -186,6 +191,11 @@ def fused(table: Iterable[Row]) -> dict[str, tuple[Row, ...]]:
     for row in table:
         found[row.stored] = (*found.get(row.stored, ()), row)
     return found
+
+
+def packed_tensors(table: Table) -> set[str]:
+    """Return the model tensors that a table stores in MXFP4."""
+    return {row.tensor for row in table if isinstance(row.encoding, Mxfp4)}
 
 
 def components(rows: Sequence[Row], sizes: Mapping[str, int]) -> Iterator[StoredTensor]:
@@ -274,8 +284,7 @@ def check(table: Table, model: ModelConfig, info: CheckpointInfo) -> None:
     """
     missing: dict[str, None] = {}
     config = info.config_name
-    present = [row for row in table if not row.optional or model.has(row.tensor)]
-    for rows in fused(present).values():
+    for rows in fused(row for row in table if row.is_in(model)).values():
         for stored in components(rows, model.sizes):
             beyond = info.tensors.get(stored.name.format(l=model.num_layers, e=0))
             if beyond is not None and "{l}" in stored.name:

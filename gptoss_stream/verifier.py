@@ -36,7 +36,7 @@ from .errors import CheckpointError, OptionError, OutputError, machine_error
 from .executor import SEGMENT_NBYTES
 from .places import FileInfo, Folder, Name, local_path
 from .planner import DEFAULT_FORMAT, Plan, is_staged, plan
-from .recipe import OutputTensor, Part, Piece, extents, fill, make_pieces, rows_of
+from .recipe import OutputTensor, Part, Piece, extents, fill, make_pieces
 from .run_state import RECORD_NAME, WORK_NAME
 from .safetensors_format import INDEX_NAME, METADATA, build_index
 from .second_reader import objection
@@ -399,7 +399,7 @@ class _Comparison:
                 self._steps.append(
                     (
                         partial(self._compare_block, tensor, raw, part, first, block),
-                        partial(rows_of, part, block),
+                        partial(part.operand.extents, block),
                     )
                 )
             first += part.elements
