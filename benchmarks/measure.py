@@ -115,15 +115,15 @@ def main() -> None:
     interval, command = float(sys.argv[1]), sys.argv[2:]
     begin = time.perf_counter()
     process = subprocess.Popen(command, stdout=sys.stderr)
-    watch = MemoryWatch(process.pid, interval) if interval else None
+    callbacks = MemoryWatch(process.pid, interval) if interval else None
     # Waited for, but not yet taken: until then its files in /proc stay.
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    if watch is not None:
-        watch.stop()
+    if callbacks is not None:
+        callbacks.stop()
     _, status, usage = os.wait4(process.pid, 0)
     wall = time.perf_counter() - begin
     process.returncode = os.waitstatus_to_exitcode(status)
-    memory = watch.samples if watch is not None else []
+    memory = callbacks.samples if callbacks is not None else []
     cpu = usage.ru_utime + usage.ru_stime
     print(json.dumps(asdict(Measured(wall, cpu, usage.ru_maxrss * 1024, memory))))
     code = process.returncode

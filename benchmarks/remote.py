@@ -27,12 +27,12 @@ from typing import Any
 import measure
 
 import gptoss_stream
-from gptoss_stream.executor import Watch, execute
-from gptoss_stream.output import Contents
-from gptoss_stream.planner import PlannedShard
+from gptoss_stream.planning.shards import PlannedShard
 from gptoss_stream.synthesis import RandomCheckpoint, random_checkpoint
+from gptoss_stream.writing.executor import Callbacks, execute
+from gptoss_stream.writing.output import OutputSpec
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests/helpers"))
 
 SOURCE, TARGET = "openai/random", "someone/converted"
 
@@ -61,7 +61,7 @@ def serve(preset: str, layers: int | None) -> None:
     from stand_in_hub import StandInHub  # type: ignore[import-not-found]
 
     made = random_checkpoint(preset, layers=layers)
-    index = Contents(made.identity, made.shards, {}).index
+    index = OutputSpec(made.identity, made.shards, {}).index
     with StandInHub(keep=False, log=False) as hub:
         hub.add_repo(
             SOURCE,
@@ -119,7 +119,7 @@ def remade(preset: str, layers: int | None, names: list[str], folder: Path) -> d
                 folder,
                 partials=folder / "parts",
                 workers=3,
-                watch=Watch(on_sum=sums.__setitem__),
+                callbacks=Callbacks(on_sum=sums.__setitem__),
             )
             (folder / shard.name).unlink()
     return sums

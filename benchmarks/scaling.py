@@ -38,9 +38,9 @@ import trials
 from measure import drop_caches
 
 import gptoss_stream
-from gptoss_stream.output import Contents
-from gptoss_stream.share import cost
+from gptoss_stream.planning.shards import write_nbytes
 from gptoss_stream.synthesis import random_checkpoint
+from gptoss_stream.writing.output import OutputSpec
 
 SIMULATED = (1, 2, 4, 8, 16, 32, 64)
 BANDWIDTHS = (2e9, 10e9)
@@ -110,7 +110,7 @@ def sparse(folder: Path, preset: str) -> Path:
     made = random_checkpoint(preset)
     for name, data in made.files.items():
         (folder / name).write_bytes(data)
-    contents = Contents(made.identity, made.shards, made.files)
+    contents = OutputSpec(made.identity, made.shards, made.files)
     (folder / "model.safetensors.index.json").write_bytes(contents.index)
     for shard in made.shards:
         with open(folder / shard.name, "wb") as file:
@@ -134,8 +134,8 @@ def simulated(preset: str, rate: float, start: float, sizes: Sequence[str]) -> l
         source = sparse(Path(folder), preset)
         for size in sizes:
             planned = gptoss_stream.plan(source, max_shard_size=size)
-            costs = [cost(shard) / rate for shard in planned.shards]
-            moved = planned.source_nbytes + planned.nbytes + 2 * planned.scratch_nbytes
+            costs = [write_nbytes(shard) / rate for shard in planned.shards]
+            moved = planned.source_nbytes + planned.nbytes + 2 * planned.spill_nbytes
             for workers in SIMULATED:
                 end = last_end(costs, workers)
                 times = {f"{b / 1e9:.0f} GB/s": start + max(end, moved / b) for b in BANDWIDTHS}
@@ -179,7 +179,7 @@ def main() -> None:
     with trials.checkpoint(arguments.folder, "tiny", 2) as tiny:
         report = converted(tiny, "--scheduler", "local:1", size="5GB")
     start = report["seconds"]
-    rate = sum(map(cost, planned.shards)) / (ways["local:1"]["seconds"] - start)
+    rate = sum(map(write_nbytes, planned.shards)) / (ways["local:1"]["seconds"] - start)
     found = {
         "preset": arguments.simulate,
         "measured": ways,

@@ -22,10 +22,11 @@ from measure import Measured, can_limit, run
 
 import gptoss_stream
 from gptoss_stream import Plan
-from gptoss_stream.planner import DEFAULT_FORMAT, parse_size
-from gptoss_stream.recipe import extents
-from gptoss_stream.tables import packed_tensors
-from gptoss_stream.workers import count_workers
+from gptoss_stream._utils.thread_pool import count_workers
+from gptoss_stream.formats._table import mxfp4_tensors
+from gptoss_stream.planning.plan import DEFAULT_FORMAT
+from gptoss_stream.planning.shards import parse_size
+from gptoss_stream.transforms.output_tensor import element_ranges
 
 HERE = Path(__file__).parent
 DEFAULT_SOURCE = "hf-mxfp4"
@@ -129,7 +130,7 @@ def case(source: Path, target: str = DEFAULT_FORMAT) -> Case:
 def pairs() -> list[tuple[str, str]]:
     """Every source and target format but those that would need floats quantised."""
     formats = gptoss_stream.formats
-    packed = {name for name in formats.names() if packed_tensors(formats.load(name).TABLE)}
+    packed = {name for name in formats.names() if mxfp4_tensors(formats.load(name).TABLE)}
     return [
         (source, target)
         for source in formats.names()
@@ -141,10 +142,10 @@ def pairs() -> list[tuple[str, str]]:
 def reads(planned: Plan) -> list[tuple[str, int, int]]:
     """What a conversion reads of its source, each byte once: file, begin, end."""
     spans = {
-        (extent.raw.shard, *extent.span)
+        (element_range.raw.shard, *element_range.span)
         for shard in planned.shards
         for tensor in shard.tensors
-        for extent in extents(tensor, 0, tensor.nbytes)
+        for element_range in element_ranges(tensor, 0, tensor.nbytes)
     }
     joined: list[tuple[str, int, int]] = []
     for file, begin, nbytes in sorted(spans):

@@ -39,15 +39,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import formats
-    from .converter import Report, convert
+    from .conversion import Report, convert
     from .errors import GptOssStreamError
-    from .hooked import load_hooked_transformer
-    from .places import open_place, open_store
-    from .planner import Plan, plan
-    from .selection import Selection
-    from .state_dict import StateDict, open_state_dict
+    from .loading.hooked_transformer import load_hooked_transformer
+    from .loading.state_dict import StateDict, open_state_dict
+    from .model.selection import Selection
+    from .planning.plan import Plan, plan
+    from .storage.open_location import open_location, open_writable_location
     from .synthesis import synth
-    from .verifier import Difference, Verification, verify, verify_checksums
+    from .verification.differences import Difference, Verification
+    from .verification.verify import verify, verify_checksums
 
 __version__ = "0.1.0"
 
@@ -63,9 +64,9 @@ __all__ = [
     "convert",
     "formats",
     "load_hooked_transformer",
-    "open_place",
+    "open_location",
     "open_state_dict",
-    "open_store",
+    "open_writable_location",
     "plan",
     "synth",
     "verify",
@@ -74,21 +75,21 @@ __all__ = [
 
 # Imported when first used, so that `--help` and usage errors come at once.
 _HOMES = {
-    "Difference": "verifier",
-    "Verification": "verifier",
-    "verify": "verifier",
-    "verify_checksums": "verifier",
+    "Difference": "verification.differences",
+    "Verification": "verification.differences",
+    "verify": "verification.verify",
+    "verify_checksums": "verification.verify",
     "GptOssStreamError": "errors",
-    "Plan": "planner",
-    "Report": "converter",
-    "Selection": "selection",
-    "StateDict": "state_dict",
-    "convert": "converter",
-    "load_hooked_transformer": "hooked",
-    "open_place": "places",
-    "open_store": "places",
-    "open_state_dict": "state_dict",
-    "plan": "planner",
+    "Plan": "planning.plan",
+    "Report": "conversion",
+    "Selection": "model.selection",
+    "StateDict": "loading.state_dict",
+    "convert": "conversion",
+    "load_hooked_transformer": "loading.hooked_transformer",
+    "open_location": "storage.open_location",
+    "open_writable_location": "storage.open_location",
+    "open_state_dict": "loading.state_dict",
+    "plan": "planning.plan",
     "synth": "synthesis",
 }
 

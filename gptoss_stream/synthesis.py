@@ -17,18 +17,19 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__, formats, strict_json
-from .checkpoint import RawTensor
-from .dtypes import DType
+from . import __version__, formats
+from ._utils import strict_json
+from .checkpoint.metadata import RawTensor
+from .checkpoint.reader import Reader
 from .errors import ConfigError, OptionError
 from .formats import hf_mxfp4
-from .mapping import output_tensors
-from .model import ModelConfig, alternating_layers
-from .operands import Reader
-from .places import local_path
-from .planner import DEFAULT_SHARD_SIZE, PlannedShard, parse_size, shards
-from .recipe import fill, make_pieces
-from .tables import components, fused
+from .formats._table import rows_by_name, tensor_specs
+from .model.config import ModelConfig, alternating_layers
+from .planning.mapping import output_tensors
+from .planning.shards import DEFAULT_SHARD_SIZE, PlannedShard, parse_size, plan_shards
+from .storage.open_location import local_path
+from .tensors.dtypes import DType
+from .transforms.materialize import materialize, materialize_rows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,7 +99,10 @@ class Dimensions:
 
 
 DEFAULT_FORMAT = "hf-mxfp4"
+
+
 _FACTOR = 32.0  # of the rope's YaRN
+
 
 PRESETS = {
     # No two sizes of the tiny model are equal, so that no mistaken axis goes unseen.
@@ -177,18 +181,18 @@ def synth(
     Returns the folder. Raises `OptionError` for dimensions that no model can have, `OutputError`
     and `MachineError` as `convert` does.
     """
-    from .executor import Threads
-    from .output import Contents, make_output
-    from .workers import count_workers
+    from ._utils.thread_pool import count_workers
+    from .writing.executor import Threads
+    from .writing.output import OutputSpec, write_output
 
     made = random_checkpoint(
         preset, format=format, seed=seed, max_shard_size=max_shard_size, **overrides
     )
     nbytes = sum(shard.nbytes for shard in made.shards)
     folder = local_path(output)
-    make_output(
+    write_output(
         folder,
-        Contents(made.identity, made.shards, made.files),
+        OutputSpec(made.identity, made.shards, made.files),
         Threads(made.reader, count_workers(workers)),
         overwrite=overwrite,
         on_start=lambda resumed: on_plan(nbytes, resumed),
@@ -215,8 +219,8 @@ class RandomCheckpoint:
         header = shard.header[begin:end]
         out[: len(header)] = np.frombuffer(header, np.uint8)
         for tensor, low, high, at in shard.overlapping(begin, end):
-            part = out[at - begin : at - begin + high - low]
-            fill(tensor, low, high, part, partial(make_pieces, reader=self.reader))
+            segment = out[at - begin : at - begin + high - low]
+            materialize(tensor, low, high, segment, partial(materialize_rows, reader=self.reader))
         return out.tobytes()
 
 
@@ -250,7 +254,7 @@ def random_checkpoint(
         generation = {"eos_token_id": config["eos_token_id"]}
         files["generation_config.json"] = strict_json.dumps(generation)
     return RandomCheckpoint(
-        shards(tensors, limit, **_AS_RELEASED.get(format, {})),
+        plan_shards(tensors, limit, **_AS_RELEASED.get(format, {})),
         _RandomReader(seed),
         files,
         {
@@ -279,7 +283,7 @@ def _raws(model: ModelConfig) -> dict[str, RawTensor]:
         (name := stored.name.format(l=layer)): RawTensor(
             name, stored.dtypes[0], stored.shape, "", 0
         )
-        for rows in fused(hf_mxfp4.TABLE).values()
-        for stored in components(rows, model.sizes)
+        for rows in rows_by_name(hf_mxfp4.TABLE).values()
+        for stored in tensor_specs(rows, model.sizes)
         for layer, _ in model.instances(stored.name)
     }

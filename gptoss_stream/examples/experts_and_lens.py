@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoss_stream import GptOssStreamError, load_hooked_transformer
-from gptoss_stream.errors import missing_package
+from gptoss_stream._utils.failures import missing_package
 
 __all__ = ["draw", "main", "measure"]
 

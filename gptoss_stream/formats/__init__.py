@@ -18,17 +18,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from .. import plugins
-from ..checkpoint import CheckpointInfo
-from ..dtypes import DType
+from ..checkpoint.metadata import CheckpointInfo
 from ..errors import CheckpointError, ConfigError
-from ..model import ModelConfig
-from ..tables import Table, names_present
+from ..model.config import ModelConfig
+from ..tensors.dtypes import DType
+from . import _registry
+from ._check import names_present
+from ._table import Table
 
 __all__ = [
     "Format",
     "default_dtype",
-    "detect",
+    "detect_format",
     "ignored",
     "load",
     "names",
@@ -82,7 +83,7 @@ class Format(Protocol):
 
 def names() -> tuple[str, ...]:
     """Return the names of all formats, from the files of this folder."""
-    return plugins.names(__path__)
+    return _registry.module_names(__path__)
 
 
 def load(name: str) -> Format:
@@ -91,7 +92,7 @@ def load(name: str) -> Format:
     Raises:
         OptionError: If there is no such format.
     """
-    found: Format = plugins.load(__name__, __path__, name, "format")
+    found: Format = _registry.load_module(__name__, __path__, name, "format")
     return found
 
 
@@ -110,7 +111,7 @@ def default_dtype(format_: Format) -> str:
     return str(getattr(format_, "DEFAULT_DTYPE", "bfloat16"))
 
 
-def detect(info: CheckpointInfo) -> tuple[str, str]:
+def detect_format(info: CheckpointInfo) -> tuple[str, str]:
     """Return the name of a checkpoint's format, and why it is that.
 
     Where several formats could be meant, it is the one whose names the tensors have.
@@ -135,7 +136,7 @@ def _refuse_others(info: CheckpointInfo, name: str, present: Mapping[str, set[st
         more = sorted(theirs - present[name])
         if more:
             raise CheckpointError(
-                f"{info.place.at(info.tensors[more[0]].shard)}: tensor {more[0]!r} is one of "
+                f"{info.location.display_path(info.tensors[more[0]].shard)}: tensor {more[0]!r} is one of "
                 f"{other}, beside those of {name}; remove the ones that do not count"
             )
 
@@ -148,7 +149,7 @@ def naming_config(info: CheckpointInfo) -> Iterator[None]:
     except ConfigError as error:
         name, _, what = str(error).partition(": ")
         file = info.config_name if name == "config.json" else name
-        raise ConfigError(f"{info.place.at(file)}: {what}") from None
+        raise ConfigError(f"{info.location.display_path(file)}: {what}") from None
 
 
 def _refuse_mixed(info: CheckpointInfo) -> None:
@@ -157,16 +158,16 @@ def _refuse_mixed(info: CheckpointInfo) -> None:
         plain = info.tensors.get(name.removesuffix("_blocks")) if name.endswith("_blocks") else None
         if plain is not None:
             raise CheckpointError(
-                f"{info.place.at(raw.shard)}: tensor {name!r} is MXFP4, and {plain.name!r} in "
+                f"{info.location.display_path(raw.shard)}: tensor {name!r} is MXFP4, and {plain.name!r} in "
                 f"{plain.shard} is the same unquantised; remove one of them"
             )
 
 
 def _looks_like(info: CheckpointInfo) -> str:
     if info.config_name != "config.json":
-        file = info.place.at("config.json")
+        file = info.location.display_path("config.json")
         return f"{file}: missing; what stands here is a part of a model, which is not converted"
-    config = info.place.at(info.config_name)
+    config = info.location.display_path(info.config_name)
     model_type = info.config.get("model_type")
     if model_type not in (None, "gpt_oss"):
         found = str(model_type)[:40]

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .. import strict_json
-from ..checkpoint import CheckpointInfo
-from ..dtypes import DType, torch_name
+from .._utils import strict_json
+from ..checkpoint.metadata import CheckpointInfo
 from ..errors import ConfigError
-from ..model import LAYER_KINDS, ModelConfig, alternating_layers, integer, number
-from ..tables import Row, Table
+from ..model.config import LAYER_KINDS, ModelConfig, alternating_layers, integer, number
+from ..tensors.dtypes import DType, torch_name
+from ._table import Row, Table
 
 __all__ = [
     "EXPERTS",
@@ -30,9 +30,15 @@ __all__ = [
     "read_model",
 ]
 
+
 LAYER = "model.layers.{l}."
+
+
 _ATTENTION = LAYER + "self_attn."
+
+
 EXPERTS = LAYER + "mlp.experts."
+
 
 # fmt: off
 FIRST: Table = (
@@ -51,10 +57,12 @@ FIRST: Table = (
 )
 """What comes before the router, in every format of Hugging Face."""
 
+
 ROUTER: Table = (
     Row(LAYER + "mlp.router.weight", "router", "e m"),
     Row(LAYER + "mlp.router.bias", "router_bias", "e"),
 )
+
 
 EXPERT_BIASES: Table = (
     Row(EXPERTS + "gate_up_proj_bias", "gate_up_bias", "e (i t)"),
@@ -62,11 +70,13 @@ EXPERT_BIASES: Table = (
 )
 """The biases of experts that are stacked in one tensor."""
 
+
 LAST: Table = (
     Row("model.norm.weight", "final_norm", "m"),
     Row("lm_head.weight", "unembed", "v m", optional=True),
 )
 # fmt: on
+
 
 _DEFAULT_ROPE = {
     "rope_type": "yarn",

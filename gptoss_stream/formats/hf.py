@@ -6,9 +6,8 @@ experts' matrices out of MXFP4, `integrations/mxfp4.py` (`convert_moe_packed_ten
 
 from __future__ import annotations
 
-from ..checkpoint import CheckpointInfo
-from ..model import ModelConfig
-from ..tables import Row, Table
+from ..checkpoint.metadata import CheckpointInfo
+from ..model.config import ModelConfig
 from ._hugging_face import (
     EXPERT_BIASES,
     EXPERTS,
@@ -19,8 +18,10 @@ from ._hugging_face import (
     is_unquantised,
     read_model,
 )
+from ._table import Row, Table
 
 __all__ = ["TABLE", "check", "detect", "files", "read_model"]
+
 
 TABLE: Table = (
     *FIRST,
@@ -31,6 +32,7 @@ TABLE: Table = (
     EXPERT_BIASES[1],
     *LAST,
 )
+
 
 files = config_files
 

@@ -8,23 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..checkpoint import CheckpointInfo
-from ..dtypes import DType
-from ..model import ModelConfig
-from ..tables import Mxfp4, Row, Table
-from ._hugging_face import (
-    EXPERT_BIASES,
-    EXPERTS,
-    FIRST,
-    LAST,
-    ROUTER,
-    config_files,
-    read_model,
-)
+from ..checkpoint.metadata import CheckpointInfo
+from ..model.config import ModelConfig
+from ..tensors.dtypes import DType
+from ._hugging_face import EXPERT_BIASES, EXPERTS, FIRST, LAST, ROUTER, config_files, read_model
+from ._table import Mxfp4Encoding, Row, Table
 
 __all__ = ["QUANTIZATION", "TABLE", "check", "detect", "files", "read_model"]
 
-_MXFP4 = Mxfp4("_blocks", "_scales")
+
+_MXFP4 = Mxfp4Encoding("_blocks", "_scales")
+
 
 TABLE: Table = (
     *FIRST,
@@ -35,6 +29,7 @@ TABLE: Table = (
     EXPERT_BIASES[1],
     *LAST,
 )
+
 
 QUANTIZATION: Mapping[str, Any] = {
     "modules_to_not_convert": [

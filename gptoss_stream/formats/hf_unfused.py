@@ -6,11 +6,11 @@ stacked tensor do: unsloth-zoo, `temporary_patches/gpt_oss.py`.
 
 from __future__ import annotations
 
-from ..checkpoint import CheckpointInfo
+from ..checkpoint.metadata import CheckpointInfo
 from ..errors import CheckpointError
-from ..model import ModelConfig
-from ..tables import Row, Table
+from ..model.config import ModelConfig
 from ._hugging_face import EXPERTS, FIRST, LAST, LAYER, config_files, is_unquantised, read_model
+from ._table import Row, Table
 
 __all__ = ["TABLE", "WARNING", "check", "detect", "files", "read_model"]
 
@@ -36,10 +36,12 @@ TABLE: Table = (
     *LAST,
 )
 
+
 WARNING = (
     "only modules of this shape (unsloth's) load hf-unfused: transformers itself would leave the "
     "experts random; --to hf is what it loads"
 )
+
 
 files = config_files
 
@@ -51,7 +53,7 @@ def detect(info: CheckpointInfo) -> str | None:
     singular = EXPERTS.format(l=0) + "0.gate_up_proj.weight"
     if singular in info.tensors:
         raise CheckpointError(
-            f"{info.place.at(info.tensors[singular].shard)}: tensor {singular!r}: some write under "
+            f"{info.location.display_path(info.tensors[singular].shard)}: tensor {singular!r}: some write under "
             "this name rows that alternate between gate and up, others gate and up as two halves; "
             "where you know that they alternate, add --from hf-unfused"
         )

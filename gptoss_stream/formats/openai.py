@@ -10,18 +10,24 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from .. import strict_json
-from ..checkpoint import CheckpointInfo
-from ..dtypes import DType
+from .._utils import strict_json
+from ..checkpoint.metadata import CheckpointInfo
 from ..errors import ConfigError
-from ..model import ModelConfig, alternating_layers, integer, number, yarn_attention_factor
-from ..tables import Mxfp4, Row, Table
+from ..model.config import ModelConfig, alternating_layers, integer, number, yarn_attention_factor
+from ..tensors.dtypes import DType
+from ._table import Mxfp4Encoding, Row, Table
 
 __all__ = ["TABLE", "check", "detect", "files", "parse_config", "read_model"]
 
+
 _BLOCK = "block.{l}."
+
+
 _ATTENTION, _MLP = _BLOCK + "attn.", _BLOCK + "mlp."
-_MXFP4 = Mxfp4(".blocks", ".scales")
+
+
+_MXFP4 = Mxfp4Encoding(".blocks", ".scales")
+
 
 # fmt: off
 TABLE: Table = (

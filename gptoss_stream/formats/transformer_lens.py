@@ -10,19 +10,25 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from .. import strict_json
-from ..checkpoint import CheckpointInfo
-from ..dtypes import KEEP, DType, torch_name
+from .._utils import strict_json
+from ..checkpoint.metadata import CheckpointInfo
 from ..errors import ConfigError, TensorError
-from ..model import ModelConfig, integer, number, yarn_attention_factor
-from ..tables import Row, Table
+from ..model.config import ModelConfig, integer, number, yarn_attention_factor
+from ..tensors.dtypes import KEEP, DType, torch_name
 from . import _hugging_face, openai
+from ._table import Row, Table
 
 __all__ = ["DEFAULT_DTYPE", "IGNORED", "TABLE", "check", "detect", "files", "read_model"]
 
+
 _BLOCK = "blocks.{l}."
+
+
 _ATTENTION, _EXPERT = _BLOCK + "attn.", _BLOCK + "mlp.experts.{e}."
+
+
 _GATE, _UP = {"t": 0}, {"t": 1}
+
 
 # fmt: off
 TABLE: Table = (
@@ -55,11 +61,14 @@ TABLE: Table = (
 )
 # fmt: on
 
+
 IGNORED = tuple(_ATTENTION + name for name in ("mask", "IGNORE", "rotary_sin", "rotary_cos"))
 """Buffers of `HookedTransformer.state_dict()`, which follow from the configuration."""
 
+
 DEFAULT_DTYPE = KEEP
 """A state dict that somebody has worked on has the dtype that they want."""
+
 
 _NOT_COMPARED = ("dtype", "model_name", "original_architecture", "n_ctx")
 """Fields of tl_config.json that may differ from the source's configuration: they say how a model
@@ -78,7 +87,7 @@ def read_model(info: CheckpointInfo) -> ModelConfig:
     first = _BLOCK.format(l=0) + "ln1.w"
     if first not in info.tensors and any(name.startswith("blocks.0.") for name in info.tensors):
         raise TensorError(
-            f"{info.place}: tensor {first!r} is missing, so the weights were processed (fold_ln), "
+            f"{info.location}: tensor {first!r} is missing, so the weights were processed (fold_ln), "
             "which cannot be undone; load the HookedTransformer without processing "
             "(from_pretrained_no_processing) and save it again"
         )
@@ -114,6 +123,7 @@ def _refuse_contradiction(model: ModelConfig, described: ModelConfig, name: str)
 
 
 _FIELDS = "tl_config.json"
+
 
 # What gpt-oss needs of the fields that change what a HookedTransformer computes, and what these
 # are where a configuration does not say: TransformerLens 3.9, `HookedTransformerConfig`.

@@ -1,0 +1,136 @@
+"""Makes shards on the workers of a Dask cluster, one task for each shard.
+
+Dask starts tasks, moves those of dead workers elsewhere and carries words to and fro; what it
+carries are descriptions, never tensors. Each worker makes one shard at a time: it says so to Dask
+as a resource, once it is known to run the same version of this tool and to have the memory.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+
+from .._utils.failures import missing_package
+from .._utils.thread_pool import count_workers
+from ..errors import GptOssStreamError, MachineError, OptionError
+
+__all__ = ["CONNECTION_ERRORS", "first_line", "open_client", "scheduler_errors", "scheduler_lost"]
+
+
+try:
+    import dask
+    import distributed
+except ImportError as error:
+    raise missing_package(error, "distributed") from None
+
+
+_ADDRESS = re.compile(r"((tcp|tls|wss?|ucx)://)?[\w.-]+:\d+/?|(tcp|tls|ucx)://\[[0-9a-f:]+\]:\d+")
+
+
+_CONNECT_TIMEOUT = 10.0  # seconds for a scheduler to be reached
+
+
+CONNECTION_ERRORS = (
+    OSError,
+    TimeoutError,
+    RuntimeError,
+    ValueError,
+)  # of Dask, when the scheduler is lost
+
+
+@contextmanager
+def open_client(scheduler: str) -> Iterator[distributed.Client]:
+    """A client of the scheduler that a text means: an address (tcp://host:8786), the file that a
+    scheduler has written, or local:N for N worker processes of this machine.
+
+    Raises `OptionError` for what cannot be meant, `MachineError` where no scheduler answers.
+    """
+    for name in [*logging.root.manager.loggerDict]:
+        if name.split(".")[0] == "distributed":  # errors are told once, by us
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    local = re.fullmatch(r"local:(\d+)", scheduler)
+    with _local_cluster(int(local[1])) if local else nullcontext() as cluster:
+        address = cluster or _reached(scheduler)
+        try:
+            client = distributed.Client(address, set_as_default=False)
+        except (*CONNECTION_ERRORS, TypeError) as error:
+            raise _unanswered(scheduler, error) from None
+        try:
+            yield client
+        finally:
+            with suppress(*CONNECTION_ERRORS):
+                client.close(timeout=2)
+
+
+def _reached(scheduler: str) -> str:
+    """The address of a scheduler, at which something listens."""
+    address = scheduler
+    if not _ADDRESS.fullmatch(scheduler):
+        try:
+            address = json.loads(Path(scheduler).read_text())["address"]
+        except FileNotFoundError:
+            raise OptionError(
+                f"{scheduler}: no such file; name a scheduler as tcp://host:8786, by the file that "
+                "it has written, or local:4 for 4 workers here"
+            ) from None
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise OptionError(
+                f"{scheduler}: not the file of a scheduler ({first_line(error)})"
+            ) from None
+    host, _, port = address.rpartition("://")[2].rstrip("/").rpartition(":")
+    try:
+        # Before a client is made: one that has failed complains once more when it is deleted.
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT).close()
+    except (OSError, ValueError) as error:
+        raise _unanswered(scheduler, error) from None
+    return address
+
+
+def _unanswered(scheduler: str, error: BaseException) -> MachineError:
+    return MachineError(
+        f"{scheduler}: no scheduler answers ({first_line(error)}); check the address, and that it "
+        "runs"
+    )
+
+
+@contextmanager
+def _local_cluster(workers: int) -> Iterator[distributed.LocalCluster]:
+    count_workers(workers)  # a number that can be meant
+    # Its profiler can lock a worker up, before Python 3.11.9 and 3.12.3 (python/cpython#106883).
+    with dask.config.set({"distributed.worker.profile.enabled": False}):
+        cluster = distributed.LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            dashboard_address="127.0.0.1:0",
+            silence_logs=logging.CRITICAL,
+        )
+    try:
+        yield cluster
+    finally:
+        with suppress(*CONNECTION_ERRORS):
+            cluster.close(timeout=5)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def scheduler_lost(why: str) -> MachineError:
+    return MachineError(
+        f"the scheduler is lost ({why}); run the same command again: what is finished stays"
+    )
+
+
+@contextmanager
+def scheduler_errors() -> Iterator[None]:
+    try:
+        yield
+    except GptOssStreamError:
+        raise
+    except CONNECTION_ERRORS as error:
+        raise scheduler_lost(first_line(error)) from None

@@ -1,0 +1,112 @@
+"""Floats from one dtype to another, rounding as torch does; bfloat16 as its bits.
+
+numpy has no bfloat16. It is the upper half of a float32, so its arithmetic here is that of
+integers: exact, and independent of any flush-to-zero mode of the processor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+
+from .dtypes import DType
+
+__all__ = ["STORAGE", "cast", "count_infinities"]
+
+
+STORAGE: dict[DType, type[np.generic]] = {
+    DType.U8: np.uint8,
+    DType.BF16: np.uint16,
+    DType.F16: np.float16,
+    DType.F32: np.float32,
+}
+"""How arrays hold the dtypes of a gpt-oss checkpoint; safetensors is little-endian."""
+
+
+_Array = np.ndarray[Any, Any]
+
+
+# How the bits of each dtype are held, and what they are, without the sign, for infinity.
+_INFINITY: dict[DType, tuple[type, int]] = {
+    DType.BF16: (np.uint16, 0x7F80),
+    DType.F16: (np.uint16, 0x7C00),
+    DType.F32: (np.uint32, 0x7F80_0000),
+}
+
+
+def _widen(source: _Array, out: _Array) -> None:
+    bits = out.view(np.uint32)
+    bits[...] = source
+    np.left_shift(bits, 16, out=bits)
+
+
+def _round(source: _Array, out: _Array) -> None:
+    bits = np.ascontiguousarray(source).view(np.uint32)
+    # To nearest, ties to even: add half an ulp less one, and one more where the ulp is odd.
+    rounded = bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))
+    nan = (bits & 0x7FFF_FFFF) > 0x7F80_0000
+    np.copyto(out, (rounded >> 16).astype(np.uint16))
+    out[nan] = ((bits[nan] >> 16) | 0x40).astype(np.uint16)  # stays NaN, quiet
+
+
+def _narrow(source: _Array, out: _Array) -> None:
+    with np.errstate(over="ignore", invalid="ignore"):
+        out[...] = source
+
+
+def _bf16_to_f16(source: _Array, out: _Array) -> None:
+    wide = np.empty(source.shape, np.float32)
+    _widen(source, wide)
+    _narrow(wide, out)
+
+
+def _f16_to_bf16(source: _Array, out: _Array) -> None:
+    _round(source.astype(np.float32), out)
+
+
+_CASTS: dict[tuple[DType, DType], Callable[[_Array, _Array], None]] = {
+    (DType.BF16, DType.F32): _widen,
+    (DType.BF16, DType.F16): _bf16_to_f16,
+    (DType.F16, DType.BF16): _f16_to_bf16,
+    (DType.F16, DType.F32): _narrow,
+    (DType.F32, DType.BF16): _round,
+    (DType.F32, DType.F16): _narrow,
+}
+
+
+_CAN_OVERFLOW = {
+    (DType.BF16, DType.F16),
+    (DType.F32, DType.F16),
+    (DType.F32, DType.BF16),
+}
+
+
+def count_infinities(array: _Array, dtype: DType) -> int:
+    """How many elements of an array, in the dtype's `STORAGE`, are infinite."""
+    unsigned, infinity = _INFINITY[dtype]
+    # Shifting the sign out leaves twice the magnitude.
+    return int(np.count_nonzero(array.view(unsigned) << 1 == unsigned(2 * infinity)))
+
+
+def cast(
+    source: _Array,
+    source_dtype: DType,
+    out: _Array,
+    dtype: DType,
+    overflow: Literal["error", "infinity"] = "error",
+) -> None:
+    """Copy `source` into `out` (of the same shape), rounding to nearest, ties to even.
+
+    Both in their dtype's `STORAGE`. Values too small for `dtype` become subnormal or zero, as in
+    torch. Raises `OverflowError` where a finite value becomes infinite, unless told otherwise.
+    """
+    if source_dtype is dtype:
+        np.copyto(out, source)
+        return
+    _CASTS[source_dtype, dtype](source, out)
+    if overflow == "error" and (source_dtype, dtype) in _CAN_OVERFLOW:
+        made = count_infinities(out, dtype)
+        if made and made > count_infinities(source, source_dtype):
+            raise OverflowError(f"{made} values are too large for {dtype}")

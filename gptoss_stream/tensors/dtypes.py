@@ -1,0 +1,107 @@
+"""The dtypes of safetensors. The only dtype table in the package.
+
+Codes and sizes: safetensors, `safetensors/src/tensor.rs`, enum `Dtype`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from math import prod
+
+from ..errors import OptionError
+
+__all__ = [
+    "BLOCK_NBYTES",
+    "BLOCK_VALUES",
+    "KEEP",
+    "OUTPUT_DTYPES",
+    "DType",
+    "is_exact",
+    "nbytes",
+    "output_dtype",
+    "torch_name",
+]
+
+
+BLOCK_VALUES = 32
+
+
+BLOCK_NBYTES = 16
+"""An MXFP4 block (OCP Microscaling Formats v1.0, 5.1): values, and bytes without the scale."""
+
+
+class DType(Enum):
+    """A tensor's dtype by its safetensors code; `bits` is the size of one element."""
+
+    BOOL = ("BOOL", 8)
+    F4 = ("F4", 4)
+    F6_E2M3 = ("F6_E2M3", 6)
+    F6_E3M2 = ("F6_E3M2", 6)
+    U8 = ("U8", 8)
+    I8 = ("I8", 8)
+    F8_E5M2 = ("F8_E5M2", 8)
+    F8_E4M3 = ("F8_E4M3", 8)
+    F8_E8M0 = ("F8_E8M0", 8)
+    F8_E4M3FNUZ = ("F8_E4M3FNUZ", 8)
+    F8_E5M2FNUZ = ("F8_E5M2FNUZ", 8)
+    I16 = ("I16", 16)
+    U16 = ("U16", 16)
+    F16 = ("F16", 16)
+    BF16 = ("BF16", 16)
+    I32 = ("I32", 32)
+    U32 = ("U32", 32)
+    F32 = ("F32", 32)
+    C64 = ("C64", 64)
+    F64 = ("F64", 64)
+    I64 = ("I64", 64)
+    U64 = ("U64", 64)
+
+    def __init__(self, code: str, bits: int) -> None:
+        self.code = code
+        self.bits = bits
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element; only for dtypes of whole bytes."""
+        return self.bits // 8
+
+    def __str__(self) -> str:
+        return self.code
+
+
+OUTPUT_DTYPES = {"bfloat16": DType.BF16, "float16": DType.F16, "float32": DType.F32}
+"""What `--dtype` takes, by torch's names."""
+
+
+KEEP = "keep"
+"""And this: each tensor in the dtype of its source."""
+
+
+def output_dtype(name: str) -> DType:
+    """The dtype for a torch name such as "bfloat16"; raises `OptionError` for others."""
+    try:
+        return OUTPUT_DTYPES[name]
+    except KeyError:
+        names = ", ".join(OUTPUT_DTYPES)
+        raise OptionError(f"unknown dtype {name!r}; choose one of {names}") from None
+
+
+def torch_name(dtype: DType) -> str:
+    """The torch name of an output dtype."""
+    return next(name for name, value in OUTPUT_DTYPES.items() if value is dtype)
+
+
+_PRECISION = {DType.U8: 2, DType.BF16: 8, DType.F16: 11, DType.F32: 24}  # bits; U8 holds MXFP4
+
+
+def is_exact(source: DType, target: DType) -> bool:
+    """Whether a cast keeps every value. U8 stands for MXFP4, whose range float16 has not."""
+    if source is target or target in (DType.F32, DType.U8):
+        return True
+    return target is DType.BF16 and _PRECISION[source] <= _PRECISION[target]
+
+
+def nbytes(dtype: DType, shape: Sequence[int]) -> int:
+    """Bytes of a dense tensor of a whole-byte dtype."""
+    return prod(shape) * dtype.itemsize

@@ -1,0 +1,49 @@
+"""A second pair of eyes: shards opened by the reader of the `safetensors` package itself.
+
+Only headers are read, and by system calls: a mapped page that the disk cannot give would end the
+process.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..tensors.dtypes import DType
+
+__all__ = ["find_problem"]
+
+
+def find_problem(file: Path, tensors: Iterable[tuple[str, DType, tuple[int, ...]]]) -> str | None:
+    """Compare what `safetensors` reads in a file's header with what should be in it.
+
+    Args:
+        file: A safetensors file.
+        tensors: Name, dtype and shape of each tensor.
+
+    Returns:
+        What `safetensors` objects to or sees otherwise, or None.
+
+    Raises:
+        OSError: If reading fails.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    expected = list(tensors)
+    try:
+        with safe_open(file, "np", backend="pread") as opened:
+            names = set(opened.keys())
+            if names != {name for name, _, _ in expected}:
+                return f"it sees {len(names)} tensors, not the {len(expected)} that are in it"
+            for name, dtype, shape in expected:
+                seen = opened.get_slice(name)
+                if (seen.get_dtype(), tuple(seen.get_shape())) != (dtype.code, shape):
+                    found = f"{seen.get_dtype()} {seen.get_shape()}"
+                    return f"it sees {name!r} as {found}, not {dtype} {list(shape)}"
+    except SafetensorError as error:
+        return str(error)
+    except FileNotFoundError:  # as which it reports whatever keeps it from opening a file
+        with open(file, "rb"):
+            raise OSError(errno.EIO, "safetensors cannot open it", str(file)) from None
+    return None

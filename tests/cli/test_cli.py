@@ -1,0 +1,231 @@
+"""The command line, run as a user runs it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+
+import pytest
+from runs import interrupted
+
+import gptoss_stream
+
+
+def run(*arguments, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "gptoss_stream", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["--version"], ["x"], []])
+def test_help_and_usage_errors_import_nothing_heavy(arguments):
+    code = (
+        "import sys, gptoss_stream.cli.main as c\n"
+        f"try: c.main({arguments!r})\n"
+        "except SystemExit as e: print('exit', e.code)\n"
+        "print(sorted({'numpy', 'torch', 'einops', 'tqdm', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.endswith("[]\n")
+    assert "exit" in done.stdout
+    assert ("exit 0" in done.stdout) == bool(arguments and arguments[-1].startswith("--"))
+
+
+def test_converting_imports_no_torch(checkpoints, tmp_path):
+    code = (
+        "import sys, gptoss_stream as g\n"
+        f"g.convert({str(checkpoints())!r}, {str(tmp_path / 'out')!r})\n"
+        "print(sorted({'torch', 'transformers', 'tensorflow', 'jax'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_convert_reports_for_people_and_programs(checkpoints, tmp_path):
+    source = checkpoints()
+    done = run("convert", source, tmp_path / "a")
+    assert done.returncode == 0
+    assert "176 tensors" in done.stdout
+    assert done.stderr == ""  # no progress bar in a pipe
+    done = run("convert", source, tmp_path / "b", "--json")
+    report = json.loads(done.stdout)
+    assert report["tensors"] == 176
+    assert report["bytes_out"] == sum(report["shards"].values())
+    assert report["peak_rss"] > 0
+    assert report["seconds"] > 0
+    done = run("convert", source, tmp_path / "c", "--quiet")
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_plan_shows_and_prints_the_whole_plan(checkpoints, tmp_path):
+    done = run("plan", checkpoints(), tmp_path, "--max-shard-size", "500KB")
+    assert done.returncode == 0
+    for word in ("4 layers", "5 experts", "176 tensors", "model-00003-of-00003", "free", "at most"):
+        assert word in done.stdout
+    whole = json.loads(run("plan", checkpoints(), "--json", "--dtype", "float32").stdout)
+    tensors = {t["name"]: t for shard in whole["shards"] for t in shard["tensors"]}
+    assert len(tensors) == whole["tensors"] == 176
+    assert tensors["blocks.3.attn.W_Q"]["shape"] == [4, 96, 32]
+    assert tensors["unembed.W_U"]["dtype"] == "F32"
+    assert whole["data_bytes"] == sum(t["bytes"] for t in tensors.values())
+
+
+def test_inspect_shows_a_checkpoint(checkpoints):
+    done = run("inspect", checkpoints())
+    assert "hf-mxfp4" in done.stdout
+    assert "model.layers.3.mlp.experts.gate_up_proj_blocks" in done.stdout
+    whole = json.loads(run("inspect", checkpoints(), "--json").stdout)
+    assert whole["format"] == "hf-mxfp4"
+    assert whole["tensors"]["lm_head.weight"]["shape"] == [1009, 96]
+
+
+def test_bad_input_is_one_line_and_two(tmp_path):
+    done = run("convert", tmp_path / "nowhere", tmp_path / "out")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("gptoss_stream: error: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words", ["plan IN --layers 0 OUT", "plan --json IN --layers=-2,-1 OUT", "verify IN --json OUT"]
+)
+def test_options_stand_anywhere(words, checkpoints, tmp_path):
+    source, out = checkpoints(layers=2), tmp_path / "out"
+    gptoss_stream.convert(source, out)
+    done = run(*({"IN": source, "OUT": out}.get(word, word) for word in words.split()))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("url", ["https://host:abc/x", "https://host:99999/x", "https://[x/y"])
+def test_addresses_that_are_none(url):
+    done = run("inspect", url)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "not an address" in done.stderr
+
+
+def test_numbers_without_end_are_no_numbers(checkpoints, tmp_path):
+    source = shutil.copytree(checkpoints(format="openai"), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    config["initial_context_length"] = 10**400
+    (source / "config.json").write_text(json.dumps(config))
+    done = run("inspect", source)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"{source}/config.json: initial_context_length" in done.stderr
+
+
+def test_a_resume_says_what_it_did(checkpoints, tmp_path):
+    """A task's part is held against the task's share, and what earlier runs read is not told."""
+    command = ["convert", checkpoints(), tmp_path / "out", "--max-shard-size", "300KB"]
+    task = [*command, "--task-index", "0", "--num-tasks", "2"]
+    assert run(*task).returncode == 0
+    resumed, total = re.search(r"resuming: (.*) of (.*) are", run(*task).stderr).groups()
+    assert resumed == total
+    done = run(*command)
+    assert f"resuming: {resumed} of 1.5 MB are finished" in done.stderr
+    assert "\nwrote " in done.stdout
+    command[2] = tmp_path / "whole"
+    assert "\nread 896 kB and wrote 1.5 MB" in run(*command).stdout
+
+
+def test_a_full_disk_is_three(checkpoints, tmp_path):
+    """A file larger than the process may write stands for a disk that fills up."""
+    done = run(
+        "convert",
+        checkpoints(),
+        tmp_path / "out",
+        preexec_fn=lambda: (
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+            __import__("resource").setrlimit(__import__("resource").RLIMIT_FSIZE, (500_000,) * 2),
+        ),
+    )
+    assert done.returncode == 3
+    assert done.stderr.count("\n") == 1
+    assert "File too large" in done.stderr
+    assert not list((tmp_path / "out").glob("*.safetensors*"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_stop_promptly_with_one_line(number, code, tmp_path):
+    source = gptoss_stream.synth(tmp_path / "source", vocab_size=400_000, hidden_size=512, layers=1)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gptoss_stream", "convert", source, tmp_path / "out"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    work = tmp_path / "out/.gptoss_stream"
+    while not list(work.glob("*.safetensors")):
+        time.sleep(0.005)
+    process.send_signal(number)
+    begin = time.monotonic()
+    _, stderr = process.communicate(timeout=20)
+    assert time.monotonic() - begin < 10
+    assert process.returncode == code
+    assert stderr.count("\n") == 1
+    assert "run the same command again" in stderr
+    assert not list((tmp_path / "out").glob("*.safetensors*"))
+    assert not list(work.glob("*.safetensors*"))
+    done = run("convert", source, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_terminal_sees_a_progress_bar(tmp_path):
+    source = gptoss_stream.synth(tmp_path / "source", vocab_size=400_000, hidden_size=512, layers=1)
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gptoss_stream", "convert", source, tmp_path / "out"],
+        stderr=theirs,
+        stdout=subprocess.DEVNULL,
+    )
+    assert process.wait(60) == 0
+    os.set_blocking(ours, False)
+    seen = os.read(ours, 100_000).decode(errors="replace")  # cut anywhere
+    os.close(theirs)
+    os.close(ours)
+    assert "/821M" in seen  # bytes in all
+    assert "B/s" in seen
+    assert "%|" in seen
+
+
+def test_inspect_knows_converted_folders(checkpoints, tmp_path):
+    """Whole, in part, unfinished, with a file lost: each says what it is and what it is made of."""
+    source, out = checkpoints(), tmp_path / "out"
+    options = ["--max-shard-size", "300KB", "--to", "hf", "--layers", "1"]
+    assert run("convert", source, out, *options).returncode == 0
+    shown = run("inspect", out).stdout
+    assert f"{out}: converted, hf in bfloat16 (layers 1)" in shown
+    assert (
+        f"from {source.resolve()} (hf-mxfp4) by gptoss_stream {gptoss_stream.__version__}" in shown
+    )
+    assert "shards: complete" in shown
+    assert "model.layers.1.mlp.experts.gate_up_proj " in shown
+    said = json.loads(run("inspect", out, "--json").stdout)
+    assert (said["format"], said["complete"], said["missing"]) == ("hf", True, [])
+    assert len(said["tensors"]) == 3 + 17
+    lost = min(out.glob("*.safetensors"))
+    lost.unlink()
+    assert f"incomplete, without {lost.name}; run the same convert again" in (
+        run("inspect", out).stdout
+    )
+    assert not json.loads(run("inspect", out, "--json").stdout)["complete"]
+    interrupted(source, tmp_path / "unfinished")
+    assert "unfinished, without model-00001-of-" in run("inspect", tmp_path / "unfinished").stdout
+    (out / "gptoss_stream.json").write_text("{")
+    damaged = run("inspect", out)
+    assert (damaged.returncode, damaged.stderr.count("\n")) == (2, 1)
+    assert "its record is damaged" in damaged.stderr

@@ -1,0 +1,295 @@
+"""What a conversion leaves in its folder, and what it refuses."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from damages import scale
+from runs import ROOT, digests
+from safetensors.torch import load_file, save_file
+
+import gptoss_stream
+from gptoss_stream.errors import MachineError, OptionError, OutputError
+from gptoss_stream.writing import executor
+
+
+def rewrite(folder, change) -> None:
+    """Change the tensors of a one-shard checkpoint."""
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_the_bytes_depend_on_nothing_but_source_and_options(checkpoints, tmp_path, monkeypatch):
+    """Neither on the threads, nor on segments of any size, nor on whether a transpose is staged."""
+    source = checkpoints()
+    gptoss_stream.convert(source, tmp_path / "a", max_shard_size="300KB", workers=1)
+    expected = digests(tmp_path / "a")
+    assert len(expected) > 8
+    for number, (workers, segment, staged) in enumerate(
+        [(1, 4096, 64_000_000), (2, 12_288, 1000), (3, 65_536, 1000), (7, 8 << 20, 1)]
+    ):
+        monkeypatch.setattr(
+            executor.execute,
+            "__kwdefaults__",
+            {
+                **executor.execute.__kwdefaults__,
+                "chunk_nbytes": segment,
+                "scarce": number % 2 == 0,
+            },
+        )
+        monkeypatch.setattr("gptoss_stream.planning.shards.SPILL_NBYTES", staged)
+        out = tmp_path / str(number)
+        gptoss_stream.convert(source, out, max_shard_size="300KB", workers=workers)
+        assert digests(out) == expected
+
+
+def test_what_lies_beside_the_weights(tiny, tmp_path):
+    carried = {
+        "tokenizer.json": b'{"version": "1.0"}\r\n',
+        "tokenizer_config.json": b"{}",
+        "special_tokens_map.json": b"{ }",
+        "chat_template.jinja": "{{ messages }} ü".encode(),
+        "generation_config.json": b'{"eos_token_id": [1, 2]}',
+        "additional_chat_templates/tool.jinja": b"{{ tools }}",
+    }
+    for name, data in carried.items():
+        (tiny / name).parent.mkdir(exist_ok=True)
+        (tiny / name).write_bytes(data)
+    (tiny / "README.md").write_text("a model card, which speaks of the source")
+    out = tmp_path / "out"
+    report = gptoss_stream.convert(tiny, out)
+    for name, data in carried.items():
+        assert (out / name).read_bytes() == data
+    assert not (out / "config.json").exists()  # AutoModel would fill the model at random
+    assert not (out / "README.md").exists()
+    source_config = json.loads((out / "source_config.json").read_text())
+    assert source_config == json.loads((tiny / "config.json").read_text())
+    record = json.loads((out / "gptoss_stream.json").read_text())
+    assert record["version"] == gptoss_stream.__version__
+    assert record["source_format"] == "hf-mxfp4"
+    assert (record["format"], record["dtype"]) == ("transformer-lens", "bfloat16")
+    assert {*record["files"]} == {str(f.relative_to(out)) for f in out.rglob("*") if f.is_file()}
+    assert not (out / ".gptoss_stream").exists()
+    assert report.shards == {"model.safetensors": (out / "model.safetensors").stat().st_size}
+    assert report.tensors == len(load_file(out / "model.safetensors"))
+    assert report.bytes_out == sum(report.shards.values())
+
+
+def test_what_is_not_used_is_said(tiny, tmp_path):
+    rewrite(
+        tiny, lambda t: t.update({"model.layers.0.rotary.inv_freq": t["model.norm.weight"].clone()})
+    )
+    report = gptoss_stream.convert(tiny, tmp_path / "out")
+    assert report.unmapped == ("model.layers.0.rotary.inv_freq",)
+    assert gptoss_stream.plan(tiny).unmapped == report.unmapped
+
+
+def test_overwrite_replaces_what_the_tool_made_and_nothing_else(checkpoints, tmp_path):
+    source, out = checkpoints(layers=1), tmp_path / "out"
+    gptoss_stream.convert(source, out, max_shard_size="100KB")
+    with pytest.raises(OutputError, match=r"that differs in max_shard_size \(100000 there"):
+        gptoss_stream.convert(source, out)
+    assert not (out / ".gptoss_stream").exists()
+    gptoss_stream.convert(source, out, overwrite=True)
+    assert [f.name for f in out.glob("*.safetensors")] == ["model.safetensors"]
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"not this tool's \(notes.txt\)"):
+        gptoss_stream.convert(source, out, overwrite=True)
+    assert (out / "notes.txt").read_text() == "mine"
+    assert (out / "model.safetensors").exists()
+
+
+def test_a_folder_with_foreign_files_is_refused(checkpoints, tmp_path):
+    (tmp_path / "model.safetensors").write_text("somebody's")
+    with pytest.raises(OutputError, match=r"not this tool's \(model.safetensors\)"):
+        gptoss_stream.convert(checkpoints(layers=1), tmp_path, overwrite=True)
+    assert [f.name for f in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("where", [".", "inside", "..", "link"])
+def test_source_and_output_must_lie_apart(where, tiny):
+    output = tiny / where
+    if where == "link":
+        output = tiny.parent / "link"
+        output.symlink_to(tiny)
+    before = digests(tiny)
+    with pytest.raises(OutputError, match="one folder, or one lies inside"):
+        gptoss_stream.convert(tiny, output)
+    assert digests(tiny) == before
+
+
+def test_too_little_room_is_said_with_the_numbers(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr("gptoss_stream.writing.disk_space.free_nbytes", lambda folder: 1_000_000)
+    with pytest.raises(MachineError, match=r"1\.5 MB are needed and 1\.0 MB are free; free"):
+        gptoss_stream.convert(checkpoints(), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_large_transposes_of_one_shard_do_not_wait_for_each_other(
+    checkpoints, tmp_path, monkeypatch
+):
+    """Three of them, with their blocks taken long before or right before they are needed: those of
+    `W_O` are spilled too for once, by its axis of heads."""
+    source = checkpoints(layers=2)
+    gptoss_stream.convert(source, tmp_path / "plain")
+    monkeypatch.setattr("gptoss_stream.planning.shards.SPILL_NBYTES", 20_000)
+    monkeypatch.setattr("gptoss_stream.planning.shards.SPILLED_AXES", frozenset("vn"))
+    assert len(list(gptoss_stream.plan(source).shards[0].staged())) == 3
+    for segment, workers in ((4096, 1), (65_536, 3), (1 << 20, 2)):
+        monkeypatch.setattr(
+            executor.execute,
+            "__kwdefaults__",
+            {**executor.execute.__kwdefaults__, "chunk_nbytes": segment},
+        )
+        out = tmp_path / f"{segment}"
+        gptoss_stream.convert(source, out, workers=workers)
+        assert digests(out) == digests(tmp_path / "plain")
+
+
+def test_reads_that_give_less_than_was_asked_for(checkpoints, tmp_path, monkeypatch):
+    """Those of a scratch file too, which fill many rows of a segment at a time."""
+    source = checkpoints()
+    gptoss_stream.convert(source, tmp_path / "whole")
+    preadv, asked = os.preadv, []
+
+    def short(descriptor, views, offset):
+        asked.append(len(views))
+        *full, last = views[: 1 + len(asked) % 3]
+        return preadv(descriptor, [*full, last[: max(1, len(last) // 2)]], offset)
+
+    monkeypatch.setattr("gptoss_stream.planning.shards.SPILL_NBYTES", 20_000)
+    monkeypatch.setattr("gptoss_stream.writing.spill_file._MOST_VIEWS", 5)
+    monkeypatch.setattr(os, "preadv", short)
+    gptoss_stream.convert(source, tmp_path / "short")
+    assert max(asked) == 5
+    assert digests(tmp_path / "short") == digests(tmp_path / "whole")
+
+
+def test_a_file_system_that_refuses_direct_writes_late(checkpoints, tmp_path, monkeypatch):
+    """It takes the flag and then answers EINVAL to every thread: the run goes on, buffered."""
+    gptoss_stream.convert(checkpoints(), tmp_path / "direct")
+    pwrite = os.pwrite
+
+    def refusing(descriptor, data, offset):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            time.sleep(0.05)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return pwrite(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", refusing)
+    monkeypatch.setattr(
+        executor.execute,
+        "__kwdefaults__",
+        {**executor.execute.__kwdefaults__, "chunk_nbytes": 65_536},
+    )
+    gptoss_stream.convert(checkpoints(), tmp_path / "buffered", workers=4)
+    assert digests(tmp_path / "buffered") == digests(tmp_path / "direct")
+
+
+def test_overwrite_deletes_nothing_for_a_run_that_cannot_succeed(
+    checkpoints, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    gptoss_stream.convert(checkpoints(), out)
+    before = digests(out)
+    monkeypatch.setattr("gptoss_stream.writing.disk_space.free_nbytes", lambda folder: 1000)
+    with pytest.raises(MachineError, match="are needed"):
+        gptoss_stream.convert(checkpoints(), out, overwrite=True, dtype="float32")
+    assert digests(out) == before
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(252, "bfloat16"), (0, "bfloat16"), (140, "float16"), (141, "bfloat16")]
+)
+def test_the_last_scales_that_fit_are_converted(value, dtype, several, tmp_path):
+    """Beneath the largest code; one more is refused (`test_bad_input`)."""
+    scale(value)(several)
+    gptoss_stream.convert(several, tmp_path / "out", dtype=dtype)
+    found = load_file(tmp_path / "out/model.safetensors")["blocks.1.mlp.experts.2.W_out.weight"]
+    assert found[7, 38:40].tolist() == [6 * 2.0 ** (value - 127)] * 2
+
+
+def test_infinities_and_nans_of_the_source_stay(tiny, tmp_path):
+    """They are the source's own; a cast must not take them for its overflow."""
+
+    def change(tensors):
+        tensors["model.norm.weight"][:3] = np.inf
+        tensors["model.norm.weight"][3] = np.nan
+
+    rewrite(tiny, change)
+    for dtype in ("bfloat16", "float16", "float32"):
+        gptoss_stream.convert(tiny, tmp_path / dtype, dtype=dtype)
+        found = load_file(tmp_path / dtype / "model.safetensors")["ln_final.w"]
+        assert found[:3].isinf().all()
+        assert found[3].isnan()
+        assert found[4:].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"to": "x"},
+        {"dtype": "int8"},
+        {"max_shard_size": "x"},
+        {"max_shard_size": "9" * 400},
+        {"workers": 0},
+        {"workers": 100_000},
+    ],
+)
+def test_options_that_are_none(options, checkpoints, tmp_path):
+    with pytest.raises(OptionError):
+        gptoss_stream.convert(checkpoints(layers=1), tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_with_spaces_letters_and_links(tiny, tmp_path, monkeypatch):
+    """And the Hub's cache, whose snapshots are links to blobs."""
+    snapshot = tmp_path / "models--öpen ai/snapshots/abc"
+    blobs = tmp_path / "models--öpen ai/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(tiny.iterdir())):
+        (blobs / str(number)).write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    link = tmp_path / "link to it"
+    link.symlink_to(snapshot)
+    monkeypatch.chdir(tmp_path)
+    gptoss_stream.convert("link to it", "a  ü")
+    gptoss_stream.convert(tiny, tmp_path / "plain")
+    assert (tmp_path / "a  ü/model.safetensors").read_bytes() == (
+        tmp_path / "plain/model.safetensors"
+    ).read_bytes()
+
+
+def test_a_second_run_into_a_folder_is_refused_at_once(checkpoints, tmp_path):
+    def meanwhile(plan, resumed):
+        with pytest.raises(OutputError, match=r"another run \(process \d+\) is writing to it"):
+            gptoss_stream.convert(checkpoints(), tmp_path / "out")
+
+    gptoss_stream.convert(checkpoints(), tmp_path / "out", on_plan=meanwhile)
+    assert (tmp_path / "out/model.safetensors").exists()
+
+
+def test_an_interrupted_call_ends_when_its_threads_have(checkpoints, tmp_path):
+    """In a notebook, say: nothing may still be written when the exception arrives."""
+    code = (
+        "import os, signal, sys, threading, time\n"
+        "from gptoss_stream.workers import run_tasks\n"
+        "ended = []\n"
+        "def slow(buffer): time.sleep(1.5); ended.append(True)\n"
+        "threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+        "try: run_tasks(iter([slow]), 1, 4096, threading.Event())\n"
+        "except KeyboardInterrupt: print(ended)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[True]\n", done.stderr

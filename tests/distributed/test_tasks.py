@@ -1,0 +1,443 @@
+"""Several tasks of a batch system that make one output side by side."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from runs import (
+    INDEX_NAME,
+    ROOT,
+    WORK_NAME,
+    assert_clean_error,
+    assert_nothing_half_written,
+    convert_command,
+    digests,
+    run,
+    run_here,
+    stamps,
+)
+
+import gptoss_stream
+from gptoss_stream.distributed.task_spec import TaskSpec
+from gptoss_stream.distributed.write_shard import write_shard
+from gptoss_stream.errors import MachineError, OptionError, OutputError
+from gptoss_stream.planning.partition import ArrayTask
+from gptoss_stream.planning.run_identity import run_identity
+from gptoss_stream.planning.shards import write_nbytes
+from gptoss_stream.storage.open_location import open_writable_location
+from gptoss_stream.writing import output_folder
+from gptoss_stream.writing.output import write_output
+from gptoss_stream.writing.output_folder import OutputFolder
+from gptoss_stream.writing.remote_folder import RemoteFolder
+from gptoss_stream.writing.run_state import fingerprint
+from gptoss_stream.writing.shard_file import ShardFile
+
+SIZE = "150KB"
+
+
+@pytest.fixture(scope="module")
+def source(checkpoints):
+    return checkpoints(layers=3)
+
+
+@pytest.fixture(scope="module")
+def whole(source, tmp_path_factory):
+    """What one process makes of the source."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    assert task(source, output).returncode == 0
+    return digests(output)
+
+
+def task(source: Path, output: object, index: int | None = None, count: int = 3, *options: str):
+    """One task, or all in one, in this process."""
+    numbers = () if index is None else ("--task-index", index, "--num-tasks", count)
+    return run_here(
+        "convert", source, output, "--max-shard-size", SIZE, "--checksums", *numbers, *options
+    )
+
+
+def command(source: Path, output: object, index: int, count: int = 3) -> list[str]:
+    numbers = ("--task-index", str(index), "--num-tasks", str(count), "--max-shard-size", SIZE)
+    return convert_command(source, Path(str(output)), "--checksums", *numbers)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+def test_one_after_another_in_any_order(source, whole, tmp_path, order):
+    output = tmp_path / "out"
+    for location, index in enumerate(order):
+        done = task(source, output, index)
+        assert done.returncode == 0, done.stderr
+        last = location == 2
+        assert f"task {index} of 3 is done" in done.stdout
+        assert ("all is finished" in done.stdout) == last
+        assert (output / INDEX_NAME).exists() == last
+        assert (output / WORK_NAME).exists() != last
+    assert digests(output) == whole
+    before = stamps(output)
+    assert task(source, output, 1).returncode == 0
+    assert task(source, output).returncode == 0
+    assert (digests(output), stamps(output)) == (whole, before)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_side_by_side(source, whole, tmp_path, seed):
+    """Three processes begin at nearly the same moment; one of them a second time, too."""
+    output = tmp_path / "out"
+    chance = random.Random(seed)
+    indices = chance.sample([0, 1, 2], 3)
+    pipe = subprocess.PIPE
+    processes = []
+    for index in indices:
+        processes.append(
+            subprocess.Popen(
+                command(source, output, index), stdout=pipe, stderr=pipe, text=True, cwd=ROOT
+            )
+        )
+        time.sleep(chance.random() * 0.1)
+    ends = [(p.communicate(timeout=60)[1], p.returncode) for p in processes]
+    assert ends == [("", 0)] * 3
+    assert digests(output) == whole
+
+
+def test_more_tasks_than_shards(source, whole, tmp_path):
+    for index in range(20):
+        assert task(source, tmp_path / "out", index, 20).returncode == 0
+    assert digests(tmp_path / "out") == whole
+
+
+def test_one_that_is_killed_is_run_again(source, whole, tmp_path):
+    output, chance = tmp_path / "out", random.Random(5)
+    assert task(source, output, 0).returncode == 0
+    for _ in range(4):
+        process = subprocess.Popen(command(source, output, 1), cwd=ROOT, stdout=subprocess.DEVNULL)
+        time.sleep(0.2 + 0.3 * chance.random())
+        process.send_signal(signal.SIGKILL)
+        process.wait(10)
+        assert_nothing_half_written(output, whole)
+    before = stamps(output)
+    assert task(source, output, 2).returncode == 0
+    assert task(source, output, 1).returncode == 0
+    assert digests(output) == whole
+    assert before.items() <= stamps(output).items()
+
+
+def test_a_whole_run_finishes_what_tasks_began(source, whole, tmp_path):
+    output = tmp_path / "out"
+    assert task(source, output, 0).returncode == 0
+    before = stamps(output)
+    assert task(source, output).returncode == 0
+    assert digests(output) == whole
+    assert before.items() <= stamps(output).items()
+
+
+class Pausing:
+    """A maker that waits before it makes, so that others can try meanwhile."""
+
+    def __init__(self, maker, pause):
+        self.maker, self.pause, self.in_process = maker, pause, True
+
+    def setup(self, work): ...
+
+    def make(self, *arguments):
+        self.pause()
+        self.maker.make(*arguments)
+
+
+@pytest.fixture
+def at_work(source, tmp_path, monkeypatch):
+    """Call something while task 0 of 3 is at work in a folder; gives the folder."""
+    output = tmp_path / "out"
+
+    def during(what):
+        def paused(folder, contents, maker, **options):
+            return write_output(folder, contents, Pausing(maker, what), **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("gptoss_stream.writing.output.write_output", paused)
+            gptoss_stream.convert(source, output, max_shard_size=SIZE, checksums=True, task=(0, 3))
+
+    return SimpleNamespace(during=during, output=output)
+
+
+def test_who_must_wait_while_a_task_is_at_work(source, whole, at_work):
+    output, seen = at_work.output, []
+
+    def others():
+        seen.append(run(command(source, output, 0)))  # itself
+        seen.append(run(convert_command(source, output, "--checksums", "--max-shard-size", SIZE)))
+        seen.append(run([*command(source, output, 1), "--dtype", "float32"]))
+        seen.append(run([*command(source, output, 1), "--overwrite"]))
+        seen.append(run(command(source, output, 1)))
+        seen.append(run(command(source, output, 2)))
+
+    at_work.during(others)
+    itself, all_of_it, other_options, overwriting, one, two = seen
+    for done, words in (
+        (itself, "task-0-of-3 is at work in it"),
+        (all_of_it, "another run is writing to it"),
+        (other_options, "it holds an unfinished run that differs in dtype"),
+        (overwriting, "would overwrite what the others make"),
+    ):
+        assert_clean_error(done, 2)
+        assert words in done.stderr
+    assert (one.returncode, two.returncode) == (0, 0)
+    assert digests(output) == whole
+
+
+def test_the_folder_of_another_run_is_not_written_to(source, at_work):
+    """Somebody deletes it and begins something else meanwhile."""
+    output = at_work.output
+
+    def others():
+        shutil.rmtree(output)
+        assert run([*command(source, output, 1), "--dtype", "float32"]).returncode == 0
+
+    with pytest.raises((OutputError, gptoss_stream.GptOssStreamError)):
+        at_work.during(others)
+    assert task(source, output, None, 3, "--dtype", "float32").returncode == 0
+    alone = output.parent / "alone"
+    assert task(source, alone, None, 3, "--dtype", "float32").returncode == 0
+    assert digests(output) == digests(alone)
+
+
+def test_leftovers_of_dead_tasks_go(source, whole, tmp_path):
+    output = tmp_path / "out"
+    assert task(source, output, 0).returncode == 0
+    for name in ("task-0-of-3", "task-1-of-3", "worker-x"):
+        (output / WORK_NAME / name).mkdir()
+        (output / WORK_NAME / name / "model-00001-of-00002.safetensors").write_text("half")
+    assert task(source, output, 1).returncode == 0
+    assert not (output / WORK_NAME / "task-1-of-3").exists()
+    assert task(source, output, 2).returncode == 0
+    assert digests(output) == whole
+
+
+def test_to_a_store(source, whole, tmp_path):
+    """Each has a staging folder of its own; the sums of all come together."""
+    store, staging = tmp_path / "store", tmp_path / "staging"
+    for index in (1, 2, 0):
+        done = task(source, f"file://{store}", index, 3, "--staging", str(staging))
+        assert done.returncode == 0, done.stderr
+        assert ("all is finished" in done.stdout) == (index == 0)
+    assert digests(store) == whole
+    assert not (store / WORK_NAME).exists()
+    assert list(staging.iterdir()) == []
+
+
+def test_to_a_store_side_by_side(source, whole, tmp_path):
+    store, pipe = tmp_path / "store", subprocess.PIPE
+    commands = [command(source, "X", index) for index in range(3)]
+    for arguments in commands:
+        arguments[arguments.index("X")] = f"file://{store}"
+    processes = [
+        subprocess.Popen(
+            [*arguments, "--staging", str(tmp_path / "staging")],
+            stdout=pipe, stderr=pipe, text=True, cwd=ROOT,
+        )
+        for arguments in commands
+    ]  # fmt: skip
+    ends = [(p.communicate(timeout=60)[1], p.returncode) for p in processes]
+    assert ends == [("", 0)] * 3
+    assert digests(store) == whole
+
+
+def test_what_is_finished_in_a_store_stays(source, whole, tmp_path):
+    """A task that is run again finds nothing to do, and takes nothing away."""
+    store = tmp_path / "store"
+    for index in (0, 1, 2, 1, None, 0):
+        done = task(source, f"file://{store}", index, 3, "--staging", str(tmp_path / "staging"))
+        assert done.returncode == 0, done.stderr
+        if index == 2:
+            before = stamps(store)
+    assert (digests(store), stamps(store)) == (whole, before)
+
+
+def test_one_that_fails_leaves_what_another_has_begun(source, whole, at_work, monkeypatch):
+    """The other begins and ends between two looks of the first."""
+    output, alone = at_work.output, OutputFolder._is_alone
+
+    def late(folder, lock):
+        monkeypatch.setattr(OutputFolder, "_is_alone", alone)
+        assert run(command(source, output, 0)).returncode == 0
+        return alone(folder, lock)
+
+    def fail(*arguments):
+        raise MachineError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OutputFolder, "_is_alone", late)
+        patch.setattr("gptoss_stream.writing.disk_space.check_space", fail)
+        assert task(source, output, 1).returncode == 3
+    for index in (1, 2):
+        assert task(source, output, index).returncode == 0
+    assert digests(output) == whole
+
+
+def test_two_may_write_one_file_of_a_store(tmp_path, monkeypatch):
+    """Neither puts what the other is writing under the final name."""
+    data = os.urandom(300_000)
+    (tmp_path / "data").write_bytes(data)
+    second = threading.Barrier(2)
+    seen = []
+
+    def copy(source, target, **options):
+        with open(target, "wb") as out:
+            out.write(data[:100_000])
+            second.wait(10)
+            out.write(data[100_000:])
+
+    def put():
+        open_writable_location(f"file://{tmp_path}/store").put({"x": tmp_path / "data"}, {})
+        seen.append((tmp_path / "store/x").read_bytes())
+
+    monkeypatch.setattr("fsspec.implementations.local.shutil.copyfile", copy)
+    threads = [threading.Thread(target=put) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [data, data]
+    assert [p.name for p in (tmp_path / "store").iterdir()] == ["x"]
+
+
+def test_what_a_dead_run_is_still_writing_gets_no_name(source, checkpoints, tmp_path, monkeypatch):
+    """A worker of it has all of a shard, and a run of another model overwrites it meanwhile."""
+    other = checkpoints(layers=3, seed=1)
+    output, commit = tmp_path / "out", ShardFile.commit
+    assert task(source, output, 0).returncode == 0
+    others = ["--overwrite", "--max-shard-size", SIZE]
+
+    def late(file):
+        monkeypatch.setattr(ShardFile, "commit", commit)
+        monkeypatch.setattr(output_folder, "_remove", slowly)
+        began.set()
+        assert deleting.wait(20)
+        commit(file)
+
+    remove, began, deleting = output_folder._remove, threading.Event(), threading.Event()
+
+    def slowly(path):
+        deleting.set()
+        worker.join(20)
+        remove(path)
+
+    planned = gptoss_stream.plan(source, max_shard_size=SIZE)
+    state = json.loads((output / WORK_NAME / "run.json").read_text())
+    missing = next(s.name for s in planned.shards if not (output / s.name).exists())
+    job = TaskSpec(
+        str(source), str(output), {"max_shard_size": SIZE}, run_identity(planned), True, 1, None
+    )
+
+    def make():
+        with suppress(gptoss_stream.GptOssStreamError):
+            write_shard(job, fingerprint(state), missing, tmp_path, lambda n: None, lambda: None)
+
+    monkeypatch.setattr(ShardFile, "commit", late)
+    worker = threading.Thread(target=make)
+    worker.start()
+    assert began.wait(20)
+    assert run_here("convert", other, output, *others).returncode == 0
+    worker.join()
+    assert deleting.is_set()
+    assert run_here("convert", other, tmp_path / "alone", *others).returncode == 0
+    assert digests(output) == digests(tmp_path / "alone")
+
+
+def test_what_a_dead_run_has_sent_is_taken_back(tmp_path):
+    store = open_writable_location(f"file://{tmp_path}/store")
+    states = [{"files": ["a", "b"], "run": n} for n in (1, 2)]
+    old, new = RemoteFolder(store), RemoteFolder(store)
+    old.prepare(states[0], overwrite=False)
+    old.begin(states[0])
+    new.prepare(states[1], overwrite=True)
+    new.begin(states[1])
+    store.put({"a": b"old"}, {})
+    with pytest.raises(OutputError, match="another run has begun"):
+        old.confirm("a")
+    assert "a" not in store.listing()
+    store.put({"b": b"new"}, {})
+    new.confirm("b")
+    assert store.read("b") == b"new"
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 10**10), st.integers(0, 10**9)), max_size=60),
+    count=st.integers(1, 12),
+)
+def test_shares_are_a_partition_and_even(sizes, count):
+    shards = [
+        SimpleNamespace(name=f"{n}", nbytes=nbytes, spill_nbytes=scratch)
+        for n, (nbytes, scratch) in enumerate(sizes)
+    ]
+    shares = [ArrayTask(index, count).of(shards) for index in range(count)]
+    assert sorted((s.name for share in shares for s in share), key=int) == [s.name for s in shards]
+    loads = [sum(map(write_nbytes, share)) for share in shares]
+    assert max(loads) - min(loads) <= max(map(write_nbytes, shards), default=0)
+
+
+@pytest.mark.parametrize(
+    "numbers", [(-1, 3), (3, 3), (0, 0), (0, -1), (0, 10_001), (5, 2)], ids=str
+)
+def test_numbers_that_no_task_has(source, tmp_path, numbers):
+    with pytest.raises(OptionError):
+        gptoss_stream.convert(source, tmp_path / "out", task=numbers)
+    index, count = numbers
+    assert_clean_error(task(source, tmp_path / "out", index, count), 2)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [("--task-index", 0), ("--num-tasks", 2)])
+def test_one_number_without_the_other(source, tmp_path, options):
+    assert_clean_error(run_here("convert", source, tmp_path / "out", *options), 2)
+
+
+SLURM = "SLURM_ARRAY_TASK_"
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"ID": "0", "COUNT": "3"}, (0, 3)),
+        ({"ID": "2", "COUNT": "3", "MIN": "0", "MAX": "2"}, (2, 3)),
+        ({"ID": "1", "COUNT": "3", "MIN": "1", "MAX": "3"}, (0, 3)),
+        ({"ID": "14", "COUNT": "3", "MIN": "10", "STEP": "2"}, (2, 3)),
+        ({"ID": "7", "COUNT": "1", "MIN": "7"}, (0, 1)),
+        ({}, "not a task of a SLURM array"),
+        ({"ID": "1"}, "not a task of a SLURM array"),
+        ({"ID": "one", "COUNT": "3"}, "not a task of a SLURM array"),
+        ({"ID": "9", "COUNT": "3", "MIN": "1"}, "none of an unbroken array"),
+        ({"ID": "11", "COUNT": "3", "MIN": "10", "STEP": "2"}, "none of an unbroken array"),
+    ],
+)
+def test_slurm_says_which_task_it_is(source, tmp_path, monkeypatch, environment, expected):
+    for name in [name for name in os.environ if name.startswith(SLURM)]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(SLURM + name, value)
+    done = run_here("convert", source, tmp_path / "out", "--slurm-array")
+    if isinstance(expected, str):
+        assert_clean_error(done, 2)
+        assert expected in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert f"task {expected[0]} of {expected[1]} is done" in done.stdout
+    assert_clean_error(
+        run_here("convert", source, tmp_path / "out", "--slurm-array", "--task-index", 0), 2
+    )

@@ -1,0 +1,199 @@
+"""A converted folder as a mapping: lazy, mapped, private, and clear about what is wrong."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from outputs import load_output, same_bits
+from runs import ROOT, digests, limit_file_size
+
+import gptoss_stream
+from gptoss_stream.errors import OptionError, OutputError
+
+NAME = "blocks.1.mlp.experts.3.W_out.weight"
+
+
+@pytest.fixture(scope="module")
+def converted(checkpoints, tmp_path_factory):
+    """The folder of each format in each dtype, in several shards."""
+    made = {}
+
+    def of(to="transformer-lens", dtype="bfloat16"):
+        if (to, dtype) not in made:
+            out = tmp_path_factory.mktemp("converted") / f"{to}-{dtype}"
+            options = {"to": to, "dtype": dtype, "max_shard_size": "300KB"}
+            gptoss_stream.convert(checkpoints(), out, **options)
+            made[to, dtype] = out
+        return made[to, dtype]
+
+    return of
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("to", ["transformer-lens", "hf"])
+def test_every_tensor_is_as_safetensors_loads_it(to, dtype, converted):
+    folder = converted(to, dtype)
+    wanted = load_output(folder)
+    with gptoss_stream.open_state_dict(folder) as state:
+        assert set(state) == set(wanted)
+        assert len(state) == len(wanted)
+        assert all(same_bits(state[name], wanted[name]) for name in state)
+        assert all(state.shape(name) == tuple(wanted[name].shape) for name in state)
+
+
+def test_dtype_and_device_convert_on_access(converted):
+    plain = gptoss_stream.open_state_dict(converted())
+    state = gptoss_stream.open_state_dict(converted(), dtype="float32", device="cpu")
+    assert same_bits(state[NAME], plain[NAME].float())
+    assert gptoss_stream.open_state_dict(converted(), device="meta")[NAME].is_meta
+    with pytest.raises(OptionError, match="unknown dtype 'int8'"):
+        gptoss_stream.open_state_dict(converted(), dtype="int8")
+
+
+def test_nothing_is_read_before_it_is_asked_for(converted, tmp_path):
+    """No shard is opened with the folder, and of a tensor only what is used is in memory."""
+    folder = shutil.copytree(converted(), tmp_path / "out")
+    state = gptoss_stream.open_state_dict(folder)
+    first = next(iter(state))
+    for shard in sorted(folder.glob("*.safetensors"))[1:]:
+        shard.write_bytes(b"damaged")
+    assert state[first].shape == (1009, 96)
+    assert "unembed.b_U" in state
+    with pytest.raises(OutputError, match=r"(too few|header length).*convert again"):
+        state["unembed.b_U"]
+
+
+def test_what_is_written_to_a_tensor_stays_in_this_process(converted):
+    folder = converted()
+    before = digests(folder)
+    with gptoss_stream.open_state_dict(folder) as state:
+        tensor = state[NAME]
+        tensor.zero_()
+        assert not tensor.any()
+    assert digests(folder) == before
+    assert gptoss_stream.open_state_dict(folder)[NAME].any()
+
+
+def test_tensors_outlive_the_mapping(converted):
+    state = gptoss_stream.open_state_dict(converted())
+    tensor = state[NAME]
+    state.close()
+    with pytest.raises(OutputError, match="closed; open it again"):
+        state[NAME]
+    assert same_bits(tensor, load_output(converted())[NAME])
+
+
+def test_it_can_be_pickled_and_used_by_other_processes(converted):
+    state = gptoss_stream.open_state_dict(converted(), dtype="float32")
+    again = pickle.loads(pickle.dumps(state))
+    assert same_bits(again[NAME], state[NAME])
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(_total, (state,)) == _total(state)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_both_sides_of_a_fork_have_it(converted):
+    state = gptoss_stream.open_state_dict(converted())
+    wanted = state[NAME].float().sum().item()
+    child = os.fork()
+    if child == 0:
+        os._exit(state[NAME].float().sum().item() != wanted)
+    assert os.waitpid(child, 0)[1] == 0
+    assert state[NAME].float().sum().item() == wanted
+
+
+def _total(state) -> float:
+    return sum(state[name].double().sum().item() for name in state)
+
+
+def test_it_is_a_mapping_that_cannot_be_written(converted):
+    state = gptoss_stream.open_state_dict(converted())
+    assert NAME in state
+    assert "x" not in state
+    assert dict(state).keys() == state.keys()
+    with pytest.raises(KeyError):
+        state["x"]
+    with pytest.raises(TypeError):
+        state["x"] = torch.zeros(1)
+
+
+def test_a_state_dict_goes_into_a_module(converted):
+    """As it is, with load_state_dict and assign."""
+    module = torch.nn.Linear(96, 64, bias=False, device="meta")
+    weight = "blocks.0.mlp.experts.0.W_in.weight"
+    state = gptoss_stream.open_state_dict(converted())
+    module.load_state_dict({"weight": state[weight]}, assign=True)
+    assert same_bits(module.weight.detach(), state[weight])
+
+
+DAMAGES = {
+    "no index": (lambda f: (f / "model.safetensors.index.json").unlink(), "no model.safetensors.i"),
+    "no folder": (lambda f: shutil.rmtree(f), "no model.safetensors.index.json"),
+    "a shard missing": (lambda f: max(f.glob("*.safetensors")).unlink(), "shards are missing: mod"),
+    "an index of another output": (
+        lambda f: (f / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"a": min(f.glob("*.safetensors")).name}})
+        ),
+        "the index says otherwise of 'a'",
+    ),
+    "an index that is none": (
+        lambda f: (f / "model.safetensors.index.json").write_text("{"),
+        "not JSON",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES.keys())
+def test_folders_that_are_no_whole_output(damage, message, converted, tmp_path):
+    folder = shutil.copytree(converted(), tmp_path / "out")
+    damage(folder)
+    with pytest.raises(OutputError, match=message):
+        dict(gptoss_stream.open_state_dict(folder))
+
+
+def test_an_unfinished_conversion_is_not_opened(checkpoints, tmp_path):
+    command = [sys.executable, "-m", "gptoss_stream", "convert", checkpoints(), tmp_path / "out"]
+    done = subprocess.run(
+        command, cwd=ROOT, stderr=subprocess.PIPE, preexec_fn=limit_file_size(150_000)
+    )
+    assert done.returncode == 3
+    with pytest.raises(OutputError, match="an unfinished conversion; run the same convert again"):
+        gptoss_stream.open_state_dict(tmp_path / "out")
+
+
+@pytest.mark.parametrize("call", ["open_state_dict", "load_hooked_transformer"])
+def test_without_torch_the_extra_is_named(call, converted):
+    """In a Python that finds no torch."""
+    code = (
+        "import sys\n"
+        "sys.modules['torch'] = None\n"
+        "import gptoss_stream\n"
+        f"try: gptoss_stream.{call}(sys.argv[1])\n"
+        "except gptoss_stream.GptOssStreamError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, converted()], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "torch is not installed; run: pip install 'gptoss_stream[" in done.stdout
+
+
+@pytest.mark.parametrize("to", ["hf-mxfp4", "openai"])
+def test_packed_tensors_are_bytes(to, checkpoints, tmp_path):
+    """Whatever dtype the others are asked for in."""
+    gptoss_stream.convert(checkpoints(), tmp_path / "out", to=to)
+    wanted = load_output(tmp_path / "out")
+    with gptoss_stream.open_state_dict(tmp_path / "out", dtype="float32") as state:
+        assert set(state) == set(wanted)
+        for name, tensor in wanted.items():
+            is_packed = tensor.dtype is torch.uint8
+            assert state[name].dtype is (torch.uint8 if is_packed else torch.float32)
+            assert torch.equal(state[name], tensor if is_packed else tensor.float())

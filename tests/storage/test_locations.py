@@ -1,0 +1,124 @@
+"""What a name means, and how the waiting for a server ends."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from gptoss_stream import open_location, open_writable_location, plan, verify
+from gptoss_stream.errors import CheckpointError, MachineError, OptionError
+from gptoss_stream.storage import retries
+from gptoss_stream.storage.hub import name_of_page
+from gptoss_stream.storage.local_folder import LocalFolder
+from gptoss_stream.storage.open_location import is_repository_name
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("https://huggingface.co/openai/gpt-oss-20b", "openai/gpt-oss-20b"),
+        ("https://huggingface.co/openai/gpt-oss-20b/", "openai/gpt-oss-20b"),
+        ("https://huggingface.co/openai/x/tree/v1/original", "openai/x@v1/original"),
+        ("https://huggingface.co/openai", None),
+        ("https://huggingface.co.evil.org/openai/gpt-oss-20b", None),
+        ("http://huggingface.co/openai/gpt-oss-20b", None),
+    ],
+)  # fmt: skip
+def test_the_address_of_a_page_is_its_repository(url, name):
+    assert name_of_page(url) == name
+
+
+@pytest.mark.parametrize("name", ["a", "a/b/c", "./a/b", "/a/b", "~/b", "a/", "-a/b", "a b/c"])
+def test_a_path_is_no_repository(name):
+    assert not is_repository_name(name)
+    assert isinstance(open_location(name), LocalFolder)
+
+
+def test_a_folder_here_wins_over_a_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "openai" / "gpt-oss-20b").mkdir(parents=True)
+    assert is_repository_name("openai/gpt-oss-20b")
+    assert isinstance(open_location("openai/gpt-oss-20b"), LocalFolder)
+
+
+def test_a_subfolder_of_a_folder(tmp_path):
+    assert str(open_location(tmp_path, subfolder="original")) == str(tmp_path / "original")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("hf://datasets/openai/x", {}),
+        ("hf://openai", {}),
+        ("hf://openai/x@v1", {"revision": "v2"}),
+        ("folder", {"revision": "main"}),
+        ("folder", {"token": "hf_secret"}),
+        ("https://example.org/x", {"download": True}),
+        ("https://", {}),
+        ("nosuch://bucket/x", {}),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(name, options):
+    with pytest.raises(OptionError) as refusal:
+        open_location(name, **options)
+    assert "hf_secret" not in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["https://example.org/x", "hf://a/b@main"])
+def test_what_cannot_be_written_to_is_refused(name):
+    with pytest.raises(OptionError):
+        open_writable_location(name)
+
+
+def test_what_must_be_here_is_said_to_be(tmp_path):
+    with pytest.raises(OptionError, match="must be on this machine"):
+        verify(tmp_path, "s3://bucket/x")
+
+
+def test_a_place_is_a_source_of_a_plan(checkpoints):
+    named, opened = plan(checkpoints()), plan(open_location(checkpoints()))
+    assert [s.header for s in opened.shards] == [s.header for s in named.shards]
+
+
+def test_offline_only_the_cache_is_asked(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE is set"):
+        open_location("openai/gpt-oss-20b")
+
+
+def test_patience_ends_and_progress_renews_it(monkeypatch):
+    monkeypatch.setattr(retries, "FIRST_DELAY", 0.0)
+    error = MachineError("the server fails")
+    patience = retries.RetryPolicy(threading.Event(), tries=3)
+    patience.wait(error)
+    patience.wait(error)
+    patience.progress()
+    patience.wait(error)
+    patience.wait(error)
+    with pytest.raises(MachineError, match="the server fails"):
+        patience.wait(error)
+
+
+def test_a_stop_ends_the_waiting():
+    stop = threading.Event()
+    threading.Timer(0.05, stop.set).start()
+    with pytest.raises(MachineError):
+        retries.RetryPolicy(stop).wait(MachineError("stopped"), asked=600)
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"Retry-After": "7"}, 7.0),
+        ({"RateLimit": '"resolvers";r=0;t=55'}, 55.0),
+        ({"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}, None),
+        ({}, None),
+    ],
+)
+def test_how_long_a_server_asks_to_wait(headers, seconds):
+    assert retries.retry_after(headers) == seconds
