@@ -144,7 +144,7 @@ def test_large_transposes_of_one_shard_do_not_wait_for_each_other(
     gptoss_stream.convert(source, tmp_path / "plain")
     monkeypatch.setattr("gptoss_stream.planning.shards.SPILL_NBYTES", 20_000)
     monkeypatch.setattr("gptoss_stream.planning.shards.SPILLED_AXES", frozenset("vn"))
-    assert len(list(gptoss_stream.plan(source).shards[0].staged())) == 3
+    assert len(list(gptoss_stream.plan(source).shards[0].spilled())) == 3
     for segment, workers in ((4096, 1), (65_536, 3), (1 << 20, 2)):
         monkeypatch.setattr(
             executor.execute,
@@ -284,11 +284,11 @@ def test_an_interrupted_call_ends_when_its_threads_have(checkpoints, tmp_path):
     """In a notebook, say: nothing may still be written when the exception arrives."""
     code = (
         "import os, signal, sys, threading, time\n"
-        "from gptoss_stream.workers import run_tasks\n"
+        "from gptoss_stream._utils.thread_pool import run_steps\n"
         "ended = []\n"
         "def slow(buffer): time.sleep(1.5); ended.append(True)\n"
         "threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
-        "try: run_tasks(iter([slow]), 1, 4096, threading.Event())\n"
+        "try: run_steps(iter([slow]), 1, 4096, threading.Event())\n"
         "except KeyboardInterrupt: print(ended)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -151,7 +151,7 @@ def test_only_the_vocabulary_is_spilled(source, target, sources, monkeypatch):
     monkeypatch.setattr("gptoss_stream.planning.shards.SPILL_NBYTES", 0)
     for variant in ("bf16", "f32, one expert"):
         shards = gptoss_stream.plan(sources(source, variant)[0], to=target).shards
-        staged = {part for shard in shards for part, _ in shard.staged()}
+        staged = {part for shard in shards for part, _ in shard.spilled()}
         names = [t.name for shard in shards for t in shard.tensors if staged & {*t.parts}]
         transposed = {"transformer-lens": "unembed.W_U", "openai": "unembedding.weight"}
         head = transposed.get(target, "lm_head.weight")
