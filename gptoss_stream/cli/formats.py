@@ -1,23 +1,34 @@
-"""The command line: parses, calls the library, prints. Exit codes: 0 done; 1 verify found
-differences; 2 bad usage or input; 3 the machine failed; 130 interrupted (143 by SIGTERM).
-
-Nothing heavy is imported before a command runs, so that --help and usage errors come at once.
-"""
+"""The command `formats`: list the supported formats."""
 
 from __future__ import annotations
 
 import argparse
-import json
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
+from .options import add_json
+from .parser import Commands
+from .printing import print_json
 
-__all__ = []
+__all__ = ["add_parser", "run"]
 
 
-def _formats(arguments: argparse.Namespace) -> None:
+def add_parser(commands: Commands) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "formats",
+        help="list the supported formats",
+        description="List the formats that can be read and written.",
+    )
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; return the exit code."""
     from .. import formats
 
-    known = list(formats.names())
-    print(json.dumps({"formats": known}, indent=2) if arguments.json else "\n".join(known))
+    names = list(formats.names())
+    if arguments.json:
+        print_json({"formats": names})
+    else:
+        print("\n".join(names))
+    return 0

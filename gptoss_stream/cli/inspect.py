@@ -1,38 +1,65 @@
-"""The command line: parses, calls the library, prints. Exit codes: 0 done; 1 verify found
-differences; 2 bad usage or input; 3 the machine failed; 130 interrupted (143 by SIGTERM).
-
-Nothing heavy is imported before a command runs, so that --help and usage errors come at once.
-"""
+"""The command `inspect`: describe a checkpoint or a converted output."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from typing import TYPE_CHECKING, Any
 
 from .._utils.messages import counted, listed, sized
-from .options import open_source
-from .printing import format_line, model_line, print_tensors, selection_line
+from .options import add_json, add_remote_source, add_source, add_source_format, open_source
+from .parser import Commands
+from .printing import (
+    describe_format,
+    describe_model,
+    describe_selection,
+    print_json,
+    print_tensors,
+)
 
 if TYPE_CHECKING:
     from ..checkpoint.metadata import CheckpointInfo
     from ..loading.output_info import OutputInfo
+    from ..storage.location import Location
 
-__all__ = []
+__all__ = ["add_parser", "run"]
 
 
-def _inspect(arguments: argparse.Namespace) -> None:
-    from ..checkpoint.metadata import read_metadata
-    from ..formats import detect_format, load, naming_config
-    from ..formats._check import read_table
+def add_parser(commands: Commands) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "inspect",
+        help="describe a checkpoint or converted output",
+        description="Describe a checkpoint or a converted output: its format, model and tensors.",
+    )
+    add_source(parser, "checkpoint or converted output")
+    add_source_format(parser)
+    add_json(parser)
+    add_remote_source(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; return the exit code."""
     from ..loading.output_info import read_output_info
     from ..storage.local_folder import LocalFolder
 
     location = open_source(arguments)
-    converted = read_output_info(location.path) if isinstance(location, LocalFolder) else None
-    if converted is not None:
-        _inspect_converted(converted, arguments.json)
-        return
+    output = read_output_info(location.path) if isinstance(location, LocalFolder) else None
+    if output is None:
+        _inspect_checkpoint(location, arguments)
+    elif arguments.json:
+        print_json(output.as_dict())
+    else:
+        _print_output(output)
+    return 0
+
+
+def _inspect_checkpoint(location: Location, arguments: argparse.Namespace) -> None:
+    """Read the metadata of a checkpoint and print them."""
+    from ..checkpoint.metadata import read_metadata
+    from ..formats import detect_format, load, naming_config
+    from ..formats._check import read_table
+
     info = read_metadata(location)
     name, reason = arguments.source_format, "as asked"
     if name is None:
@@ -41,47 +68,26 @@ def _inspect(arguments: argparse.Namespace) -> None:
     with naming_config(info):
         _, model = read_table(found.TABLE, found.read_model(info), info)
     if arguments.json:
-        print(json.dumps(_info_as_dict(info, name, reason, model.dimensions), indent=2))
+        print_json(_checkpoint_as_dict(info, name, reason, model.dimensions))
         return
     total = sum(raw.nbytes for raw in info.tensors.values())
     print(
         f"{info.location}: {name} ({reason})\n"
-        f"{model_line(model)}\n"
+        f"{describe_model(model)}\n"
         f"{counted(len(info.tensors), 'tensor')}, {sized(total)} in "
         f"{counted(len(info.shards), 'shard')}"
     )
     print_tensors(info.tensors)
 
 
-def _inspect_converted(info: OutputInfo, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(info.as_dict(), indent=2))
-        return
-    state = "complete"
-    if info.missing:
-        state = f"{'incomplete' if info.finished else 'unfinished'}, without {listed(info.missing)}"
-    elif not info.finished:
-        state = "unfinished"
-    if not info.complete:
-        state += "; run the same convert again"
-    total = sum(raw.nbytes for raw in info.tensors.values())
-    shards = {raw.shard for raw in info.tensors.values()}
-    print(
-        f"{info.path}: converted, {format_line(info.format, info.dtype)}{selection_line(info.selection)}\n"
-        f"from {info.source} ({info.source_format}) by gptoss_stream {info.version}\n"
-        f"{counted(len(info.tensors), 'tensor')}, {sized(total)} in "
-        f"{counted(len(shards), 'shard')}: {state}"
-    )
-    print_tensors(info.tensors)
-
-
-def _info_as_dict(
+def _checkpoint_as_dict(
     info: CheckpointInfo, name: str, reason: str, dimensions: dict[str, int]
 ) -> dict[str, Any]:
+    """Return a checkpoint's metadata as JSON types; sizes and offsets are in bytes."""
     return {
         "path": str(info.location),
         "format": name,
-        "recognised_by": reason,
+        "detected_by": reason,
         "model": dimensions,
         "config": dict(info.config),
         "shards": {shard.name: shard.nbytes for shard in info.shards},
@@ -96,3 +102,24 @@ def _info_as_dict(
             for raw in info.tensors.values()
         },
     }
+
+
+def _print_output(info: OutputInfo) -> None:
+    """Print what a converted output is, where it comes from, and whether it is complete."""
+    if info.complete:
+        state = "complete"
+    else:
+        state = "incomplete" if info.finished else "unfinished"
+        if info.missing:
+            state += f", {listed(info.missing)} missing"
+        state += "; run the same convert command again"
+    total = sum(raw.nbytes for raw in info.tensors.values())
+    shards = {raw.shard for raw in info.tensors.values()}
+    print(
+        f"{info.path}: converted, {describe_format(info.format, info.dtype)}"
+        f"{describe_selection(info.selection)}\n"
+        f"from {info.source} ({info.source_format}) by gptoss_stream {info.version}\n"
+        f"{counted(len(info.tensors), 'tensor')}, {sized(total)} in "
+        f"{counted(len(shards), 'shard')}: {state}"
+    )
+    print_tensors(info.tensors)

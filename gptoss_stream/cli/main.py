@@ -1,7 +1,7 @@
-"""The command line: parses, calls the library, prints. Exit codes: 0 done; 1 verify found
-differences; 2 bad usage or input; 3 the machine failed; 130 interrupted (143 by SIGTERM).
+"""Entry point of the command line.
 
-Nothing heavy is imported before a command runs, so that --help and usage errors come at once.
+Exit codes: 0 success; 1 `verify` found differences; 2 bad usage or bad input; 3 system error (disk
+full, I/O error, out of memory); 130 interrupted; 141 broken pipe; 143 terminated.
 """
 
 from __future__ import annotations
@@ -11,141 +11,82 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from .. import __version__
 from .._utils.failures import machine_error
 from ..errors import GptOssStreamError, MachineError
-from .convert import _add_convert
-from .formats import _formats
-from .inspect import _inspect
-from .options import (
-    Parser,
-    add_conversion_options,
-    add_selection_options,
-    add_source,
-    add_source_format,
-    add_staging,
-    add_workers,
-    add_writing_options,
-)
-from .plan import _plan
-from .printing import say
-from .signals import Terminated, reset_signals, stop
-from .synth import _DIMENSIONS, _synth
-from .verify import _verify
-
-if TYPE_CHECKING:
-    pass
+from . import convert, formats, inspect, plan, synth, verify
+from .parser import Parser
+from .printing import print_message
+from .signals import Terminated, install_signal_handlers, reset_signal_handlers
 
 __all__ = ["main"]
 
+_COMMANDS = (convert, plan, inspect, verify, synth, formats)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # nothing here calls it; its threads cost
+    """Run a command.
+
+    Args:
+        argv: The command line without the program's name; by default `sys.argv[1:]`.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        SystemExit: For `--help`, `--version` and usage errors.
+    """
+    # numpy's OpenBLAS is not used; its threads would only take memory.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
-        signal.signal(signal.SIGINT, stop)
-        signal.signal(signal.SIGTERM, stop)
+        install_signal_handlers()
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold any bytes
+            sys.stdout.reconfigure(errors="backslashreplace")  # a path may contain any bytes
         arguments = _parser().parse_args(argv)
-        run: Callable[[argparse.Namespace], int | None] = arguments.run
-        code = run(arguments)
+        code: int = arguments.run(arguments)
         sys.stdout.flush()
+        return code
     except GptOssStreamError as error:
-        say(f"error: {error}")
+        print_message(f"error: {error}")
         return error.exit_code
     except BrokenPipeError:
-        # The reader of our output has left; keep Python from complaining at exit.
-        sys.stdout = None
+        sys.stdout = None  # otherwise Python tries to flush it at exit and prints an error
         return 128 + signal.SIGPIPE
     except MemoryError:
-        say("error: not enough memory; give it more, or use fewer --workers")
+        print_message("error: out of memory; free some memory or use fewer --workers")
         return MachineError.exit_code
-    except OSError as error:
-        say(f"error: {machine_error(error, 'printing')}")
+    except OSError as error:  # the library's own are GptOssStreamErrors
+        print_message(f"error: {machine_error(error, 'printing')}")
         sys.stdout = None
-        return 3
+        return MachineError.exit_code
     except KeyboardInterrupt:
-        say("interrupted; run the same command again to go on")
+        print_message("interrupted; run the same command again to resume")
         return 128 + signal.SIGINT
     except Terminated:
-        say("terminated; run the same command again to go on")
+        print_message("terminated; run the same command again to resume")
         return 128 + signal.SIGTERM
     finally:
-        reset_signals()
-    return code or 0
+        reset_signal_handlers()
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line.
+
+    A command's parsed arguments have its function `run` as `run`.
+    """
     parser = argparse.ArgumentParser(
         prog="gptoss_stream",
-        description="Rewrite gpt-oss checkpoints into the format that other code loads, piece by "
-        "piece and in little memory.",
+        description="Convert gpt-oss checkpoints between formats in little memory.",
+        epilog="'gptoss_stream COMMAND --help' describes a command.",
     )
-    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument(
+        "--version", action="version", version=__version__, help="print the version"
+    )
     commands = parser.add_subparsers(
         title="commands", metavar="COMMAND", required=True, parser_class=Parser
     )
-
-    _add_convert(commands)
-
-    plan = commands.add_parser("plan", help="show what convert would do; moves no data")
-    add_source(plan)
-    plan.add_argument(
-        "output", metavar="OUTPUT", nargs="?", default=".", help="where it would be written"
-    )
-    add_staging(plan)
-    add_conversion_options(plan)
-    add_workers(plan)
-    plan.add_argument("--quiet", action="store_true", help="print the plan alone")
-    plan.add_argument("--json", action="store_true", help="print the whole plan for programs")
-    plan.set_defaults(run=_plan)
-
-    inspect = commands.add_parser("inspect", help="show what a folder is")
-    add_source(inspect, also=", or what was made of one")
-    add_source_format(inspect)
-    inspect.add_argument("--json", action="store_true", help="print it for programs")
-    inspect.set_defaults(run=_inspect)
-
-    verify = commands.add_parser("verify", help="compare an output with what its source gives")
-    add_source(verify, nargs="?")
-    verify.add_argument("output", metavar="OUTPUT", help="folder of the converted one")
-    verify.add_argument(
-        "--checksums", action="store_true", help="hold OUTPUT against its SHA256SUMS, not a SOURCE"
-    )
-    verify.add_argument(
-        "--to", metavar="FORMAT", help="of OUTPUT; default: what the output's record says"
-    )
-    add_selection_options(verify)
-    verify.add_argument("--sample", type=int, metavar="N", help="only N tensors, at random")
-    verify.add_argument("--seed", type=int, default=0, metavar="S", help="of the sample; default 0")
-    add_workers(verify)
-    verify.add_argument("--quiet", action="store_true", help="print differences only")
-    verify.add_argument("--json", action="store_true", help="print the result for programs")
-    verify.set_defaults(run=_verify)
-
-    synth = commands.add_parser("synth", help="write a random checkpoint to try things with")
-    synth.add_argument("output", metavar="OUTPUT", help="folder to write; new, empty or resumed")
-    synth.add_argument(
-        "--format",
-        default="hf-mxfp4",
-        metavar="FORMAT",
-        help="default hf-mxfp4; see the command formats",
-    )
-    synth.add_argument("--preset", default="tiny", metavar="NAME", help="tiny (default), 20b, 120b")
-    for name in _DIMENSIONS:
-        synth.add_argument(f"--{name}", type=int, metavar="N", help="override the preset's")
-    synth.add_argument("--seed", type=int, default=0, metavar="S", help="default 0")
-    synth.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="default 5GB (decimal units)"
-    )
-    add_writing_options(synth)
-    synth.set_defaults(run=_synth)
-
-    formats = commands.add_parser("formats", help="list the formats that are read and written")
-    formats.add_argument("--json", action="store_true", help="print them for programs")
-    formats.set_defaults(run=_formats)
+    for command in _COMMANDS:
+        command.add_parser(commands)
     return parser

@@ -1,147 +1,228 @@
-"""The command line: parses, calls the library, prints. Exit codes: 0 done; 1 verify found
-differences; 2 bad usage or input; 3 the machine failed; 130 interrupted (143 by SIGTERM).
-
-Nothing heavy is imported before a command runs, so that --help and usage errors come at once.
-"""
+"""Options that several commands share, and the objects that they stand for."""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
-from .printing import say
+from .printing import print_message
 
 if TYPE_CHECKING:
     from ..model.selection import Selection
     from ..storage.location import Location, WritableLocation
 
 __all__ = [
-    "Parser",
     "add_conversion_options",
-    "add_selection_options",
+    "add_json",
+    "add_max_shard_size",
+    "add_overwrite",
+    "add_quiet",
+    "add_remote_output",
+    "add_remote_source",
+    "add_selection",
     "add_source",
     "add_source_format",
-    "add_staging",
     "add_workers",
-    "add_writing_options",
     "open_output",
     "open_source",
     "parse_selection",
 ]
 
 
-class Parser(argparse.ArgumentParser):
-    """Takes options between positionals of which one may be left out."""
-
-    _is_within = False
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        if self._is_within:
-            return super().parse_known_args(args, namespace)
-        self._is_within = True
-        try:
-            return self.parse_known_intermixed_args(args, namespace)
-        finally:
-            self._is_within = False
-
-
 def add_source(
-    parser: argparse.ArgumentParser, also: str = "", nargs: Literal["?"] | None = None
+    parser: argparse.ArgumentParser, what: str = "checkpoint to read", *, is_optional: bool = False
 ) -> None:
+    """Add the positional SOURCE.
+
+    Args:
+        parser: The parser of a command.
+        what: What SOURCE is, for the help text.
+        is_optional: Whether SOURCE may be left out.
+    """
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        nargs=nargs,
-        help=f"folder of a gpt-oss checkpoint{also}; or openai/gpt-oss-20b on the Hub; or a URL",
-    )
-    part = parser.add_argument_group("a source that is not a folder here")
-    part.add_argument("--revision", metavar="REV", help="branch, tag or commit of a repository")
-    part.add_argument("--subfolder", metavar="DIR", help="folder in it, such as original")
-    part.add_argument("--token", metavar="TOKEN", help="of the Hub; default: the usual login")
-
-
-def add_staging(parser: argparse.ArgumentParser) -> None:
-    part = parser.add_argument_group("an output that is not a folder here")
-    part.add_argument(
-        "--staging", metavar="DIR", help="where shards lie until they are sent; default: the cache"
-    )
-    part.add_argument(
-        "--max-staged", type=int, default=2, metavar="N", help="shards there at a time; default 2"
+        nargs="?" if is_optional else None,
+        help=f"{what}: a folder, a Hub repository such as openai/gpt-oss-20b, or a URL",
     )
 
 
-def open_source(arguments: argparse.Namespace, store: WritableLocation | None = None) -> Location:
-    """The place that SOURCE means; says which it is where that is not plain. A token may be meant
-    for the `store` alone."""
-    from ..storage.local_folder import LocalFolder
-    from ..storage.open_location import is_repository, is_repository_name, open_location
+def add_remote_source(parser: argparse.ArgumentParser, *, can_download: bool = False) -> None:
+    """Add the options of a remote SOURCE.
 
-    location = open_location(
-        arguments.source,
-        revision=arguments.revision,
-        subfolder=arguments.subfolder,
-        token=arguments.token if store is None or is_repository(arguments.source) else None,
-        download=getattr(arguments, "download", False),
+    Args:
+        parser: The parser of a command.
+        can_download: Whether the command has `--download`.
+    """
+    group = parser.add_argument_group("remote source")
+    group.add_argument(
+        "--revision", metavar="REV", help="branch, tag or commit of a Hub repository"
     )
-    if not getattr(arguments, "quiet", False):
-        if not location.is_local:
-            say(f"reading {location}")
-        elif is_repository_name(arguments.source) and isinstance(location, LocalFolder):
-            say(f"reading the local folder {location}")
-    return location
+    group.add_argument(
+        "--subfolder", metavar="DIR", help="folder in SOURCE with the checkpoint, such as original"
+    )
+    group.add_argument(
+        "--token", metavar="TOKEN", help="Hub token (default: cached login or HF_TOKEN)"
+    )
+    if can_download:
+        group.add_argument(
+            "--download",
+            action="store_true",
+            help="download SOURCE to the Hub cache instead of streaming it",
+        )
 
 
-def add_conversion_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--to",
-        default="transformer-lens",
-        metavar="FORMAT",
-        help="what to write; default transformer-lens; see the command formats",
+def add_remote_output(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a remote OUTPUT."""
+    group = parser.add_argument_group("remote output")
+    group.add_argument(
+        "--staging",
+        metavar="DIR",
+        help="local folder for shards until they are uploaded (default: in the user's cache)",
     )
-    add_selection_options(parser)
-    parser.add_argument(
-        "--dtype",
-        metavar="DTYPE",
-        help="bfloat16, float16, float32 or keep; default: keep from a format to itself and from "
-        "transformer-lens, else bfloat16",
-    )
-    parser.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="default 5GB (decimal units)"
+    group.add_argument(
+        "--max-staged",
+        type=int,
+        default=2,
+        metavar="N",
+        help="maximum number of shards in that folder (default: 2)",
     )
 
 
 def add_source_format(parser: argparse.ArgumentParser) -> None:
+    """Add `--from`."""
     parser.add_argument(
-        "--from", dest="source_format", metavar="FORMAT", help="of SOURCE; default: detected"
+        "--from",
+        dest="source_format",
+        metavar="FORMAT",
+        help="format of SOURCE (default: detected)",
     )
 
 
-def add_selection_options(parser: argparse.ArgumentParser) -> None:
+def add_conversion_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--to`, `--from`, `--dtype` and `--max-shard-size`."""
+    parser.add_argument(
+        "--to",
+        default="transformer-lens",
+        metavar="FORMAT",
+        help="format to write (default: transformer-lens); the command 'formats' lists them all",
+    )
     add_source_format(parser)
-    part = parser.add_argument_group("in part", "each option restricts what it speaks of")
-    part.add_argument(
-        "--layers", metavar="LIST", help="such as 0-3,7; -1 is the last (--layers=-2,-1)"
+    parser.add_argument(
+        "--dtype",
+        metavar="DTYPE",
+        help="bfloat16, float16, float32, or keep for each tensor's own (default: keep from a "
+        "format to itself and from transformer-lens, otherwise bfloat16)",
     )
-    part.add_argument("--experts", metavar="LIST", help="such as 0,5-9; -1 is the last")
-    part.add_argument(
+    add_max_shard_size(parser)
+
+
+def add_max_shard_size(parser: argparse.ArgumentParser) -> None:
+    """Add `--max-shard-size`."""
+    parser.add_argument(
+        "--max-shard-size",
+        default="5GB",
+        metavar="SIZE",
+        help="maximum size of a shard, such as 500MB, in decimal units (default: 5GB); a larger "
+        "tensor gets a shard of its own",
+    )
+
+
+def add_selection(parser: argparse.ArgumentParser) -> None:
+    """Add the options that select tensors of the output."""
+    group = parser.add_argument_group("selection (options are combined)")
+    group.add_argument(
+        "--layers",
+        metavar="LIST",
+        help="layers, such as 0-3,7; -1 is the last (write --layers=-2,-1 if the list starts with a "
+        "minus sign); tensors outside layers are kept",
+    )
+    group.add_argument(
+        "--experts",
+        metavar="LIST",
+        help="experts, such as 0,5-9; -1 is the last; tensors outside experts are kept",
+    )
+    group.add_argument(
         "--only",
         action="append",
         default=[],
         metavar="GROUP",
-        help="attention, experts, router, embeddings or norms; may be repeated",
+        help="a group of tensors: attention, experts, router, embeddings or norms; may be repeated",
     )
-    for name in ("include", "exclude"):
-        part.add_argument(
+    for name, effect in (("include", "that match"), ("exclude", "that do not match")):
+        group.add_argument(
             f"--{name}",
             action="append",
             default=[],
             metavar="GLOB",
-            help="on names of output tensors; may be repeated",
+            help=f"output tensors with names {effect}, such as '*.bias'; may be repeated",
         )
 
 
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Add `--workers`."""
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="number of threads (default: one more than processors, at most 8)",
+    )
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """Add `--overwrite`."""
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an earlier output of this tool; other files are not deleted",
+    )
+
+
+def add_quiet(parser: argparse.ArgumentParser, what: str = "errors") -> None:
+    """Add `--quiet`; `what` is all that is then printed."""
+    parser.add_argument("--quiet", action="store_true", help=f"print {what} only")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add `--json`."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def open_source(arguments: argparse.Namespace, output: WritableLocation | None = None) -> Location:
+    """Open SOURCE; print where it is read from if that is remote or may be a surprise.
+
+    Args:
+        arguments: The parsed arguments.
+        output: The remote output, for which `--token` may be instead.
+    """
+    from ..storage.local_folder import LocalFolder
+    from ..storage.open_location import is_repository, is_repository_name, open_location
+
+    is_token_for_source = output is None or is_repository(arguments.source)
+    location = open_location(
+        arguments.source,
+        revision=arguments.revision,
+        subfolder=arguments.subfolder,
+        token=arguments.token if is_token_for_source else None,
+        download=getattr(arguments, "download", False),
+    )
+    if not getattr(arguments, "quiet", False):  # inspect has no --quiet
+        if not location.is_local:
+            print_message(f"reading {location}")
+        elif is_repository_name(arguments.source) and isinstance(location, LocalFolder):
+            print_message(f"reading the local folder {location}")
+    return location
+
+
+def open_output(arguments: argparse.Namespace) -> WritableLocation | None:
+    """Open OUTPUT if it is remote; return None for a local folder."""
+    from ..storage.open_location import open_writable_location
+
+    return open_writable_location(arguments.output, token=arguments.token)
+
+
 def parse_selection(arguments: argparse.Namespace) -> Selection | None:
-    """The selection that was asked for, if any."""
+    """Return the selection, or None without any selection option."""
     from ..model.selection import Selection
 
     selection = Selection(
@@ -152,27 +233,3 @@ def parse_selection(arguments: argparse.Namespace) -> Selection | None:
         tuple(arguments.exclude),
     )
     return None if selection == Selection() else selection
-
-
-def add_workers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="threads; default one more than processors, at most 8",
-    )
-
-
-def add_writing_options(parser: argparse.ArgumentParser) -> None:
-    add_workers(parser)
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace an earlier output of this tool"
-    )
-    parser.add_argument("--quiet", action="store_true", help="print errors only")
-
-
-def open_output(arguments: argparse.Namespace) -> WritableLocation | None:
-    """The remote place that OUTPUT means, if it means one."""
-    from ..storage.open_location import open_writable_location
-
-    return open_writable_location(arguments.output, token=arguments.token)

@@ -1,36 +1,85 @@
-"""The command line: parses, calls the library, prints. Exit codes: 0 done; 1 verify found
-differences; 2 bad usage or input; 3 the machine failed; 130 interrupted (143 by SIGTERM).
-
-Nothing heavy is imported before a command runs, so that --help and usage errors come at once.
-"""
+"""The command `plan`: show what `convert` would write."""
 
 from __future__ import annotations
 
 import argparse
-import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._utils.messages import counted, sized
 from .._utils.paths import user_path
-from .options import open_output, open_source, parse_selection
-from .printing import format_line, model_line, print_narrowed, selection_line, warn
+from .options import (
+    add_conversion_options,
+    add_json,
+    add_quiet,
+    add_remote_output,
+    add_remote_source,
+    add_selection,
+    add_source,
+    add_workers,
+    open_output,
+    open_source,
+    parse_selection,
+)
+from .parser import Commands
+from .printing import (
+    describe_format,
+    describe_model,
+    describe_selection,
+    print_json,
+    print_narrowed,
+    print_warnings,
+)
 
 if TYPE_CHECKING:
     from ..planning.plan import Plan
+    from ..planning.shards import PlannedShard
+    from ..storage.location import WritableLocation
 
-__all__ = []
+__all__ = ["add_parser", "run"]
 
 
-def _plan(arguments: argparse.Namespace) -> None:
+class _Resources(NamedTuple):
+    """What a conversion needs of this machine, in bytes."""
+
+    disk_needed: int
+    disk_free: int
+    memory: int
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "plan",
+        help="show what convert would write",
+        description="Show what convert would write with the same options, and how much disk and "
+        "memory it needs. Only headers and configuration are read.",
+    )
+    add_source(parser)
+    parser.add_argument(
+        "output",
+        metavar="OUTPUT",
+        nargs="?",
+        default=".",
+        help="where convert would write (default: the current folder)",
+    )
+    add_conversion_options(parser)
+    add_workers(parser)
+    add_quiet(parser, "the plan and errors")
+    add_json(parser)
+    add_selection(parser)
+    add_remote_source(parser)
+    add_remote_output(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; return the exit code."""
     from .._utils.thread_pool import count_workers
     from ..planning.plan import plan
-    from ..writing.disk_space import free_nbytes
-    from ..writing.executor import memory_nbytes
-    from ..writing.remote_output import staging_folder, staging_nbytes
 
-    store = open_output(arguments)
+    output = open_output(arguments)
     planned = plan(
-        open_source(arguments, store),
+        open_source(arguments, output),
         to=arguments.to,
         source_format=arguments.source_format,
         dtype=arguments.dtype,
@@ -38,48 +87,66 @@ def _plan(arguments: argparse.Namespace) -> None:
         selection=parse_selection(arguments),
     )
     workers = count_workers(arguments.workers)
-    if store is None:
-        where = user_path(arguments.output)
+    resources = _resources(planned, output, workers, arguments)
+    if arguments.json:
+        print_json(_as_dict(planned, resources))
+        return 0
+    _print_plan(planned, resources, workers)
+    if not arguments.quiet:
+        print_warnings(planned)
+    return 0
+
+
+def _resources(
+    planned: Plan, output: WritableLocation | None, workers: int, arguments: argparse.Namespace
+) -> _Resources:
+    """Return what the conversion needs, on the disk of a local OUTPUT or of the staging folder."""
+    from ..writing.disk_space import free_nbytes
+    from ..writing.executor import memory_nbytes
+    from ..writing.remote_output import staging_folder, staging_nbytes
+
+    if output is None:
+        folder = user_path(arguments.output)
         needed = planned.nbytes + planned.spill_nbytes
     else:
-        where = staging_folder(store, arguments.staging)
+        folder = staging_folder(output, arguments.staging)
         needed = staging_nbytes(planned.shards, arguments.max_staged)
-    free = free_nbytes(where)
-    is_local = planned.info.location.is_local and store is None
-    memory = memory_nbytes(workers, is_local=is_local)
-    if arguments.json:
-        print(json.dumps(_plan_as_dict(planned, needed, free, memory), indent=2))
-        return
-    model = planned.model
+    is_local = planned.info.location.is_local and output is None
+    return _Resources(needed, free_nbytes(folder), memory_nbytes(workers, is_local=is_local))
+
+
+def _print_plan(planned: Plan, resources: _Resources, workers: int) -> None:
+    """Print the plan: source, model, output, resources, and a line for each shard."""
     print(
         f"source   {planned.info.location}: {planned.source_format} ({planned.detected_by})\n"
-        f"model    {model_line(model)}\n"
-        f"output   {counted(planned.num_tensors, 'tensor')}{selection_line(planned.selection.as_dict())}, "
-        f"{format_line(planned.to, planned.dtype)}, "
+        f"model    {describe_model(planned.model)}\n"
+        f"output   {counted(planned.num_tensors, 'tensor')}"
+        f"{describe_selection(planned.selection.as_dict())}, "
+        f"{describe_format(planned.to, planned.dtype)}, "
         f"{sized(planned.nbytes)} in {counted(len(planned.shards), 'shard')}, "
-        f"of {sized(planned.source_nbytes)} read\n"
-        f"disk     {sized(needed)} needed, {sized(free)} free"
-        f"{'' if needed <= free else ': NOT ENOUGH'}\n"
-        f"memory   {sized(memory)} at most, {counted(workers, 'worker')}"
+        f"made from {sized(planned.source_nbytes)} of the source\n"
+        f"disk     {sized(resources.disk_needed)} needed, {sized(resources.disk_free)} free"
+        f"{': NOT ENOUGH' if resources.disk_needed > resources.disk_free else ''}\n"
+        f"memory   {sized(resources.memory)} at most, {counted(workers, 'worker')}"
     )
     print_narrowed(planned.narrowed)
     for shard in planned.shards:
         print(f"  {shard.name}  {sized(shard.nbytes):>9}  {counted(len(shard.tensors), 'tensor')}")
-    if not arguments.quiet:
-        warn(planned)
 
 
-def _plan_as_dict(planned: Plan, needed: int, free: int, memory: int) -> dict[str, Any]:
+def _as_dict(planned: Plan, resources: _Resources) -> dict[str, Any]:
+    """Return the whole plan as JSON types; sizes and offsets are in bytes."""
+    model = planned.model
     return {
         "source": str(planned.info.location),
         "source_format": planned.source_format,
-        "recognised_by": planned.detected_by,
+        "detected_by": planned.detected_by,
         "model": {
-            "layers": planned.model.num_layers,
-            "experts": planned.model.num_experts,
-            "experts_per_token": planned.model.experts_per_token,
-            "parameters": planned.model.num_parameters,
-            **planned.model.dimensions,
+            "layers": model.num_layers,
+            "experts": model.num_experts,
+            "experts_per_token": model.experts_per_token,
+            "parameters": model.num_parameters,
+            **model.dimensions,
         },
         "format": planned.to,
         "partial": planned.is_partial,
@@ -91,25 +158,25 @@ def _plan_as_dict(planned: Plan, needed: int, free: int, memory: int) -> dict[st
         "source_bytes": planned.source_nbytes,
         "data_bytes": planned.data_nbytes,
         "bytes": planned.nbytes,
-        "disk_needed": needed,
-        "disk_free": free,
-        "memory": memory,
-        "unused": list(planned.unmapped),
-        "shards": [
+        **resources._asdict(),
+        "unmapped": list(planned.unmapped),
+        "shards": [_shard_as_dict(shard) for shard in planned.shards],
+    }
+
+
+def _shard_as_dict(shard: PlannedShard) -> dict[str, Any]:
+    """Return a planned shard as JSON types."""
+    return {
+        "name": shard.name,
+        "bytes": shard.nbytes,
+        "tensors": [
             {
-                "name": shard.name,
-                "bytes": shard.nbytes,
-                "tensors": [
-                    {
-                        "name": tensor.name,
-                        "dtype": tensor.dtype.code,
-                        "shape": list(tensor.shape),
-                        "offset": offset,
-                        "bytes": tensor.nbytes,
-                    }
-                    for tensor, offset in zip(shard.tensors, shard.offsets, strict=True)
-                ],
+                "name": tensor.name,
+                "dtype": tensor.dtype.code,
+                "shape": list(tensor.shape),
+                "offset": offset,
+                "bytes": tensor.nbytes,
             }
-            for shard in planned.shards
+            for tensor, offset in zip(shard.tensors, shard.offsets, strict=True)
         ],
     }

@@ -1,11 +1,8 @@
-"""The command line: parses, calls the library, prints. Exit codes: 0 done; 1 verify found
-differences; 2 bad usage or input; 3 the machine failed; 130 interrupted (143 by SIGTERM).
-
-Nothing heavy is imported before a command runs, so that --help and usage errors come at once.
-"""
+"""Printing for users: messages to stderr, and descriptions that several commands print."""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -14,57 +11,75 @@ from .._utils.messages import counted, listed
 
 if TYPE_CHECKING:
     from ..checkpoint.metadata import RawTensor
+    from ..model.config import ModelConfig
     from ..planning.plan import Plan
 
 __all__ = [
-    "format_line",
-    "model_line",
+    "describe_format",
+    "describe_model",
+    "describe_selection",
+    "print_json",
+    "print_message",
     "print_narrowed",
     "print_tensors",
-    "say",
-    "selection_line",
-    "warn",
+    "print_warnings",
 ]
 
 
-def say(message: str) -> None:
-    """One line to stderr, whatever the message holds."""
+def print_message(message: str) -> None:
+    """Print a message as one line to stderr; line breaks in it become spaces."""
     print("gptoss_stream: " + " ".join(message.splitlines()), file=sys.stderr)
 
 
-def warn(planned: Plan) -> None:
-    if planned.warning:
-        say(f"warning: {planned.warning}")
-    if planned.unmapped:
-        shown = listed(planned.unmapped, 5)
-        say(f"warning: {counted(len(planned.unmapped), 'tensor')} not converted: {shown}")
+def print_warnings(plan: Plan) -> None:
+    """Print what the user should know before a conversion, to stderr."""
+    if plan.warning:
+        print_message(f"warning: {plan.warning}")
+    if plan.unmapped:
+        print_message(
+            f"warning: {counted(len(plan.unmapped), 'tensor')} not converted: "
+            f"{listed(plan.unmapped, 5)}"
+        )
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """Print an object as JSON to stdout."""
+    print(json.dumps(value, indent=2))
 
 
 def print_narrowed(narrowed: Mapping[str, int]) -> None:
+    """Print how many tensors lose precision, by dtypes (see `Plan.narrowed`)."""
     for dtypes, count in narrowed.items():
-        print(f"narrowed {counted(count, 'tensor')} from {dtypes}")
+        print(f"precision lost in {counted(count, 'tensor')}: {dtypes}")
 
 
-def format_line(name: str, dtype: str) -> str:
-    """A format and a dtype in words."""
+def print_tensors(tensors: Mapping[str, RawTensor]) -> None:
+    """Print a line for each tensor: name, dtype, shape and shard."""
+    width = max(map(len, tensors), default=0)
+    for raw in tensors.values():
+        print(f"  {raw.name:{width}}  {raw.dtype.code:4}  {list(raw.shape)}  {raw.shard}")
+
+
+def describe_format(name: str, dtype: str) -> str:
+    """Return a format and a dtype (a torch name or "keep") in words."""
     return f"{name} in {'the dtypes of the source' if dtype == 'keep' else dtype}"
 
 
-def selection_line(selection: Mapping[str, Any]) -> str:
-    """A selection in words; nothing for all."""
+def describe_selection(selection: Mapping[str, Any]) -> str:
+    """Return a selection in words and in brackets; empty for a selection of everything.
+
+    Args:
+        selection: As from `ResolvedSelection.as_dict`.
+    """
     chosen = [f"{name} {','.join(map(str, value))}" for name, value in selection.items()]
     return f" ({'; '.join(chosen)})" if chosen else ""
 
 
-def model_line(model: Any) -> str:
+def describe_model(model: ModelConfig) -> str:
+    """Return the size of a model in words."""
+    count = model.num_parameters
+    parameters = f"{count / 1e9:.3g} billion" if count >= 1e9 else f"{count / 1e6:.3g} million"
     return (
         f"{counted(model.num_layers, 'layer')}, {counted(model.num_experts, 'expert')} "
-        f"({model.experts_per_token} for each token), "
-        f"{model.num_parameters / 1e9:.3g} billion parameters"
+        f"({model.experts_per_token} for each token), {parameters} parameters"
     )
-
-
-def print_tensors(tensors: Mapping[str, RawTensor]) -> None:
-    width = max(map(len, tensors), default=0)
-    for raw in tensors.values():
-        print(f"  {raw.name:{width}}  {raw.dtype.code:4}  {list(raw.shape)}  {raw.shard}")

@@ -1,44 +1,49 @@
-"""The command line: parses, calls the library, prints. Exit codes: 0 done; 1 verify found
-differences; 2 bad usage or input; 3 the machine failed; 130 interrupted (143 by SIGTERM).
-
-Nothing heavy is imported before a command runs, so that --help and usage errors come at once.
-"""
+"""SIGINT and SIGTERM end a command as exceptions, so that it can clean up."""
 
 from __future__ import annotations
 
 import signal
 from types import FrameType
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
+__all__ = ["Terminated", "install_signal_handlers", "reset_signal_handlers"]
 
-__all__ = ["Terminated", "reset_signals", "stop"]
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_RETRY_SECONDS = 0.01
 
 
 class Terminated(BaseException):
-    """SIGTERM came."""
+    """The process received SIGTERM. (For SIGINT, `KeyboardInterrupt` is raised.)"""
 
 
-def stop(signum: int, frame: FrameType | None) -> None:
-    """End what runs. Not in the middle of an import, in whose callbacks an exception gets lost."""
+def install_signal_handlers() -> None:
+    """Raise an exception in the main thread at the first SIGINT or SIGTERM."""
+    for number in _SIGNALS:
+        signal.signal(number, _raise_exception)
+
+
+def reset_signal_handlers() -> None:
+    """Let the next signal end the process at once, without a message."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _raise_exception(number: int, frame: FrameType | None) -> None:
+    """Handle a signal; during an import, wait until that is done.
+
+    importlib runs weak reference callbacks, in which Python ignores exceptions.
+    """
     if _is_importing(frame):
-        signal.signal(signal.SIGALRM, lambda _, later: stop(signum, later))
-        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        signal.signal(signal.SIGALRM, lambda _, later: _raise_exception(number, later))
+        signal.setitimer(signal.ITIMER_REAL, _RETRY_SECONDS)
         return
-    reset_signals()
-    raise KeyboardInterrupt if signum == signal.SIGINT else Terminated
+    reset_signal_handlers()
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
 
 def _is_importing(frame: FrameType | None) -> bool:
+    """Return whether a frame is called by an import, or by code that one runs."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             return True
         frame = frame.f_back
     return False
-
-
-def reset_signals() -> None:
-    """From here on a signal, a second one for instance, ends the process without a word."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)

@@ -1,62 +1,117 @@
-"""The command line: parses, calls the library, prints. Exit codes: 0 done; 1 verify found
-differences; 2 bad usage or input; 3 the machine failed; 130 interrupted (143 by SIGTERM).
-
-Nothing heavy is imported before a command runs, so that --help and usage errors come at once.
-"""
+"""The command `verify`: compare a converted output with its source, or with its checksums."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from typing import TYPE_CHECKING
 
 from .._utils.messages import counted, sized
 from ..errors import OptionError
-from .options import open_source, parse_selection
-from .printing import selection_line
+from .options import (
+    add_json,
+    add_quiet,
+    add_remote_source,
+    add_selection,
+    add_source,
+    add_source_format,
+    add_workers,
+    open_source,
+    parse_selection,
+)
+from .parser import Commands
+from .printing import describe_selection, print_json
 from .progress import progress_bar
 
 if TYPE_CHECKING:
-    pass
+    from ..verification.differences import Verification
 
-__all__ = []
+__all__ = ["add_parser", "run"]
 
 
-def _verify(arguments: argparse.Namespace) -> int:
-    from ..verification.verify import verify, verify_checksums
+def add_parser(commands: Commands) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "verify",
+        help="compare a converted output with its source",
+        description="Convert SOURCE again in memory and compare every byte with OUTPUT; or, with "
+        "--checksums and without SOURCE, check OUTPUT against its SHA256SUMS. The exit code is 1 "
+        "if there are differences.",
+    )
+    add_source(parser, "checkpoint that was converted", is_optional=True)
+    parser.add_argument("output", metavar="OUTPUT", help="converted output folder")
+    parser.add_argument(
+        "--checksums",
+        action="store_true",
+        help="check OUTPUT against its SHA256SUMS instead of SOURCE",
+    )
+    parser.add_argument(
+        "--to",
+        metavar="FORMAT",
+        help="format of OUTPUT (default: as recorded in its gptoss_stream.json)",
+    )
+    add_source_format(parser)
+    parser.add_argument(
+        "--sample", type=int, metavar="N", help="compare the data of N random tensors only"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="random seed of --sample (default: 0)"
+    )
+    add_workers(parser)
+    add_quiet(parser, "differences and errors")
+    add_json(parser)
+    add_selection(parser)
+    add_remote_source(parser)
+    parser.set_defaults(run=run)
 
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; return the exit code, which is 1 if there are differences."""
     if (arguments.source is None) != arguments.checksums:
         raise OptionError("verify takes either SOURCE and OUTPUT, or OUTPUT and --checksums")
-    with progress_bar(arguments.quiet) as (start, advance):
-        if arguments.checksums:
-            result = verify_checksums(
-                arguments.output, on_plan=lambda nbytes: start(nbytes, 0), on_bytes=advance
-            )
-        else:
-            result = verify(
-                open_source(arguments),
-                arguments.output,
-                to=arguments.to,
-                source_format=arguments.source_format,
-                selection=parse_selection(arguments),
-                sample=arguments.sample,
-                seed=arguments.seed,
-                workers=arguments.workers,
-                on_plan=lambda nbytes: start(nbytes, 0),
-                on_bytes=advance,
-            )
+    result = _verify_checksums(arguments) if arguments.checksums else _verify(arguments)
     if arguments.json:
-        print(json.dumps(result.as_dict(), indent=2))
-        return 0 if result.equal else 1
+        print_json(result.as_dict())
+    else:
+        _print_result(result, arguments)
+    return 0 if result.equal else 1
+
+
+def _verify(arguments: argparse.Namespace) -> Verification:
+    """Compare OUTPUT with SOURCE."""
+    from ..verification.verify import verify
+
+    with progress_bar(arguments.quiet) as (on_start, on_progress):
+        return verify(
+            open_source(arguments),
+            arguments.output,
+            to=arguments.to,
+            source_format=arguments.source_format,
+            selection=parse_selection(arguments),
+            sample=arguments.sample,
+            seed=arguments.seed,
+            workers=arguments.workers,
+            on_start=on_start,
+            on_progress=on_progress,
+        )
+
+
+def _verify_checksums(arguments: argparse.Namespace) -> Verification:
+    """Check OUTPUT against its SHA256SUMS."""
+    from ..verification.verify import verify_checksums
+
+    with progress_bar(arguments.quiet) as (on_start, on_progress):
+        return verify_checksums(arguments.output, on_start=on_start, on_progress=on_progress)
+
+
+def _print_result(result: Verification, arguments: argparse.Namespace) -> None:
+    """Print each difference, then a summary."""
     for difference in result.differences:
         print(difference)
-    what = (
+    compared = (
         counted(result.files, "file") if arguments.checksums else counted(result.tensors, "tensor")
     )
-    compared = f"{what}, {sized(result.nbytes)}{selection_line(result.selection)}"
+    compared += f", {sized(result.nbytes)} compared{describe_selection(result.selection)}"
     if not result.equal:
         print(f"{result.output}: {counted(len(result.differences), 'difference')} ({compared})")
-        return 1
-    if not arguments.quiet:
-        print(f"{result.output}: equal ({compared} compared)")
-    return 0
+    elif not arguments.quiet:
+        print(f"{result.output}: equal ({compared})")

@@ -221,9 +221,9 @@ def test_a_narrowing_is_said(sources, tmp_path, capsys):
     source = str(sources("hf", "f32, one expert")[0])
     for command in ("plan", "convert"):
         assert main([command, source, str(tmp_path / "out"), "--to", "hf-unfused"]) == 0
-        assert "\nnarrowed 37 tensors from F32 to BF16\n" in capsys.readouterr().out
+        assert "\nprecision lost in 37 tensors: F32 to BF16\n" in capsys.readouterr().out
         assert main([command, source, str(tmp_path / "kept"), "--to", "hf"]) == 0
-        assert "narrowed" not in capsys.readouterr().out
+        assert "precision lost" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("target", PACKED)

@@ -422,8 +422,8 @@ SLURM = "SLURM_ARRAY_TASK_"
         ({}, "not a task of a SLURM array"),
         ({"ID": "1"}, "not a task of a SLURM array"),
         ({"ID": "one", "COUNT": "3"}, "not a task of a SLURM array"),
-        ({"ID": "9", "COUNT": "3", "MIN": "1"}, "none of an unbroken array"),
-        ({"ID": "11", "COUNT": "3", "MIN": "10", "STEP": "2"}, "none of an unbroken array"),
+        ({"ID": "9", "COUNT": "3", "MIN": "1"}, "not in a contiguous array"),
+        ({"ID": "11", "COUNT": "3", "MIN": "10", "STEP": "2"}, "not in a contiguous array"),
     ],
 )
 def test_slurm_says_which_task_it_is(source, tmp_path, monkeypatch, environment, expected):
