@@ -469,7 +469,7 @@ def test_a_run_that_waits_for_the_network_is_interrupted_at_once(
     done = job.done()
     assert time.monotonic() - begun < 5
     assert_clean_error(done, code)
-    assert "run the same command again to go on" in done.stderr
+    assert "run the same command again to resume" in done.stderr
     hub.faults.clear()
     assert convert(NAME, output).returncode == 0
     assert (finished(tmp_path / "out") if where == "reading" else contents(hub)) == whole(released)
@@ -580,7 +580,7 @@ def test_a_resumed_run_reads_the_state_that_it_began_with(
     hub.add_folder(NAME, another)
     done = cli("convert", NAME, "out", *SIZE)
     assert done.returncode == 0, done.stderr
-    assert f"going on with hf://{NAME}@{began[:12]}, which the run began" in done.stderr
+    assert f"reading hf://{NAME}@{began[:12]}, the commit recorded by the" in done.stderr
     assert finished(tmp_path / "out") == whole(released)
     assert json.loads((tmp_path / "out" / RECORD).read_text())["source"] == f"hf://{NAME}@{began}"
 
@@ -944,7 +944,7 @@ def test_a_repository_is_made_and_filled(part_nbytes, hub, cli, released, whole,
     assert hub.bytes_received == sum(c.nbytes for n, c in hub.files(OUT).items() if "model-" in n)
     assert list((tmp_path / "this" / "gptoss_stream").iterdir()) == []
     again = cli("convert", released, f"hf://{OUT}", *SIZE)
-    assert "nothing was left to do" in again.stdout
+    assert "nothing to do: all shards were already written" in again.stdout
     assert len(commits(hub)) == len(shards) + 3
     assert list((tmp_path / "this" / "gptoss_stream").iterdir()) == []
 

@@ -241,7 +241,7 @@ def test_a_finished_run_is_not_done_again(s3, checkpoints, tmp_path):
     assert_done(convert(checkpoints(), s3.url()))
     s3.proxy.requests.clear()
     done = run_here("convert", checkpoints(), s3.url(), "--max-shard-size", "300KB")
-    assert "nothing was left to do" in done.stdout
+    assert "nothing to do: all shards were already written" in done.stdout
     assert s3.proxy.asked("^(PUT|POST|DELETE)") == []
     assert staged(tmp_path) == []
 
@@ -363,7 +363,7 @@ def test_ctrl_c_while_a_slow_store_is_waited_for(s3, checkpoints, whole):
     until.set()
     s3.proxy.mend()
     assert (running.returncode, out) == (130, "")
-    assert err == "gptoss_stream: interrupted; run the same command again to go on\n"
+    assert err == "gptoss_stream: interrupted; run the same command again to resume\n"
     assert_nothing_wrong(s3, whole)
     assert_done(convert(checkpoints(), s3.url(), "--checksums"))
     assert s3.digests() == whole
