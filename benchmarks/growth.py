@@ -20,7 +20,7 @@ from typing import Any
 import trials
 from measure import Failed, Measured, can_limit
 
-from gptoss_stream.planning.plan import DEFAULT_FORMAT
+from gptoss_stream.planning.options import DEFAULT_FORMAT
 from gptoss_stream.planning.shards import parse_size
 
 LAYERS = {"20b": [1, 2, 4, 8, 24], "120b": [1, 2, 4]}

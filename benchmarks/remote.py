@@ -29,8 +29,9 @@ import measure
 import gptoss_stream
 from gptoss_stream.planning.shards import PlannedShard
 from gptoss_stream.synthesis import RandomCheckpoint, random_checkpoint
-from gptoss_stream.writing.executor import Callbacks, execute
-from gptoss_stream.writing.output import OutputSpec
+from gptoss_stream.writing.executor import Callbacks
+from gptoss_stream.writing.thread_executor import ThreadExecutor
+from gptoss_stream.writing.output_spec import OutputSpec
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests/helpers"))
 
@@ -111,15 +112,18 @@ def remade(preset: str, layers: int | None, names: list[str], folder: Path) -> d
     planned = gptoss_stream.plan(f"hf://{SOURCE}")
     sums: dict[str, str] = {}
     (folder / "parts").mkdir()
+
+    def keep(name: str, sha256: str | None) -> None:
+        sums[name] = str(sha256)
+
     for shard in planned.shards:
         if shard.name in names:
-            execute(
+            ThreadExecutor(made.reader, 3).write_shards(
                 [shard],
-                made.reader,
                 folder,
-                partials=folder / "parts",
-                workers=3,
-                callbacks=Callbacks(on_sum=sums.__setitem__),
+                folder / "parts",
+                Callbacks(before_commit=keep),
+                checksums=True,
             )
             (folder / shard.name).unlink()
     return sums

@@ -1,4 +1,4 @@
-"""The conversion from end to end: plan, check the folder, execute, finish."""
+"""The conversion from end to end: open the source, plan, write the output."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,47 +15,55 @@ from ._utils.paths import user_path
 from .checkpoint.auxiliary_files import CopiedFile, find_auxiliary_files
 from .errors import OptionError, OutputError
 from .model.selection import Selection
-from .planning.plan import DEFAULT_FORMAT, Plan, plan
+from .planning.options import DEFAULT_FORMAT, ConversionOptions
+from .planning.partition import ArrayTask
+from .planning.plan import Plan, plan_conversion
+from .planning.run_identity import run_identity
 from .planning.shards import DEFAULT_SHARD_SIZE
 from .storage.local_folder import LocalFolder
-from .storage.location import LocationLike, WritableLocation
+from .storage.location import Location, LocationLike, WritableLocation
 from .storage.open_location import open_location, open_writable_location
-from .writing.remote_folder import RemoteFolder
 from .writing.run_state import RUN_NAME, parse_state
 
 if TYPE_CHECKING:
     import distributed
+
+    from .writing.executor import Executor
+    from .writing.output_spec import OutputResult, OutputSpec
 
 __all__ = ["Report", "convert"]
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a conversion did. Sizes in bytes; `shards` maps file names to sizes.
-
-    `complete` is whether all of the output is there, as it is not before the last of several tasks
-    has ended; `bytes_in` and `bytes_out` are those of the whole output, of which `bytes_resumed`
-    (of this task's shards) were there before; `peak_rss` is the largest of all processes'.
-    `narrowed` counts the tensors that lost precision, by dtypes ("F32 to BF16").
-    """
+    """What a conversion did. Sizes are in bytes."""
 
     output: str
     format: str
     dtype: str
     partial: bool
+    """Whether only some of the model's tensors were written."""
     complete: bool
+    """Whether the output is complete; it is not before the last of several array tasks ends."""
     tensors: int
     bytes_in: int
+    """Bytes of the source that the whole output takes."""
     bytes_out: int
+    """Bytes of the whole output's shards."""
     bytes_resumed: int
+    """Bytes of shards (of this array task) that were finished before."""
     seconds: float
     peak_rss: int
+    """The largest peak resident memory of all processes."""
     shards: dict[str, int]
+    """The size of each shard."""
     unmapped: tuple[str, ...]
+    """Raw tensors of the source that the output does not use."""
     narrowed: Mapping[str, int]
+    """The number of tensors that lost precision, by dtypes: {"F32 to BF16": 12}."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as JSON types."""
+        """Return the report as JSON types."""
         return asdict(self)
 
 
@@ -76,148 +83,221 @@ def convert(
     max_staged: int = 2,
     client: distributed.Client | None = None,
     task: tuple[int, int] | None = None,
-    on_plan: Callable[[Plan, int], None] = lambda plan, resumed: None,
-    on_bytes: Callable[[int], None] = lambda nbytes: None,
+    on_plan: Callable[[Plan], None] | None = None,
+    on_start: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int], None] | None = None,
 ) -> Report:
-    """Convert a checkpoint to the format `to`, into the folder `output`.
+    """Convert a checkpoint to another format, or to other shards or another dtype.
 
-    `source` is a folder, a repository of the Hub or a URL (see `open_place`, which also opens one
-    at a revision); `output` is a folder, or a URL or repository as `open_store` takes it. What is
-    remote is read by byte range as it is needed, and written shard by shard: at most `max_staged`
-    shards are on this machine's disk at a time, in a folder in `staging` (by default in the user's
-    cache).
+    An interrupted run resumes when the same call is made again; a finished run is left as it is.
+    A remote source is read by byte range. A remote output is uploaded shard by shard.
 
-    Options as in `plan`; `workers` is the number of threads (by default one more than there are
-    processors, at most 8) and changes speed and memory, never the bytes. `checksums` writes
-    `SHA256SUMS`, of all files, as `sha256sum -c` reads it; `overwrite` deletes what an earlier run
-    of this tool made in `output`, and nothing else. `on_plan` is told the plan and how many bytes
-    of it were finished before, `on_bytes`, from any thread, of bytes written. An interrupted run
-    goes on where it stopped when the same call is made again; where all is finished, that does
-    nothing.
+    Args:
+        source: A local folder, a repository of the Hub, or a URL (see `open_location`).
+        output: A folder, or a URL or repository (see `open_writable_location`).
+        to: The format to write (see `formats.names`).
+        source_format: The format to read; by default it is detected.
+        dtype: bfloat16, float16, float32 or "keep" (see `plan`).
+        max_shard_size: In bytes, or a text such as "5GB" (decimal units).
+        selection: Which tensors to write; all by default.
+        workers: The number of threads, by default one more than there are processors, at most 8.
+            It changes speed and memory, never the bytes that are written.
+        overwrite: Whether to delete what an earlier run of this tool wrote to `output`.
+        checksums: Whether to write `SHA256SUMS`, in the format that `sha256sum -c` reads.
+        staging: The folder for shards of a remote output until they are uploaded; by default in
+            the user's cache.
+        max_staged: The most shards in that folder at a time.
+        client: A Dask client, whose workers write the shards, one at a time each with `workers`
+            threads (by default one more than the worker has, at most 8). They must see source
+            and output under the same names.
+        task: (index, count): write only this part of the shards, while other processes write the
+            others. The last one writes the index.
+        on_plan: Called with the plan when the output can be written, before `on_start`.
+        on_start: Called with the bytes to write (by this task), and how many of them were finished
+            before.
+        on_progress: Called with bytes written since the last call, from any thread.
 
-    With a Dask `client` its workers make the shards, each one at a time with `workers` threads (by
-    default one more than the worker has, at most 8); they must see source and output by the same
-    names. `task` (index, count) makes but that part of the shards, beside other processes that make
-    the rest; the one that completes the set writes the index.
+    Returns:
+        What was done.
 
-    Raises `OptionError`, `CheckpointError`, `OutputError`, `MachineError`, and
-    `MissingPackageError` where an extra is not installed; see `errors`.
+    Raises:
+        OptionError: For an argument that cannot be used.
+        CheckpointError: For a source that cannot be converted.
+        OutputError: For an output that cannot be used.
+        MachineError: If the system fails: disk full, I/O error, no connection.
+        MissingPackageError: If an extra is not installed.
     """
     from ._utils.thread_pool import count_workers
     from .checkpoint.open_reader import open_reader
-    from .distributed.task_spec import TaskSpec
-    from .planning.partition import ArrayTask
-    from .planning.run_identity import run_identity
-    from .writing.executor import Threads
-    from .writing.output import Executor, OutputSpec, write_output
-    from .writing.remote_output import staging_folder, write_remote_output
+    from .writing.output_spec import OutputSpec
     from .writing.spill_file import is_memory_low
+    from .writing.thread_executor import ThreadExecutor
 
     started = time.perf_counter()
+    options = ConversionOptions(to, source_format, dtype, max_shard_size, selection)
     threads = count_workers(workers)
-    share = ArrayTask(*task) if task is not None else None
-    if share is not None and client is not None:
-        raise OptionError(f"{share} is for runs without a scheduler; give one of both")
-    target = _target(output)
+    array_task = None if task is None else ArrayTask(*task)
+    if array_task is not None and client is not None:
+        raise OptionError(f"{array_task} is for runs without a scheduler; give only one of them")
+    target = _open_target(output)
     location = open_location(source)
     if not overwrite:
-        location = location.pinned_to(_unfinished(target))
-    options: dict[str, Any] = {
-        "to": to,
-        "source_format": source_format,
-        "dtype": dtype,
-        "max_shard_size": max_shard_size,
-        "selection": selection,
-    }
-    planned = plan(location, **options)
-    if isinstance(location, LocalFolder) and isinstance(target, Path):
-        _refuse_overlap(location.path, target)
-    auxiliary_files: dict[str, bytes | CopiedFile] = {
+        location = location.pinned_to(_unfinished_state(target))
+    plan = plan_conversion(location, options)
+    _refuse_overlap(location, target)
+    files: dict[str, bytes | CopiedFile] = {
         **{file.name: file for file in find_auxiliary_files(location)},
         **formats.load(to).files(
-            planned.model, planned.info.config, planned.main_dtype, partial=planned.is_partial
+            plan.model, plan.info.config, plan.main_dtype, partial=plan.is_partial
         ),
     }
-    contents = OutputSpec(run_identity(planned), planned.shards, auxiliary_files, checksums)
-    low_memory = is_memory_low(planned)
-    with open_reader(planned.info, ahead=0 if low_memory else threads) as checkpoint:
-        maker: Executor = Threads(checkpoint, threads, low_memory)
+    spec = OutputSpec(run_identity(plan), plan.shards, files, checksums)
+    low_memory = is_memory_low(plan.spill_nbytes)
+
+    def start(total: int, done: int) -> None:
+        if on_plan is not None:
+            on_plan(plan)
+        if on_start is not None:
+            on_start(total, done)
+
+    with open_reader(plan.info, ahead=0 if low_memory else threads) as reader:
+        executor: Executor = ThreadExecutor(reader, threads, low_memory=low_memory)
         if client is not None:
-            from .distributed.dask_executor import DaskExecutor
-
-            there = os.path.realpath(target) if isinstance(target, Path) else target.identity
-            room = None if staging is None else str(user_path(staging).absolute())
-            job = TaskSpec(
-                location.identity, there, options, contents.identity, checksums, threads, room
-            )
-            maker = DaskExecutor(client, job, threads=workers)
-        make = (
-            partial(write_output, target)
-            if isinstance(target, Path)
-            else partial(
-                write_remote_output,
-                target,
-                staging=staging_folder(target, staging, share),
-                max_staged=max_staged,
-            )
-        )
-        done = make(
-            contents,
-            maker,
+            executor = _dask_executor(client, location, target, options, spec, workers, staging)
+        result = _write(
+            target,
+            spec,
+            executor,
             overwrite=overwrite,
-            share=share,
-            on_start=lambda resumed: on_plan(planned, resumed),
-            on_bytes=on_bytes,
+            staging=staging,
+            max_staged=max_staged,
+            task=array_task,
+            on_start=start,
+            on_progress=on_progress,
         )
-    return Report(
-        output=str(target),
-        format=to,
-        dtype=planned.dtype,
-        partial=planned.is_partial,
-        complete=done.is_complete,
-        tensors=planned.num_tensors,
-        bytes_in=planned.source_nbytes,
-        bytes_out=planned.nbytes,
-        bytes_resumed=done.resumed,
-        seconds=time.perf_counter() - started,
-        peak_rss=max(maker.peak_rss, peak_rss_nbytes()),
-        shards={shard.name: shard.nbytes for shard in planned.shards},
-        unmapped=planned.unmapped,
-        narrowed=planned.narrowed,
-    )
+    peak_rss = max(executor.peak_rss, peak_rss_nbytes())
+    return _report(plan, target, result, time.perf_counter() - started, peak_rss)
 
 
-def _target(output: str | os.PathLike[str] | WritableLocation) -> Path | WritableLocation:
-    """Where to write to: a folder of this machine, or a store."""
+def _open_target(
+    output: str | os.PathLike[str] | WritableLocation,
+) -> Path | WritableLocation:
+    """Return the folder or the remote location to write to."""
     if not isinstance(output, (str, os.PathLike)):
         return output
     return open_writable_location(output) or user_path(output)
 
 
-def _unfinished(target: Path | WritableLocation) -> Mapping[str, Any] | None:
-    """The state of the run that is to be resumed, if there is one."""
+def _unfinished_state(target: Path | WritableLocation) -> Mapping[str, Any] | None:
+    """Return the state of the unfinished run in the output, if there is one."""
     if not isinstance(target, Path):
-        return RemoteFolder(target).unfinished
+        from .writing.remote_folder import RemoteFolder
+
+        return RemoteFolder(target).read_unfinished_state()
     try:
         return parse_state((target / RUN_NAME).read_bytes(), str(target / RUN_NAME))
     except (OSError, OutputError):
-        return None  # or nothing that can be: that is found out when the folder is taken
+        return None  # no run, or a damaged one, which is refused when the folder is locked
 
 
-def _refuse_overlap(source: Path, output: Path) -> None:
-    """Refuse an output that is the source, or of which one lies inside the other."""
+def _refuse_overlap(source: Location, target: Path | WritableLocation) -> None:
+    """Refuse an output that is the source, or of which one is inside the other."""
+    if not isinstance(source, LocalFolder) or not isinstance(target, Path):
+        return
     # Not Path.resolve: before Python 3.13 a loop of links is a RuntimeError there.
-    here, there = (Path(os.path.realpath(path)) for path in (source, output))
-    for inner, outer in ((here, there), (there, here)):
-        if any(_same(folder, outer) for folder in (inner, *inner.parents)):
+    one, other = (Path(os.path.realpath(path)) for path in (source.path, target))
+    for inner, outer in ((one, other), (other, one)):
+        if any(_is_same(folder, outer) for folder in (inner, *inner.parents)):
             raise OutputError(
-                f"{output}: output and source ({source}) are one folder, or one lies inside the "
-                "other; name another output"
+                f"{target}: output and source ({source}) are the same folder, or one is inside "
+                "the other; name another output"
             )
 
 
-def _same(one: Path, other: Path) -> bool:
+def _is_same(one: Path, other: Path) -> bool:
     try:
         return one == other or os.path.samefile(one, other)
     except OSError:
         return False
+
+
+def _dask_executor(
+    client: distributed.Client,
+    source: Location,
+    target: Path | WritableLocation,
+    options: ConversionOptions,
+    spec: OutputSpec,
+    workers: int | None,
+    staging: str | os.PathLike[str] | None,
+) -> Executor:
+    """Return an executor for the workers of a Dask client."""
+    from .distributed.dask_executor import DaskExecutor
+    from .distributed.task_spec import TaskSpec
+
+    output = os.path.realpath(target) if isinstance(target, Path) else target.identity
+    folder = None if staging is None else str(user_path(staging).absolute())
+    task_spec = TaskSpec(
+        source.identity, output, options, spec.identity, spec.checksums, threads=1, staging=folder
+    )
+    return DaskExecutor(client, task_spec, threads=workers)
+
+
+def _write(
+    target: Path | WritableLocation,
+    spec: OutputSpec,
+    executor: Executor,
+    *,
+    overwrite: bool,
+    staging: str | os.PathLike[str] | None,
+    max_staged: int,
+    task: ArrayTask | None,
+    on_start: Callable[[int, int], None],
+    on_progress: Callable[[int], None] | None,
+) -> OutputResult:
+    """Write the output to a folder or to a remote location."""
+    from .writing.output import write_output
+    from .writing.remote_output import staging_folder, write_remote_output
+
+    shards = task.select(spec.shards) if task else spec.shards
+    total = sum(shard.nbytes for shard in shards)
+    options: dict[str, Any] = {
+        "overwrite": overwrite,
+        "task": task,
+        "on_start": lambda done: on_start(total, done),
+        "on_progress": on_progress or (lambda nbytes: None),
+    }
+    if isinstance(target, Path):
+        return write_output(target, spec, executor, **options)
+    return write_remote_output(
+        target,
+        spec,
+        executor,
+        staging=staging_folder(target, staging, task),
+        max_staged=max_staged,
+        **options,
+    )
+
+
+def _report(
+    plan: Plan,
+    target: Path | WritableLocation,
+    result: OutputResult,
+    seconds: float,
+    peak_rss: int,
+) -> Report:
+    return Report(
+        output=str(target),
+        format=plan.to,
+        dtype=plan.dtype,
+        partial=plan.is_partial,
+        complete=result.is_complete,
+        tensors=plan.num_tensors,
+        bytes_in=plan.source_nbytes,
+        bytes_out=plan.nbytes,
+        bytes_resumed=result.resumed,
+        seconds=seconds,
+        peak_rss=peak_rss,
+        shards={shard.name: shard.nbytes for shard in plan.shards},
+        unmapped=plan.unmapped,
+        narrowed=plan.narrowed,
+    )

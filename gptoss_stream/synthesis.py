@@ -1,8 +1,8 @@
 """Random checkpoints with the released models' shapes, for tests, benchmarks and trying out.
 
-A random checkpoint goes the way of a conversion: its raw tensors are planned into shards and made
-by the executor, from a reader that makes up the elements. Each element depends only on the seed,
-the tensor's name and its place, so the bytes are the same whatever the shards and threads.
+A random checkpoint is written like a conversion: its raw tensors are planned into shards, and the
+executor reads them from a reader that generates the elements. Each element depends only on the
+seed, the tensor's name and its index, so the bytes do not depend on shards and threads.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Dimensions:
-    """The sizes of a random model, in the words of a Hugging Face config.json."""
+    """The sizes of a random model, named as in a Hugging Face config.json."""
 
     layers: int
     experts: int
@@ -58,11 +58,14 @@ class Dimensions:
     vocab_size: int = 201_088
     experts_per_token: int = 4
     sliding_window: int = 128
-    initial_context: int = 4096  # stretched by the rope's factor
+    initial_context: int = 4096  # positions before YaRN scales them
 
     def model(self) -> ModelConfig:
-        """The model of these dimensions, with all other numbers as released; raises
-        `OptionError`."""
+        """Return a model of these dimensions, with all other settings as released.
+
+        Raises:
+            OptionError: If no model can have these dimensions.
+        """
         try:
             model = ModelConfig(
                 num_layers=self.layers,
@@ -99,13 +102,10 @@ class Dimensions:
 
 
 DEFAULT_FORMAT = "hf-mxfp4"
-
-
-_FACTOR = 32.0  # of the rope's YaRN
-
+_FACTOR = 32.0  # of YaRN
 
 PRESETS = {
-    # No two sizes of the tiny model are equal, so that no mistaken axis goes unseen.
+    # No two sizes of the tiny model are equal, so that a mistaken axis is always seen.
     "tiny": Dimensions(
         layers=4,
         experts=5,
@@ -117,7 +117,7 @@ PRESETS = {
         vocab_size=1009,
         experts_per_token=2,
         sliding_window=16,
-        initial_context=512,  # OpenAI's code cannot stretch 128
+        initial_context=512,  # OpenAI's code cannot scale 128
     ),
     "20b": Dimensions(layers=24, experts=32),
     "120b": Dimensions(layers=36, experts=128),
@@ -125,7 +125,7 @@ PRESETS = {
 
 
 class _RandomReader(Reader):
-    """Makes up the elements of any raw tensor."""
+    """Generates the elements of any raw tensor."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
@@ -148,14 +148,14 @@ class _RandomReader(Reader):
 
 
 def _values(tensor: RawTensor, bits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Random bits made into values of a size that a trained model's have."""
+    """Turn random bits into values of about the size of a trained model's."""
     if tensor.name.endswith("_scales"):
         return bits % 6 + 117  # 2^-10 to 2^-5
     if tensor.dtype is DType.U8:
         return bits
     if "norm" in tensor.name:
         return (bits & 0x00FF) | 0x3F00  # 0.5 to 2
-    # Sign and mantissa as they come; exponents of 2^-12 to 2^-5.
+    # Sign and mantissa are random; exponents of 2^-12 to 2^-5.
     return (bits & 0x807F) | (((bits >> 7) & 7) + 115) << 7
 
 
@@ -163,76 +163,100 @@ def synth(
     output: str | os.PathLike[str],
     preset: str = "tiny",
     *,
-    format: str = DEFAULT_FORMAT,  # noqa: A002 (the word of the command line)
+    format: str = DEFAULT_FORMAT,  # noqa: A002 (as on the command line)
     seed: int = 0,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     workers: int | None = None,
     overwrite: bool = False,
-    on_plan: Callable[[int, int], None] = lambda nbytes, resumed: None,
-    on_bytes: Callable[[int], None] = lambda nbytes: None,
+    on_start: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int], None] | None = None,
     **overrides: int | None,
 ) -> Path:
-    """Write a random gpt-oss checkpoint into a folder, deterministic by seed.
+    """Write a random gpt-oss checkpoint to a folder.
 
-    `preset` is one of `PRESETS`; `overrides` replace its `Dimensions` (layers, experts,
-    hidden_size, …). `format` is one of `formats.names`: the same seed gives the same model in
-    each. `max_shard_size` is in bytes or a text, as in `plan`. `on_plan` is told how many bytes
-    there will be and how many were there before, `on_bytes`, from any thread, of bytes written.
-    Returns the folder. Raises `OptionError` for dimensions that no model can have, `OutputError`
-    and `MachineError` as `convert` does.
+    The same seed gives the same model in each format.
+
+    Args:
+        output: The folder, which must be local.
+        preset: "tiny", "20b" or "120b".
+        format: The format to write (see `formats.names`).
+        seed: Decides the values of all tensors.
+        max_shard_size: In bytes, or a text such as "5GB" (decimal units).
+        workers: The number of threads, by default one more than there are processors, at most 8.
+        overwrite: Whether to delete what an earlier run of this tool wrote to `output`.
+        on_start: Called with the bytes to write, and how many of them were finished before.
+        on_progress: Called with bytes written since the last call, from any thread.
+        **overrides: Dimensions that replace those of the preset: layers, experts, hidden_size,
+            intermediate_size, num_attention_heads, num_key_value_heads, head_dim, vocab_size,
+            experts_per_token, sliding_window, initial_context.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OptionError: For dimensions that no model can have.
+        OutputError: For an output that cannot be used.
+        MachineError: If writing fails.
     """
     from ._utils.thread_pool import count_workers
-    from .writing.executor import Threads
-    from .writing.output import OutputSpec, write_output
+    from .writing.output import write_output
+    from .writing.output_spec import OutputSpec
+    from .writing.thread_executor import ThreadExecutor
 
-    made = random_checkpoint(
+    checkpoint = random_checkpoint(
         preset, format=format, seed=seed, max_shard_size=max_shard_size, **overrides
     )
-    nbytes = sum(shard.nbytes for shard in made.shards)
+    total = sum(shard.nbytes for shard in checkpoint.shards)
     folder = local_path(output)
     write_output(
         folder,
-        OutputSpec(made.identity, made.shards, made.files),
-        Threads(made.reader, count_workers(workers)),
+        OutputSpec(checkpoint.identity, checkpoint.shards, checkpoint.files),
+        ThreadExecutor(checkpoint.reader, count_workers(workers)),
         overwrite=overwrite,
-        on_start=lambda resumed: on_plan(nbytes, resumed),
-        on_bytes=on_bytes,
+        on_start=lambda done: on_start(total, done) if on_start is not None else None,
+        on_progress=on_progress or (lambda nbytes: None),
     )
     return folder
 
 
 @dataclass(frozen=True, slots=True)
 class RandomCheckpoint:
-    """A random checkpoint that is not written yet: its shards, what makes up their elements, and
-    its small files but for the index."""
+    """A random checkpoint that is not written yet."""
 
     shards: Sequence[PlannedShard]
     reader: Reader
+    """Generates the elements of the raw tensors that the shards are made of."""
     files: Mapping[str, bytes]
+    """The configuration files, by name."""
     identity: Mapping[str, Any]
+    """The identity of a run that writes it."""
 
     def read(self, shard: PlannedShard, begin: int, end: int) -> bytes:
-        """Bytes `begin … end` of a shard's file, made as they are asked for."""
+        """Return bytes `begin … end` of a shard's file, generated by this call."""
         import numpy as np
 
         out = np.empty(end - begin, np.uint8)
         header = shard.header[begin:end]
         out[: len(header)] = np.frombuffer(header, np.uint8)
-        for tensor, low, high, at in shard.overlapping(begin, end):
-            segment = out[at - begin : at - begin + high - low]
-            materialize(tensor, low, high, segment, partial(materialize_rows, reader=self.reader))
+        for tensor, low, high, offset in shard.overlapping(begin, end):
+            part = out[offset - begin : offset - begin + high - low]
+            materialize(tensor, low, high, part, partial(materialize_rows, reader=self.reader))
         return out.tobytes()
 
 
 def random_checkpoint(
     preset: str = "tiny",
     *,
-    format: str = DEFAULT_FORMAT,  # noqa: A002 (the word of the command line)
+    format: str = DEFAULT_FORMAT,  # noqa: A002 (as on the command line)
     seed: int = 0,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     **overrides: int | None,
 ) -> RandomCheckpoint:
-    """What `synth` writes with the same options; raises `OptionError`."""
+    """Return what `synth` writes with the same options.
+
+    Raises:
+        OptionError: For dimensions that no model can have.
+    """
     if preset not in PRESETS:
         raise OptionError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
     target = formats.load(format)
@@ -241,11 +265,10 @@ def random_checkpoint(
     if dimensions.experts_per_token > dimensions.experts and "experts_per_token" not in chosen:
         dimensions = replace(dimensions, experts_per_token=dimensions.experts)
     if not 0 <= seed < 2**64:
-        raise OptionError(f"seed {seed}: it must lie in 0 to 2^64 - 1")
+        raise OptionError(f"seed {seed}: it must be in 0 to 2^64 - 1")
     model, limit = dimensions.model(), parse_size(max_shard_size)
     raws = _raws(model)
-    mapped = output_tensors(hf_mxfp4.TABLE, target.TABLE, model, raws, DType.BF16)
-    tensors = [one.tensor for one in mapped]
+    tensors = [*output_tensors(hf_mxfp4.TABLE, target.TABLE, model, raws, DType.BF16)]
     if format in _AS_RELEASED:
         tensors.sort(key=lambda tensor: tensor.name)
     files = target.files(model, {}, DType.BF16, partial=False)
@@ -273,12 +296,12 @@ _AS_RELEASED: Mapping[str, Mapping[str, Any]] = {
     "hf-mxfp4": {"first_number": 0},
     "openai": {"stem": "model-"},
 }
-"""The formats that OpenAI has released, and how the shards are named in each: there tensors are
-sorted by name, layers as strings."""
+"""The formats that OpenAI has released, and how their shards are named. Their tensors are sorted by
+name, with layer numbers as text."""
 
 
 def _raws(model: ModelConfig) -> dict[str, RawTensor]:
-    """The raw tensors of the model in Hugging Face's MXFP4 format, which lie nowhere."""
+    """Return the raw tensors of the model in Hugging Face's MXFP4 format, which are in no file."""
     return {
         (name := stored.name.format(l=layer)): RawTensor(
             name, stored.dtypes[0], stored.shape, "", 0

@@ -159,11 +159,11 @@ class LocalReader:
         yield memory[:nbytes].view(STORAGE[tensor.dtype]).reshape(shape)
         free.append(memory)
 
-    def schedule(self, schedule: ReadSchedule, stop: threading.Event) -> None:
+    def set_schedule(self, schedule: ReadSchedule, stop: threading.Event) -> None:
         """Told before reading what each step will read."""
         self._schedule, self._stop = schedule, stop
 
-    def begin(self, step: int) -> None:
+    def begin_step(self, step: int) -> None:
         """Have the system read ahead what a later step needs."""
         later = step + self._ahead
         if self._ahead and later < self._schedule.count:
@@ -172,7 +172,7 @@ class LocalReader:
                 if isinstance(file, LocalFile):
                     file.prefetch(*element_range.span)
 
-    def end(self, step: int) -> None:
+    def end_step(self, step: int) -> None:
         """Nothing is held."""
 
     def check_unchanged(self) -> None:
@@ -189,15 +189,15 @@ class Reader(Protocol):
         """`prod(shape)` elements from element `first` on, for as long as the block lasts."""
         ...
 
-    def schedule(self, schedule: ReadSchedule, stop: threading.Event) -> None:
+    def set_schedule(self, schedule: ReadSchedule, stop: threading.Event) -> None:
         """Told once, before reading, what will be read; waiting ends when `stop` is set."""
         return
 
-    def begin(self, step: int) -> None:
+    def begin_step(self, step: int) -> None:
         """Told when a step of the schedule begins."""
         return
 
-    def end(self, step: int) -> None:
+    def end_step(self, step: int) -> None:
         """Told when a step has read what it reads."""
         return
 

@@ -85,7 +85,7 @@ class RemoteReader:
         if all(end.wait(1) for end in self._ends):
             self._files.close()
 
-    def schedule(self, schedule: ReadSchedule, stop: threading.Event) -> None:
+    def set_schedule(self, schedule: ReadSchedule, stop: threading.Event) -> None:
         """Told before reading what each step will read; fetching begins."""
         self._stop = stop
         self._order = [_Fetch(block) for block in plan_fetches(schedule, self._block_nbytes)]
@@ -103,13 +103,13 @@ class RemoteReader:
             self._ends.append(end)
             threading.Thread(target=self._fetch_all, args=(end,), daemon=True).start()
 
-    def begin(self, step: int) -> None:
+    def begin_step(self, step: int) -> None:
         """What this step reads is fetched now, room or not."""
         with self._turn:
             self._begun = max(self._begun, step)
             self._turn.notify_all()
 
-    def end(self, step: int) -> None:
+    def end_step(self, step: int) -> None:
         """Give up the blocks that no other step reads."""
         with self._turn:
             for fetched in self._by_step.pop(step, ()):

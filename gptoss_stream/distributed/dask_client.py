@@ -1,9 +1,4 @@
-"""Makes shards on the workers of a Dask cluster, one task for each shard.
-
-Dask starts tasks, moves those of dead workers elsewhere and carries words to and fro; what it
-carries are descriptions, never tensors. Each worker makes one shard at a time: it says so to Dask
-as a resource, once it is known to run the same version of this tool and to have the memory.
-"""
+"""Connects to the scheduler of a Dask cluster, or starts a cluster on this machine."""
 
 from __future__ import annotations
 
@@ -19,47 +14,45 @@ from .._utils.failures import missing_package
 from .._utils.thread_pool import count_workers
 from ..errors import GptOssStreamError, MachineError, OptionError
 
-__all__ = ["CONNECTION_ERRORS", "first_line", "open_client", "scheduler_errors", "scheduler_lost"]
-
-
 try:
     import dask
     import distributed
 except ImportError as error:
     raise missing_package(error, "distributed") from None
 
+__all__ = ["CONNECTION_ERRORS", "first_line", "open_client", "scheduler_errors", "scheduler_lost"]
 
 _ADDRESS = re.compile(r"((tcp|tls|wss?|ucx)://)?[\w.-]+:\d+/?|(tcp|tls|ucx)://\[[0-9a-f:]+\]:\d+")
-
-
-_CONNECT_TIMEOUT = 10.0  # seconds for a scheduler to be reached
-
-
-CONNECTION_ERRORS = (
-    OSError,
-    TimeoutError,
-    RuntimeError,
-    ValueError,
-)  # of Dask, when the scheduler is lost
+_CONNECT_TIMEOUT = 10.0  # seconds
+CONNECTION_ERRORS = (OSError, TimeoutError, RuntimeError, ValueError)
+"""What Dask raises when the scheduler is lost."""
 
 
 @contextmanager
 def open_client(scheduler: str) -> Iterator[distributed.Client]:
-    """A client of the scheduler that a text means: an address (tcp://host:8786), the file that a
-    scheduler has written, or local:N for N worker processes of this machine.
+    """Open a client of a scheduler.
 
-    Raises `OptionError` for what cannot be meant, `MachineError` where no scheduler answers.
+    Args:
+        scheduler: An address (tcp://host:8786), the file that a scheduler has written, or local:N
+            for N worker processes on this machine.
+
+    Yields:
+        The client.
+
+    Raises:
+        OptionError: For a text that is none of these.
+        MachineError: If no scheduler answers.
     """
     for name in [*logging.root.manager.loggerDict]:
-        if name.split(".")[0] == "distributed":  # errors are told once, by us
+        if name.split(".")[0] == "distributed":  # errors are reported once, by this tool
             logging.getLogger(name).setLevel(logging.CRITICAL)
     local = re.fullmatch(r"local:(\d+)", scheduler)
     with _local_cluster(int(local[1])) if local else nullcontext() as cluster:
-        address = cluster or _reached(scheduler)
+        address = cluster or _reachable_address(scheduler)
         try:
             client = distributed.Client(address, set_as_default=False)
         except (*CONNECTION_ERRORS, TypeError) as error:
-            raise _unanswered(scheduler, error) from None
+            raise _no_answer(scheduler, error) from None
         try:
             yield client
         finally:
@@ -67,8 +60,8 @@ def open_client(scheduler: str) -> Iterator[distributed.Client]:
                 client.close(timeout=2)
 
 
-def _reached(scheduler: str) -> str:
-    """The address of a scheduler, at which something listens."""
+def _reachable_address(scheduler: str) -> str:
+    """Return the address of a scheduler, after a test connection."""
     address = scheduler
     if not _ADDRESS.fullmatch(scheduler):
         try:
@@ -76,32 +69,30 @@ def _reached(scheduler: str) -> str:
         except FileNotFoundError:
             raise OptionError(
                 f"{scheduler}: no such file; name a scheduler as tcp://host:8786, by the file that "
-                "it has written, or local:4 for 4 workers here"
+                "it has written, or local:4 for 4 workers on this machine"
             ) from None
         except (ValueError, KeyError, TypeError, OSError) as error:
-            raise OptionError(
-                f"{scheduler}: not the file of a scheduler ({first_line(error)})"
-            ) from None
+            raise OptionError(f"{scheduler}: not a scheduler file ({first_line(error)})") from None
     host, _, port = address.rpartition("://")[2].rstrip("/").rpartition(":")
     try:
-        # Before a client is made: one that has failed complains once more when it is deleted.
+        # Before a client is created: one that failed prints another error when it is deleted.
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT).close()
     except (OSError, ValueError) as error:
-        raise _unanswered(scheduler, error) from None
+        raise _no_answer(scheduler, error) from None
     return address
 
 
-def _unanswered(scheduler: str, error: BaseException) -> MachineError:
+def _no_answer(scheduler: str, error: BaseException) -> MachineError:
     return MachineError(
         f"{scheduler}: no scheduler answers ({first_line(error)}); check the address, and that it "
-        "runs"
+        "is running"
     )
 
 
 @contextmanager
 def _local_cluster(workers: int) -> Iterator[distributed.LocalCluster]:
-    count_workers(workers)  # a number that can be meant
-    # Its profiler can lock a worker up, before Python 3.11.9 and 3.12.3 (python/cpython#106883).
+    count_workers(workers)  # refuses absurd numbers
+    # Dask's profiler can deadlock a worker, before Python 3.11.9 and 3.12.3 (python/cpython#106883).
     with dask.config.set({"distributed.worker.profile.enabled": False}):
         cluster = distributed.LocalCluster(
             n_workers=workers,
@@ -117,17 +108,20 @@ def _local_cluster(workers: int) -> Iterator[distributed.LocalCluster]:
 
 
 def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its type without any."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def scheduler_lost(why: str) -> MachineError:
+    """Return the error for a scheduler that is lost."""
     return MachineError(
-        f"the scheduler is lost ({why}); run the same command again: what is finished stays"
+        f"the scheduler is lost ({why}); run the same command again: finished shards are kept"
     )
 
 
 @contextmanager
 def scheduler_errors() -> Iterator[None]:
+    """Turn Dask's errors into a `MachineError` that says that the scheduler is lost."""
     try:
         yield
     except GptOssStreamError:

@@ -1,9 +1,4 @@
-"""Makes shards on the workers of a Dask cluster, one task for each shard.
-
-Dask starts tasks, moves those of dead workers elsewhere and carries words to and fro; what it
-carries are descriptions, never tensors. Each worker makes one shard at a time: it says so to Dask
-as a resource, once it is known to run the same version of this tool and to have the memory.
-"""
+"""Functions that Dask runs on the scheduler and on its workers."""
 
 from __future__ import annotations
 
@@ -26,7 +21,7 @@ except ImportError as error:
     raise missing_package(error, "distributed") from None
 
 __all__ = [
-    "REPORT_INTERVAL",
+    "RESOURCE",
     "check_access",
     "installed_version",
     "register_worker",
@@ -34,64 +29,73 @@ __all__ = [
     "write_shard_on_worker",
 ]
 
-
 RESOURCE = "gptoss_stream"
-"""What Dask knows of a worker: one for each shard that it can make at a time."""
-
-
-REPORT_INTERVAL = 0.3  # seconds between words of a worker
-
-
-# --- on scheduler and workers -------------------------------------------------------------
+"""The Dask resource of a worker: one for each shard that it can write at a time."""
+_REPORT_INTERVAL = 0.3  # seconds between progress reports
 
 
 def installed_version() -> str:
+    """Return the version of this tool, on the scheduler."""
     return __version__
 
 
 def stuck_tasks(keys: list[str], dask_scheduler: distributed.Scheduler) -> dict[str, int]:
-    """The tasks that no worker can be found for, and how many workers have died of each."""
+    """Return the tasks that no worker can take, and how many workers died with each."""
     tasks = [task for key in keys if (task := dask_scheduler.tasks.get(key)) is not None]
     return {str(task.key): task.suspicious for task in tasks if task.state == "no-worker"}
 
 
 async def register_worker(version: str, need: int, dask_worker: distributed.Worker) -> str | None:
-    """Let this worker make a shard at a time; or say why it cannot."""
+    """Let this worker write one shard at a time.
+
+    Args:
+        version: The version of this tool that runs the conversion.
+        need: Bytes of memory that writing a shard takes.
+        dask_worker: The worker, which Dask passes.
+
+    Returns:
+        None, or why the worker cannot take part.
+    """
     if version != __version__:
-        return f"it has gptoss_stream {__version__}, not {version}; install the same everywhere"
+        return f"it has gptoss_stream {__version__}, not {version}; install the same version"
     limit = dask_worker.memory_manager.memory_limit
     if limit is not None and limit < need:
         return (
-            f"it may use {sized(limit)} and making a shard takes {sized(need)}; raise its"
-            " --memory-limit, or use fewer --workers"
+            f"it may use {sized(limit)} of memory and writing a shard takes {sized(need)}; raise "
+            "its --memory-limit, or use fewer --workers"
         )
     await dask_worker.set_resources(**{RESOURCE: 1})
     return None
 
 
-def check_access(spec: TaskSpec, seen: str | None) -> None:
-    """See source and output from this worker."""
+def check_access(spec: TaskSpec, test_file: str | None) -> None:
+    """Check that this worker can open source and output.
+
+    Args:
+        spec: The conversion.
+        test_file: A file in the output folder that the worker must see, if the output is local.
+    """
     with _naming_worker(distributed.get_worker()):
         open_task(spec)
-        if seen is not None and not Path(seen).exists():
+        if test_file is not None and not Path(test_file).exists():
             raise OutputError(
-                f"{spec.output}: the folder is not there, or another one; name one that all workers "
-                "share, or a bucket"
+                f"{spec.output}: this folder does not exist, or it is another one; name a folder "
+                "that all workers share, or an object store"
             )
 
 
 def write_shard_on_worker(spec: TaskSpec, run: str, name: str, topic: str) -> ShardResult:
-    """Make a shard on this worker."""
+    """Write a shard on this worker (see `write_shard`), and report progress to a Dask topic."""
     worker = distributed.get_worker()
-    teller = _ProgressReporter(worker, topic, name)
+    reporter = _ProgressReporter(worker, topic, name)
     with _naming_worker(worker):
         staging = Path(spec.staging or worker.local_directory)
-        return write_shard(spec, run, name, staging, teller.on_bytes, teller.on_sending)
+        return write_shard(spec, run, name, staging, reporter.on_progress, reporter.on_upload)
 
 
 @contextmanager
 def _naming_worker(worker: distributed.Worker) -> Iterator[None]:
-    """Errors of this tool with the name of the worker that they struck."""
+    """Name the worker in errors of this tool."""
     where = f"worker {worker.address}"
     try:
         yield
@@ -102,11 +106,11 @@ def _naming_worker(worker: distributed.Worker) -> Iterator[None]:
 
 
 class _CancelledError(Exception):
-    """Nobody waits for this shard any more."""
+    """The client no longer waits for this shard."""
 
 
 class _ProgressReporter:
-    """Tells the client how far a shard is, and ends the task when nobody wants it."""
+    """Reports the progress of a shard to the client, and stops when the task is cancelled."""
 
     def __init__(self, worker: distributed.Worker, topic: str, name: str) -> None:
         self._worker = worker
@@ -114,31 +118,31 @@ class _ProgressReporter:
         self._topic = topic
         self._name = name
         self._nbytes = 0
-        self._next = 0.0
-        self._telling = threading.Lock()
-        self._tell(is_sent=False)
+        self._next_report = 0.0
+        self._lock = threading.Lock()
+        self._report(is_uploading=False)
 
-    def on_bytes(self, nbytes: int) -> None:
-        """So many bytes more are written."""
-        with self._telling:
+    def on_progress(self, nbytes: int) -> None:
+        """Report bytes written since the last call, but not too often."""
+        with self._lock:
             self._nbytes += nbytes
-            if time.monotonic() < self._next:
+            if time.monotonic() < self._next_report:
                 return
-            self._next = time.monotonic() + REPORT_INTERVAL
+            self._next_report = time.monotonic() + _REPORT_INTERVAL
         task = self._worker.state.tasks.get(self._key)
         if task is None or task.state == "cancelled":
             raise _CancelledError
-        self._tell(is_sent=False)
+        self._report(is_uploading=False)
 
-    def on_sending(self) -> None:
-        """All are, and now it is sent."""
-        self._tell(is_sent=True)
+    def on_upload(self) -> None:
+        """Report that the shard is written and its upload begins."""
+        self._report(is_uploading=True)
 
-    def _tell(self, *, is_sent: bool) -> None:
-        word = {
+    def _report(self, *, is_uploading: bool) -> None:
+        event = {
             "shard": self._name,
             "worker": self._worker.address,
             "nbytes": self._nbytes,
-            "is_sent": is_sent,
+            "is_uploading": is_uploading,
         }
-        self._worker.log_event(self._topic, word)
+        self._worker.log_event(self._topic, event)

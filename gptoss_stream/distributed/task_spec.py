@@ -1,7 +1,7 @@
-"""A conversion in words that can travel, and making a shard of it wherever they arrive.
+"""A conversion as a specification that can be sent to other processes.
 
-What other processes need to know is where source and output are and what was asked for: they open
-both themselves, with credentials of their own, and plan anew. The plan must come out the same.
+Other processes need to know where the source and the output are, and the options. They open both
+with credentials of their own and make the plan again, which must come out the same.
 """
 
 from __future__ import annotations
@@ -11,33 +11,36 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import __version__
+from ..planning.options import ConversionOptions
 
 __all__ = ["ShardResult", "TaskSpec"]
 
 
 @dataclass(frozen=True, slots=True)
 class TaskSpec:
-    """What a process elsewhere must know to make shards of a conversion.
-
-    `source` and `output` are names for `open_place` and `open_store`, without any secret;
-    `options` are those of `plan`; `identity` is what must come of it there too. `threads` work on
-    a shard. What goes to a store lies in `staging` meanwhile, or where the process has room.
-    """
+    """What another process must know to write shards of a conversion; holds no secret."""
 
     source: str
+    """A name for `open_location`."""
     output: str
-    options: Mapping[str, Any]
+    """A local folder, or a name for `open_writable_location`."""
+    options: ConversionOptions
     identity: Mapping[str, Any]
+    """The identity of the run (`run_identity`), which must come out the same everywhere."""
     checksums: bool
+    """Whether the run computes checksums."""
     threads: int
+    """Threads that work on a shard."""
     staging: str | None
+    """Where a shard is until it is uploaded; None for the process's own folder."""
     version: str = __version__
 
 
 @dataclass(frozen=True, slots=True)
 class ShardResult:
-    """A shard that was made: its SHA-256 where that is wanted, and the most memory that the
-    process has had, in bytes."""
+    """What came of writing a shard."""
 
     sha256: str | None
+    """The shard's checksum, if the run computes them."""
     peak_rss: int
+    """The peak resident memory of the process, in bytes."""

@@ -1,8 +1,4 @@
-"""A conversion in words that can travel, and making a shard of it wherever they arrive.
-
-What other processes need to know is where source and output are and what was asked for: they open
-both themselves, with credentials of their own, and plan anew. The plan must come out the same.
-"""
+"""Writes one shard of a conversion in another process than the one that runs it."""
 
 from __future__ import annotations
 
@@ -11,52 +7,54 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from .. import __version__
 from .._utils.failures import machine_error
 from .._utils.memory import peak_rss_nbytes
-from ..checkpoint.open_reader import CheckpointReader, open_reader
+from ..checkpoint.open_reader import open_reader
 from ..errors import CheckpointError, OptionError
-from ..planning.plan import Plan, plan
+from ..planning.plan import Plan, plan_conversion
 from ..planning.run_identity import run_identity
 from ..planning.shards import PlannedShard
 from ..storage.location import WritableLocation
 from ..storage.open_location import open_location, open_writable_location
-from ..writing.disk_space import check_space, disk_full, is_disk_full
-from ..writing.executor import Callbacks, Threads
-from ..writing.output_folder import JoinedOutputFolder, save_checksum
+from ..writing.disk_space import check_space, disk_full_error, is_disk_full
+from ..writing.executor import Callbacks
+from ..writing.output_folder import OutputFolder
 from ..writing.remote_folder import RemoteFolder
 from ..writing.remote_output import staging_nbytes
 from ..writing.run_state import differences
 from ..writing.spill_file import is_memory_low
+from ..writing.thread_executor import ThreadExecutor
 from .task_spec import ShardResult, TaskSpec
 
 __all__ = ["open_task", "write_shard"]
 
 
 @dataclass(frozen=True, slots=True)
-class _Opened:
-    """A job, planned where it has arrived."""
+class _OpenedTask:
+    """A task specification with what this process made of it."""
 
     spec: TaskSpec
-    planned: Plan
-    store: WritableLocation | None
+    plan: Plan
+    location: WritableLocation | None
+    """The output, if it is remote."""
     shards: Mapping[str, PlannedShard]
 
 
-_last: _Opened | None = None  # planned once for all its shards
-
-
+_last: _OpenedTask | None = None  # so that it is planned once for all its shards
 _opening = threading.Lock()
 
 
-def open_task(spec: TaskSpec) -> _Opened:
-    """Plan a job in this process.
+def open_task(spec: TaskSpec) -> _OpenedTask:
+    """Open the source and the output, and make the plan, in this process.
 
-    Raises `OptionError` for a job of another version of this tool, `CheckpointError` where the
-    source is not what it is elsewhere, and what `plan` and opening raise.
+    Raises:
+        OptionError: If another version of this tool runs the conversion.
+        CheckpointError: If the source differs from the one that the conversion reads.
     """
     global _last
     with _opening:
@@ -65,22 +63,23 @@ def open_task(spec: TaskSpec) -> _Opened:
         if spec.version != __version__:
             raise OptionError(
                 f"gptoss_stream {__version__} is installed here, and {spec.version} runs the "
-                "conversion; install the same everywhere"
+                "conversion; install the same version everywhere"
             )
-        planned = plan(open_location(spec.source), **spec.options)
-        # The revision that a person names may have moved on since it was resolved.
-        asked = {"source", "source_revision"}
-        there, here = (
-            {key: value for key, value in json.loads(json.dumps(known)).items() if key not in asked}
-            for known in (spec.identity, run_identity(planned))
-        )
-        if differing := "; ".join(differences(there, here)):
+        plan = plan_conversion(open_location(spec.source), spec.options)
+        # The revision that a user named may have moved on since it was resolved to a commit.
+        ignored = {"source", "source_revision"}
+        expected, found = (
+            {key: value for key, value in json.loads(json.dumps(identity)).items()
+             if key not in ignored}
+            for identity in (spec.identity, run_identity(plan))
+        )  # fmt: skip
+        if differing := "; ".join(differences(expected, found)):
             raise CheckpointError(
-                f"{planned.info.location}: what is there differs, seen from here, in {differing}; "
-                "put the source where all see the same files"
+                f"{plan.info.location}: this process sees a source that differs in {differing}; "
+                "put the source where all machines see the same files"
             )
-        shards = {shard.name: shard for shard in planned.shards}
-        _last = _Opened(spec, planned, open_writable_location(spec.output), shards)
+        shards = {shard.name: shard for shard in plan.shards}
+        _last = _OpenedTask(spec, plan, open_writable_location(spec.output), shards)
         return _last
 
 
@@ -89,94 +88,106 @@ def write_shard(
     run: str,
     name: str,
     staging: Path,
-    on_bytes: Callable[[int], None],
-    on_sending: Callable[[], None],
+    on_progress: Callable[[int], None],
+    on_upload: Callable[[], None],
 ) -> ShardResult:
-    """Make a shard of the job, where it belongs or in `staging` and on to its store.
+    """Write a shard to the local output folder, or through a staging folder to a remote location.
 
-    `run` is the fingerprint of the run's state, which the output must hold still. A shard that is
-    finished already is not made again; `on_bytes` is told, from any thread, of bytes written, and
-    `on_sending` when all are. Any number of processes may make the same shard at once. Raises
-    what `open_job` raises, `OutputError`, `MachineError` and what reading raises.
+    A shard that is finished is not written again. Any number of processes may write the same shard
+    at once.
+
+    Args:
+        spec: The conversion.
+        run: The fingerprint of the run's state, to which the output must belong.
+        name: The shard's name.
+        staging: Where a shard is until it is uploaded.
+        on_progress: Called with bytes written since the last call, from any thread.
+        on_upload: Called when the shard is written and its upload begins.
+
+    Raises:
+        CheckpointError: If the source differs from the one that the conversion reads.
+        OutputError: If another run has begun in the output.
+        MachineError: If writing fails.
     """
-    opened = open_task(spec)
-    shard = opened.shards[name]
-    low_memory = is_memory_low(opened.planned)
-    info = opened.planned.info
-    with open_reader(info, ahead=0 if low_memory else spec.threads) as reader:
-        maker = _OneShard(spec, run, shard, reader, low_memory, on_bytes, on_sending)
-        folder = staging if opened.store else Path(spec.output)
-        try:
-            sha256 = maker.send(opened.store, staging) if opened.store else maker.put(folder)
-        except OSError as error:
-            if is_disk_full(error):
-                raise disk_full(error, folder, staging_nbytes([shard], 1)) from error
-            raise machine_error(error, f"writing {name} in {folder}") from error
+    task = open_task(spec)
+    shard = task.shards[name]
+    folder = staging if task.location else Path(spec.output)
+    try:
+        if task.location is None:
+            sha256 = _write_local(task, shard, run, on_progress)
+        else:
+            sha256 = _write_remote(task, task.location, shard, run, staging, on_progress, on_upload)
+    except OSError as error:
+        if is_disk_full(error):
+            raise disk_full_error(error, folder, staging_nbytes([shard], 1)) from error
+        raise machine_error(error, f"writing {name} in {folder}") from error
     return ShardResult(sha256, peak_rss_nbytes())
 
 
-@dataclass(frozen=True, slots=True)
-class _OneShard:
-    """One call of `make_shard`."""
+def _write_local(
+    task: _OpenedTask, shard: PlannedShard, run: str, on_progress: Callable[[int], None]
+) -> str | None:
+    """Write a shard to its folder; returns its checksum if the run computes them."""
+    output = OutputFolder(Path(task.spec.output), checksums=task.spec.checksums)
+    output.check_run(run)
+    if not output.is_finished(shard.name, shard.nbytes):
+        with output.worker_folder() as partial_folder:
 
-    spec: TaskSpec
-    run: str
-    shard: PlannedShard
-    reader: CheckpointReader
-    low_memory: bool
-    on_bytes: Callable[[int], None]
-    on_sending: Callable[[], None]
+            def before_commit(name: str, sha256: str | None) -> None:
+                output.check_run(run)
+                if sha256 is not None:
+                    output.save_checksum(name, sha256, partial_folder)
 
-    def put(self, folder: Path) -> str | None:
-        """Make the shard in its folder."""
-        joined = JoinedOutputFolder(folder, self.run)
-        joined.check()
-        kept = joined.sum(self.shard.name) if self.spec.checksums else None
-        if joined.is_finished(self.shard.name, self.shard.nbytes) and (
-            kept is not None or not self.spec.checksums
-        ):
-            return kept
-        sums: dict[str, str] = {}
-        with joined.partials() as partials:
+            callbacks = Callbacks(on_progress, before_commit=before_commit)
+            _write(task, shard, output.path, partial_folder, callbacks, task.spec.checksums)
+    return output.checksum(shard.name) if task.spec.checksums else None
 
-            def keep(name: str, sha256: str) -> None:
-                sums[name] = sha256
-                save_checksum(joined.work, name, sha256, partials)
 
-            self._make(folder, partials, keep if self.spec.checksums else None, joined.check)
-        return sums.get(self.shard.name)
+def _write_remote(
+    task: _OpenedTask,
+    location: WritableLocation,
+    shard: PlannedShard,
+    run: str,
+    staging: Path,
+    on_progress: Callable[[int], None],
+    on_upload: Callable[[], None],
+) -> str | None:
+    """Write a shard to a folder of this process, and upload it; returns its checksum."""
+    remote = RemoteFolder(location, checksums=task.spec.checksums)
+    remote.join(run)
+    if remote.is_finished(shard.name, shard.nbytes):
+        return remote.checksum(shard.name)
+    checksums: dict[str, str] = {}
 
-    def send(self, store: WritableLocation, staging: Path) -> str | None:
-        """Make the shard in a folder of this process's own, and send it to the store."""
-        remote = RemoteFolder(store, checksums=self.spec.checksums)
-        remote.join(self.run)
-        name, kept = self.shard.name, remote.sum(self.shard.name)
-        if remote.is_finished(name, self.shard.nbytes, None) and (
-            kept is not None or not self.spec.checksums
-        ):
-            return kept
-        sums: dict[str, str] = {}
-        staging.mkdir(parents=True, exist_ok=True)
-        check_space(staging, staging_nbytes([self.shard], 1))
+    def before_commit(name: str, sha256: str | None) -> None:
+        remote.check_run()
+        checksums[name] = sha256 or ""
+
+    staging.mkdir(parents=True, exist_ok=True)
+    check_space(staging, staging_nbytes([shard], 1))
+    with ExitStack() as cleanup:
         folder = Path(tempfile.mkdtemp(prefix="gptoss_stream-", dir=staging))
-        try:
-            partials = folder / "partials"
-            partials.mkdir()
-            self._make(folder, partials, sums.__setitem__, remote.check)
-            self.on_sending()
-            remote.put({name: folder / name}, sums)
-            remote.confirm(name)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        return sums[name]
+        cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
+        partial_folder = folder / "partials"
+        partial_folder.mkdir()
+        callbacks = Callbacks(on_progress, before_commit=before_commit)
+        _write(task, shard, folder, partial_folder, callbacks, checksums=True)
+        on_upload()
+        remote.put({shard.name: folder / shard.name}, checksums)
+        remote.confirm_upload(shard.name)
+    return checksums[shard.name]
 
-    def _make(
-        self,
-        folder: Path,
-        partials: Path,
-        on_sum: Callable[[str, str], None] | None,
-        check: Callable[[], None],
-    ) -> None:
-        callbacks = Callbacks(self.on_bytes, on_sum, before_commit=lambda name: check())
-        threads = Threads(self.reader, self.spec.threads, self.low_memory)
-        threads.make([self.shard], {}, folder, partials, callbacks)
+
+def _write(
+    task: _OpenedTask,
+    shard: PlannedShard,
+    folder: Path,
+    partial_folder: Path,
+    callbacks: Callbacks,
+    checksums: bool,
+) -> None:
+    threads = task.spec.threads
+    low_memory = is_memory_low(task.plan.spill_nbytes)
+    with open_reader(task.plan.info, ahead=0 if low_memory else threads) as reader:
+        executor = ThreadExecutor(reader, threads, low_memory=low_memory)
+        executor.write_shards([shard], folder, partial_folder, callbacks, checksums=checksums)

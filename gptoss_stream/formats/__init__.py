@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..checkpoint.metadata import CheckpointInfo
@@ -23,17 +24,19 @@ from ..errors import CheckpointError, ConfigError
 from ..model.config import ModelConfig
 from ..tensors.dtypes import DType
 from . import _registry
-from ._check import names_present
+from ._check import names_present, read_table
 from ._table import Table
 
 __all__ = [
     "Format",
+    "SourceModel",
     "default_dtype",
     "detect_format",
     "ignored",
     "load",
     "names",
     "naming_config",
+    "read_source",
     "warning",
 ]
 
@@ -109,6 +112,40 @@ def warning(format_: Format) -> str:
 def default_dtype(format_: Format) -> str:
     """Return the dtype of what is made of a format, where none is asked for."""
     return str(getattr(format_, "DEFAULT_DTYPE", "bfloat16"))
+
+
+@dataclass(frozen=True, slots=True)
+class SourceModel:
+    """A checkpoint's format and the model that it stores."""
+
+    name: str
+    """The format's name."""
+    detected_by: str
+    """Why the checkpoint is of that format."""
+    format: Format
+    table: Table
+    """The format's table with the names that the checkpoint uses."""
+    model: ModelConfig
+    """The model with the tensors that are stored."""
+
+
+def read_source(info: CheckpointInfo, source_format: str | None) -> SourceModel:
+    """Read the model of a checkpoint from its configuration and its tensors' names.
+
+    Args:
+        info: The checkpoint.
+        source_format: The format's name; None to detect it.
+
+    Raises:
+        CheckpointError: If the format is unknown.
+        ConfigError: If the configuration does not describe a model.
+        TensorError: If tensors are stored under two names.
+    """
+    name, reason = (source_format, "as asked") if source_format else detect_format(info)
+    found = load(name)
+    with naming_config(info):
+        table, model = read_table(found.TABLE, found.read_model(info), info)
+    return SourceModel(name, reason, found, table, model)
 
 
 def detect_format(info: CheckpointInfo) -> tuple[str, str]:

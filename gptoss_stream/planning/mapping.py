@@ -42,10 +42,10 @@ from ..transforms.operands import (
     Operand,
     ZeroOperand,
 )
-from ..transforms.output_tensor import OutputTensor, Segment
+from ..transforms.output_tensor import Origin, OutputTensor, Segment
 from ..transforms.rearrangement import rearrangement
 
-__all__ = ["MappedTensor", "output_tensors", "raw_tensors"]
+__all__ = ["output_tensors", "raw_tensors"]
 
 
 _MAX_UNIT_NBYTES = 64 << 20
@@ -57,22 +57,13 @@ _Groups: TypeAlias = "Sequence[tuple[str, ...]]"
 """The axes that make up each stored axis."""
 
 
-@dataclass(frozen=True, slots=True)
-class MappedTensor:
-    """An output tensor and what it is made of: a model tensor, and its layer and expert where
-    there are such (of a tensor that stacks the experts, none)."""
-
-    tensor: OutputTensor
-    origin: tuple[str, int | None, int | None]
-
-
 def output_tensors(
     source: Table,
     target: Table,
     model: ModelConfig,
     raws: Mapping[str, RawTensor],
     dtype: DType | None,
-) -> Iterator[MappedTensor]:
+) -> Iterator[OutputTensor]:
     """Yield every tensor of the target, in order: rows with `{l}` layer by layer, rows with `{e}`
     expert by expert within it.
 
@@ -97,7 +88,8 @@ def output_tensors(
                 for expert in range(sizes["e"]) if has_expert else (None,):
                     for one in group:
                         tensor = mapping.tensor(one, layer or 0, expert)
-                        yield MappedTensor(tensor, (one.rows[0].tensor, layer, expert))
+                        origin = Origin(one.rows[0].tensor, layer, expert)
+                        yield replace(tensor, origin=origin)
 
 
 def raw_tensors(operand: Operand) -> Iterator[RawTensor]:

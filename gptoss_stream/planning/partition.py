@@ -37,7 +37,7 @@ class ArrayTask:
         """What names of files say for it."""
         return f"task-{self.index}-of-{self.count}"
 
-    def of(self, shards: Sequence[PlannedShard]) -> list[PlannedShard]:
+    def select(self, shards: Sequence[PlannedShard]) -> list[PlannedShard]:
         """The shards of this task, in order: the costliest first, each to the task that has least
         to do, so that all end at about the same time."""
         loads = [0] * self.count

@@ -1,8 +1,4 @@
-"""A conversion in words that can travel, and making a shard of it wherever they arrive.
-
-What other processes need to know is where source and output are and what was asked for: they open
-both themselves, with credentials of their own, and plan anew. The plan must come out the same.
-"""
+"""What identifies a run: two runs with the same identity write the same bytes."""
 
 from __future__ import annotations
 
@@ -16,29 +12,35 @@ from .plan import Plan
 __all__ = ["run_identity"]
 
 
-def run_identity(planned: Plan) -> dict[str, Any]:
-    """What makes two runs the same run; also the record of how the output was made."""
-    location = planned.info.location
+def run_identity(plan: Plan) -> dict[str, Any]:
+    """Return the identity of a run, which is also the record of how the output was written.
+
+    Returns:
+        JSON values: tool version, source with its files and configuration, options, and a hash of
+        all tensors that are read and all headers that are written. `source` is for users to read:
+        the same files under another path are the same source.
+    """
+    location = plan.info.location
     return {
         "tool": "gptoss_stream",
         "version": __version__,
         "source": location.identity,
         **({"source_revision": location.revision} if location.revision else {}),
-        "source_files": {s.name: [s.nbytes, s.version] for s in planned.info.shards},
-        "source_config": _digest(json.dumps(planned.info.configs, sort_keys=True).encode()),
-        "source_format": planned.source_format,
-        "format": planned.to,
-        "partial": planned.is_partial,
-        "selection": planned.selection.as_dict(),
-        "dtype": planned.dtype,
-        "max_shard_size": planned.max_shard_size,
-        "unused": list(planned.unmapped),
+        "source_files": {s.name: [s.nbytes, s.version] for s in plan.info.shards},
+        "source_config": _digest(json.dumps(plan.info.configs, sort_keys=True).encode()),
+        "source_format": plan.source_format,
+        "format": plan.to,
+        "partial": plan.is_partial,
+        "selection": plan.selection.as_dict(),
+        "dtype": plan.dtype,
+        "max_shard_size": plan.max_shard_size,
+        "unused": list(plan.unmapped),
         "plan": _digest(
             *(
                 f"{raw.shard} {raw.name} {raw.dtype.code} {raw.shape} {raw.offset}\n".encode()
-                for raw in planned.info.tensors.values()
+                for raw in plan.info.tensors.values()
             ),
-            *(shard.name.encode() + shard.header for shard in planned.shards),
+            *(shard.name.encode() + shard.header for shard in plan.shards),
         ),
     }
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..checkpoint.reader import ElementRange
 from ..tensors.dtypes import DType, nbytes
@@ -20,7 +20,7 @@ from .rearrangement import Rearrangement
 if TYPE_CHECKING:
     pass
 
-__all__ = ["OutputTensor", "Segment", "element_ranges"]
+__all__ = ["Origin", "OutputTensor", "Segment", "element_ranges"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,6 +36,17 @@ class Segment:
         return self.rearrangement.num_rows * prod(self.rearrangement.row_shape)
 
 
+class Origin(NamedTuple):
+    """The model tensor that an output tensor holds, and its layer and expert if it is of one."""
+
+    model_tensor: str
+    layer: int | None
+    expert: int | None
+
+
+_NO_ORIGIN = Origin("", None, None)
+
+
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
     """A tensor of the output: its parts lie one after another along its first axis."""
@@ -44,6 +55,7 @@ class OutputTensor:
     dtype: DType
     shape: tuple[int, ...]
     segments: tuple[Segment, ...]
+    origin: Origin = _NO_ORIGIN
 
     @property
     def nbytes(self) -> int:

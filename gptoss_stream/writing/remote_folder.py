@@ -1,7 +1,8 @@
-"""The far end of an output during a run: whose it is, what is finished there.
+"""A remote output during a run: its state, and which shards are finished.
 
-As in a folder of this machine (`run_folder`), `.gptoss_stream/run.json` says what the run is until
-it is done, a shard that stands under its name is complete, and the index comes last.
+As in a local folder (`output_folder`), `.gptoss_stream/run.json` holds the state until the run is
+done, a shard under its final name is complete, and the index comes last. There are no locks:
+object stores and the Hub have none.
 """
 
 from __future__ import annotations
@@ -22,83 +23,99 @@ from .run_state import (
     WORK_NAME,
     fingerprint,
     parse_state,
-    refuse_foreign,
+    refuse_foreign_files,
     refuse_other_run,
 )
 
 __all__ = ["RemoteFolder"]
 
-
-_SUM = ".sha256"
+_CHECKSUM_SUFFIX = ".sha256"
 
 
 class RemoteFolder:
-    """A store that a run writes to. Raises `OutputError` where it holds foreign files or belongs
-    to another run, and what the store raises."""
+    """A remote location that a run writes to.
 
-    def __init__(self, store: WritableLocation, *, checksums: bool = False) -> None:
-        self.store = store
-        self._checksums = checksums
+    Methods raise `OutputError` if it holds foreign files or belongs to another run, and what the
+    location raises.
+
+    Args:
+        location: The location.
+        checksums: Whether the run computes checksums.
+    """
+
+    def __init__(self, location: WritableLocation, *, checksums: bool = False) -> None:
+        self.location = location
+        self._has_checksums = checksums
         self._files: Mapping[str, FileInfo] = {}
-        self._sums: dict[str, str] = {}
+        self._checksums: dict[str, str] = {}
         self._run = ""
 
     @property
     def identity(self) -> str:
-        """The store's."""
-        return self.store.identity
+        """The location's identity."""
+        return self.location.identity
 
-    @property
-    def unfinished(self) -> Mapping[str, Any] | None:
-        """The state of a run of which a part is there, if any."""
-        self._files = self.store.listing()
-        return self._known() if RUN_NAME in self._files else None
+    def read_unfinished_state(self) -> Mapping[str, Any] | None:
+        """Return the state of an unfinished run, or None without one."""
+        self._files = self.location.listing()
+        return self._read_state() if RUN_NAME in self._files else None
 
     def prepare(self, state: Mapping[str, Any], *, overwrite: bool) -> None:
-        """See what is there; `overwrite` deletes what an earlier run made, and only that."""
+        """List the files and check that the output can be written or resumed.
+
+        Args:
+            state: The state of this run.
+            overwrite: Whether to delete what an earlier run wrote, and only that.
+        """
         self._run = fingerprint(state)
-        self.look()
-        known = self._known()
-        refuse_foreign(str(self.store), self._files, known)
-        if known is None:
+        self.refresh()
+        found = self._read_state()
+        refuse_foreign_files(str(self.location), self._files, found)
+        if found is None:
             return
         if overwrite:
-            self._delete(known["files"])
+            self._delete(found["files"])
         else:
             unfinished = RUN_NAME in self._files
-            refuse_other_run(str(self.store), known, state, unfinished=unfinished)
-            self._run = fingerprint(known)
+            refuse_other_run(str(self.location), found, state, unfinished=unfinished)
+            self._run = fingerprint(found)
 
-    def look(self) -> None:
-        """See what is there now."""
-        self._files = self.store.listing()
-        for name in self._notes() if self._checksums else ():
-            shard = name.removeprefix(f"{WORK_NAME}/").removesuffix(_SUM)
-            if shard in self._sums:
+    def refresh(self) -> None:
+        """List the files again and read checksums that were added."""
+        self._files = self.location.listing()
+        for name in self._checksum_files() if self._has_checksums else ():
+            shard = name.removeprefix(f"{WORK_NAME}/").removesuffix(_CHECKSUM_SUFFIX)
+            if shard in self._checksums:
                 continue
             try:
-                self._sums[shard] = self.store.read(name).decode(errors="replace").strip()
+                text = self.location.read(name).decode(errors="replace")
             except (CheckpointError, OutputError):
-                if name in self.store.listing():
+                if name in self.location.listing():
                     raise
-                self.look()  # another task has just finished, and deleted it
+                self.refresh()  # another task has just finished and deleted it
                 return
-        if self._checksums and CHECKSUMS_NAME in self._files:  # of a finished run
+            self._checksums[shard] = text.strip()
+        if self._has_checksums and CHECKSUMS_NAME in self._files:  # of a finished run
             with suppress(ValueError):
-                self._sums = parse_checksums(self.store.read(CHECKSUMS_NAME)) | self._sums
+                found = parse_checksums(self.location.read(CHECKSUMS_NAME))
+                self._checksums = found | self._checksums
 
     def join(self, run: str) -> None:
-        """Make shards for the process that began the run with this fingerprint; see `check`."""
+        """Write shards for the process that began the run with this fingerprint."""
         self._run = run
-        self.check()
-        self.look()
+        self.check_run()
+        self.refresh()
 
-    def check(self) -> None:
-        """Raise `OutputError` if another run has begun."""
+    def check_run(self) -> None:
+        """Check that the location still belongs to the run.
+
+        Raises:
+            OutputError: If another run has begun.
+        """
         state: Mapping[str, Any] = {}
-        for name in (RUN_NAME, RECORD_NAME):  # or all of it is finished, this shard included
+        for name in (RUN_NAME, RECORD_NAME):  # the record, if the run is finished already
             try:
-                state = parse_state(self.store.read(name), self.store.display_path(name))
+                state = parse_state(self.location.read(name), self.location.display_path(name))
                 break
             except MachineError:
                 raise
@@ -106,74 +123,94 @@ class RemoteFolder:
                 continue
         if fingerprint(state) != self._run:
             raise OutputError(
-                f"{self.store}: the run that this shard was made for is not under way there"
+                f"{self.location}: the run that this shard belongs to is no longer active"
             )
 
-    def put(self, files: Mapping[str, Path | bytes], sums: Mapping[str, str]) -> None:
-        """Write shards, and where that is wanted their sums before them."""
-        kept = {name: sums[name] for name in files if self._checksums and name in sums}
-        notes = {f"{WORK_NAME}/{name}{_SUM}": f"{kept[name]}\n".encode() for name in kept}
-        self.store.put({**notes, **files}, sums)
-        self._sums |= kept
+    def put(self, files: Mapping[str, Path | bytes], checksums: Mapping[str, str]) -> None:
+        """Upload shards; if the run computes checksums, upload those first.
 
-    def confirm(self, name: str) -> None:
-        """Take back a shard that was sent while another run began; raises `OutputError` then."""
-        sent = self.store.listing().get(name)
-        self._files = self.store.listing()
-        known = self._known()
-        if known is not None and fingerprint(known) == self._run:
+        Args:
+            files: Local files or bytes, by name.
+            checksums: The SHA-256 of files for which it is known.
+        """
+        kept = {n: checksums[n] for n in files if self._has_checksums and n in checksums}
+        small = {f"{WORK_NAME}/{n}{_CHECKSUM_SUFFIX}": f"{kept[n]}\n".encode() for n in kept}
+        self.location.put({**small, **files}, checksums)
+        self._checksums |= kept
+
+    def confirm_upload(self, name: str) -> None:
+        """Check that no other run began while a shard was uploaded.
+
+        Raises:
+            OutputError: If one did; the shard is then deleted.
+        """
+        uploaded = self.location.listing().get(name)
+        self._files = self.location.listing()
+        found = self._read_state()
+        if found is not None and fingerprint(found) == self._run:
             return
-        if sent is not None and self._files.get(name) == sent:
-            self.store.delete([name])
-        raise OutputError(f"{self.store}: another run has begun there while a shard was sent")
+        if uploaded is not None and self._files.get(name) == uploaded:
+            self.location.delete([name])
+        raise OutputError(f"{self.location}: another run began while a shard was uploaded")
 
-    def _known(self) -> Mapping[str, Any] | None:
+    def _read_state(self) -> Mapping[str, Any] | None:
         for name in (RUN_NAME, RECORD_NAME):
             if name in self._files:
-                return parse_state(self.store.read(name), self.store.display_path(name))
+                return parse_state(self.location.read(name), self.location.display_path(name))
         return None
 
     def _delete(self, names: list[str]) -> None:
-        """The index first: without it nothing looks finished. What says which files are the
-        tool's last."""
-        rest = sorted({*names, *self._notes()} - {INDEX_NAME, RECORD_NAME})
-        for some in ([INDEX_NAME], rest, [RECORD_NAME, RUN_NAME]):
-            self.store.delete(some)
-        self._files, self._sums = {}, {}
+        """Delete the files of a run: the index first, so that nothing looks finished; last the
+        record of which files are the tool's."""
+        others = sorted({*names, *self._checksum_files()} - {INDEX_NAME, RECORD_NAME})
+        for some in ([INDEX_NAME], others, [RECORD_NAME, RUN_NAME]):
+            self.location.delete(some)
+        self._files, self._checksums = {}, {}
 
-    def _notes(self) -> list[str]:
-        """Where the sums of shards are kept while the run is under way."""
-        return [n for n in self._files if n.startswith(f"{WORK_NAME}/") and n.endswith(_SUM)]
+    def _checksum_files(self) -> list[str]:
+        """Return the files that hold the checksums of shards during the run."""
+        prefix = f"{WORK_NAME}/"
+        return [n for n in self._files if n.startswith(prefix) and n.endswith(_CHECKSUM_SUFFIX)]
 
-    def sum(self, name: str) -> str | None:
-        """The SHA-256 of a file that is there, where that is known."""
+    def checksum(self, name: str) -> str | None:
+        """Return the SHA-256 of an uploaded file, if it is known."""
         if name not in self._files:
             return None
-        return self._files[name].sha256 or self._sums.get(name)
+        return self._files[name].sha256 or self._checksums.get(name)
 
-    def is_finished(self, name: str, nbytes: int, digest: str | None) -> bool:
-        """Whether a shard is complete: it is when it stands under its name, unless both sums are
-        known and differ."""
+    def is_finished(self, name: str, nbytes: int, sha256: str | None = None) -> bool:
+        """Return whether a shard is complete, with its checksum if the run computes them.
+
+        A shard is complete if it exists under its final name.
+
+        Args:
+            name: The shard's name.
+            nbytes: Its size in bytes.
+            sha256: Its checksum, if it is known to this process.
+        """
         found = self._files.get(name)
         if found is None or found.nbytes != nbytes:
             return False
-        return digest is None or found.sha256 in (None, digest)
+        if self._has_checksums and sha256 is None and self.checksum(name) is None:
+            return False
+        return sha256 is None or found.sha256 in (None, sha256)
 
     def is_complete(self, state: Mapping[str, Any]) -> bool:
-        """Whether the run was finished, and everything it made is still there."""
+        """Return whether the run was finished and all its files still exist."""
         return RUN_NAME not in self._files and all(n in self._files for n in state["files"])
 
     def begin(self, state: Mapping[str, Any]) -> None:
-        """Say what the run is."""
+        """Upload the state of the run."""
         if RUN_NAME not in self._files:
-            self.store.put({RUN_NAME: strict_json.dumps(state)}, {})
+            self.location.put({RUN_NAME: strict_json.dumps(state)}, {})
         # Of a finished run that has lost a file.
-        self.store.delete([n for n in (INDEX_NAME, RECORD_NAME) if n in self._files])
+        self.location.delete([n for n in (INDEX_NAME, RECORD_NAME) if n in self._files])
 
-    def finish(self, files: Mapping[str, Path], sums: Mapping[str, str]) -> None:
-        """Write the small files, the index last, and say no longer that a run is under way."""
+    def finish(self, files: Mapping[str, Path], checksums: Mapping[str, str]) -> None:
+        """Upload the small files, the index last, and delete the state of the run."""
         last = {name: files[name] for name in files if name == INDEX_NAME}
-        self.store.put({**{n: f for n, f in files.items() if n not in last}, **last}, sums)
-        # Also what writers that were killed have left of them.
-        self.store.delete([*self._notes(), *(f"{name}.partial" for name in self._files)])
-        self.store.delete([RUN_NAME])
+        self.location.put({**{n: f for n, f in files.items() if n not in last}, **last}, checksums)
+        # Also the partial files of processes that were killed.
+        partials = (f"{name}.partial" for name in self._files)
+        self.location.delete([*self._checksum_files(), *partials])
+        self.location.delete([RUN_NAME])

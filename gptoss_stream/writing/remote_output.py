@@ -1,8 +1,8 @@
-"""An output that goes to a store: made in a staging folder, shard by shard, and sent on.
+"""Writes an output to a remote location, shard by shard through a staging folder.
 
-The staging folder is an output folder like any other (`run_folder`), of which each shard leaves
-when it has arrived at the far end; so it holds a few shards at a time, and whatever a run that
-was interrupted had finished.
+The staging folder is an output folder like any other (`output_run`). Each shard is deleted from it
+when it has been uploaded, so that it holds a few shards at a time, and what an interrupted run had
+finished.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .._utils.failures import machine_error
@@ -22,130 +22,204 @@ from ..planning.shards import PlannedShard
 from ..storage.location import WritableLocation
 from ..tensors.safetensors_header import INDEX_NAME
 from .checksums import CHECKSUMS_NAME
-from .disk_space import check_space, disk_full, is_disk_full
-from .executor import Callbacks
-from .output import Executor, OutputResult, OutputSpec, refuse_overwriting_task
-from .output_folder import OutputFolder
+from .disk_space import check_space, disk_full_error, is_disk_full
+from .executor import Callbacks, Executor
+from .output import refuse_overwriting_task
+from .output_run import OutputRun
+from .output_spec import OutputResult, OutputSpec
 from .remote_folder import RemoteFolder
-from .run_state import RECORD_NAME
-from .uploads import Uploads, wait_for_earlier
+from .run_state import RECORD_NAME, fingerprint
+from .uploads import Uploads, wait_for_earlier_uploads
 
 __all__ = ["staging_folder", "staging_nbytes", "write_remote_output"]
 
 
 def staging_folder(
-    store: WritableLocation, staging: str | os.PathLike[str] | None, share: ArrayTask | None = None
+    location: WritableLocation,
+    staging: str | os.PathLike[str] | None,
+    task: ArrayTask | None = None,
 ) -> Path:
-    """The folder of this machine in which what goes to a store is made: always the same for the
-    same store and task, in `staging` or else in the user's cache."""
-    digest = hashlib.sha256(store.identity.encode()).hexdigest()[:16]
+    """Return the local folder through which an output goes to a remote location.
+
+    It is always the same for the same location and task.
+
+    Args:
+        location: Where the output goes.
+        staging: The folder to put it in; None for the user's cache.
+        task: The array task, if the run is divided into tasks.
+    """
+    digest = hashlib.sha256(location.identity.encode()).hexdigest()[:16]
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     parent = user_path(staging) if staging is not None else user_path(cache) / "gptoss_stream"
-    return parent / f"staging-{digest}{f'-{share.tag}' if share else ''}"
+    return parent / f"staging-{digest}{f'-{task.tag}' if task else ''}"
 
 
 def staging_nbytes(shards: Sequence[PlannedShard], max_staged: int) -> int:
-    """The disk space that making some shards takes, `max_staged` at a time."""
+    """Return the disk space in bytes that writing shards takes, `max_staged` at a time."""
     largest = sorted((shard.nbytes for shard in shards), reverse=True)[:max_staged]
     return sum(largest) + max((shard.spill_nbytes for shard in shards), default=0)
 
 
 def write_remote_output(
-    store: WritableLocation,
-    contents: OutputSpec,
-    maker: Executor,
+    location: WritableLocation,
+    spec: OutputSpec,
+    executor: Executor,
     *,
     staging: Path,
     max_staged: int,
     overwrite: bool,
     on_start: Callable[[int], None],
-    on_bytes: Callable[[int], None],
-    share: ArrayTask | None = None,
+    on_progress: Callable[[int], None],
+    task: ArrayTask | None = None,
 ) -> OutputResult:
-    """Make `contents`, or a task's `share` of its shards, in a store.
+    """Write an output, or the shards of one array task, to a remote location.
 
-    At most `max_staged` shards are in the folder `staging` at a time, and it is deleted at the
-    end. The rest as in `output.make_output`. Raises `OptionError`, `OutputError`, `MachineError`
-    and what the maker raises.
+    Args:
+        location: Where to write to.
+        spec: What to write.
+        executor: What writes the shards.
+        staging: The local folder for shards until they are uploaded; it is deleted at the end.
+        max_staged: The most shards in that folder at a time.
+        overwrite: Whether to delete what an earlier run wrote.
+        on_start: Called with the bytes of this task's shards that were finished before.
+        on_progress: Called with bytes written since the last call, from any thread.
+        task: The array task, if the run is divided into tasks.
+
+    Raises:
+        OptionError: If `max_staged` is less than 1.
+        OutputError: If the location cannot be used.
+        MachineError: If writing or uploading fails.
     """
-    refuse_overwriting_task(share, overwrite=overwrite)
+    refuse_overwriting_task(task, overwrite=overwrite)
     if max_staged < 1:
         raise OptionError(f"{max_staged} staged shards: there must be at least one")
-    names = [shard.name for shard in contents.shards]
-    run = OutputFolder(
-        staging, contents.identity, names, contents.auxiliary_files, contents.checksums
-    )
-    remote, needed = RemoteFolder(store, checksums=contents.checksums), 0
-    mine = share.of(contents.shards) if share else contents.shards
-    wait_for_earlier(store)
+    run = OutputRun(staging, spec)
+    remote = RemoteFolder(location, checksums=spec.checksums)
+    output = _RemoteOutput(run, remote, spec, executor, max_staged, task)
+    wait_for_earlier_uploads(location)
     try:
-        with run.locked(overwrite=overwrite) as partials:
+        with run.locked(overwrite=overwrite) as partial_folder:
             remote.prepare(run.state, overwrite=overwrite)
-            sizes = {shard.name: shard.nbytes for shard in contents.shards}
-            arrived = _arrived(remote, run, contents)
-            for name in arrived:
-                (staging / name).unlink(missing_ok=True)
-            resumed = sum(shard.nbytes for shard in mine if shard.name in arrived)
-            left = [shard for shard in mine if shard.name not in arrived]
-            made = [s.name for s in left if run.is_finished(s.name, s.nbytes)]
-            missing = [shard for shard in left if shard.name not in made]
-            needed = staging_nbytes(missing, max_staged) if maker.in_process else 0
-            check_space(staging, needed)
-            maker.setup(None)
-            on_start(resumed)
-            is_complete = not left and remote.is_complete(run.state)
-            if not is_complete:
-                remote.begin(run.state)
-                run.begin()
-                callbacks = Callbacks(on_bytes, run.save_checksum)
-                if share is not None:
-                    callbacks = replace(callbacks, before_commit=lambda shard: remote.check())
-                with Uploads(remote, staging, max_staged, run.sums.get) as uploads:
-                    for name in made:
-                        on_bytes(sizes[name])
-                        uploads.add_made(name)
-                    if maker.in_process:
-                        callbacks = replace(
-                            callbacks, on_shard_start=uploads.begin, on_shard_finished=uploads.add
-                        )
-                    maker.make(missing, run.state, staging, partials, callbacks)
-                    uploads.finish()
-                remote.look()
-                is_complete = remote.is_complete(run.state) or (
-                    len(_arrived(remote, run, contents)) == len(sizes)
-                )
-                if share is None and not is_complete:
-                    raise OutputError(
-                        f"{store}: a shard that was sent is not there as it was; leave the output "
-                        "alone and run the same command again"
-                    )
-            if is_complete and not remote.is_complete(run.state):
-                _finish(remote, run, contents)
-            run.clear()  # also what a run has left that ended right before it could
+            result = output.write(partial_folder, on_start, on_progress)
+            run.clear()  # also what is left of a run that ended right before it could
         with suppress(OSError):  # another run may have begun in it
             staging.rmdir()
     except OSError as error:
         if is_disk_full(error):
-            raise disk_full(error, staging, needed) from error
+            raise disk_full_error(error, staging, output.needed) from error
         raise machine_error(error, f"writing to {staging}") from error
-    return OutputResult(resumed, is_complete)
+    return result
 
 
-def _finish(remote: RemoteFolder, run: OutputFolder, contents: OutputSpec) -> None:
-    """Make the small files, and send them."""
-    run.finish(contents.index, {})
-    small = [*contents.auxiliary_files, CHECKSUMS_NAME, RECORD_NAME, INDEX_NAME]
-    files = {n: run.path / n for n in small if n in run.state["files"]}
-    remote.finish(files, {n: s for n, s in run.sums.items() if n in files})
+@dataclass
+class _RemoteOutput:
+    """One call of `write_remote_output`."""
 
+    run: OutputRun
+    remote: RemoteFolder
+    spec: OutputSpec
+    executor: Executor
+    max_staged: int
+    task: ArrayTask | None
+    needed: int = field(default=0, init=False)
+    """Bytes of disk space that are still needed."""
 
-def _arrived(remote: RemoteFolder, run: OutputFolder, contents: OutputSpec) -> set[str]:
-    """The shards that are complete in the store, and summed where that is wanted."""
-    found = {
-        shard.name
-        for shard in contents.shards
-        if remote.is_finished(shard.name, shard.nbytes, run.sums.get(shard.name))
-        and (not contents.checksums or run.sums.get(shard.name) or remote.sum(shard.name))
-    }
-    run.sums |= {n: known for n in found if (known := remote.sum(n)) is not None}
-    return found
+    def write(
+        self,
+        partial_folder: Path,
+        on_start: Callable[[int], None],
+        on_progress: Callable[[int], None],
+    ) -> OutputResult:
+        """Write and upload the shards that are missing, and finish if none is."""
+        run, remote = self.run, self.remote
+        shards = self.task.select(self.spec.shards) if self.task else self.spec.shards
+        uploaded = self._uploaded()
+        for name in uploaded:
+            (run.path / name).unlink(missing_ok=True)
+        resumed = sum(shard.nbytes for shard in shards if shard.name in uploaded)
+        left = [shard for shard in shards if shard.name not in uploaded]
+        staged = [shard for shard in left if run.is_finished(shard.name, shard.nbytes)]
+        missing = [shard for shard in left if shard not in staged]
+        self.needed = staging_nbytes(missing, self.max_staged) if self.executor.in_process else 0
+        check_space(run.path, self.needed)
+        self.executor.setup(None)
+        on_start(resumed)
+        is_complete = not left and remote.is_complete(run.state)
+        if not is_complete:
+            remote.begin(run.state)
+            run.begin()
+            self._write_shards(staged, missing, partial_folder, on_progress)
+            is_complete = self._is_complete()
+        if is_complete and not remote.is_complete(run.state):
+            self._finish()
+        return OutputResult(resumed, is_complete)
+
+    def _write_shards(
+        self,
+        staged: list[PlannedShard],
+        missing: list[PlannedShard],
+        partial_folder: Path,
+        on_progress: Callable[[int], None],
+    ) -> None:
+        """Upload the staged shards, write the missing ones, and upload them as they finish."""
+        run = self.run
+
+        def before_commit(name: str, sha256: str | None) -> None:
+            if self.task is not None:  # another run may have replaced this one
+                self.remote.check_run()
+            run.before_commit(name, sha256)
+
+        with Uploads(self.remote, run.path, self.max_staged, run.checksums.get) as uploads:
+            for shard in staged:
+                on_progress(shard.nbytes)
+                uploads.add_finished(shard.name)
+            callbacks = Callbacks(on_progress, before_commit=before_commit)
+            if self.executor.in_process:
+                callbacks = Callbacks(on_progress, uploads.start, before_commit, uploads.add)
+            self.executor.write_shards(
+                missing,
+                run.path,
+                partial_folder,
+                callbacks,
+                run=fingerprint(run.state),
+                checksums=True,
+            )
+            uploads.finish()
+
+    def _is_complete(self) -> bool:
+        """Return whether all shards are in the remote location.
+
+        Raises:
+            OutputError: If some are not, and no other task is to write them.
+        """
+        self.remote.refresh()
+        if self.remote.is_complete(self.run.state):
+            return True
+        if len(self._uploaded()) == len(self.spec.shards):
+            return True
+        if self.task is None:
+            raise OutputError(
+                f"{self.remote.location}: an uploaded shard does not exist or has changed; leave "
+                "the output alone and run the same command again"
+            )
+        return False
+
+    def _finish(self) -> None:
+        """Write the small files, and upload them."""
+        run = self.run
+        run.finish(self.spec.index, {})
+        small = [*self.spec.auxiliary_files, CHECKSUMS_NAME, RECORD_NAME, INDEX_NAME]
+        files = {name: run.path / name for name in small if name in run.state["files"]}
+        self.remote.finish(files, {n: s for n, s in run.checksums.items() if n in files})
+
+    def _uploaded(self) -> set[str]:
+        """Return the shards that are complete in the remote location."""
+        run, remote = self.run, self.remote
+        found = {
+            shard.name
+            for shard in self.spec.shards
+            if remote.is_finished(shard.name, shard.nbytes, run.checksums.get(shard.name))
+        }
+        known = {name: remote.checksum(name) for name in found}
+        run.checksums |= {name: sum_ for name, sum_ in known.items() if sum_ is not None}
+        return found

@@ -1,8 +1,9 @@
-"""What a run is, as its output tells: in `.gptoss_stream/run.json` while it is under way, in the
-record `gptoss_stream.json` when it is done.
+"""The state of a run: what identifies it, and the files that it writes.
 
-A state is a JSON object: what two runs must have in common to be the same run, and `files`, all
-that the run makes. `source` and what follows from other keys is only for people.
+While a run is unfinished its output holds the state as `.gptoss_stream/run.json`, afterwards as the
+record `gptoss_stream.json`. A state is a JSON object: the run's identity (`planning.run_identity`),
+whether checksums are written, and `files`, the names of all files that the run writes. The key
+`source`, and keys that follow from others, are only for users to read.
 """
 
 from __future__ import annotations
@@ -24,26 +25,26 @@ __all__ = [
     "differences",
     "fingerprint",
     "parse_state",
-    "refuse_foreign",
+    "refuse_foreign_files",
     "refuse_other_run",
 ]
 
-
 RECORD_NAME = "gptoss_stream.json"
-
-
 WORK_NAME = ".gptoss_stream"
-
-
 RUN_NAME = f"{WORK_NAME}/run.json"
-
-
-_CONSEQUENCES = ("plan", "files", "unused")  # said only where nothing else differs
+_DERIVED = ("plan", "files", "unused")  # named only if nothing else differs
 
 
 def parse_state(data: bytes, where: str) -> dict[str, Any]:
-    """A state from its text; raises `OutputError` for one that names no files, or files outside
-    the output."""
+    """Parse the text of a state.
+
+    Args:
+        data: The text.
+        where: What messages call the file.
+
+    Raises:
+        OutputError: If it names no files, or files outside the output.
+    """
     try:
         state = strict_json.loads(data)
         names = [PurePosixPath(name) for name in state["files"]]
@@ -58,15 +59,24 @@ def parse_state(data: bytes, where: str) -> dict[str, Any]:
 
 
 def fingerprint(state: Mapping[str, Any]) -> str:
-    """What tells a state from others."""
+    """Return a hash that differs for different states."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def refuse_foreign(where: str, found: Iterable[str], known: Mapping[str, Any] | None) -> None:
-    """Raise `OutputError` if names in an output are not those of the run that it belongs to."""
-    files = known["files"] if known else ()
-    ours = {WORK_NAME, *(str(name).split("/")[0] for name in files)}
-    foreign = sorted({name.split("/")[0] for name in found} - ours)
+def refuse_foreign_files(where: str, found: Iterable[str], state: Mapping[str, Any] | None) -> None:
+    """Refuse an output with files that no run of this tool wrote.
+
+    Args:
+        where: What messages call the output.
+        found: The names in it.
+        state: The state of the run that wrote it, if any.
+
+    Raises:
+        OutputError: Naming the foreign files.
+    """
+    files = state["files"] if state else ()
+    own = {WORK_NAME, *(str(name).split("/")[0] for name in files)}
+    foreign = sorted({name.split("/")[0] for name in found} - own)
     if foreign:
         raise OutputError(
             f"{where}: it holds files that are not this tool's ({listed(foreign)}); "
@@ -75,10 +85,20 @@ def refuse_foreign(where: str, found: Iterable[str], known: Mapping[str, Any] | 
 
 
 def refuse_other_run(
-    where: str, known: Mapping[str, Any], state: Mapping[str, Any], *, unfinished: bool
+    where: str, found: Mapping[str, Any], state: Mapping[str, Any], *, unfinished: bool
 ) -> None:
-    """Raise `OutputError`, saying what differs, if an output belongs to another run."""
-    differing = list(differences(known, state))
+    """Refuse an output that belongs to another run.
+
+    Args:
+        where: What messages call the output.
+        found: The state in the output.
+        state: The state of this run.
+        unfinished: Whether the other run is unfinished.
+
+    Raises:
+        OutputError: Saying what differs.
+    """
+    differing = list(differences(found, state))
     if differing:
         raise OutputError(
             f"{where}: it holds {'an unfinished' if unfinished else 'a finished'} run "
@@ -88,16 +108,17 @@ def refuse_other_run(
         )
 
 
-def differences(known: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """What two states differ in, with both values where these say something."""
-    differing = [key for key in {**now, **known} if known.get(key) != now.get(key)]
-    causes = [key for key in differing if key not in ("source", *_CONSEQUENCES)]
+def differences(found: Mapping[str, Any], state: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what differs between the state that was found and that of this run, with both values
+    where they are short."""
+    differing = [key for key in {**state, **found} if found.get(key) != state.get(key)]
+    causes = [key for key in differing if key not in ("source", *_DERIVED)]
     for key in causes or [key for key in differing if key != "source"]:
-        there, here = known.get(key), now.get(key)
-        if isinstance(there, dict) and isinstance(here, dict):
-            names = sorted(n for n in {**there, **here} if there.get(n) != here.get(n))
+        old, new = found.get(key), state.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            names = sorted(n for n in {**old, **new} if old.get(n) != new.get(n))
             yield f"{key} ({listed(names)})"
-        elif isinstance(there, list) and isinstance(here, list):
-            yield f"{key} ({listed(sorted({*map(str, there)} ^ {*map(str, here)}))})"
+        elif isinstance(old, list) and isinstance(new, list):
+            yield f"{key} ({listed(sorted({*map(str, old)} ^ {*map(str, new)}))})"
         else:
-            yield f"{key} ({str(there)[:24]} there, {str(here)[:24]} now)"
+            yield f"{key} ({str(old)[:24]} there, {str(new)[:24]} now)"

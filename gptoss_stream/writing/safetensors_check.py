@@ -1,7 +1,7 @@
-"""A second pair of eyes: shards opened by the reader of the `safetensors` package itself.
+"""Checks shards with the reader of the `safetensors` package, independent of our own code.
 
-Only headers are read, and by system calls: a mapped page that the disk cannot give would end the
-process.
+Only headers are read, and by system calls: with a memory map, a page that the disk cannot read
+would kill the process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def find_problem(file: Path, tensors: Iterable[tuple[str, DType, tuple[int, ...]
         tensors: Name, dtype and shape of each tensor.
 
     Returns:
-        What `safetensors` objects to or sees otherwise, or None.
+        The first problem or difference that `safetensors` finds, or None.
 
     Raises:
         OSError: If reading fails.
@@ -37,13 +37,13 @@ def find_problem(file: Path, tensors: Iterable[tuple[str, DType, tuple[int, ...]
             if names != {name for name, _, _ in expected}:
                 return f"it sees {len(names)} tensors, not the {len(expected)} that are in it"
             for name, dtype, shape in expected:
-                seen = opened.get_slice(name)
-                if (seen.get_dtype(), tuple(seen.get_shape())) != (dtype.code, shape):
-                    found = f"{seen.get_dtype()} {seen.get_shape()}"
-                    return f"it sees {name!r} as {found}, not {dtype} {list(shape)}"
+                found = opened.get_slice(name)
+                if (found.get_dtype(), tuple(found.get_shape())) != (dtype.code, shape):
+                    seen = f"{found.get_dtype()} {found.get_shape()}"
+                    return f"it sees {name!r} as {seen}, not {dtype} {list(shape)}"
     except SafetensorError as error:
         return str(error)
-    except FileNotFoundError:  # as which it reports whatever keeps it from opening a file
+    except FileNotFoundError:  # safetensors raises this whenever it cannot open a file
         with open(file, "rb"):
             raise OSError(errno.EIO, "safetensors cannot open it", str(file)) from None
     return None

@@ -1,8 +1,8 @@
-"""Writing one file of the output: aligned, past the page cache, and whole or not at all.
+"""Writes one shard: aligned, past the page cache, and completely or not at all.
 
-A file is written under a partial name, in any order of segments, and gets its final name when
-all of it is on the disk. `O_DIRECT` is used where system and file system have it: buffered
-writing fills the page cache, which on a small machine is the bottleneck.
+A shard is written under a partial name, in any order of chunks, and gets its final name when all
+of it is on the disk. `O_DIRECT` is used where the system and the file system support it: buffered
+writing fills the page cache, which is the bottleneck on a small machine.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from .._utils.buffers import ALIGNMENT
 
 __all__ = ["ShardFile", "sync_folder"]
 
-
 _FLUSH_NBYTES = 64_000_000  # of buffered writing, so that unwritten pages do not pile up
 
 
@@ -35,8 +34,14 @@ def sync_folder(folder: Path) -> None:
 class ShardFile:
     """A file of known size that is being written, from any number of threads.
 
-    Nothing has the final name until `commit`, which calls `check` with the partial file. After any
-    error the file is only good for `discard`. Raises `OSError` as the system does.
+    The final name exists only after `commit`. After any error only `discard` may be called.
+    Methods raise `OSError` as the system does.
+
+    Args:
+        partial: The file's name while it is written.
+        final: Its name when it is complete, on the same file system.
+        nbytes: Its size in bytes.
+        check: Called with the partial file before it gets its final name; may raise.
     """
 
     def __init__(
@@ -65,31 +70,37 @@ class ShardFile:
         self._direct = 0
         return os.open(self._partial, flags, 0o666)
 
-    def write(self, segment: np.ndarray[tuple[int], np.dtype[np.uint8]], offset: int) -> None:
-        """Write an aligned segment at an aligned offset; the last may reach beyond the end."""
-        view = segment.data
+    def write(self, chunk: np.ndarray[tuple[int], np.dtype[np.uint8]], offset: int) -> None:
+        """Write a chunk.
+
+        Args:
+            chunk: Page-aligned uint8, a multiple of 4096 bytes long; the last chunk may reach
+                beyond the end of the file.
+            offset: The chunk's first byte in the file, a multiple of 4096.
+        """
+        view = chunk.data
         done = 0
         while done < len(view):
-            direct = self._direct  # another thread may find out meanwhile that it is not taken
+            direct = self._direct  # another thread may fall back to buffered writing meanwhile
             try:
                 written = os.pwrite(self._descriptor, view[done:], offset + done)
             except OSError as error:
                 if error.errno != errno.EINVAL or not direct:
                     raise
-                self._go_buffered()
+                self._write_buffered()
                 continue
             if written == 0:
                 raise OSError(errno.EIO, "the file system takes no more and gives no reason")
             if direct and done + written < len(view):
-                written -= written % ALIGNMENT  # a short write: go on from an aligned place
+                written -= written % ALIGNMENT  # a short write: continue at an aligned offset
                 if written == 0:
-                    self._go_buffered()  # which writes the rest, or says why it cannot
+                    self._write_buffered()  # the next attempt writes the rest or says why not
             done += written
         if not self._direct:
             self._flush(len(view))
 
-    def _go_buffered(self) -> None:
-        """Some file systems take the flag and refuse the write."""
+    def _write_buffered(self) -> None:
+        """Fall back to buffered writing: some file systems accept O_DIRECT and refuse to write."""
         import fcntl
 
         flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
@@ -97,6 +108,7 @@ class ShardFile:
         self._direct = 0
 
     def _flush(self, nbytes: int) -> None:
+        """Write pages to the disk and drop them from the page cache, every now and then."""
         with self._flushing:
             self._unflushed += nbytes
             if self._unflushed < _FLUSH_NBYTES:
@@ -107,8 +119,7 @@ class ShardFile:
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def commit(self) -> None:
-        """Cut the file to its size, wait until it is on the disk, have it checked, and give it its
-        final name."""
+        """Cut the file to its size, sync it to the disk, check it, and give it its final name."""
         os.ftruncate(self._descriptor, self._nbytes)
         os.fsync(self._descriptor)
         descriptor, self._descriptor = self._descriptor, -1

@@ -1,9 +1,12 @@
-"""The one large transpose, `unembed.W_U`, through a scratch file.
+"""Transposes a large matrix, such as `unembed.W_U`, through a spill file.
 
-A shard is written in order, and a transpose's output begins with the first element of every
-input row: read in columns, a matrix of 1.16 GB would come from the disk once for each piece of
-the output. Instead it is read once, in blocks of rows; each block goes into the scratch file
-transposed; and a piece of the output is then a run of every block.
+A shard is written in order, and the first row of a transposed matrix takes the first element of
+every row of the source. Reading a matrix of 1.16 GB in columns would read it from the disk again
+for each chunk of the output. Instead it is read once, in blocks of rows. Each block is written to
+the spill file transposed, and a row of the output is then one run of bytes of every block.
+
+Example: a matrix [5, 3] in blocks of 2 rows gives the slots [3, 2], [3, 2] and [3, 1] of the spill
+file. Row 1 of the transposed matrix [3, 5] is row 1 of each slot, one after another.
 """
 
 from __future__ import annotations
@@ -20,7 +23,6 @@ import numpy as np
 from .._utils.buffers import ALIGNMENT
 from .._utils.memory import available_nbytes
 from ..checkpoint.reader import Reader
-from ..planning.plan import Plan
 from ..tensors.cast import STORAGE, cast
 from ..tensors.dtypes import DType
 from ..transforms.materialize import TargetRows, materialize_rows
@@ -29,112 +31,129 @@ from ..transforms.output_tensor import Segment
 
 __all__ = ["SpilledTranspose", "is_memory_low"]
 
+_WRITEBACK_BLOCKS = 8  # blocks that the system may still be writing to the disk
+_MIN_VIEW_NBYTES = 512
+_MAX_VIEWS = 1024  # that one preadv call fills (IOV_MAX)
+_SPARE_NBYTES = 1_000_000_000
 
-_WRITING = 8  # blocks of a scratch file that may be on their way to the disk
 
-
-_LEAST_VIEW_NBYTES = 512
-
-
-_MOST_VIEWS = 1024  # that one call fills (IOV_MAX, on all systems that have the call)
+def is_memory_low(spill_nbytes: int) -> bool:
+    """Return whether the page cache has too little room for spilled bytes and read-ahead."""
+    return available_nbytes() < 2 * spill_nbytes + _SPARE_NBYTES
 
 
 class SpilledTranspose:
-    """A part whose rows go through a scratch file, block by block and from any thread.
+    """A segment of an output tensor that is transposed through a spill file, from any thread.
 
-    Buffered on purpose: where memory is free the system keeps it there and it never meets the
-    disk, where memory is short it is written like any other file.
+    The file is written through the page cache on purpose: with enough memory its bytes never reach
+    the disk, with little memory it is written like any other file. Once `spill` has returned for
+    each of `blocks`, `read_rows` gives the rows of the segment.
 
-    Once `stage` has been called with each of `blocks`, `make` gives its units.
+    Args:
+        segment: A transposition of a dense operand.
+        file: Where to create the spill file.
+        block_nbytes: The most bytes of a block.
     """
 
     def __init__(self, segment: Segment, file: Path, block_nbytes: int) -> None:
         self._segment = segment
         self._dtype = as_dense(segment.operand).raw.dtype
-        step = _block_rows(segment, block_nbytes)
-        row_nbytes = segment.elements // segment.operand.shape[0] * self._dtype.itemsize
+        self._block_rows = _block_rows(segment, block_nbytes)
+        self._row_nbytes = segment.elements // segment.operand.shape[0] * self._dtype.itemsize
         self.blocks = self.blocks_of(segment, block_nbytes)
-        self._rows_of_block = step
-        self._slot = -(-step * row_nbytes // ALIGNMENT) * ALIGNMENT
-        self._row_nbytes = row_nbytes
-        self._left = len(self.blocks)
+        self._slot_nbytes = -(-self._block_rows * self._row_nbytes // ALIGNMENT) * ALIGNMENT
+        self._blocks_left = len(self.blocks)
         self._counting = threading.Lock()
-        self._ready = threading.Event()
+        self._is_ready = threading.Event()
         self._file = file
         self._descriptor = os.open(
             file, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o600
         )
-        # Runs are read where they lie, each once: what the system would read beyond is waste.
+        # Each run of bytes is read once: reading more than was asked for would be waste.
         _advise(self._descriptor, 0, 0, "POSIX_FADV_RANDOM")
 
     @staticmethod
     def blocks_of(segment: Segment, block_nbytes: int) -> list[tuple[int, int]]:
-        """The rows of each block of at most `block_nbytes` that a part has."""
+        """Return the source rows [begin, end) of each block of at most `block_nbytes`."""
         rows = segment.operand.shape[0]
         return list(pairwise([*range(0, rows, _block_rows(segment, block_nbytes)), rows]))
 
-    def stage(
-        self, block: int, reader: Reader, buffer: np.ndarray[Any, Any], *, release: bool
+    def spill(
+        self, block: int, reader: Reader, buffer: np.ndarray[Any, Any], *, drop_cache: bool
     ) -> None:
-        """Read, transpose and put away one block; `buffer` has room for it. `release` has what
-        was written of the scratch file dropped from the page cache."""
+        """Read one block, transpose it, and write it to the spill file.
+
+        Args:
+            block: The number of the block.
+            reader: Reads the source.
+            buffer: Memory for the block, uint8.
+            drop_cache: Whether to drop what is written from the page cache.
+        """
         begin, end = self.blocks[block]
-        how = self._segment.rearrangement
+        rearrangement = self._segment.rearrangement
         data = buffer[: (end - begin) * self._row_nbytes]
-        whole = data.view(STORAGE[self._dtype]).reshape(
-            how.num_rows, *how.row_shape[:-1], end - begin
+        rows = data.view(STORAGE[self._dtype]).reshape(
+            rearrangement.num_rows, *rearrangement.row_shape[:-1], end - begin
         )
-        materialize_rows(self._segment, [TargetRows(0, whole)], self._dtype, reader, (begin, end))
-        _write(self._descriptor, data, block * self._slot)
-        if release:
-            self._release(block)
+        targets = [TargetRows(0, rows)]
+        materialize_rows(self._segment, targets, self._dtype, reader, (begin, end))
+        _write(self._descriptor, data, block * self._slot_nbytes)
+        if drop_cache:
+            self._drop_cache(block)
         with self._counting:
-            self._left -= 1
-            if self._left == 0:
-                self._ready.set()
+            self._blocks_left -= 1
+            if self._blocks_left == 0:
+                self._is_ready.set()
 
-    def _release(self, block: int) -> None:
-        # Starts writing what is not yet on the disk; a later call drops it.
-        at = max(0, block - _WRITING) * self._slot
-        nbytes = block * self._slot + self._slot - at
-        _advise(self._descriptor, at, nbytes, "POSIX_FADV_DONTNEED")
+    def _drop_cache(self, block: int) -> None:
+        # Starts writing what is not yet on the disk; the call for a later block drops it.
+        begin = max(0, block - _WRITEBACK_BLOCKS) * self._slot_nbytes
+        nbytes = (block + 1) * self._slot_nbytes - begin
+        _advise(self._descriptor, begin, nbytes, "POSIX_FADV_DONTNEED")
 
-    def make(
+    def read_rows(
         self, targets: list[TargetRows], dtype: DType, stop: threading.Event, ahead: int
     ) -> None:
-        """Make pieces of the part (see `recipe.Make`); waits for blocks that are under way.
+        """Read rows of the transposed segment; waits for blocks that are still being spilled.
 
-        What the piece so many pieces `ahead` needs is read meanwhile.
+        Args:
+            targets: Adjacent rows and the memory for them (see `materialize.MakeRows`).
+            dtype: The dtype of that memory.
+            stop: Ends the waiting when it is set.
+            ahead: The system reads the rows of this many calls ahead.
         """
-        while not self._ready.wait(0.1):
+        while not self._is_ready.wait(0.1):
             if stop.is_set():
                 return
-        how = self._segment.rearrangement
+        row_shape = self._segment.rearrangement.row_shape
         first, last = targets[0].first, targets[-1].last
-        size = self._dtype.itemsize
-        per_row = prod(how.row_shape[:-1]) * size  # bytes of a unit for each row of a block
-        # Straight into the output, where that takes no view for every few elements.
-        is_direct = dtype is self._dtype and self._rows_of_block * size >= _LEAST_VIEW_NBYTES
+        itemsize = self._dtype.itemsize
+        # Bytes that a row of the output has for each source row of a block.
+        nbytes_per_source_row = prod(row_shape[:-1]) * itemsize
+        # Read into the output directly, unless that takes a view for every few elements.
+        is_direct = dtype is self._dtype and self._block_rows * itemsize >= _MIN_VIEW_NBYTES
         rows = [
             row.data.cast("B")
-            for target_rows in (targets if is_direct else ())
-            for row in target_rows.out.reshape(-1, how.row_shape[-1])
+            for target in (targets if is_direct else ())
+            for row in target.out.reshape(-1, row_shape[-1])
         ]
         for block, (begin, end) in enumerate(self.blocks):
-            at = block * self._slot + first * per_row * (end - begin)
-            nbytes = (last - first) * per_row * (end - begin)
-            _advise(self._descriptor, at + ahead * nbytes, nbytes, "POSIX_FADV_WILLNEED")
+            row_nbytes = nbytes_per_source_row * (end - begin)
+            offset = block * self._slot_nbytes + first * row_nbytes
+            nbytes = (last - first) * row_nbytes
+            _advise(self._descriptor, offset + ahead * nbytes, nbytes, "POSIX_FADV_WILLNEED")
             if is_direct:
-                _read(self._descriptor, [row[begin * size : end * size] for row in rows], at)
+                views = [row[begin * itemsize : end * itemsize] for row in rows]
+                _read(self._descriptor, views, offset)
                 continue
-            run = np.empty((last - first, *how.row_shape[:-1], end - begin), STORAGE[self._dtype])
-            _read(self._descriptor, [run.data.cast("B")], at)
-            for target_rows in targets:
-                num_rows = run[target_rows.first - first : target_rows.last - first]
-                cast(num_rows, self._dtype, target_rows.out[..., begin:end], dtype)
+            found = np.empty((last - first, *row_shape[:-1], end - begin), STORAGE[self._dtype])
+            _read(self._descriptor, [found.data.cast("B")], offset)
+            for target in targets:
+                part = found[target.first - first : target.last - first]
+                cast(part, self._dtype, target.out[..., begin:end], dtype)
 
     def close(self) -> None:
-        """Close and delete the scratch file."""
+        """Close and delete the spill file."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -147,9 +166,10 @@ def _block_rows(segment: Segment, block_nbytes: int) -> int:
     return max(1, block_nbytes // row_nbytes)
 
 
-def _advise(descriptor: int, at: int, nbytes: int, advice: str) -> None:
+def _advise(descriptor: int, offset: int, nbytes: int, advice: str) -> None:
+    """Give the system advice on a file, where it takes any."""
     if hasattr(os, advice):
-        os.posix_fadvise(descriptor, at, nbytes, getattr(os, advice))
+        os.posix_fadvise(descriptor, offset, nbytes, getattr(os, advice))
 
 
 def _write(descriptor: int, data: np.ndarray[Any, Any], offset: int) -> None:
@@ -160,21 +180,16 @@ def _write(descriptor: int, data: np.ndarray[Any, Any], offset: int) -> None:
 
 
 def _read(descriptor: int, views: list[memoryview], offset: int) -> None:
-    """Fill views, one after another, from `offset` on."""
+    """Fill views, one after another, with the bytes from `offset` on."""
     while views:
-        got = os.preadv(descriptor, views[:_MOST_VIEWS], offset)
-        if got == 0:
-            raise OSError("the scratch file is shorter than what was written to it")
-        offset += got
+        count = os.preadv(descriptor, views[:_MAX_VIEWS], offset)
+        if count == 0:
+            raise OSError("the spill file is shorter than what was written to it")
+        offset += count
         full = 0
-        while full < len(views) and got >= len(views[full]):
-            got -= len(views[full])
+        while full < len(views) and count >= len(views[full]):
+            count -= len(views[full])
             full += 1
         views = views[full:]
-        if got:
-            views[0] = views[0][got:]
-
-
-def is_memory_low(planned: Plan) -> bool:
-    """Whether there is too little memory for the system to keep what is read ahead."""
-    return available_nbytes() < 2 * planned.spill_nbytes + 1_000_000_000
+        if count:
+            views[0] = views[0][count:]

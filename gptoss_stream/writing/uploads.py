@@ -1,4 +1,4 @@
-"""Finished shards on their way to a store, beside the conversion, and few of them at a time."""
+"""Uploads finished shards while others are converted, and limits how many are on the disk."""
 
 from __future__ import annotations
 
@@ -10,113 +10,118 @@ from pathlib import Path
 from ..storage.location import WritableLocation
 from .remote_folder import RemoteFolder
 
-__all__ = ["Uploads", "wait_for_earlier"]
+__all__ = ["Uploads", "wait_for_earlier_uploads"]
+
+_POLL_SECONDS = 0.1  # how soon a stop is seen
+_finished: dict[str, threading.Event] = {}  # set when the last uploads to a location have ended
 
 
-_TICK = 0.1  # seconds: how soon a stop is seen
+def wait_for_earlier_uploads(location: WritableLocation) -> None:
+    """Wait until an interrupted run of this process has ended its current upload to a location.
 
-
-_ends: dict[str, threading.Event] = {}  # of the last uploads to each store
-
-
-def wait_for_earlier(store: WritableLocation) -> None:
-    """Wait for what an interrupted run of this process is still sending to a store: a file of it
-    must not arrive after another run's file of the same name."""
-    end = _ends.get(store.identity)
-    while end is not None and not end.wait(_TICK):
+    Otherwise that file might arrive after the same file of the next run.
+    """
+    finished = _finished.get(location.identity)
+    while finished is not None and not finished.wait(_POLL_SECONDS):
         pass
 
 
 class Uploads:
-    """Sends files of a folder to a store, one after another, and deletes each when it has arrived.
+    """Uploads files of a folder, one after another, and deletes each when it has arrived.
 
-    At most `most` are in the folder at a time, those in the making included: whoever makes them
-    waits in `begin`, so that a slow store slows the conversion down instead of filling the disk.
-    A context manager; raises what the store raises, in `begin` and `finish`.
+    At most `max_staged` files are in the folder at a time, including those that are being written:
+    `start` waits for room, so that a slow upload slows the conversion down instead of filling the
+    disk. A context manager. `start` and `finish` raise what the upload raised.
+
+    Args:
+        remote: Where to upload to.
+        folder: Where the files are.
+        max_staged: The most files in the folder.
+        checksum_of: Returns the SHA-256 of a file, if it is known.
     """
 
     def __init__(
         self,
-        store: WritableLocation | RemoteFolder,
+        remote: WritableLocation | RemoteFolder,
         folder: Path,
-        most: int,
-        sum_of: Callable[[str], str | None],
+        max_staged: int,
+        checksum_of: Callable[[str], str | None],
     ) -> None:
-        self._store = store
+        self._remote = remote
         self._folder = folder
-        self._most = most
-        self._sum_of = sum_of
-        self._here = 0
-        self._waiting: deque[str] = deque()
-        self._turn = threading.Condition()
+        self._max_staged = max_staged
+        self._checksum_of = checksum_of
+        self._num_staged = 0
+        self._queue: deque[str] = deque()
+        self._changed = threading.Condition()
         self._is_over = False
         self._error: BaseException | None = None
-        self._end = threading.Event()
+        self._finished = threading.Event()
 
     def __enter__(self) -> Uploads:
-        _ends[self._store.identity] = self._end
-        threading.Thread(target=self._send_all, daemon=True).start()
+        _finished[self._remote.identity] = self._finished
+        threading.Thread(target=self._upload_all, daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with self._turn:
-            self._is_over = True  # what is being sent stays here too: a later run sends it again
-            self._turn.notify_all()
+        with self._changed:
+            self._is_over = True  # the file being uploaded stays, and a later run uploads it again
+            self._changed.notify_all()
 
-    def begin(self, name: str, stop: threading.Event) -> None:
-        """A file is about to be made: waits for room, unless `stop` is set."""
-        with self._turn:
-            while self._here >= self._most and not stop.is_set():
+    def start(self, name: str, stop: threading.Event) -> None:
+        """Wait until there is room for another file, or `stop` is set."""
+        with self._changed:
+            while self._num_staged >= self._max_staged and not stop.is_set():
                 self._raise_error()
-                self._turn.wait(_TICK)
+                self._changed.wait(_POLL_SECONDS)
             self._raise_error()
-            self._here += 1
+            self._num_staged += 1
 
     def add(self, name: str) -> None:
-        """A file that was begun is finished."""
-        with self._turn:
-            self._waiting.append(name)
-            self._turn.notify_all()
+        """Upload a file that was started and is finished."""
+        with self._changed:
+            self._queue.append(name)
+            self._changed.notify_all()
 
-    def add_made(self, name: str) -> None:
-        """A file that an earlier run has finished."""
-        with self._turn:
-            self._here += 1
+    def add_finished(self, name: str) -> None:
+        """Upload a file that an earlier run finished."""
+        with self._changed:
+            self._num_staged += 1
         self.add(name)
 
     def finish(self) -> None:
-        """Wait until everything has arrived."""
-        with self._turn:
-            while self._here:
+        """Wait until every file has arrived."""
+        with self._changed:
+            while self._num_staged:
                 self._raise_error()
-                self._turn.wait(_TICK)
+                self._changed.wait(_POLL_SECONDS)
             self._raise_error()
 
     def _raise_error(self) -> None:
         if self._error is not None:
             raise self._error
 
-    def _send_all(self) -> None:
+    def _upload_all(self) -> None:
         try:
-            while (name := self._take()) is not None:
+            while (name := self._next_file()) is not None:
                 file = self._folder / name
-                known = self._sum_of(name)
-                self._store.put({name: file}, {} if known is None else {name: known})
-                with self._turn:
+                checksum = self._checksum_of(name)
+                self._remote.put({name: file}, {} if checksum is None else {name: checksum})
+                with self._changed:
                     if self._is_over:
                         return
                     file.unlink()
-                    self._here -= 1
-                    self._turn.notify_all()
+                    self._num_staged -= 1
+                    self._changed.notify_all()
         except BaseException as error:
-            with self._turn:
+            with self._changed:
                 self._error = error
-                self._turn.notify_all()
+                self._changed.notify_all()
         finally:
-            self._end.set()
+            self._finished.set()
 
-    def _take(self) -> str | None:
-        with self._turn:
-            while not self._waiting and not self._is_over:
-                self._turn.wait()
-            return None if self._is_over else self._waiting.popleft()
+    def _next_file(self) -> str | None:
+        with self._changed:
+            while not self._queue and not self._is_over:
+                self._changed.wait()
+            return None if self._is_over else self._queue.popleft()

@@ -1,0 +1,46 @@
+"""What a user asks of a conversion, checked before any file is opened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .. import formats
+from ..errors import OptionError
+from ..model.selection import Selection
+from ..tensors.dtypes import KEEP, OUTPUT_DTYPES
+from .shards import DEFAULT_SHARD_SIZE, parse_size
+
+__all__ = ["DEFAULT_FORMAT", "ConversionOptions"]
+
+DEFAULT_FORMAT = "transformer-lens"
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionOptions:
+    """The options of `plan` and `convert` that decide which bytes are written.
+
+    Args:
+        to: The format to write.
+        source_format: The format to read; None to detect it.
+        dtype: A torch name, "keep", or None for the default of the two formats.
+        max_shard_size: The most bytes of tensor data in a shard, or a text such as "5GB".
+        selection: Which tensors to write; None for all.
+
+    Raises:
+        OptionError: For a value that cannot be used.
+    """
+
+    to: str = DEFAULT_FORMAT
+    source_format: str | None = None
+    dtype: str | None = None
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE
+    selection: Selection | None = None
+
+    def __post_init__(self) -> None:
+        parse_size(self.max_shard_size)
+        formats.load(self.to)
+        if self.source_format is not None:
+            formats.load(self.source_format)
+        if self.dtype not in (None, KEEP, *OUTPUT_DTYPES):
+            names = ", ".join([*OUTPUT_DTYPES, KEEP])
+            raise OptionError(f"unknown dtype {self.dtype!r}; choose one of {names}")

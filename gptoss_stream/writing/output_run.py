@@ -1,0 +1,232 @@
+"""The run that owns a local output folder: begins, resumes, overwrites and finishes it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from .._utils import strict_json
+from ..checkpoint.auxiliary_files import CopiedFile
+from ..errors import OutputError
+from ..tensors.safetensors_header import INDEX_NAME
+from .checksums import CHECKSUMS_NAME, build_checksums, parse_checksums
+from .folder_lock import LOCK_NAME, FolderLock
+from .output_folder import OutputFolder
+from .output_spec import OutputSpec
+from .run_state import RECORD_NAME, refuse_foreign_files, refuse_other_run
+from .shard_file import sync_folder
+from .small_files import remove, write_durably
+
+__all__ = ["OutputRun"]
+
+
+class OutputRun(OutputFolder):
+    """An output folder and the run that writes it.
+
+    Methods raise `OutputError` for a folder that is in use, holds foreign files, or belongs to
+    another run, and `OSError` as the system does.
+
+    Args:
+        path: The folder, which need not exist.
+        spec: What the run writes.
+    """
+
+    def __init__(self, path: Path, spec: OutputSpec) -> None:
+        super().__init__(path, checksums=spec.checksums)
+        self.state = spec.state
+        """The state of this run or, once the folder is locked, of the run that it resumes."""
+        self._auxiliary_files = spec.auxiliary_files
+        self._partial_folder = self.work
+        self._lock = FolderLock(path)
+
+    @contextmanager
+    def locked(self, *, overwrite: bool, task: str | None = None) -> Iterator[Path]:
+        """Lock the folder and delete leftovers of runs that were killed.
+
+        Leaves no trace if nothing is begun while it is locked.
+
+        Args:
+            overwrite: Whether to delete what an earlier run wrote, and only that.
+            task: The name of an array task, which shares the folder with the others of its run.
+
+        Yields:
+            The folder for partial files.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputError(f"{self.path}: a file, not a folder; name another output")
+        self._refuse_links()
+        existed = self.path.exists()
+        if not self.work.exists():
+            self._refuse_foreign()
+        may_delete = not self.work.exists()
+        self._lock.acquire(shared=task is not None)
+        partial_folder = self.work if task is None else self.work / task
+        try:
+            if task is not None:
+                self._lock.acquire_task(task)
+                self._lock.acquire_turn()
+            self._refuse_foreign()
+            self._prepare(overwrite, partial_folder)
+            may_delete = True
+            if task is not None:
+                partial_folder.mkdir()
+                self._partial_folder = partial_folder
+            yield partial_folder
+        finally:
+            self._lock.release_turn()
+            if self._lock.is_task:
+                shutil.rmtree(partial_folder, ignore_errors=True)
+            if may_delete and self._is_unused(task):
+                self._remove_work()
+                if not existed:
+                    with suppress(OSError):  # something else is in it: then it stays
+                        self.path.rmdir()
+            self._lock.release()
+
+    def _is_unused(self, task: str | None) -> bool:
+        """Return whether no run is unfinished in the folder and no other task is active."""
+        if self.run_file.exists():
+            return False
+        # Another task may have begun, and ended, since the line above.
+        return task is None or (self._lock.is_last() and not self.run_file.exists())
+
+    def _refuse_links(self) -> None:
+        """Refuse folders that are links: what is in them belongs to somebody else."""
+        is_readable = self.path.is_dir() and not self.work.is_symlink()
+        found = self.read_state() if is_readable else None
+        names = [*self.state["files"], *(found["files"] if found else ())]
+        for folder in {self.work, *((self.path / name).parent for name in names)} - {self.path}:
+            if folder.is_symlink():
+                raise OutputError(
+                    f"{folder}: a link to {os.path.realpath(folder)}; remove the link or name "
+                    "another output"
+                )
+
+    def _refuse_foreign(self) -> None:
+        if self.path.is_dir():
+            names = [file.name for file in self.path.iterdir()]
+            refuse_foreign_files(str(self.path), names, self.read_state())
+
+    def _prepare(self, overwrite: bool, partial_folder: Path) -> None:
+        """Delete an earlier run if that is wanted, or resume it; delete leftovers."""
+        found = self.read_state()
+        if found is not None and overwrite:
+            self._delete(found["files"])
+            found = None
+        if found is not None:
+            unfinished = self.run_file.exists()
+            refuse_other_run(str(self.path), found, self.state, unfinished=unfinished)
+            self.state = dict(found)
+        if partial_folder != self.work:  # other files may belong to tasks that are running
+            remove(partial_folder)
+        else:
+            for file in self.work.iterdir():
+                if file.name not in (LOCK_NAME, self.run_file.name) and file.suffix != ".sha256":
+                    remove(file)
+        self._read_checksums()
+
+    def _delete(self, names: Sequence[str]) -> None:
+        """Delete the files of a run.
+
+        The index goes first: without it nothing looks finished. The record of which files are the
+        tool's goes last, so that a deletion that was interrupted can be repeated.
+        """
+        order = sorted({*names} - {INDEX_NAME, RECORD_NAME})
+        (self.path / INDEX_NAME).unlink(missing_ok=True)
+        # Before any shard: a worker of that run can then no longer commit one.
+        with suppress(FileNotFoundError):
+            self.run_file.replace(self.path / RECORD_NAME)
+        for file in self.work.iterdir():
+            if file.name != LOCK_NAME:
+                remove(file)
+        for name in (*order, RECORD_NAME):
+            (self.path / name).unlink(missing_ok=True)
+        for folder in {Path(name).parent for name in names} - {Path()}:
+            with suppress(OSError):  # something else may be in it
+                (self.path / folder).rmdir()
+        sync_folder(self.path)
+
+    def _remove_work(self) -> None:
+        """Delete the work folder, the lock last: until then the folder is locked."""
+        with suppress(FileNotFoundError):
+            for file in sorted(self.work.iterdir(), key=lambda file: file.name == LOCK_NAME):
+                remove(file)
+        try:
+            self.work.rmdir()
+        except OSError:
+            return  # another run may have begun in it, now that it could
+        sync_folder(self.path)
+
+    def _read_checksums(self) -> None:
+        with suppress(FileNotFoundError, ValueError):  # such shards are written again
+            self.checksums = parse_checksums((self.path / CHECKSUMS_NAME).read_bytes())
+        for file in self.work.glob("*.sha256"):
+            self.checksums[file.stem] = file.read_text().strip()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the run was finished and all its files still exist."""
+        return not self.run_file.exists() and all(
+            (self.path / name).is_file() for name in self.state["files"]
+        )
+
+    def begin(self) -> None:
+        """Write the state and the auxiliary files; other tasks may then begin."""
+        if not self.run_file.exists():
+            self._write(self.run_file, strict_json.dumps(self.state))
+        for name in (INDEX_NAME, RECORD_NAME):  # of a finished run that has lost a file
+            (self.path / name).unlink(missing_ok=True)
+        for name, data in self._auxiliary_files.items():
+            self._write_with_checksum(name, data)
+        self._lock.release_turn()
+
+    def clear(self) -> None:
+        """Delete all files of the run: they were uploaded."""
+        self._delete(self.state["files"])
+
+    def before_commit(self, name: str, sha256: str | None) -> None:
+        """Keep the checksum of a shard (see `Callbacks.before_commit`)."""
+        if sha256 is not None:
+            self.save_checksum(name, sha256, self._partial_folder)
+
+    def finish(self, index: bytes, sizes: Mapping[str, int]) -> bool:
+        """Write the record, the checksums and last of all the index, if all shards are finished.
+
+        Args:
+            index: The text of the index.
+            sizes: The bytes of each shard, by name.
+
+        Returns:
+            Whether the output is complete; other tasks may still have shards to write.
+        """
+        if self._lock.is_task:
+            self._lock.acquire_turn()
+            self._read_checksums()
+        try:
+            if self.is_complete:  # finished by another task
+                return True
+            if not all(self.is_finished(name, nbytes) for name, nbytes in sizes.items()):
+                return False
+            self._write_with_checksum(RECORD_NAME, strict_json.dumps(self.state))
+            if self._has_checksums:
+                known = {n: self.checksums[n] for n in self.state["files"] if n in self.checksums}
+                known[INDEX_NAME] = hashlib.sha256(index).hexdigest()
+                self._write(self.path / CHECKSUMS_NAME, build_checksums(known))
+            self._write(self.path / INDEX_NAME, index)
+            self.run_file.unlink()
+            sync_folder(self.work)
+            return True
+        finally:
+            self._lock.release_turn()
+
+    def _write_with_checksum(self, name: str, data: bytes | CopiedFile) -> None:
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.checksums[name] = self._write(target, data)
+
+    def _write(self, target: Path, data: bytes | CopiedFile) -> str:
+        return write_durably(target, data, self._partial_folder)

@@ -1,0 +1,52 @@
+"""What a run writes, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..checkpoint.auxiliary_files import CopiedFile
+from ..planning.shards import PlannedShard
+from ..tensors.safetensors_header import INDEX_NAME, build_index
+from .checksums import CHECKSUMS_NAME
+from .run_state import RECORD_NAME
+
+__all__ = ["OutputResult", "OutputSpec"]
+
+
+@dataclass(frozen=True, slots=True)
+class OutputSpec:
+    """The files of an output."""
+
+    identity: Mapping[str, Any]
+    """JSON values that tell one run from another (`planning.run_identity`)."""
+    shards: Sequence[PlannedShard]
+    auxiliary_files: Mapping[str, bytes | CopiedFile]
+    """Configuration, tokenizer and other small files by name, as bytes or to be copied."""
+    checksums: bool = False
+    """Whether `SHA256SUMS` is written."""
+
+    @property
+    def index(self) -> bytes:
+        """The text of the index file."""
+        weight_map = {t.name: shard.name for shard in self.shards for t in shard.tensors}
+        return build_index(sum(shard.data_nbytes for shard in self.shards), weight_map)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The state of a run that writes these files (see `run_state`)."""
+        names = [*self.auxiliary_files, *(shard.name for shard in self.shards)]
+        checksums = [CHECKSUMS_NAME] if self.checksums else []
+        files = [*names, *checksums, RECORD_NAME, INDEX_NAME]
+        return {**self.identity, "checksums": self.checksums, "files": files}
+
+
+@dataclass(frozen=True, slots=True)
+class OutputResult:
+    """What came of a run."""
+
+    resumed: int
+    """Bytes of shards that were finished before."""
+    is_complete: bool
+    """Whether the output is complete; it is not while other array tasks still run."""

@@ -1,0 +1,45 @@
+"""Writes and deletes the small files of an output."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+from ..checkpoint.auxiliary_files import CopiedFile
+from .shard_file import sync_folder
+
+__all__ = ["remove", "write_durably"]
+
+
+def write_durably(target: Path, data: bytes | CopiedFile, partial_folder: Path) -> str:
+    """Write or copy a small file, durably, and completely or not at all.
+
+    Args:
+        target: The file.
+        data: Its bytes, or the file that is copied.
+        partial_folder: Where the file is written before it is renamed.
+
+    Returns:
+        The SHA-256 of the file in hexadecimal digits.
+    """
+    partial = partial_folder / f"{target.name}.partial"
+    digest = hashlib.sha256()
+    with open(partial, "wb") as opened:
+        for chunk in [data] if isinstance(data, bytes) else data.chunks():
+            digest.update(chunk)
+            opened.write(chunk)
+        opened.flush()
+        os.fsync(opened.fileno())
+    os.rename(partial, target)
+    sync_folder(target.parent)
+    return digest.hexdigest()
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with everything in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)  # a process left over may still write to it
+    else:
+        path.unlink(missing_ok=True)
