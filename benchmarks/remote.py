@@ -30,8 +30,8 @@ import gptoss_stream
 from gptoss_stream.planning.shards import PlannedShard
 from gptoss_stream.synthesis import RandomCheckpoint, random_checkpoint
 from gptoss_stream.writing.executor import Callbacks
-from gptoss_stream.writing.thread_executor import ThreadExecutor
 from gptoss_stream.writing.output_spec import OutputSpec
+from gptoss_stream.writing.thread_executor import ThreadExecutor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests/helpers"))
 

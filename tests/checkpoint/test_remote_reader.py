@@ -12,7 +12,8 @@ from gptoss_stream import Selection, convert, formats, plan, verify
 from gptoss_stream.checkpoint.remote_reader import RemoteReader
 from gptoss_stream.errors import CheckpointError, MachineError
 from gptoss_stream.storage.local_folder import LocalFolder
-from gptoss_stream.writing.executor import Callbacks, execute
+from gptoss_stream.writing.executor import Callbacks
+from gptoss_stream.writing.thread_executor import ThreadExecutor
 
 PACKED = ("hf-mxfp4", "openai")
 PAIRS = [(a, b) for a in formats.names() for b in formats.names() if b not in PACKED or a in PACKED]
@@ -103,17 +104,10 @@ def test_no_more_is_held_than_there_is_room_for(checkpoints, monkeypatch, tmp_pa
     planned = plan(Far(checkpoints()))
     for folder in ("parts", "out"):
         (tmp_path / folder).mkdir()
-    block, segment = 4096, 8192
+    block, chunk = 4096, 8192
     with RemoteReader(planned.info, room, block) as reader:
-        execute(
-            planned.shards,
-            reader,
-            tmp_path / "out",
-            partials=tmp_path / "parts",
-            workers=2,
-            callbacks=Callbacks(),
-            chunk_nbytes=segment,
-        )
+        executor = ThreadExecutor(reader, 2, chunk_nbytes=chunk)
+        executor.write_shards(planned.shards, tmp_path / "out", tmp_path / "parts", Callbacks())
         assert reader._held == 0, "what was read is still held"
     convert(checkpoints(), tmp_path / "near")
     assert digests(tmp_path / "out") == digests(tmp_path / "near", "*.safetensors")
@@ -147,5 +141,5 @@ def test_a_file_that_changes_ends_the_run(tiny, tmp_path):
         shard.write_bytes(data[:-1] + b"\0")
 
     with pytest.raises(CheckpointError, match="changed while it was being read"):
-        convert(Far(tiny), tmp_path / "out", on_bytes=change)
+        convert(Far(tiny), tmp_path / "out", on_progress=change)
     assert not list((tmp_path / "out").glob("*.safetensors"))

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 
 import gptoss_stream
 from gptoss_stream.errors import MachineError, OptionError, OutputError
-from gptoss_stream.writing import executor
 
 
 def rewrite(folder, change) -> None:
@@ -30,24 +29,20 @@ def rewrite(folder, change) -> None:
 
 
 def test_the_bytes_depend_on_nothing_but_source_and_options(checkpoints, tmp_path, monkeypatch):
-    """Neither on the threads, nor on segments of any size, nor on whether a transpose is staged."""
+    """Neither on the threads, nor on the size of chunks, nor on what is spilled."""
     source = checkpoints()
     gptoss_stream.convert(source, tmp_path / "a", max_shard_size="300KB", workers=1)
     expected = digests(tmp_path / "a")
     assert len(expected) > 8
-    for number, (workers, segment, staged) in enumerate(
+    for number, (workers, chunk, spilled) in enumerate(
         [(1, 4096, 64_000_000), (2, 12_288, 1000), (3, 65_536, 1000), (7, 8 << 20, 1)]
     ):
+        monkeypatch.setattr("gptoss_stream.writing.executor.CHUNK_NBYTES", chunk)
+        is_memory_low = number % 2 == 0
         monkeypatch.setattr(
-            executor.execute,
-            "__kwdefaults__",
-            {
-                **executor.execute.__kwdefaults__,
-                "chunk_nbytes": segment,
-                "scarce": number % 2 == 0,
-            },
+            "gptoss_stream.writing.spill_file.is_memory_low", lambda nbytes, low=is_memory_low: low
         )
-        monkeypatch.setattr("gptoss_stream.planning.shards.SPILL_NBYTES", staged)
+        monkeypatch.setattr("gptoss_stream.planning.shards.SPILL_NBYTES", spilled)
         out = tmp_path / str(number)
         gptoss_stream.convert(source, out, max_shard_size="300KB", workers=workers)
         assert digests(out) == expected
@@ -145,19 +140,15 @@ def test_large_transposes_of_one_shard_do_not_wait_for_each_other(
     monkeypatch.setattr("gptoss_stream.planning.shards.SPILL_NBYTES", 20_000)
     monkeypatch.setattr("gptoss_stream.planning.shards.SPILLED_AXES", frozenset("vn"))
     assert len(list(gptoss_stream.plan(source).shards[0].spilled())) == 3
-    for segment, workers in ((4096, 1), (65_536, 3), (1 << 20, 2)):
-        monkeypatch.setattr(
-            executor.execute,
-            "__kwdefaults__",
-            {**executor.execute.__kwdefaults__, "chunk_nbytes": segment},
-        )
-        out = tmp_path / f"{segment}"
+    for chunk, workers in ((4096, 1), (65_536, 3), (1 << 20, 2)):
+        monkeypatch.setattr("gptoss_stream.writing.executor.CHUNK_NBYTES", chunk)
+        out = tmp_path / f"{chunk}"
         gptoss_stream.convert(source, out, workers=workers)
         assert digests(out) == digests(tmp_path / "plain")
 
 
 def test_reads_that_give_less_than_was_asked_for(checkpoints, tmp_path, monkeypatch):
-    """Those of a scratch file too, which fill many rows of a segment at a time."""
+    """Also of a spill file, of which one read fills many rows of a chunk."""
     source = checkpoints()
     gptoss_stream.convert(source, tmp_path / "whole")
     preadv, asked = os.preadv, []
@@ -168,7 +159,7 @@ def test_reads_that_give_less_than_was_asked_for(checkpoints, tmp_path, monkeypa
         return preadv(descriptor, [*full, last[: max(1, len(last) // 2)]], offset)
 
     monkeypatch.setattr("gptoss_stream.planning.shards.SPILL_NBYTES", 20_000)
-    monkeypatch.setattr("gptoss_stream.writing.spill_file._MOST_VIEWS", 5)
+    monkeypatch.setattr("gptoss_stream.writing.spill_file._MAX_VIEWS", 5)
     monkeypatch.setattr(os, "preadv", short)
     gptoss_stream.convert(source, tmp_path / "short")
     assert max(asked) == 5
@@ -187,11 +178,7 @@ def test_a_file_system_that_refuses_direct_writes_late(checkpoints, tmp_path, mo
         return pwrite(descriptor, data, offset)
 
     monkeypatch.setattr(os, "pwrite", refusing)
-    monkeypatch.setattr(
-        executor.execute,
-        "__kwdefaults__",
-        {**executor.execute.__kwdefaults__, "chunk_nbytes": 65_536},
-    )
+    monkeypatch.setattr("gptoss_stream.writing.executor.CHUNK_NBYTES", 65_536)
     gptoss_stream.convert(checkpoints(), tmp_path / "buffered", workers=4)
     assert digests(tmp_path / "buffered") == digests(tmp_path / "direct")
 
@@ -272,7 +259,7 @@ def test_names_with_spaces_letters_and_links(tiny, tmp_path, monkeypatch):
 
 
 def test_a_second_run_into_a_folder_is_refused_at_once(checkpoints, tmp_path):
-    def meanwhile(plan, resumed):
+    def meanwhile(plan):
         with pytest.raises(OutputError, match=r"another run \(process \d+\) is writing to it"):
             gptoss_stream.convert(checkpoints(), tmp_path / "out")
 

@@ -27,7 +27,6 @@ from safetensors.torch import save_file
 
 import gptoss_stream
 from gptoss_stream.errors import CheckpointError, OptionError
-from gptoss_stream.writing import executor
 
 FORMATS = gptoss_stream.formats.names()
 PACKED = ("hf-mxfp4", "openai")
@@ -125,19 +124,21 @@ BUFFERS = ("mask", "IGNORE", "rotary_sin", "rotary_cos")
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_every_pair_in_pieces_of_any_size(source, target, checkpoints, tmp_path, monkeypatch):
-    """The bytes depend neither on segments nor threads, nor on whether a transposition is spilled,
-    also where that changes the dtype."""
+    """The bytes depend neither on chunks nor threads, nor on whether a transposition is spilled,
+    also if the dtype changes."""
     folder = checkpoints(format=source, layers=2)
     dtypes = ["keep"] if target in PACKED else ["keep", "float32"]
     for dtype in dtypes:
         options = {"to": target, "dtype": dtype, "max_shard_size": "300KB"}
         gptoss_stream.convert(folder, tmp_path / f"{dtype}-whole", **options)
         expected = digests(tmp_path / f"{dtype}-whole")
-        for workers, segment, spilled in ((1, 4096, 1000), (3, 12_288, 1000), (2, 1 << 17, 10**8)):
+        for workers, chunk, spilled in ((1, 4096, 1000), (3, 12_288, 1000), (2, 1 << 17, 10**8)):
             with monkeypatch.context() as patch:
-                defaults = executor.execute.__kwdefaults__
-                changed = {**defaults, "chunk_nbytes": segment, "scarce": workers == 3}
-                patch.setattr(executor.execute, "__kwdefaults__", changed)
+                patch.setattr("gptoss_stream.writing.executor.CHUNK_NBYTES", chunk)
+                low = workers == 3
+                patch.setattr(
+                    "gptoss_stream.writing.spill_file.is_memory_low", lambda nbytes, low=low: low
+                )
                 patch.setattr("gptoss_stream.planning.shards.SPILL_NBYTES", spilled)
                 out = tmp_path / f"{dtype}-{workers}"
                 gptoss_stream.convert(folder, out, workers=workers, **options)
@@ -151,8 +152,8 @@ def test_only_the_vocabulary_is_spilled(source, target, sources, monkeypatch):
     monkeypatch.setattr("gptoss_stream.planning.shards.SPILL_NBYTES", 0)
     for variant in ("bf16", "f32, one expert"):
         shards = gptoss_stream.plan(sources(source, variant)[0], to=target).shards
-        staged = {part for shard in shards for part, _ in shard.spilled()}
-        names = [t.name for shard in shards for t in shard.tensors if staged & {*t.parts}]
+        spilled = {segment for shard in shards for segment, _ in shard.spilled()}
+        names = [t.name for shard in shards for t in shard.tensors if spilled & {*t.segments}]
         transposed = {"transformer-lens": "unembed.W_U", "openai": "unembedding.weight"}
         head = transposed.get(target, "lm_head.weight")
         is_turned = (source == "transformer-lens") != (target == "transformer-lens")

@@ -30,10 +30,11 @@ from runs import (
 )
 
 import gptoss_stream
-from gptoss_stream.distributed import dask_executor, dask_worker
+from gptoss_stream.distributed import dask_executor, dask_worker, worker_pool
 from gptoss_stream.distributed.task_spec import TaskSpec
 from gptoss_stream.distributed.write_shard import write_shard
 from gptoss_stream.errors import MachineError, OptionError, TensorError
+from gptoss_stream.planning.options import ConversionOptions
 from gptoss_stream.planning.plan import plan
 from gptoss_stream.planning.run_identity import run_identity
 from gptoss_stream.writing.run_state import fingerprint
@@ -100,20 +101,20 @@ def test_local_workers(source, whole, tmp_path):
 
 
 def test_any_client_from_a_program(two, source, whole, tmp_path):
-    told, planned = [], []
+    reported, started = [], []
     report = gptoss_stream.convert(
         source,
         tmp_path / "out",
         max_shard_size=SIZE,
         checksums=True,
         client=two.client,
-        on_plan=lambda plan, resumed: planned.append(resumed),
-        on_bytes=told.append,
+        on_start=lambda total, done: started.append(done),
+        on_progress=reported.append,
     )
     assert digests(tmp_path / "out") == whole
-    assert planned == [0]
-    assert sum(told) == report.bytes_out
-    assert min(told) >= 0
+    assert started == [0]
+    assert sum(reported) == report.bytes_out
+    assert min(reported) >= 0
     assert report.complete
     assert report.peak_rss > 0
 
@@ -185,13 +186,13 @@ def test_a_source_that_differs_on_a_worker(two, source, tmp_path):
     job = TaskSpec(
         str(source),
         str(tmp_path),
-        {"max_shard_size": SIZE},
+        ConversionOptions(max_shard_size=SIZE),
         {**run_identity(planned), "plan": "other"},
         checksums=False,
         threads=1,
         staging=None,
     )
-    with pytest.raises(gptoss_stream.GptOssStreamError, match="differs, seen from here, in plan"):
+    with pytest.raises(gptoss_stream.GptOssStreamError, match="sees a source that differs in plan"):
         two.client.submit(dask_worker.check_access, job, None).result()
 
 
@@ -445,7 +446,7 @@ def test_a_worker_that_hangs_costs_its_shard(larger, tmp_path, monkeypatch):
 
 
 def test_a_worker_that_hangs_from_the_start(source, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(dask_executor, "_SETUP_TIMEOUT", 1.0)
+    monkeypatch.setattr(worker_pool, "SETUP_TIMEOUT", 1.0)
     with cluster(tmp_path / "cluster", 2) as made:
         stopped = next(iter(made.pids().values()))
         os.kill(stopped, signal.SIGSTOP)
@@ -462,11 +463,11 @@ def test_a_worker_that_hangs_from_the_start(source, whole, tmp_path, monkeypatch
 
 PROFILED = """
 import gc, sys, gptoss_stream
-from gptoss_stream.checkpoint import Checkpoint
+from gptoss_stream.checkpoint.reader import LocalReader
 info = gptoss_stream.plan(sys.argv[1]).info
 gc.disable()
 gc.set_threshold(1)
-reader = Checkpoint(info)
+reader = LocalReader(info)
 reader.within = reader
 del reader
 gc.enable()
@@ -491,7 +492,7 @@ def test_many_make_one_shard_at_once(source, whole, tmp_path):
     job = TaskSpec(
         str(source),
         str(output),
-        {"max_shard_size": SIZE},
+        ConversionOptions(max_shard_size=SIZE),
         run_identity(planned),
         checksums=True,
         threads=2,
@@ -517,7 +518,7 @@ def test_many_make_one_shard_at_once(source, whole, tmp_path):
         thread.join()
     assert errors == []
     assert {n: d for n, d in digests(output).items() if n in names} == {n: whole[n] for n in names}
-    with pytest.raises(gptoss_stream.GptOssStreamError, match="is not under way there"):
+    with pytest.raises(gptoss_stream.GptOssStreamError, match="is no longer active"):
         write_shard(job, "another run", names[0], tmp_path, lambda n: None, lambda: None)
 
 
@@ -526,7 +527,7 @@ def test_a_shard_that_kills_its_workers_ends_the_run(source, tmp_path, monkeypat
     with cluster(tmp_path / "cluster", 1) as made:
         monkeypatch.setattr(_die, "__module__", "__main__")  # so that it travels itself
         monkeypatch.setattr(dask_executor, "write_shard_on_worker", _die)
-        with pytest.raises(MachineError, match="4 workers died while they made it"):
+        with pytest.raises(MachineError, match="4 workers died while they wrote it"):
             gptoss_stream.convert(source, tmp_path / "out", client=made.client)
 
 
@@ -539,12 +540,12 @@ def test_a_worker_that_dies_with_what_it_has_made(source, whole, tmp_path, monke
     """Before the client has taken in that it was made."""
     end, killed = dask_executor.DaskExecutor._end, []
 
-    def kill_first(self, future, heard, flights, callbacks):
+    def kill_first(self, future, in_flight, callbacks):
         if not killed and future.status == "finished":
             killed.append(next(iter(pids.values())))
             os.kill(killed[0], signal.SIGKILL)
             time.sleep(pause)
-        end(self, future, heard, flights, callbacks)
+        end(self, future, in_flight, callbacks)
 
     with cluster(tmp_path / "cluster", 1) as made:
         pids = made.pids()

@@ -34,13 +34,14 @@ import gptoss_stream
 from gptoss_stream.distributed.task_spec import TaskSpec
 from gptoss_stream.distributed.write_shard import write_shard
 from gptoss_stream.errors import MachineError, OptionError, OutputError
+from gptoss_stream.planning.options import ConversionOptions
 from gptoss_stream.planning.partition import ArrayTask
 from gptoss_stream.planning.run_identity import run_identity
 from gptoss_stream.planning.shards import write_nbytes
 from gptoss_stream.storage.open_location import open_writable_location
-from gptoss_stream.writing import output_folder
+from gptoss_stream.writing import output_run
+from gptoss_stream.writing.folder_lock import FolderLock
 from gptoss_stream.writing.output import write_output
-from gptoss_stream.writing.output_folder import OutputFolder
 from gptoss_stream.writing.remote_folder import RemoteFolder
 from gptoss_stream.writing.run_state import fingerprint
 from gptoss_stream.writing.shard_file import ShardFile
@@ -144,16 +145,16 @@ def test_a_whole_run_finishes_what_tasks_began(source, whole, tmp_path):
 
 
 class Pausing:
-    """A maker that waits before it makes, so that others can try meanwhile."""
+    """An executor that waits before it writes, so that others can try meanwhile."""
 
-    def __init__(self, maker, pause):
-        self.maker, self.pause, self.in_process = maker, pause, True
+    def __init__(self, executor, pause):
+        self.executor, self.pause, self.in_process = executor, pause, True
 
     def setup(self, work): ...
 
-    def make(self, *arguments):
+    def write_shards(self, *arguments, **options):
         self.pause()
-        self.maker.make(*arguments)
+        self.executor.write_shards(*arguments, **options)
 
 
 @pytest.fixture
@@ -162,8 +163,8 @@ def at_work(source, tmp_path, monkeypatch):
     output = tmp_path / "out"
 
     def during(what):
-        def paused(folder, contents, maker, **options):
-            return write_output(folder, contents, Pausing(maker, what), **options)
+        def paused(folder, spec, executor, **options):
+            return write_output(folder, spec, Pausing(executor, what), **options)
 
         with monkeypatch.context() as patch:
             patch.setattr("gptoss_stream.writing.output.write_output", paused)
@@ -267,19 +268,19 @@ def test_what_is_finished_in_a_store_stays(source, whole, tmp_path):
 
 def test_one_that_fails_leaves_what_another_has_begun(source, whole, at_work, monkeypatch):
     """The other begins and ends between two looks of the first."""
-    output, alone = at_work.output, OutputFolder._is_alone
+    output, is_last = at_work.output, FolderLock.is_last
 
-    def late(folder, lock):
-        monkeypatch.setattr(OutputFolder, "_is_alone", alone)
+    def late(lock):
+        monkeypatch.setattr(FolderLock, "is_last", is_last)
         assert run(command(source, output, 0)).returncode == 0
-        return alone(folder, lock)
+        return is_last(lock)
 
     def fail(*arguments):
         raise MachineError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr(OutputFolder, "_is_alone", late)
-        patch.setattr("gptoss_stream.writing.disk_space.check_space", fail)
+        patch.setattr(FolderLock, "is_last", late)
+        patch.setattr("gptoss_stream.writing.output.check_space", fail)
         assert task(source, output, 1).returncode == 3
     for index in (1, 2):
         assert task(source, output, index).returncode == 0
@@ -322,12 +323,12 @@ def test_what_a_dead_run_is_still_writing_gets_no_name(source, checkpoints, tmp_
 
     def late(file):
         monkeypatch.setattr(ShardFile, "commit", commit)
-        monkeypatch.setattr(output_folder, "_remove", slowly)
+        monkeypatch.setattr(output_run, "remove", slowly)
         began.set()
         assert deleting.wait(20)
         commit(file)
 
-    remove, began, deleting = output_folder._remove, threading.Event(), threading.Event()
+    remove, began, deleting = output_run.remove, threading.Event(), threading.Event()
 
     def slowly(path):
         deleting.set()
@@ -337,13 +338,12 @@ def test_what_a_dead_run_is_still_writing_gets_no_name(source, checkpoints, tmp_
     planned = gptoss_stream.plan(source, max_shard_size=SIZE)
     state = json.loads((output / WORK_NAME / "run.json").read_text())
     missing = next(s.name for s in planned.shards if not (output / s.name).exists())
-    job = TaskSpec(
-        str(source), str(output), {"max_shard_size": SIZE}, run_identity(planned), True, 1, None
-    )
+    options = ConversionOptions(max_shard_size=SIZE)
+    spec = TaskSpec(str(source), str(output), options, run_identity(planned), True, 1, None)
 
     def make():
         with suppress(gptoss_stream.GptOssStreamError):
-            write_shard(job, fingerprint(state), missing, tmp_path, lambda n: None, lambda: None)
+            write_shard(spec, fingerprint(state), missing, tmp_path, lambda n: None, lambda: None)
 
     monkeypatch.setattr(ShardFile, "commit", late)
     worker = threading.Thread(target=make)
@@ -365,11 +365,11 @@ def test_what_a_dead_run_has_sent_is_taken_back(tmp_path):
     new.prepare(states[1], overwrite=True)
     new.begin(states[1])
     store.put({"a": b"old"}, {})
-    with pytest.raises(OutputError, match="another run has begun"):
-        old.confirm("a")
+    with pytest.raises(OutputError, match="another run began"):
+        old.confirm_upload("a")
     assert "a" not in store.listing()
     store.put({"b": b"new"}, {})
-    new.confirm("b")
+    new.confirm_upload("b")
     assert store.read("b") == b"new"
 
 
@@ -386,7 +386,7 @@ def test_shares_are_a_partition_and_even(sizes, count):
         SimpleNamespace(name=f"{n}", nbytes=nbytes, spill_nbytes=scratch)
         for n, (nbytes, scratch) in enumerate(sizes)
     ]
-    shares = [ArrayTask(index, count).of(shards) for index in range(count)]
+    shares = [ArrayTask(index, count).select(shards) for index in range(count)]
     assert sorted((s.name for share in shares for s in share), key=int) == [s.name for s in shards]
     loads = [sum(map(write_nbytes, share)) for share in shares]
     assert max(loads) - min(loads) <= max(map(write_nbytes, shards), default=0)

@@ -178,7 +178,7 @@ def test_a_disk_that_is_too_small_is_refused_at_once(count, source, whole, tmp_p
 FILL_THEN_CONVERT = """
 import os, sys, gptoss_stream
 source, output, ballast, left = sys.argv[1:]
-def fill(planned, resumed):
+def fill(planned):
     status = os.statvfs(output)
     with open(ballast, "wb") as file:
         nbytes = status.f_bavail * status.f_frsize - int(left)

@@ -154,13 +154,13 @@ def test_a_slow_store_slows_the_making(checkpoints, near, tmp_path):
     store, made, ahead = Memory(), [], []
     store.pause = 0.02
 
-    def on_bytes(nbytes):
+    def on_progress(nbytes):
         made.append(nbytes)
         sent = [len(data) for name, data in [*store.files.items()] if name in near]
         ahead.append(sum(made) - sum(sent))
 
     options = {"max_shard_size": "150KB", "staging": tmp_path / "here", "max_staged": 2}
-    convert(checkpoints(), store, on_bytes=on_bytes, **options)
+    convert(checkpoints(), store, on_progress=on_progress, **options)
     assert store.sums == near
     assert max(ahead) <= 2 * max(map(len, store.files.values()))
 
