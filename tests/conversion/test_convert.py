@@ -118,7 +118,7 @@ def test_source_and_output_must_lie_apart(where, tiny):
         output = tiny.parent / "link"
         output.symlink_to(tiny)
     before = digests(tiny)
-    with pytest.raises(OutputError, match="one folder, or one lies inside"):
+    with pytest.raises(OutputError, match="the same folder, or one is inside"):
         gptoss_stream.convert(tiny, output)
     assert digests(tiny) == before
 

@@ -247,7 +247,7 @@ def test_a_worker_without_the_memory_is_refused(source, tmp_path):
     with cluster(tmp_path / "cluster", 1, "--no-nanny", "--memory-limit", "50MB") as made:
         done = over(made.address, source, tmp_path / "out")
     assert_clean_error(done, 2)
-    assert "it may use 50.0 MB and making a shard takes" in done.stderr
+    assert "it may use 50.0 MB of memory and writing a shard takes" in done.stderr
     assert not (tmp_path / "out").exists()
 
 

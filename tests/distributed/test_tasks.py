@@ -83,7 +83,7 @@ def test_one_after_another_in_any_order(source, whole, tmp_path, order):
         assert done.returncode == 0, done.stderr
         last = location == 2
         assert f"task {index} of 3 is done" in done.stdout
-        assert ("all is finished" in done.stdout) == last
+        assert ("the output is complete" in done.stdout) == last
         assert (output / INDEX_NAME).exists() == last
         assert (output / WORK_NAME).exists() != last
     assert digests(output) == whole
@@ -187,10 +187,10 @@ def test_who_must_wait_while_a_task_is_at_work(source, whole, at_work):
     at_work.during(others)
     itself, all_of_it, other_options, overwriting, one, two = seen
     for done, words in (
-        (itself, "task-0-of-3 is at work in it"),
+        (itself, "task-0-of-3 is running in it"),
         (all_of_it, "another run is writing to it"),
         (other_options, "it holds an unfinished run that differs in dtype"),
-        (overwriting, "would overwrite what the others make"),
+        (overwriting, "would overwrite what the other tasks write"),
     ):
         assert_clean_error(done, 2)
         assert words in done.stderr
@@ -232,7 +232,7 @@ def test_to_a_store(source, whole, tmp_path):
     for index in (1, 2, 0):
         done = task(source, f"file://{store}", index, 3, "--staging", str(staging))
         assert done.returncode == 0, done.stderr
-        assert ("all is finished" in done.stdout) == (index == 0)
+        assert ("the output is complete" in done.stdout) == (index == 0)
     assert digests(store) == whole
     assert not (store / WORK_NAME).exists()
     assert list(staging.iterdir()) == []

@@ -10,13 +10,13 @@ from runs import ROOT
 
 CHILD = """
 import sys, time
-from gptoss_stream.checkpoint import read_header
+from gptoss_stream.checkpoint.metadata import read_header
 from gptoss_stream.errors import HeaderError
-from gptoss_stream.memory import peak_rss_nbytes
-from gptoss_stream.places import Folder
+from gptoss_stream._utils.memory import peak_rss_nbytes
+from gptoss_stream.storage.local_folder import LocalFolder
 from pathlib import Path
 begun = time.perf_counter()
-try: print(len(read_header(Folder(Path(sys.argv[1])), "x.safetensors")[1]), "tensors")
+try: print(len(read_header(LocalFolder(Path(sys.argv[1])), "x.safetensors")[1]), "tensors")
 except HeaderError as error: print(error)
 print(time.perf_counter() - begun, peak_rss_nbytes())
 """

@@ -52,14 +52,14 @@ def test_an_interrupted_run_keeps_the_sums_of_what_was_finished(
     out = tmp_path / "out"
     dying = (
         "import os, sys\n"
-        "from gptoss_stream import cli, shard_file\n"
+        "from gptoss_stream.cli import main\n"
         "rename, done = os.rename, []\n"
         "def dying(source, target):\n"
         "    rename(source, target)\n"
         "    done.append(str(target).endswith('.safetensors'))\n"
         "    if sum(done) == 2: os.kill(os.getpid(), 9)\n"
         "os.rename = dying\n"
-        "cli.main(sys.argv[1:])"
+        "main.main(sys.argv[1:])"
     )
     options = [*OPTIONS, "--checksums", "--workers", str(workers)]
     command = ["convert", str(checkpoints()), str(out), *options]
@@ -99,7 +99,7 @@ def test_sums_without_form(summed, tmp_path, capsys):
     copy = shutil.copytree(summed, tmp_path / "copy")
     (copy / SUMS).write_text("no sum")
     assert main(["verify", str(copy), "--checksums"]) == 1
-    assert "expected a sum on each line" in capsys.readouterr().out
+    assert "expected a checksum on each line" in capsys.readouterr().out
 
 
 def test_a_shard_that_has_no_sum_is_unexpected(summed, tmp_path):

@@ -144,7 +144,7 @@ def test_there_must_be_room_for_one_shard(checkpoints, tmp_path):
 def test_waiting_for_room_ends_with_the_run(tmp_path):
     stop = threading.Event()
     with Uploads(Memory(), tmp_path, 1, lambda name: None) as uploads:
-        uploads.begin("one", stop)
+        uploads.start("one", stop)
         threading.Timer(0.05, stop.set).start()
-        uploads.begin("two", stop)
+        uploads.start("two", stop)
     assert stop.is_set()

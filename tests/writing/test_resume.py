@@ -25,7 +25,7 @@ from gptoss_stream import formats
 SIZE = ("--max-shard-size", "150KB")
 KILLED = """
 import os, sys, gptoss_stream
-from gptoss_stream.shard_file import ShardFile
+from gptoss_stream.writing.shard_file import ShardFile
 commit, done = ShardFile.commit, []
 def dying(self):
     commit(self)

@@ -42,7 +42,7 @@ def near(checkpoints, tmp_path):
 
 
 def make(folder, uploads: Uploads, name: str) -> None:
-    uploads.begin(name, NEVER)
+    uploads.start(name, NEVER)
     (folder / name).write_text(name)
     uploads.add(name)
 
@@ -72,7 +72,7 @@ def test_there_are_never_more_than_the_most(tmp_path, most):
     def making(uploads, number):
         for n in range(10):
             name = f"{number}-{n}"
-            uploads.begin(name, NEVER)
+            uploads.start(name, NEVER)
             (tmp_path / name).write_text(name)
             seen.append(len([*tmp_path.iterdir()]))
             time.sleep(chance.uniform(0, 0.005))
@@ -94,8 +94,8 @@ def test_what_an_earlier_run_has_made_counts(tmp_path):
     for name in ("1.safetensors", "2.safetensors"):
         (tmp_path / name).write_text(name)
     with Uploads(store, tmp_path, 1, lambda name: None) as uploads:
-        uploads.add_made("1.safetensors")
-        uploads.add_made("2.safetensors")
+        uploads.add_finished("1.safetensors")
+        uploads.add_finished("2.safetensors")
 
         def begin():
             make(tmp_path, uploads, "3.safetensors")
