@@ -1,35 +1,27 @@
-"""Rewrite gpt-oss checkpoints into the format that other code loads, in little memory.
-
-Data flows one way:
-
-    places/      where files are: a folder here, a repository of the Hub, a bucket, a web server
-    checkpoint   a checkpoint's files, opened: headers checked, tensors described, rows read
-    streaming    the same of one that is far away: each block read once, ahead of its use
-    formats/     how each checkpoint format stores the model's tensors: read and written
-    mapping      what each tensor of one format is made of in another
-    planner      both together: every shard, tensor, shape and size, before any data moves
-    executor     makes the plan's shards, segment by segment, in bounded memory
-    output       a folder from empty, or where an earlier run stopped, to finished
-    remote_output  the same of a store: shard by shard through a staging folder
-    jobs         a conversion in words that travel, and a shard of it made where they arrive
-    cluster      shards made on the workers of a Dask cluster
-    converter    plans and makes the output
-    verifier     makes the output again and compares
-    converted    what a converted folder is
-    state_dict   a converted folder as a mapping to tensors, on the disk until they are touched
-    hooked       a HookedTransformer made of these
-
-and on the way: `safetensors_format` headers and index, `strict_json`, `dtypes`, `model` the model's
-numbers and tensors, `tables` what the formats' tables are made of, `selection` which tensors are
-wanted, `operands`, `patterns` and `recipe` an output tensor as a recipe, `mxfp4` and `cast` values,
-`workers` threads, `blocks` what they read of far files, `shard_file`, `scratch` and `run_folder`
-files being written, `run_state` what a run is, `far_folder` and `uploads` a store being written to,
-`checksums` of files, `second_reader` a check by safetensors, `companions` small files beside them,
-`regular_file`, `plugins` the formats there are, `memory` what there is of it, `errors`,
-`synthesis` random checkpoints, `share` a task's part of a run, `examples`, `cli` the command line.
+"""Convert gpt-oss checkpoints between formats, in little memory.
 
     >>> import gptoss_stream
-    >>> report = gptoss_stream.convert("gpt-oss-20b", "gpt-oss-20b-tl")  # doctest: +SKIP
+    >>> gptoss_stream.convert("gpt-oss-20b", "gpt-oss-20b-tl")  # doctest: +SKIP
+
+Convert and check:
+
+    plan              what a conversion would write: shards, tensors, shapes, sizes
+    convert           convert a checkpoint; resumes an interrupted run
+    verify            compare an output with its source, byte for byte
+    verify_checksums  check the files of an output against its SHA256SUMS
+    synth             write a random checkpoint, to try things with
+
+Load an output:
+
+    open_state_dict          tensors by name, memory-mapped
+    load_hooked_transformer  a TransformerLens model whose weights stay on the disk
+
+Name sources and outputs beyond paths and URLs:
+
+    open_location, open_writable_location, formats.names()
+
+Sources and outputs are local folders, repositories of the Hugging Face Hub, object stores and
+(sources only) HTTP servers. Every error that a user can cause is a `GptOssStreamError`.
 """
 
 from __future__ import annotations
@@ -37,68 +29,157 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from . import formats
-    from .conversion import Report, convert
-    from .errors import GptOssStreamError
-    from .loading.hooked_transformer import load_hooked_transformer
-    from .loading.state_dict import StateDict, open_state_dict
-    from .model.selection import Selection
-    from .planning.plan import Plan, plan
-    from .storage.open_location import open_location, open_writable_location
-    from .synthesis import synth
-    from .verification.differences import Difference, Verification
-    from .verification.verify import verify, verify_checksums
+if TYPE_CHECKING:  # the same names for type checkers
+    from . import formats as formats
+    from .checkpoint.metadata import CheckpointInfo as CheckpointInfo
+    from .checkpoint.metadata import RawTensor as RawTensor
+    from .conversion import (
+        Report as Report,
+    )
+    from .conversion import (
+        convert as convert,
+    )
+    from .errors import (
+        CheckpointError as CheckpointError,
+    )
+    from .errors import (
+        ConfigError as ConfigError,
+    )
+    from .errors import (
+        GptOssStreamError as GptOssStreamError,
+    )
+    from .errors import (
+        HeaderError as HeaderError,
+    )
+    from .errors import (
+        MachineError as MachineError,
+    )
+    from .errors import (
+        MissingPackageError as MissingPackageError,
+    )
+    from .errors import (
+        OptionError as OptionError,
+    )
+    from .errors import (
+        OutputError as OutputError,
+    )
+    from .errors import (
+        TensorError as TensorError,
+    )
+    from .loading.hooked_transformer import load_hooked_transformer as load_hooked_transformer
+    from .loading.state_dict import (
+        StateDict as StateDict,
+    )
+    from .loading.state_dict import (
+        open_state_dict as open_state_dict,
+    )
+    from .model.config import ModelConfig as ModelConfig
+    from .model.selection import (
+        ResolvedSelection as ResolvedSelection,
+    )
+    from .model.selection import (
+        Selection as Selection,
+    )
+    from .planning.plan import (
+        Plan as Plan,
+    )
+    from .planning.plan import (
+        plan as plan,
+    )
+    from .planning.shards import PlannedShard as PlannedShard
+    from .storage.location import (
+        File as File,
+    )
+    from .storage.location import (
+        FileInfo as FileInfo,
+    )
+    from .storage.location import (
+        Location as Location,
+    )
+    from .storage.location import (
+        LocationLike as LocationLike,
+    )
+    from .storage.location import (
+        WritableLocation as WritableLocation,
+    )
+    from .storage.open_location import (
+        open_location as open_location,
+    )
+    from .storage.open_location import (
+        open_writable_location as open_writable_location,
+    )
+    from .synthesis import synth as synth
+    from .tensors.dtypes import DType as DType
+    from .transforms.output_tensor import OutputTensor as OutputTensor
+    from .verification.differences import (
+        Difference as Difference,
+    )
+    from .verification.differences import (
+        Verification as Verification,
+    )
+    from .verification.verify import (
+        verify as verify,
+    )
+    from .verification.verify import (
+        verify_checksums as verify_checksums,
+    )
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Difference",
-    "GptOssStreamError",
-    "Plan",
-    "Report",
-    "Selection",
-    "StateDict",
-    "Verification",
-    "__version__",
-    "convert",
-    "formats",
-    "load_hooked_transformer",
-    "open_location",
-    "open_state_dict",
-    "open_writable_location",
-    "plan",
-    "synth",
-    "verify",
-    "verify_checksums",
-]
-
-# Imported when first used, so that `--help` and usage errors come at once.
-_HOMES = {
+# The module of each public name. It is imported when the name is first used, so that `--help` and
+# usage errors come at once.
+_MODULES = {
+    "CheckpointError": "errors",
+    "CheckpointInfo": "checkpoint.metadata",
+    "ConfigError": "errors",
+    "DType": "tensors.dtypes",
     "Difference": "verification.differences",
-    "Verification": "verification.differences",
-    "verify": "verification.verify",
-    "verify_checksums": "verification.verify",
+    "File": "storage.location",
+    "FileInfo": "storage.location",
     "GptOssStreamError": "errors",
+    "HeaderError": "errors",
+    "Location": "storage.location",
+    "LocationLike": "storage.location",
+    "MachineError": "errors",
+    "MissingPackageError": "errors",
+    "ModelConfig": "model.config",
+    "OptionError": "errors",
+    "OutputError": "errors",
+    "OutputTensor": "transforms.output_tensor",
     "Plan": "planning.plan",
+    "PlannedShard": "planning.shards",
+    "RawTensor": "checkpoint.metadata",
     "Report": "conversion",
+    "ResolvedSelection": "model.selection",
     "Selection": "model.selection",
     "StateDict": "loading.state_dict",
+    "TensorError": "errors",
+    "Verification": "verification.differences",
+    "WritableLocation": "storage.location",
     "convert": "conversion",
+    "formats": "",
     "load_hooked_transformer": "loading.hooked_transformer",
     "open_location": "storage.open_location",
-    "open_writable_location": "storage.open_location",
     "open_state_dict": "loading.state_dict",
+    "open_writable_location": "storage.open_location",
     "plan": "planning.plan",
     "synth": "synthesis",
+    "verify": "verification.verify",
+    "verify_checksums": "verification.verify",
 }
+
+__all__ = ["__version__", *_MODULES]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-        globals()[name] = value
-        return value
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name == "formats":
-        return import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return import_module(f"{__name__}.formats")
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
