@@ -18,6 +18,7 @@ from .printing import (
 
 if TYPE_CHECKING:
     from ..checkpoint.metadata import CheckpointInfo
+    from ..formats import SourceModel
     from ..loading.output_info import OutputInfo
     from ..storage.location import Location
 
@@ -57,38 +58,30 @@ def run(arguments: argparse.Namespace) -> int:
 def _inspect_checkpoint(location: Location, arguments: argparse.Namespace) -> None:
     """Read the metadata of a checkpoint and print them."""
     from ..checkpoint.metadata import read_metadata
-    from ..formats import detect_format, load, naming_config
-    from ..formats._check import read_table
+    from ..formats import read_source
 
     info = read_metadata(location)
-    name, reason = arguments.source_format, "as asked"
-    if name is None:
-        name, reason = detect_format(info)
-    found = load(name)
-    with naming_config(info):
-        _, model = read_table(found.TABLE, found.read_model(info), info)
+    source = read_source(info, arguments.source_format)
     if arguments.json:
-        print_json(_checkpoint_as_dict(info, name, reason, model.dimensions))
+        print_json(_checkpoint_as_dict(info, source))
         return
     total = sum(raw.nbytes for raw in info.tensors.values())
     print(
-        f"{info.location}: {name} ({reason})\n"
-        f"{describe_model(model)}\n"
+        f"{info.location}: {source.name} ({source.detected_by})\n"
+        f"{describe_model(source.model)}\n"
         f"{counted(len(info.tensors), 'tensor')}, {sized(total)} in "
         f"{counted(len(info.shards), 'shard')}"
     )
     print_tensors(info.tensors)
 
 
-def _checkpoint_as_dict(
-    info: CheckpointInfo, name: str, reason: str, dimensions: dict[str, int]
-) -> dict[str, Any]:
+def _checkpoint_as_dict(info: CheckpointInfo, source: SourceModel) -> dict[str, Any]:
     """Return a checkpoint's metadata as JSON types; sizes and offsets are in bytes."""
     return {
         "path": str(info.location),
-        "format": name,
-        "detected_by": reason,
-        "model": dimensions,
+        "format": source.name,
+        "detected_by": source.detected_by,
+        "model": source.model.dimensions,
         "config": dict(info.config),
         "shards": {shard.name: shard.nbytes for shard in info.shards},
         "tensors": {
