@@ -31,81 +31,46 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names for type checkers
     from . import formats as formats
-    from .checkpoint.metadata import CheckpointInfo as CheckpointInfo
-    from .checkpoint.metadata import RawTensor as RawTensor
+    from .checkpoint.metadata import CheckpointInfo as CheckpointInfo, RawTensor as RawTensor
     from .conversion import (
         Report as Report,
-    )
-    from .conversion import (
         convert as convert,
     )
     from .errors import (
         CheckpointError as CheckpointError,
-    )
-    from .errors import (
         ConfigError as ConfigError,
-    )
-    from .errors import (
         GptOssStreamError as GptOssStreamError,
-    )
-    from .errors import (
         HeaderError as HeaderError,
-    )
-    from .errors import (
         MachineError as MachineError,
-    )
-    from .errors import (
         MissingPackageError as MissingPackageError,
-    )
-    from .errors import (
         OptionError as OptionError,
-    )
-    from .errors import (
         OutputError as OutputError,
-    )
-    from .errors import (
         TensorError as TensorError,
     )
     from .loading.hooked_transformer import load_hooked_transformer as load_hooked_transformer
     from .loading.state_dict import (
         StateDict as StateDict,
-    )
-    from .loading.state_dict import (
         open_state_dict as open_state_dict,
     )
     from .model.config import ModelConfig as ModelConfig
     from .model.selection import (
         ResolvedSelection as ResolvedSelection,
-    )
-    from .model.selection import (
         Selection as Selection,
     )
     from .planning.plan import (
         Plan as Plan,
-    )
-    from .planning.plan import (
         plan as plan,
     )
     from .planning.shards import PlannedShard as PlannedShard
     from .storage.location import (
         File as File,
-    )
-    from .storage.location import (
         FileInfo as FileInfo,
-    )
-    from .storage.location import (
         Location as Location,
-    )
-    from .storage.location import (
         LocationLike as LocationLike,
-    )
-    from .storage.location import (
         WritableLocation as WritableLocation,
     )
     from .storage.open_location import (
         open_location as open_location,
-    )
-    from .storage.open_location import (
         open_writable_location as open_writable_location,
     )
     from .synthesis import synth as synth
@@ -113,14 +78,10 @@ if TYPE_CHECKING:  # the same names for type checkers
     from .transforms.output_tensor import OutputTensor as OutputTensor
     from .verification.differences import (
         Difference as Difference,
-    )
-    from .verification.differences import (
         Verification as Verification,
     )
     from .verification.verify import (
         verify as verify,
-    )
-    from .verification.verify import (
         verify_checksums as verify_checksums,
     )
 
