@@ -28,7 +28,7 @@ import measure
 
 import gptoss_stream
 from gptoss_stream.planning.shards import PlannedShard
-from gptoss_stream.synthesis import RandomCheckpoint, random_checkpoint
+from gptoss_stream.random_checkpoint import RandomCheckpoint, random_checkpoint
 from gptoss_stream.writing.executor import Callbacks
 from gptoss_stream.writing.output_spec import OutputSpec
 from gptoss_stream.writing.thread_executor import ThreadExecutor

@@ -39,7 +39,7 @@ from measure import drop_caches
 
 import gptoss_stream
 from gptoss_stream.planning.shards import write_nbytes
-from gptoss_stream.synthesis import random_checkpoint
+from gptoss_stream.random_checkpoint import random_checkpoint
 from gptoss_stream.writing.output_spec import OutputSpec
 
 SIMULATED = (1, 2, 4, 8, 16, 32, 64)
