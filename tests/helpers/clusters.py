@@ -13,8 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import distributed
-from runs import ROOT
+from runs import ROOT, convert_command, run
 
+SIZE = "300KB"
 QUICKLY = {
     "DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "5s",
     "DASK_DISTRIBUTED__COMM__RETRY__COUNT": "0",
@@ -113,3 +114,13 @@ def cluster(folder: Path, workers: int = 0, *options: str, **environment: str) -
         yield made
     finally:
         made.close()
+
+
+def over(address: object, source: Path, output: object, *options: str):
+    """A conversion on the workers of a scheduler, from the command line."""
+    command = convert_command(source, output, "--checksums", "--scheduler", str(address), *options)
+    return run(command)
+
+
+def assert_done(done: subprocess.CompletedProcess[str]) -> None:
+    assert (done.returncode, done.stderr) == (0, "")

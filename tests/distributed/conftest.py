@@ -1,0 +1,27 @@
+"""A checkpoint, what one process makes of it, and a Dask cluster."""
+
+from __future__ import annotations
+
+import pytest
+from clusters import cluster
+from runs import convert_command, digests, run
+
+
+@pytest.fixture(scope="module")
+def source(checkpoints):
+    return checkpoints(layers=3)
+
+
+@pytest.fixture(scope="module")
+def whole(source, tmp_path_factory):
+    """What one process makes of the source."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    assert run(convert_command(source, output, "--checksums")).returncode == 0
+    return digests(output)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A cluster of two workers, which no test ends."""
+    with cluster(tmp_path_factory.mktemp("cluster"), 2) as made:
+        yield made

@@ -1,0 +1,297 @@
+"""Workers, clients and schedulers that die or hang."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from clusters import SIZE, assert_done, cluster
+from runs import (
+    ROOT,
+    WORK_NAME,
+    assert_clean_error,
+    at_most,
+    convert_command,
+    digests,
+    run,
+    stamps,
+)
+
+import gptoss_stream
+from gptoss_stream.distributed import dask_executor, worker_pool
+from gptoss_stream.distributed.task_spec import TaskSpec
+from gptoss_stream.distributed.write_shard import write_shard
+from gptoss_stream.errors import MachineError
+from gptoss_stream.planning.options import ConversionOptions
+from gptoss_stream.planning.plan import plan
+from gptoss_stream.planning.run_identity import run_identity
+from gptoss_stream.writing.run_state import fingerprint
+
+
+@pytest.fixture(scope="module")
+def larger(checkpoints, tmp_path_factory):
+    """A source that takes some seconds, and what one process makes of it."""
+    sizes = {"hidden_size": 448, "intermediate_size": 416, "experts": 16, "vocab_size": 5003}
+    source = checkpoints(layers=8, **sizes)
+    output = tmp_path_factory.mktemp("larger") / "out"
+    assert_done(run(convert_command(source, output, "--checksums", "--max-shard-size", "6MB")))
+    return source, digests(output)
+
+
+def begin(address: str, source: Path, output: Path) -> subprocess.Popen[str]:
+    command = convert_command(source, output, "--checksums", "--scheduler", address)
+    command += ["--max-shard-size", "6MB"]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
+
+
+def kill_workers(larger, folder: Path, workers: int, times: int, seed: int) -> None:
+    """Kill workers at random moments of runs; the same bytes come of every run."""
+    source, whole = larger
+    chance, killed, runs = random.Random(seed), 0, 0
+    with cluster(folder / "cluster", workers) as made:
+        while killed < times:
+            output = folder / f"out-{runs}"
+            runs += 1
+            assert runs < 4 * times
+            process = begin(made.address, source, output)
+            with process:
+                try:
+                    while process.poll() is None and not (output / WORK_NAME / "run.json").exists():
+                        time.sleep(0.005)
+                    time.sleep(chance.random() * 1.5)
+                    pids = sorted(made.pids().values())
+                    if process.poll() is None and pids:
+                        os.kill(chance.choice(pids), signal.SIGKILL)
+                        killed += 1
+                    _, err = process.communicate(timeout=120)
+                finally:
+                    process.kill()
+            assert (process.returncode, err) == (0, "")
+            assert digests(output) == whole
+            shutil.rmtree(output)
+            made.wait_for(workers)
+
+
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_workers_killed_at_random(larger, tmp_path, workers):
+    kill_workers(larger, tmp_path, workers, times=2, seed=workers)
+
+
+@pytest.mark.slow
+def test_many_workers_killed_at_random(larger, tmp_path):
+    kill_workers(larger, tmp_path, workers=3, times=20, seed=1)
+
+
+def strike_clients(larger, folder: Path, blows: list[signal.Signals], seed: int) -> None:
+    """End clients at random moments; what was finished stays, and the same command goes on."""
+    source, whole = larger
+    chance = random.Random(seed)
+    with cluster(folder / "cluster", 2) as made:
+        for turn, blow in enumerate(blows):
+            output = folder / f"out-{turn}"
+            process = begin(made.address, source, output)
+            with process:
+                try:
+                    while process.poll() is None and not (output / WORK_NAME / "run.json").exists():
+                        time.sleep(0.005)
+                    time.sleep(chance.random() * 1.5)
+                    process.send_signal(blow)
+                    _, err = process.communicate(timeout=60)
+                finally:
+                    process.kill()
+            if process.returncode == -blow:  # also when it had done its work
+                assert blow == signal.SIGKILL or digests(output) == whole
+            elif process.returncode:
+                assert process.returncode == 128 + blow
+                assert err.count("\n") == 1, err
+            found = {n: d for n, d in digests(output).items() if not n.startswith(WORK_NAME)}
+            assert found.items() <= whole.items()
+            before = stamps(output)
+            with begin(made.address, source, output) as again:
+                assert (again.communicate(timeout=60)[1], again.returncode) == ("", 0)
+            assert digests(output) == whole
+            # A worker may finish its shard once more for the client that was killed.
+            assert len(before.items() - stamps(output).items()) <= 2
+            time.sleep(0.3)
+            assert digests(output) == whole
+
+
+def test_clients_ended_at_random(larger, tmp_path):
+    strike_clients(larger, tmp_path, [signal.SIGKILL, signal.SIGINT], seed=2)
+
+
+@pytest.mark.slow
+def test_many_clients_ended_at_random(larger, tmp_path):
+    blows = [signal.SIGKILL] * 12 + [signal.SIGINT] * 5 + [signal.SIGTERM] * 3
+    strike_clients(larger, tmp_path, blows, seed=3)
+
+
+def test_a_scheduler_that_dies(larger, tmp_path):
+    source, whole = larger
+    output = tmp_path / "out"
+    with cluster(tmp_path / "one", 2) as made:
+        with begin(made.address, source, output) as process:
+            while process.poll() is None and not (output / WORK_NAME / "run.json").exists():
+                time.sleep(0.005)
+            time.sleep(0.3)
+            made.end(made.scheduler)
+            _, err = process.communicate(timeout=60)
+        done = subprocess.CompletedProcess("", process.returncode, "", err)
+    assert_clean_error(done, 3)
+    assert "the scheduler is lost" in err
+    with cluster(tmp_path / "two", 1) as made, begin(made.address, source, output) as process:
+        assert (process.communicate(timeout=60)[1], process.returncode) == ("", 0)
+    assert digests(output) == whole
+
+
+def test_a_worker_that_hangs_costs_its_shard(larger, tmp_path, monkeypatch):
+    """Another makes it; the one that hung goes on later, and harms nothing."""
+    source, whole = larger
+    output = tmp_path / "out"
+    monkeypatch.setattr(dask_executor, "STALL_TIMEOUT", 1.0)
+    with cluster(tmp_path / "cluster", 2) as made:
+        pids = sorted(made.pids().values())
+        client = made.client
+
+        def stop():
+            while not (output / WORK_NAME / "run.json").exists():
+                time.sleep(0.005)
+            time.sleep(0.2)
+            os.kill(pids[0], signal.SIGSTOP)
+
+        stopper = threading.Thread(target=stop)
+        stopper.start()
+        try:
+            gptoss_stream.convert(
+                source, output, max_shard_size="6MB", checksums=True, client=client
+            )
+            stopper.join()
+            assert digests(output) == whole
+        finally:
+            os.kill(pids[0], signal.SIGCONT)
+        time.sleep(1)
+        assert digests(output) == whole
+        assert not (output / WORK_NAME).exists()
+
+
+def test_a_worker_that_hangs_from_the_start(source, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(worker_pool, "SETUP_TIMEOUT", 1.0)
+    with cluster(tmp_path / "cluster", 2) as made:
+        stopped = next(iter(made.pids().values()))
+        os.kill(stopped, signal.SIGSTOP)
+        try:
+            with at_most(40):
+                gptoss_stream.convert(
+                    source, tmp_path / "out", max_shard_size=SIZE, checksums=True,
+                    client=made.client,
+                )  # fmt: skip
+        finally:
+            os.kill(stopped, signal.SIGCONT)
+    assert digests(tmp_path / "out") == whole
+
+
+PROFILED = """
+import gc, sys, gptoss_stream
+from gptoss_stream.checkpoint.reader import LocalReader
+info = gptoss_stream.plan(sys.argv[1]).info
+gc.disable()
+gc.set_threshold(1)
+reader = LocalReader(info)
+reader.within = reader
+del reader
+gc.enable()
+sys._current_frames()
+"""
+
+
+def test_readers_are_collected_while_a_profiler_looks(source):
+    """Dask's does so in every worker; before Python 3.11.9 one with a threading.local hung."""
+    assert run([sys.executable, "-c", PROFILED, str(source)]).returncode == 0
+
+
+def test_many_make_one_shard_at_once(source, whole, tmp_path):
+    """Dask may start a task twice; whoever is last gives the same file."""
+    output = tmp_path / "out"
+    begun = run(
+        convert_command(source, output, "--checksums", "--task-index", "0", "--num-tasks", "9")
+    )
+    assert begun.returncode == 0
+    planned = plan(source, max_shard_size=SIZE)
+    state = json.loads((output / WORK_NAME / "run.json").read_text())
+    job = TaskSpec(
+        str(source),
+        str(output),
+        ConversionOptions(max_shard_size=SIZE),
+        run_identity(planned),
+        checksums=True,
+        threads=2,
+        staging=None,
+    )
+    names = [shard.name for shard in planned.shards]
+    errors = []
+
+    def make_all(seed: int) -> None:
+        for name in random.Random(seed).sample(names, len(names)):
+            try:
+                made = write_shard(
+                    job, fingerprint(state), name, tmp_path, lambda n: None, lambda: None
+                )
+                assert made.sha256 == whole[name]
+            except BaseException as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=make_all, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert {n: d for n, d in digests(output).items() if n in names} == {n: whole[n] for n in names}
+    with pytest.raises(gptoss_stream.GptOssStreamError, match="is no longer active"):
+        write_shard(job, "another run", names[0], tmp_path, lambda n: None, lambda: None)
+
+
+def test_a_shard_that_kills_its_workers_ends_the_run(source, tmp_path, monkeypatch):
+    """As one does for which they have too little memory."""
+    with cluster(tmp_path / "cluster", 1) as made:
+        monkeypatch.setattr(_die, "__module__", "__main__")  # so that it travels itself
+        monkeypatch.setattr(dask_executor, "write_shard_on_worker", _die)
+        with pytest.raises(MachineError, match="4 workers died while they wrote it"):
+            gptoss_stream.convert(source, tmp_path / "out", client=made.client)
+
+
+def _die(*arguments: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("pause", [0, 1])
+def test_a_worker_that_dies_with_what_it_has_made(source, whole, tmp_path, monkeypatch, pause):
+    """Before the client has taken in that it was made."""
+    end, killed = dask_executor.DaskExecutor._end, []
+
+    def kill_first(self, future, in_flight, callbacks):
+        if not killed and future.status == "finished":
+            killed.append(next(iter(pids.values())))
+            os.kill(killed[0], signal.SIGKILL)
+            time.sleep(pause)
+        end(self, future, in_flight, callbacks)
+
+    with cluster(tmp_path / "cluster", 1) as made:
+        pids = made.pids()
+        monkeypatch.setattr(dask_executor.DaskExecutor, "_end", kill_first)
+        with at_most(40):
+            gptoss_stream.convert(
+                source, tmp_path / "out", max_shard_size=SIZE, checksums=True, client=made.client
+            )
+    assert killed
+    assert digests(tmp_path / "out") == whole
