@@ -1,7 +1,10 @@
-"""A HookedTransformer whose weights stay on the disk: built without memory, given mapped tensors.
+"""A HookedTransformer of TransformerLens 3.9 whose weights are memory-mapped.
 
-For transformer-lens 3.9 (extra `transformer-lens`). No weight processing is applied:
-`fold_value_biases` relies on a head's attention adding up to one, which gpt-oss's sinks break.
+The model is built without memory, on torch's meta device, and its parameters are then replaced with
+the tensors of a `StateDict`. Needs the extra `transformer-lens`.
+
+TransformerLens' weight processing is not applied: `fold_value_biases` assumes that a head's
+attention sums to 1, which is not so with gpt-oss's attention sinks.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["load_hooked_transformer"]
 
 
-_BLOCK = re.compile(r"blocks\.(\d+)\.")
+_LAYER = re.compile(r"blocks\.(\d+)\.")
 
 
 def load_hooked_transformer(
@@ -40,52 +43,65 @@ def load_hooked_transformer(
     n_ctx: int | None = None,
     layers: str | None = None,
 ) -> HookedTransformer:
-    """The model in a folder of the format `transformer-lens`, ready for hooks and `generate`.
+    """Load a converted output in the format `transformer-lens` as a model with hooks.
 
-    Opens in seconds whatever the size: on the CPU and in the folder's own dtype, a weight comes
-    from the disk when it is used. `dtype` (a torch name) and `device` make copies; `n_ctx` is the
-    longest sequence (by default the model's own); `layers`, such as "0-3,7", makes a model of
-    these layers only, numbered anew from 0. Weights need no gradient. The tokenizer is the
-    folder's, where it has one; nothing is asked of the network.
+    Opens in seconds: on the CPU and in the output's own dtype, weights are read from the disk
+    when they are used. Parameters need no gradient. The network is not used.
 
-    Raises `OutputError` for a folder of another format or which lacks a tensor, `OptionError` for
-    layers that are not there and a dtype that is none, `MachineError` where reading fails,
-    `MissingPackageError` without TransformerLens 3.9.
+    Args:
+        path: A local output folder. If it contains a tokenizer, the model has it.
+        dtype: A torch name such as "float32"; makes copies of the weights.
+        device: Any device other than the CPU makes copies of the weights.
+        n_ctx: The longest sequence, in tokens; by default the model's own.
+        layers: Use only these layers, such as "0-3,7". The model numbers them from 0.
+
+    Raises:
+        OutputError: If the folder is not a finished output in this format, or lacks a tensor.
+        OptionError: If the dtype is unknown, or the model has no such layers.
+        MachineError: If reading fails.
+        MissingPackageError: If TransformerLens 3.9 is not installed.
     """
-    torch, lens, config_class = _packages()
-    state = open_state_dict(path, dtype=dtype, device=device)
-    settings = _settings(state.path)
-    whole = int(settings["n_layers"])
-    chosen = tuple(range(whole)) if layers is None else parse_numbers(layers, whole, "layer")
-    settings["n_layers"] = len(chosen)
-    settings["attn_types"] = [settings["attn_types"][layer] for layer in chosen]
-    settings["dtype"] = getattr(torch, dtype or settings["dtype"])
+    torch, transformer_lens, config_class = _import_packages()
+    state_dict = open_state_dict(path, dtype=dtype, device=device)
+    config = _read_config(state_dict.path)
+    num_layers = int(config["n_layers"])
+    chosen = (
+        tuple(range(num_layers)) if layers is None else parse_numbers(layers, num_layers, "layer")
+    )
+    config |= {
+        "n_layers": len(chosen),
+        "attn_types": [config["attn_types"][layer] for layer in chosen],
+        "dtype": getattr(torch, dtype or config["dtype"]),
+        "init_weights": False,
+        "device": str(device),
+    }
     if n_ctx is not None:
-        settings["n_ctx"] = n_ctx
-    settings |= {"init_weights": False, "device": str(device)}
+        config["n_ctx"] = n_ctx
 
-    def build(settings: dict[str, Any], tokenizer: Any = None) -> Any:
+    def build(config: dict[str, Any], tokenizer: Any = None) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # 4.0 will have no such class
-            return lens.HookedTransformer(config_class(**settings), tokenizer, move_to_device=False)
+            return transformer_lens.HookedTransformer(
+                config_class(**config), tokenizer, move_to_device=False
+            )
 
     with torch.device("meta"):
-        model = build(settings, _tokenizer(state.path))
-    parameters = [name for name, _ in model.named_parameters()]
-    model.load_state_dict(_chosen(state, parameters, chosen), strict=False, assign=True)
-    # Buffers (rotary tables, masks) are computed, and depend on none of these sizes.
-    small = dict.fromkeys(("d_model", "d_mlp", "d_vocab", "d_vocab_out"), 8)
-    small |= dict.fromkeys(("n_heads", "n_key_value_heads", "num_experts", "experts_per_token"), 1)
-    for name, buffer in build({**settings, **small}).named_buffers():
-        module, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(module), attribute, buffer.to(device))
-    left = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
-    if left:
-        raise OutputError(f"{state.path}: no values for {listed(left)}; run verify")
+        model = build(config, _load_tokenizer(state_dict.path))
+    names = [name for name, _ in model.named_parameters()]
+    model.load_state_dict(_parameters(state_dict, names, chosen), strict=False, assign=True)
+    _set_buffers(model, build(_small_config(config)), device)
+    unset = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if unset:
+        raise OutputError(f"{state_dict.path}: no values for {listed(unset)}; run verify")
     return model.requires_grad_(False).eval()
 
 
-def _packages() -> tuple[Any, Any, Any]:
+def _import_packages() -> tuple[Any, Any, Any]:
+    """Import torch, transformer_lens and the class `HookedTransformerConfig`.
+
+    Raises:
+        MissingPackageError: If one is not installed, or has the wrong version.
+    """
     try:
         import torch
     except ImportError as error:
@@ -106,29 +122,31 @@ def _packages() -> tuple[Any, Any, Any]:
     config_class = hooked_transformer_config.HookedTransformerConfig
     if "use_attention_sinks" not in {field.name for field in fields(config_class)}:
         raise MissingPackageError(
-            f"transformer-lens {found} knows no attention sinks, and its logits would be wrong: "
-            f"{advice}"
+            f"transformer-lens {found} does not support attention sinks, and its logits would be "
+            f"wrong: {advice}"
         )
     return torch, transformer_lens, config_class
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Read the fields of `HookedTransformerConfig` from an output's tl_config.json."""
     file = folder / "tl_config.json"
     try:
-        settings = strict_json.loads(file.read_bytes())
-        int(settings["n_layers"]), list(settings["attn_types"]), str(settings["dtype"])
+        config = strict_json.loads(file.read_bytes())
+        int(config["n_layers"]), list(config["attn_types"]), str(config["dtype"])
     except FileNotFoundError:
         raise OutputError(
-            f"{file}: missing; a HookedTransformer is made of the format transformer-lens"
+            f"{file}: missing; a HookedTransformer needs an output in the format transformer-lens"
         ) from None
     except OSError as error:
         raise machine_error(error, f"reading {file}") from error
     except (ValueError, TypeError, KeyError):
         raise OutputError(f"{file}: damaged; convert again, or run verify") from None
-    return dict(settings)
+    return dict(config)
 
 
-def _tokenizer(folder: Path) -> Any:
+def _load_tokenizer(folder: Path) -> Any:
+    """Load the tokenizer of an output; None if it has none."""
     if not (folder / "tokenizer.json").is_file():
         return None
     from transformers import AutoTokenizer
@@ -136,20 +154,42 @@ def _tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def _chosen(
-    state: StateDict, parameters: list[str], layers: tuple[int, ...]
+def _parameters(
+    state_dict: StateDict, names: Iterable[str], layers: tuple[int, ...]
 ) -> Mapping[str, torch.Tensor]:
-    """The tensors for a model's parameters, those of its layer k from layer `layers[k]`."""
-    names = {
-        name: _BLOCK.sub(lambda match: f"blocks.{layers[int(match[1])]}.", name, count=1)
-        for name in parameters
+    """Return the parameters of a model whose layer k is layer `layers[k]` of the output.
+
+    Raises:
+        OutputError: If the output lacks one.
+    """
+    stored_names = {
+        name: _LAYER.sub(lambda match: f"blocks.{layers[int(match[1])]}.", name, count=1)
+        for name in names
     }
-    missing = [name for name in names.values() if name not in state]
+    missing = [name for name in stored_names.values() if name not in state_dict]
     if missing:
-        there = sorted({int(match[1]) for name in state if (match := _BLOCK.match(name))})
+        present = sorted({int(match[1]) for name in state_dict if (match := _LAYER.match(name))})
         raise OutputError(
-            f"{state.path}: it lacks {len(missing)} tensors of the model, such as {missing[0]!r}; "
-            f"it holds tensors of the layers {', '.join(map(str, there)) or 'none'}: choose "
-            "complete ones with layers=, or convert what is missing"
+            f"{state_dict.path}: it lacks {len(missing)} tensors of the model, such as "
+            f"{missing[0]!r}; it contains tensors of the layers "
+            f"{', '.join(map(str, present)) or 'none'}: choose complete layers with layers=, or "
+            "convert what is missing"
         )
-    return {name: state[stored] for name, stored in names.items()}
+    return {name: state_dict[stored] for name, stored in stored_names.items()}
+
+
+def _small_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration with tiny parameters and the same buffers.
+
+    Buffers (rotary tables, masks) are computed from the context length and the size of a head.
+    """
+    sizes = dict.fromkeys(("d_model", "d_mlp", "d_vocab", "d_vocab_out"), 8)
+    counts = dict.fromkeys(("n_heads", "n_key_value_heads", "num_experts", "experts_per_token"), 1)
+    return {**config, **sizes, **counts}
+
+
+def _set_buffers(model: Any, other: Any, device: str | torch.device) -> None:
+    """Copy the buffers of another model, which has them all, to a model."""
+    for name, buffer in other.named_buffers():
+        module, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(module), attribute, buffer.to(device))

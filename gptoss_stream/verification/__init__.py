@@ -1,1 +1,6 @@
-"""."""
+"""Checking a converted output.
+
+Does: compare an output with what its source gives, byte for byte, or with its checksums.
+May import: every room below it.
+Must not know: what a run noted, but for format, dtype and selection, which are only defaults.
+"""

@@ -1,16 +1,16 @@
-"""Holds an output against its source: every byte made again and compared. Or against its sums.
+"""Comparison of the data of tensors: every byte of the output is computed again from the source.
 
-Trusts neither record nor state of the run that made the output. Headers, index, names, dtypes and
-shapes first; then the data, segment by segment, in bounded memory. Writes nothing.
+The work is cut into steps, which threads do in bounded memory. A step compares a chunk of an output
+tensor or, if the tensor is a transposition too large for that, what some rows of the source give.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,135 +29,183 @@ from .differences import Difference
 __all__ = ["DataComparison"]
 
 
-_ROWS_AT_A_TIME = (
-    64  # rows of a large transpose compared at a time: what is read of them stays small
-)
+_OUTPUT_ROWS = 64
+"""Rows of the output that are read at a time for a spilled transposition. Whole rows are read,
+though only some columns are compared, so few rows keep memory small."""
+
+
+class _Comparison(NamedTuple):
+    """A step of the comparison."""
+
+    compare: Step
+    element_ranges: Callable[[], Iterable[ElementRange]]
+    """Return what it reads of the source."""
 
 
 class DataComparison:
-    """The comparison of the data: its steps, and what they found."""
+    """A comparison of tensors' data: the steps of it, and the differences that they find.
+
+    Args:
+        source: The source.
+        output: The output.
+        tensors: The output tensors to compare.
+        stored: The output's stored tensors, by name, with dtypes and shapes as in `tensors`.
+        on_progress: Called with the number of bytes compared since the last call, from any thread.
+    """
 
     def __init__(
-        self, source: CheckpointReader, output: LocalReader, on_bytes: Callable[[int], None]
+        self,
+        source: CheckpointReader,
+        output: LocalReader,
+        tensors: Iterable[OutputTensor],
+        stored: Mapping[str, RawTensor],
+        on_progress: Callable[[int], None],
     ) -> None:
-        self.source = source
-        self.output = output
-        self.on_bytes = on_bytes
         self.stop = threading.Event()
-        self.differences: dict[str, Difference] = {}
-        self._noting = threading.Lock()
-        self._steps: list[tuple[Step, Callable[[], Iterator[ElementRange]]]] = []
-        """What each does, and what it reads of the source."""
-
-    def take(self, tensors: list[OutputTensor], found: Mapping[str, RawTensor]) -> None:
-        """Steps that cover every byte of the tensors."""
+        """Set to end the reading of the source."""
+        self._source = source
+        self._output = output
+        self._on_progress = on_progress
+        self._differences: dict[str, Difference] = {}
+        self._differences_lock = threading.Lock()
+        self._comparisons: list[_Comparison] = []
         for tensor in tensors:
-            raw = found[tensor.name]
-            if any(is_spilled(segment) for segment in tensor.segments):
-                self._take_blocks(tensor, raw)
-                continue
-            for begin in range(0, tensor.nbytes, CHUNK_NBYTES):
-                end = min(begin + CHUNK_NBYTES, tensor.nbytes)
-                self._steps.append(
-                    (
-                        partial(self._compare_segment, tensor, raw, begin, end),
-                        partial(element_ranges, tensor, begin, end),
-                    )
-                )
-        self.source.schedule(
-            ReadSchedule(len(self._steps), lambda step: self._steps[step][1]()), self.stop
+            raw = stored[tensor.name]
+            self._comparisons += (
+                self._comparisons_of_source_rows(tensor, raw)
+                if any(is_spilled(segment) for segment in tensor.segments)
+                else self._comparisons_of_chunks(tensor, raw)
+            )
+        schedule = ReadSchedule(
+            len(self._comparisons), lambda number: self._comparisons[number].element_ranges()
         )
+        source.set_schedule(schedule, self.stop)
 
-    def tasks(self) -> Iterator[Step]:
-        """Every step, as a task."""
-        for number, (task, _) in enumerate(self._steps):
-            yield partial(self._do, number, task)
+    def steps(self) -> Iterator[Step]:
+        """Yield the steps, each of which needs a buffer of `CHUNK_NBYTES`."""
+        for number in range(len(self._comparisons)):
+            yield partial(self._do, number)
 
-    def _do(self, number: int, task: Step, buffer: Buffer) -> None:
-        self.source.begin(number)
-        task(buffer)
-        self.source.end(number)
+    def differences(self) -> list[Difference]:
+        """Return the first difference in each tensor, in order of the tensors' names."""
+        return [self._differences[name] for name in sorted(self._differences)]
 
-    def _compare_segment(
+    def _do(self, number: int, buffer: Buffer) -> None:
+        """Do a step."""
+        self._source.begin_step(number)
+        self._comparisons[number].compare(buffer)
+        self._source.end_step(number)
+
+    def _comparisons_of_chunks(self, tensor: OutputTensor, raw: RawTensor) -> Iterator[_Comparison]:
+        """Yield steps that compare a tensor in chunks."""
+        for begin in range(0, tensor.nbytes, CHUNK_NBYTES):
+            end = min(begin + CHUNK_NBYTES, tensor.nbytes)
+            yield _Comparison(
+                partial(self._compare_chunk, tensor, raw, begin, end),
+                partial(element_ranges, tensor, begin, end),
+            )
+
+    def _compare_chunk(
         self, tensor: OutputTensor, raw: RawTensor, begin: int, end: int, buffer: Buffer
     ) -> None:
+        """Compare bytes `begin … end` of a tensor."""
         out = buffer[: end - begin]
-        materialize(tensor, begin, end, out, partial(materialize_rows, reader=self.source))
-        first = begin // tensor.dtype.itemsize
+        materialize(tensor, begin, end, out, partial(materialize_rows, reader=self._source))
         expected = out.view(STORAGE[tensor.dtype])
-        with self.output.read(raw, first, expected.shape) as found:
+        first = begin // tensor.dtype.itemsize
+        with self._output.read(raw, first, expected.shape) as found:
             unequal = _first_unequal(found, expected)
             if unequal is not None:
-                self._note(tensor, raw, first + unequal, found[unequal], expected[unequal])
-        self.on_bytes(end - begin)
+                self._add(tensor, raw, first + unequal, found[unequal], expected[unequal])
+        self._on_progress(end - begin)
 
-    def _take_blocks(self, tensor: OutputTensor, raw: RawTensor) -> None:
-        """A large transpose in blocks of the source's rows, each read once."""
+    def _comparisons_of_source_rows(
+        self, tensor: OutputTensor, raw: RawTensor
+    ) -> Iterator[_Comparison]:
+        """Yield steps that compare a tensor with spilled transpositions, in any of its segments.
+
+        A chunk of such a tensor needs elements from every row of the source. So that each row is
+        read once, a step takes some whole rows of the source, and compares the columns that they
+        are in the output.
+        """
         first = 0
         for segment in tensor.segments:
-            rows = segment.rearrangement.row_shape[-1]
-            step = max(1, CHUNK_NBYTES * rows // (segment.elements * tensor.dtype.itemsize))
-            for begin in range(0, rows, step):
-                block = begin, min(begin + step, rows)
-                self._steps.append(
-                    (
-                        partial(self._compare_block, tensor, raw, segment, first, block),
-                        partial(segment.operand.element_ranges, block),
-                    )
+            num_rows = segment.rearrangement.row_shape[-1]
+            row_nbytes = segment.elements * tensor.dtype.itemsize // num_rows
+            step = max(1, CHUNK_NBYTES // row_nbytes)
+            for begin in range(0, num_rows, step):
+                rows = begin, min(begin + step, num_rows)
+                yield _Comparison(
+                    partial(self._compare_source_rows, tensor, raw, segment, first, rows),
+                    partial(segment.operand.element_ranges, rows),
                 )
             first += segment.elements
 
-    def _compare_block(
+    def _compare_source_rows(
         self,
         tensor: OutputTensor,
         raw: RawTensor,
         segment: Segment,
         first: int,
-        block: tuple[int, int],
+        rows: tuple[int, int],
         buffer: Buffer,
     ) -> None:
+        """Compare what rows `begin … end` of the source give, a rectangle of the output.
+
+        Args:
+            tensor: The output tensor.
+            raw: The same tensor as it is stored.
+            segment: The segment of it to compare.
+            first: The segment's first element in the tensor.
+            rows: First row of the source, and the one after the last.
+            buffer: Memory for the expected elements.
+        """
         how = segment.rearrangement
-        begin, end = block
+        begin, end = rows
+        width = how.row_shape[-1]
         shape = (how.num_rows, *how.row_shape[:-1], end - begin)
         nbytes = prod(shape) * tensor.dtype.itemsize
-        expected = buffer[:nbytes].view(STORAGE[tensor.dtype]).reshape(shape)
-        materialize_rows(segment, [TargetRows(0, expected)], tensor.dtype, self.source, block)
-        expected = expected.reshape(-1, end - begin)
-        width = how.row_shape[-1]
-        for line in range(0, len(expected), _ROWS_AT_A_TIME):
-            lines = expected[line : line + _ROWS_AT_A_TIME]
-            at = first + line * width
-            with self.output.read(raw, at, (len(lines), width)) as whole:
-                found = whole[:, begin:end]
-                unequal = _first_unequal(found, lines)
+        columns = buffer[:nbytes].view(STORAGE[tensor.dtype]).reshape(shape)
+        materialize_rows(segment, [TargetRows(0, columns)], tensor.dtype, self._source, rows)
+        columns = columns.reshape(-1, end - begin)
+        for output_row in range(0, len(columns), _OUTPUT_ROWS):
+            expected = columns[output_row : output_row + _OUTPUT_ROWS]
+            first_read = first + output_row * width
+            with self._output.read(raw, first_read, (len(expected), width)) as whole_rows:
+                found = whole_rows[:, begin:end]
+                unequal = _first_unequal(found, expected)
                 if unequal is not None:
                     row, column = divmod(unequal, end - begin)
-                    element = at + row * width + begin + column
-                    self._note(tensor, raw, element, found[row, column], lines[row, column])
-        self.on_bytes(nbytes)
+                    element = first_read + row * width + begin + column
+                    self._add(tensor, raw, element, found[row, column], expected[row, column])
+        self._on_progress(nbytes)
 
-    def _note(
+    def _add(
         self, tensor: OutputTensor, raw: RawTensor, element: int, found: Any, expected: Any
     ) -> None:
+        """Add a difference, unless one earlier in the same tensor is known."""
         index = tuple(int(i) for i in np.unravel_index(element, tensor.shape))
-        values = _value(found, tensor.dtype), _value(expected, tensor.dtype)
+        values = _number(found, tensor.dtype), _number(expected, tensor.dtype)
         difference = Difference("value", tensor.name, raw.shard, *values, index)
-        with self._noting:
-            known = self.differences.get(tensor.name)
+        with self._differences_lock:
+            known = self._differences.get(tensor.name)
             if known is None or index < known.index:
-                self.differences[tensor.name] = difference
+                self._differences[tensor.name] = difference
 
 
 def _first_unequal(found: Buffer, expected: Buffer) -> int | None:
-    """The first element whose bits differ (equal NaNs are equal, 0.0 and -0.0 are not)."""
+    """Return the flat index of the first element whose bits differ, if any.
+
+    Equal NaNs are equal; 0.0 and -0.0 are not.
+    """
     integer = f"u{expected.itemsize}"
     unequal = (found.view(integer) != expected.view(integer)).reshape(-1)
     first = int(unequal.argmax())
     return first if unequal[first] else None
 
 
-def _value(element: Any, dtype: DType) -> float | str:
-    """A stored element as a number; what JSON has no number for as a word."""
+def _number(element: Any, dtype: DType) -> float | str:
+    """Return a stored element as a number, or as text for NaN and infinity, unknown to JSON."""
     if dtype is DType.U8:
         return int(element)
     wide = np.empty(1, np.float32)

@@ -1,8 +1,4 @@
-"""Holds an output against its source: every byte made again and compared. Or against its sums.
-
-Trusts neither record nor state of the run that made the output. Headers, index, names, dtypes and
-shapes first; then the data, segment by segment, in bounded memory. Writes nothing.
-"""
+"""The results of a verification."""
 
 from __future__ import annotations
 
@@ -15,18 +11,18 @@ __all__ = ["Difference", "Verification"]
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Something that is not as it should be.
-
-    `kind` is one of `missing`, `unexpected`, `dtype`, `shape`, `index`, `file`, `checksum` and
-    `value`; for a value, `index` is the first differing element's.
-    """
+    """One difference between an output and what was expected."""
 
     kind: str
+    """`missing`, `unexpected`, `dtype`, `shape`, `index`, `file`, `checksum` or `value`."""
     name: str
+    """The tensor or file."""
     shard: str = ""
+    """The shard of a tensor; empty for a file."""
     found: Any = None
     expected: Any = None
     index: tuple[int, ...] = ()
+    """For a value, the indices of the tensor's first element that differs."""
 
     def __str__(self) -> str:
         where = f" in {self.shard}" if self.shard else ""
@@ -38,22 +34,27 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What a verification found: how much was compared (tensors, or files by their sums), and
-    every difference. `format` and `selection` are what the output was compared with."""
+    """The result of `verify` or `verify_checksums`."""
 
     output: str
+    """The folder that was verified."""
     format: str
+    """The format that was expected; empty for checksums."""
     selection: Mapping[str, Any]
+    """The selection that was expected, as `ResolvedSelection.as_dict`; empty for checksums."""
     tensors: int
+    """Number of tensors whose data were compared; 0 for checksums."""
     files: int
+    """Number of files whose checksums were compared; 0 without checksums."""
     nbytes: int
+    """Bytes that were compared."""
     differences: tuple[Difference, ...]
 
     @property
     def equal(self) -> bool:
-        """Whether nothing differs."""
+        """Whether there are no differences."""
         return not self.differences
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as JSON types."""
+        """Return the result as JSON types."""
         return {**asdict(self), "equal": self.equal}

@@ -1,7 +1,7 @@
-"""Holds an output against its source: every byte made again and compared. Or against its sums.
+"""Comparison of everything but the data of tensors.
 
-Trusts neither record nor state of the run that made the output. Headers, index, names, dtypes and
-shapes first; then the data, segment by segment, in bounded memory. Writes nothing.
+That is headers; names, dtypes and shapes of tensors; the index; and the small files beside the
+shards.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from ..checkpoint.auxiliary_files import find_auxiliary_files
 from ..checkpoint.metadata import CheckpointInfo, RawTensor, read_header
 from ..errors import CheckpointError, OutputError
 from ..model.selection import Selection
-from ..planning.plan import DEFAULT_FORMAT, Plan
+from ..planning.options import DEFAULT_FORMAT
+from ..planning.plan import Plan
 from ..storage.local_folder import LocalFolder
 from ..storage.location import FileInfo
 from ..tensors.dtypes import KEEP, OUTPUT_DTYPES, DType
@@ -27,70 +28,124 @@ from ..writing.safetensors_check import find_problem
 from .differences import Difference
 
 __all__ = [
-    "compare_auxiliary_files",
-    "compare_index",
-    "compare_names",
     "compare_record",
+    "compare_structure",
     "is_comparable",
     "read_output",
-    "read_record",
+    "recorded_options",
 ]
 
 
 def read_output(folder: Path) -> tuple[CheckpointInfo, list[Difference]]:
-    """The tensors of every sound shard in a folder, and what is wrong with the others."""
+    """Read the headers of all shards in an output folder.
+
+    Returns:
+        The tensors of the valid shards, and what is wrong with shards.
+
+    Raises:
+        OutputError: If there is no folder, or no shard in it.
+        OSError: If reading fails.
+    """
     if not folder.is_dir():
-        raise OutputError(f"{folder}: there is no such folder; name a converted one")
+        raise OutputError(f"{folder}: there is no such folder; name a converted output")
+    names = sorted(file.name for file in folder.glob("*.safetensors"))
+    if not names:
+        raise OutputError(f"{folder}: no .safetensors file in it; name a converted output")
+    location = LocalFolder(folder)
     shards: list[FileInfo] = []
     tensors: dict[str, RawTensor] = {}
     differences = []
-    names = sorted(file.name for file in folder.glob("*.safetensors"))
-    if not names:
-        raise OutputError(f"{folder}: no .safetensors file in it; name a converted folder")
     for name in names:
         try:
-            shard, found, metadata = read_header(LocalFolder(folder), name)
+            shard, found, metadata = read_header(location, name)
         except CheckpointError as error:
-            differences.append(Difference("file", name, found=str(error), expected="a sound shard"))
+            differences.append(Difference("file", name, found=str(error), expected="a valid shard"))
             continue
         shards.append(shard)
-        described = ((raw.name, raw.dtype, raw.shape) for raw in found.values())
-        seen = find_problem(folder / name, described)
-        if seen is not None:
-            differences.append(Difference("file", name, "", seen, "what safetensors can read"))
-        if metadata != METADATA:
-            differences.append(Difference("file", name, "", f"metadata {metadata}", METADATA))
+        differences += _compare_header(folder / name, found, metadata)
         differences += [
-            Difference("unexpected", twice, f"{name}, a second time")
-            for twice in sorted(tensors.keys() & found.keys())
+            Difference("unexpected", tensor, f"{name}, a second time")
+            for tensor in sorted(tensors.keys() & found.keys())
         ]
         tensors = {**found, **tensors}
-    return CheckpointInfo(LocalFolder(folder), {}, tuple(shards), tensors), differences
+    return CheckpointInfo(location, {}, tuple(shards), tensors), differences
 
 
-def read_record(folder: Path, found: CheckpointInfo) -> dict[str, Any]:
-    """What an output's record says of format and selection, and whether dtypes were kept; where it
-    says nothing, the defaults, and of the dtype what the tensors say."""
-    counts = {
-        name: sum(raw.dtype is dtype for raw in found.tensors.values())
-        for name, dtype in OUTPUT_DTYPES.items()
-    }
-    most = max(counts, key=lambda name: counts[name])
-    is_packed = any(raw.dtype is DType.U8 for raw in found.tensors.values())
-    is_kept = len(list(filter(None, counts.values()))) > 1 or (is_packed and most != "bfloat16")
+def _compare_header(
+    shard: Path, found: Mapping[str, RawTensor], metadata: Mapping[str, str]
+) -> Iterator[Difference]:
+    """Compare a shard's header with what safetensors' own reader reads, and its metadata."""
+    problem = find_problem(shard, ((raw.name, raw.dtype, raw.shape) for raw in found.values()))
+    if problem is not None:
+        yield Difference("file", shard.name, "", problem, "a file that safetensors can read")
+    if metadata != METADATA:
+        yield Difference("file", shard.name, "", f"metadata {metadata}", METADATA)
+
+
+def recorded_options(folder: Path, found: CheckpointInfo) -> dict[str, Any]:
+    """Return the options of `plan` with which an output was written.
+
+    Args:
+        folder: The output folder.
+        found: The tensors in it.
+
+    Returns:
+        `to`, `dtype` and `selection`, from the output's record. Without a valid record, `to` and
+        `selection` are the defaults, and `dtype` follows from the tensors.
+    """
+    dtype, keeps_dtypes = _dtype_of_tensors(found)
     to, selection = DEFAULT_FORMAT, Selection()
     try:
         record = strict_json.loads((folder / RECORD_NAME).read_bytes())
-        to, is_kept = str(record["format"]), record["dtype"] == KEEP
+        to, keeps_dtypes = str(record["format"]), record["dtype"] == KEEP
         selection = Selection.from_dict(record["selection"])
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        pass
-    return {"to": to, "dtype": KEEP if is_kept else most, "selection": selection}
+        pass  # compare_record reports it
+    return {"to": to, "dtype": KEEP if keeps_dtypes else dtype, "selection": selection}
 
 
-def compare_names(
+def _dtype_of_tensors(found: CheckpointInfo) -> tuple[str, bool]:
+    """Return the most frequent float dtype as a torch name, and whether `--dtype keep` is likely.
+
+    It is if there are several float dtypes, or if there are MXFP4 tensors beside floats that are
+    not bfloat16.
+    """
+    dtypes = [raw.dtype for raw in found.tensors.values()]
+    counts = {name: dtypes.count(dtype) for name, dtype in OUTPUT_DTYPES.items()}
+    most_frequent = max(counts, key=lambda name: counts[name])
+    has_several = sum(count > 0 for count in counts.values()) > 1
+    has_mxfp4 = DType.U8 in dtypes
+    return most_frequent, has_several or (has_mxfp4 and most_frequent != "bfloat16")
+
+
+def compare_structure(
+    folder: Path,
+    found: Mapping[str, RawTensor],
+    expected: Mapping[str, OutputTensor],
+    plan: Plan,
+) -> Iterator[Difference]:
+    """Compare an output, except for the data of its tensors, with what is expected.
+
+    Args:
+        folder: The output folder.
+        found: The tensors in it, by name.
+        expected: The tensors that should be in it, by name.
+        plan: The plan that they are from.
+
+    Raises:
+        CheckpointError: If an auxiliary file of the source cannot be used.
+        OSError: If reading fails.
+    """
+    yield from _compare_tensors(found, expected)
+    yield from _compare_index(folder, found)
+    yield from _compare_small_files(folder, plan)
+    yield from compare_record(folder)
+
+
+def _compare_tensors(
     found: Mapping[str, RawTensor], expected: Mapping[str, OutputTensor]
 ) -> Iterator[Difference]:
+    """Compare names, dtypes and shapes."""
     for name, tensor in expected.items():
         raw = found.get(name)
         if raw is None:
@@ -104,52 +159,57 @@ def compare_names(
 
 
 def is_comparable(tensor: OutputTensor, found: Mapping[str, RawTensor]) -> bool:
+    """Return whether a tensor is in an output, with the expected dtype and shape."""
     raw = found.get(tensor.name)
     return raw is not None and raw.dtype is tensor.dtype and raw.shape == tensor.shape
 
 
-def compare_index(folder: Path, found: Mapping[str, RawTensor]) -> Iterator[Difference]:
-    """The index must say of the shards what is true."""
+def _compare_index(folder: Path, found: Mapping[str, RawTensor]) -> Iterator[Difference]:
+    """Compare the index with the tensors that are in the shards."""
     file = folder / INDEX_NAME
     if not file.is_file():
         yield Difference("index", INDEX_NAME, found="no file", expected="an index")
         return
     expected = build_index(
-        sum(raw.nbytes for raw in found.values()), {n: raw.shard for n, raw in found.items()}
+        sum(raw.nbytes for raw in found.values()),
+        {name: raw.shard for name, raw in found.items()},
     )
-    if _parsed(file.read_bytes()) != _parsed(expected):
-        yield Difference("index", INDEX_NAME, found="another", expected="that of the shards")
+    if _parse(file.read_bytes()) != _parse(expected):
+        yield Difference("index", INDEX_NAME, found="another index", expected="that of the shards")
 
 
-def compare_auxiliary_files(folder: Path, planned: Plan) -> Iterator[Difference]:
-    """The small files beside the weights, and whether a run is still unfinished."""
-    expected = formats.load(planned.to).files(
-        planned.model, planned.info.config, planned.main_dtype, partial=planned.is_partial
+def _compare_small_files(folder: Path, plan: Plan) -> Iterator[Difference]:
+    """Compare the configuration and the files that are copied from the source."""
+    expected = formats.load(plan.to).files(
+        plan.model, plan.info.config, plan.main_dtype, partial=plan.is_partial
     )
-    for carried_file in find_auxiliary_files(planned.info.location):
-        expected[carried_file.name] = b"".join(carried_file.chunks())
+    for copied in find_auxiliary_files(plan.info.location):
+        expected[copied.name] = b"".join(copied.chunks())
     for name, data in expected.items():
         file = folder / name
         if not file.is_file():
             yield Difference("missing", name)
         elif file.read_bytes() != data:
             yield Difference("file", name, found="other bytes", expected="what convert writes")
-    yield from compare_record(folder)
 
 
 def compare_record(folder: Path) -> Iterator[Difference]:
-    """The record must be there and readable; what it says is not believed here."""
+    """Check that the record is a JSON object and that no run is unfinished.
+
+    What the record says is not checked.
+    """
     record = folder / RECORD_NAME
     if not record.is_file():
         yield Difference("missing", RECORD_NAME)
-    elif not isinstance(_parsed(record.read_bytes()), dict):
+    elif not isinstance(_parse(record.read_bytes()), dict):
         yield Difference("file", RECORD_NAME, found="no JSON object", expected="a record")
     if (folder / WORK_NAME).exists():
         yield Difference("unexpected", f"{WORK_NAME}, of an unfinished run")
 
 
-def _parsed(index: bytes) -> Any:
+def _parse(data: bytes) -> Any:
+    """Return the value of a JSON text, or the error message for a text that is not JSON."""
     try:
-        return strict_json.loads(index)
+        return strict_json.loads(data)
     except ValueError as error:
         return str(error)

@@ -1,37 +1,37 @@
-"""Holds an output against its source: every byte made again and compared. Or against its sums.
+"""The public functions `verify` and `verify_checksums`. They write nothing.
 
-Trusts neither record nor state of the run that made the output. Headers, index, names, dtypes and
-shapes first; then the data, segment by segment, in bounded memory. Writes nothing.
+>>> import gptoss_stream
+>>> gptoss_stream.verify("gpt-oss-20b", "gpt-oss-20b-tl").equal  # doctest: +SKIP
+True
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from .._utils.failures import machine_error
 from .._utils.thread_pool import count_workers, run_steps
+from ..checkpoint.metadata import CheckpointInfo
 from ..checkpoint.open_reader import open_reader
 from ..checkpoint.reader import LocalReader
-from ..errors import OptionError, OutputError
+from ..errors import OptionError
 from ..model.selection import Selection
 from ..planning.plan import plan
 from ..storage.location import LocationLike
 from ..storage.open_location import local_path
-from ..writing.checksums import CHECKSUMS_NAME, parse_checksums
+from ..transforms.output_tensor import OutputTensor
 from ..writing.executor import CHUNK_NBYTES
+from .checksums import compare_checksums, compare_file_names, read_checksums
 from .data import DataComparison
 from .differences import Difference, Verification
 from .structure import (
-    compare_auxiliary_files,
-    compare_index,
-    compare_names,
     compare_record,
+    compare_structure,
     is_comparable,
     read_output,
-    read_record,
+    recorded_options,
 )
 
 __all__ = ["verify", "verify_checksums"]
@@ -47,113 +47,143 @@ def verify(
     sample: int | None = None,
     seed: int = 0,
     workers: int | None = None,
-    on_plan: Callable[[int], None] = lambda nbytes: None,
-    on_bytes: Callable[[int], None] = lambda nbytes: None,
+    on_start: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int], None] | None = None,
 ) -> Verification:
-    """Compare an output folder with what its source gives, byte for byte.
+    """Convert a source again, in bounded memory, and compare every byte with an output.
 
-    The dtype is that of most of the output's floats, or each tensor's own where the output's record
-    says "keep" (without a record, where the tensors differ in it). `to` (the format) and
-    `selection` are, where they are not given, what the record says; the result repeats them.
-    `sample` compares the data of that many tensors, chosen at random by `seed`, instead of all;
-    names, dtypes, shapes, index and the small files beside the weights are compared in any case.
-    `on_plan` is told how many bytes will be compared, `on_bytes`, from any thread, how many have
-    been. Raises `CheckpointError` for a source and `OutputError` for an output that is none,
-    `OptionError` for an argument that cannot be meant, `MachineError` where reading fails,
-    `MissingPackageError` where an extra is not installed. Differences are not raised but returned.
+    Names, dtypes, shapes, index and the small files beside the shards are compared too.
+
+    Args:
+        source: A folder, a Hub repository, or a URL (see `open_location`).
+        output: A local output folder.
+        to: The format of the output; by default as recorded in the output.
+        source_format: The format of the source; by default it is detected.
+        selection: The tensors that should be in the output; by default as recorded in the output.
+        sample: Compare the data of this many random tensors only.
+        seed: Random seed of the sample.
+        workers: Number of threads; by default one more than processors, at most 8.
+        on_start: Called with the bytes to compare, and 0.
+        on_progress: Called with the bytes compared since the last call, from any thread.
+
+    Returns:
+        The differences and how much was compared. The dtype that the data are compared in is the
+        most frequent float dtype of the output, or each tensor's own if it was converted with
+        dtype "keep".
+
+    Raises:
+        OptionError: If an argument is invalid.
+        CheckpointError: If the source is not a valid checkpoint.
+        OutputError: If there is no output.
+        MachineError: If reading fails.
+        MissingPackageError: If an optional package is not installed.
     """
     threads = count_workers(workers)
     folder = local_path(output)
     try:
         found, differences = read_output(folder)
-        recorded = read_record(folder, found)
-        planned = plan(
-            source,
-            to=to or recorded["to"],
-            source_format=source_format,
-            dtype=recorded["dtype"],
-            selection=selection or recorded["selection"],
-        )
-        expected = {tensor.name: tensor for s in planned.shards for tensor in s.tensors}
-        differences += compare_names(found.tensors, expected)
-        differences += compare_index(folder, found.tensors)
-        differences += compare_auxiliary_files(folder, planned)
-        comparable = [t for t in expected.values() if is_comparable(t, found.tensors)]
+        options = recorded_options(folder, found)
+        options["to"] = to or options["to"]
+        options["selection"] = selection or options["selection"]
+        planned = plan(source, source_format=source_format, **options)
+        expected = {tensor.name: tensor for shard in planned.shards for tensor in shard.tensors}
+        differences += compare_structure(folder, found.tensors, expected, planned)
+        tensors = [t for t in expected.values() if is_comparable(t, found.tensors)]
         if sample is not None:
-            if sample < 1:
-                raise OptionError(f"a sample of {sample} tensors: there must be at least one")
-            chosen = random.Random(seed).sample(comparable, min(sample, len(comparable)))
-            comparable = sorted(chosen, key=lambda tensor: tensor.name)
-        nbytes = sum(tensor.nbytes for tensor in comparable)
-        on_plan(nbytes)
-        with open_reader(planned.info) as source_files, LocalReader(found) as output_files:
-            comparison = DataComparison(source_files, output_files, on_bytes)
-            comparison.take(comparable, found.tensors)
-            run_steps(comparison.tasks(), threads, CHUNK_NBYTES, comparison.stop)
-            source_files.check_unchanged()
-            output_files.check_unchanged()
+            tensors = _sample(tensors, sample, seed)
+        nbytes = sum(tensor.nbytes for tensor in tensors)
+        if on_start is not None:
+            on_start(nbytes, 0)
+        differences += _compare_data(planned.info, found, tensors, threads, on_progress)
     except OSError as error:
         raise machine_error(error, f"verifying {folder}") from error
-    differences += sorted(comparison.differences.values(), key=lambda d: d.name)
     return Verification(
-        str(folder),
-        planned.to,
-        planned.selection.as_dict(),
-        len(comparable),
-        0,
-        nbytes,
-        tuple(differences),
+        output=str(folder),
+        format=planned.to,
+        selection=planned.selection.as_dict(),
+        tensors=len(tensors),
+        files=0,
+        nbytes=nbytes,
+        differences=tuple(differences),
     )
+
+
+def _sample(tensors: list[OutputTensor], count: int, seed: int) -> list[OutputTensor]:
+    """Return a random sample of tensors, in order of their names."""
+    if count < 1:
+        raise OptionError(f"a sample of {count} tensors: there must be at least one")
+    chosen = random.Random(seed).sample(tensors, min(count, len(tensors)))
+    return sorted(chosen, key=lambda tensor: tensor.name)
+
+
+def _compare_data(
+    source: CheckpointInfo,
+    output: CheckpointInfo,
+    tensors: Iterable[OutputTensor],
+    threads: int,
+    on_progress: Callable[[int], None] | None,
+) -> list[Difference]:
+    """Compare the data of tensors.
+
+    Raises:
+        CheckpointError: If a file changes meanwhile.
+    """
+    with open_reader(source) as source_reader, LocalReader(output) as output_reader:
+        comparison = DataComparison(
+            source_reader, output_reader, tensors, output.tensors, on_progress or _ignore
+        )
+        run_steps(comparison.steps(), threads, CHUNK_NBYTES, comparison.stop)
+        source_reader.check_unchanged()
+        output_reader.check_unchanged()
+    return comparison.differences()
 
 
 def verify_checksums(
     output: str | os.PathLike[str],
     *,
-    on_plan: Callable[[int], None] = lambda nbytes: None,
-    on_bytes: Callable[[int], None] = lambda nbytes: None,
+    on_start: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int], None] | None = None,
 ) -> Verification:
-    """Hold the files of an output folder against its own `SHA256SUMS`, without the source.
+    """Compare the files of an output with its `SHA256SUMS`, without the source.
 
-    Finds what has changed since the folder was written; whether it was right then, only `verify`
-    can tell. `on_plan` and `on_bytes` as there. Raises `OutputError` for a folder without sums,
-    `OptionError` for a URL, `MachineError` where reading fails. Differences are not raised but
-    returned.
+    This finds what has changed since the output was written. Whether it was written correctly is
+    what `verify` finds out.
+
+    Args:
+        output: A local output folder, converted with checksums.
+        on_start: Called with the bytes to read, and 0.
+        on_progress: Called with the bytes read since the last call.
+
+    Returns:
+        The differences and how much was compared.
+
+    Raises:
+        OutputError: If the folder has no `SHA256SUMS`.
+        OptionError: If `output` is a URL.
+        MachineError: If reading fails.
     """
     folder = local_path(output)
-    differences: list[Difference] = []
-    nbytes = 0
     try:
-        if not (folder / CHECKSUMS_NAME).is_file():
-            raise OutputError(
-                f"{folder}: no {CHECKSUMS_NAME} in it; convert --checksums writes one"
-            )
-        try:
-            sums = parse_checksums((folder / CHECKSUMS_NAME).read_bytes())
-        except ValueError as error:
-            sums = {}
-            differences.append(
-                Difference(
-                    "checksum", CHECKSUMS_NAME, expected="a sum on each line", found=str(error)
-                )
-            )
-        present = {name: folder / name for name in sums if (folder / name).is_file()}
-        differences += [Difference("missing", name) for name in sums if name not in present]
-        differences += [
-            Difference("unexpected", file.name)
-            for file in sorted(folder.glob("*.safetensors"))
-            if file.name not in sums
-        ]
-        on_plan(sum(file.stat().st_size for file in present.values()))
-        for name, file in present.items():
-            digest = hashlib.sha256()
-            with open(file, "rb", buffering=0) as opened:
-                while chunk := opened.read(CHUNK_NBYTES):
-                    digest.update(chunk)
-                    nbytes += len(chunk)
-                    on_bytes(len(chunk))
-            if digest.hexdigest() != sums[name]:
-                differences.append(Difference("checksum", name, "", digest.hexdigest(), sums[name]))
+        checksums, differences = read_checksums(folder)
+        differences += compare_file_names(folder, checksums)
+        present = {name: folder / name for name in checksums if (folder / name).is_file()}
+        nbytes = sum(file.stat().st_size for file in present.values())
+        if on_start is not None:
+            on_start(nbytes, 0)
+        differences += compare_checksums(present, checksums, on_progress or _ignore)
         differences += compare_record(folder)
     except OSError as error:
         raise machine_error(error, f"verifying {folder}") from error
-    return Verification(str(folder), "", {}, 0, len(present), nbytes, tuple(differences))
+    return Verification(
+        output=str(folder),
+        format="",
+        selection={},
+        tensors=0,
+        files=len(present),
+        nbytes=nbytes,
+        differences=tuple(differences),
+    )
+
+
+def _ignore(nbytes: int) -> None:
+    """Take the place of a callback that was not given."""

@@ -163,7 +163,7 @@ def test_a_partial_output(source, converted, tmp_path):
 
 def test_another_format_is_refused(source, tmp_path):
     gptoss_stream.convert(source, tmp_path / "hf", to="hf")
-    with pytest.raises(OutputError, match="is made of the format transformer-lens"):
+    with pytest.raises(OutputError, match="needs an output in the format transformer-lens"):
         gptoss_stream.load_hooked_transformer(tmp_path / "hf")
 
 
@@ -183,7 +183,7 @@ def test_releases_that_would_be_wrong_are_refused(converted, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(hooked_transformer_config, "HookedTransformerConfig", OldConfig)
-        with pytest.raises(MissingPackageError, match="knows no attention sinks"):
+        with pytest.raises(MissingPackageError, match="does not support attention sinks"):
             gptoss_stream.load_hooked_transformer(converted())
     monkeypatch.setattr("gptoss_stream.loading.hooked_transformer.version", lambda name: "4.3.0")
     with pytest.raises(MissingPackageError, match=r"4\.3\.0 has no HookedTransformer"):

@@ -142,7 +142,7 @@ DAMAGES = {
         lambda f: (f / "model.safetensors.index.json").write_text(
             json.dumps({"weight_map": {"a": min(f.glob("*.safetensors")).name}})
         ),
-        "the index says otherwise of 'a'",
+        "its tensors are not those of the index: 'a'",
     ),
     "an index that is none": (
         lambda f: (f / "model.safetensors.index.json").write_text("{"),
