@@ -32,7 +32,7 @@ def test_a_picture_is_drawn(converted, tmp_path):
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert picture.stat().st_size > 10_000
     assert len(done.stdout.splitlines()) == 5  # four layers, and the picture
-    assert "the lens agrees at 100% of the positions" in done.stdout.splitlines()[3]
+    assert "the logit lens agrees at 100% of the positions" in done.stdout.splitlines()[3]
 
 
 @torch.no_grad()
