@@ -9,13 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import formats
 from ._utils.memory import peak_rss_nbytes
 from ._utils.paths import user_path
-from .checkpoint.auxiliary_files import CopiedFile, find_auxiliary_files
 from .errors import OptionError, OutputError
 from .model.selection import Selection
 from .planning.options import DEFAULT_FORMAT, ConversionOptions
+from .planning.output_files import output_files
 from .planning.partition import ArrayTask
 from .planning.plan import Plan, plan_conversion
 from .planning.run_identity import run_identity
@@ -145,13 +144,7 @@ def convert(
         location = location.pinned_to(_unfinished_state(target))
     plan = plan_conversion(location, options)
     _refuse_overlap(location, target)
-    files: dict[str, bytes | CopiedFile] = {
-        **{file.name: file for file in find_auxiliary_files(location)},
-        **formats.load(to).files(
-            plan.model, plan.info.config, plan.main_dtype, partial=plan.is_partial
-        ),
-    }
-    spec = OutputSpec(run_identity(plan), plan.shards, files, checksums)
+    spec = OutputSpec(run_identity(plan), plan.shards, output_files(plan), checksums)
     low_memory = is_memory_low(plan.spill_nbytes)
 
     def start(total: int, done: int) -> None:

@@ -10,13 +10,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import formats
 from .._utils import strict_json
-from ..checkpoint.auxiliary_files import find_auxiliary_files
 from ..checkpoint.metadata import CheckpointInfo, RawTensor, read_header
 from ..errors import CheckpointError, OutputError
 from ..model.selection import Selection
 from ..planning.options import DEFAULT_FORMAT
+from ..planning.output_files import output_files
 from ..planning.plan import Plan
 from ..storage.local_folder import LocalFolder
 from ..storage.location import FileInfo
@@ -180,16 +179,12 @@ def _compare_index(folder: Path, found: Mapping[str, RawTensor]) -> Iterator[Dif
 
 def _compare_small_files(folder: Path, plan: Plan) -> Iterator[Difference]:
     """Compare the configuration and the files that are copied from the source."""
-    expected = formats.load(plan.to).files(
-        plan.model, plan.info.config, plan.main_dtype, partial=plan.is_partial
-    )
-    for copied in find_auxiliary_files(plan.info.location):
-        expected[copied.name] = b"".join(copied.chunks())
-    for name, data in expected.items():
+    for name, data in output_files(plan).items():
+        expected = data if isinstance(data, bytes) else b"".join(data.chunks())
         file = folder / name
         if not file.is_file():
             yield Difference("missing", name)
-        elif file.read_bytes() != data:
+        elif file.read_bytes() != expected:
             yield Difference("file", name, found="other bytes", expected="what convert writes")
 
 

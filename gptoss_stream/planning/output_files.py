@@ -1,0 +1,24 @@
+"""The small files that are written beside the shards of an output."""
+
+from __future__ import annotations
+
+from .. import formats
+from ..checkpoint.auxiliary_files import CopiedFile, find_auxiliary_files
+from .plan import Plan
+
+__all__ = ["output_files"]
+
+
+def output_files(plan: Plan) -> dict[str, bytes | CopiedFile]:
+    """Return the small files of an output, without index, record and checksums.
+
+    Returns:
+        By name: the configuration files of the output's format as bytes, and the source's
+        tokenizer, chat template and generation settings to be copied.
+    """
+    return {
+        **{file.name: file for file in find_auxiliary_files(plan.info.location)},
+        **formats.load(plan.to).files(
+            plan.model, plan.info.config, plan.main_dtype, partial=plan.is_partial
+        ),
+    }
