@@ -1,10 +1,6 @@
-"""A gpt-oss model: its configuration, and its tensors by name and axes.
+"""The configuration of a gpt-oss model, whichever format its checkpoint has.
 
-Each tensor has one name and one order of axes here; `formats/` says how each checkpoint format
-stores it. Gate and up projection are one tensor, with an axis of their own.
-
-Axes: l layer, e expert, t gate (0) or up (1), n query head, k key/value head, h element of a head,
-m hidden size, i intermediate size, v vocabulary.
+Configuration files differ between formats, and each format reads them into a `ModelConfig`.
 """
 
 from __future__ import annotations
@@ -27,10 +23,8 @@ __all__ = [
     "yarn_attention_factor",
 ]
 
-
 LAYER_KINDS = ("sliding_attention", "full_attention")
-"""What `layer_types` may hold; in the released models they alternate, beginning with the first."""
-
+"""The kinds of layers; in the released models they alternate, beginning with the first."""
 
 _LIMITS = {
     "num_layers": 1024,
@@ -43,16 +37,16 @@ _LIMITS = {
     "head_dim": 2**16,
     "experts_per_token": 65_536,
 }
-"""Above these a configuration is damaged or hostile; the released models are far below."""
+"""The largest values that are accepted. The released models are far below; a configuration above
+them is damaged or hostile."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The numbers of a gpt-oss model, whichever format its checkpoint has.
+    """The sizes and settings of a gpt-oss model.
 
-    `rope` holds the rotary embedding's settings in Hugging Face's words (`rope_type`, `factor`,
-    `beta_fast`, `beta_slow`, `truncate`, `original_max_position_embeddings`,
-    `attention_factor`). Raises `ConfigError` for numbers that no model can have.
+    Raises:
+        ConfigError: For values that no model can have.
     """
 
     num_layers: int
@@ -65,32 +59,38 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     layer_types: tuple[str, ...]
+    """One of `LAYER_KINDS` for each layer."""
     sliding_window: int | None
     max_position_embeddings: int
     rope_theta: float
     rope: Mapping[str, Any] = field(repr=False)
+    """The rotary embedding's settings, named as in Hugging Face's config.json: `rope_type`,
+    `factor`, `beta_fast`, `beta_slow`, `truncate`, `original_max_position_embeddings`,
+    `attention_factor`."""
     rms_norm_eps: float = 1e-5
     swiglu_limit: float = 7.0
     swiglu_alpha: float = 1.702
     hidden_act: str = "silu"
     attention_bias: bool = True
+    """Whether the attention has biases."""
     tied_embeddings: bool = False
+    """Whether the embedding is the unembedding too."""
     unembed_bias: bool = False
-    """Whether the checkpoint stores one; it counts as no parameter, being zero."""
+    """Whether the unembedding has a bias. It is zero and not counted among the parameters."""
 
     def __post_init__(self) -> None:
         for name, limit in _LIMITS.items():
             if not 1 <= getattr(self, name) <= limit:
                 raise ConfigError(
-                    f"config.json: {name} is {getattr(self, name)}; it must lie in 1 to {limit}"
+                    f"config.json: {name} is {getattr(self, name)}; it must be 1 to {limit}"
                 )
-        windows = {
+        positive = {
             "max_position_embeddings": self.max_position_embeddings,
             "sliding_window": 1 if self.sliding_window is None else self.sliding_window,
             "rope_theta": self.rope_theta,
             "rms_norm_eps": self.rms_norm_eps,
         }
-        for name, value in windows.items():
+        for name, value in positive.items():
             if not value > 0:
                 raise ConfigError(f"config.json: {name} is {value}; it must be positive")
         if self.num_heads % self.num_kv_heads:
@@ -110,7 +110,7 @@ class ModelConfig:
 
     @property
     def dimensions(self) -> dict[str, int]:
-        """The model's sizes by their usual letters."""
+        """The model's sizes by the letters used in papers and code, as `inspect` prints them."""
         return {
             "V": self.vocab_size,
             "H": self.hidden_size,
@@ -138,12 +138,17 @@ class ModelConfig:
 
     @property
     def rope_type(self) -> str:
-        """The kind of rotary embedding, in transformers' words."""
+        """The kind of rotary embedding, named as in transformers: yarn, default or another."""
         return str(self.rope.get("rope_type", self.rope.get("type", "default")))
 
     def has(self, tensor: str) -> bool:
-        """Whether this model has a tensor of `MODEL_TENSORS` of its own: where the embeddings are
-        tied the unembedding is the embedding, and an absent bias is zero."""
+        """Return whether the model has a tensor of its own, which a checkpoint can store.
+
+        Tied embeddings are one tensor, `embed`. A model without biases has no bias tensors.
+
+        Args:
+            tensor: A name in `MODEL_TENSORS`.
+        """
         if tensor == "unembed":
             return not self.tied_embeddings
         if tensor == "unembed_bias":
@@ -151,14 +156,19 @@ class ModelConfig:
         return self.attention_bias or tensor not in ATTENTION_BIASES
 
     def instances(self, template: str) -> Iterator[tuple[int, int]]:
-        """Yield the (layer, expert) pairs that a name with `{l}` or `{e}` stands for, in order."""
+        """Yield the (layer, expert) pairs that a stored name is used for, in order.
+
+        Args:
+            template: A name with `{l}` for the layer and `{e}` for the expert. Without one of
+                them, that number is always 0.
+        """
         layers = range(self.num_layers if "{l}" in template else 1)
         experts = range(self.num_experts if "{e}" in template else 1)
         return ((layer, expert) for layer in layers for expert in experts)
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of the model; tied embeddings count once."""
+        """The number of parameters; tied embeddings are counted once."""
         sizes = self.sizes
         return sum(
             prod(sizes[axis] for axis in axes.split())
@@ -168,19 +178,37 @@ class ModelConfig:
 
 
 def alternating_layers(num_layers: int) -> tuple[str, ...]:
-    """The released models' layer types. A hostile count makes no tuple of that length."""
+    """Return the layer types of a released model with that number of layers.
+
+    A number beyond the limit gives a shorter tuple, so that a hostile one takes no memory.
+    """
     count = max(0, min(num_layers, _LIMITS["num_layers"] + 1))
     return tuple(LAYER_KINDS[layer % 2] for layer in range(count))
 
 
 def yarn_attention_factor(rope: Mapping[str, Any]) -> float:
-    """Return YaRN's default attention factor, as transformers computes it (`get_mscale`)."""
+    """Return YaRN's default attention factor.
+
+    Source: transformers, `modeling_rope_utils.py` (`get_mscale`).
+
+    Args:
+        rope: Settings as in `ModelConfig.rope`.
+    """
     factor = number(rope, "factor")
     return 1.0 if factor <= 1 else 0.1 * math.log(factor) + 1.0
 
 
 def integer(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """An integer of a configuration; raises `ConfigError` where it is absent or something else."""
+    """Return an integer of a configuration.
+
+    Args:
+        config: The configuration.
+        key: The integer's key in it.
+        default: Its value if the key is absent; None if it may not be absent.
+
+    Raises:
+        ConfigError: If the key is absent or its value is not an integer.
+    """
     value = config.get(key, default)
     if value is None:
         raise ConfigError(f"config.json: {key} is missing")
@@ -190,8 +218,16 @@ def integer(config: Mapping[str, Any], key: str, default: int | None = None) -> 
 
 
 def number(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    """A number of a configuration, null standing for the default; raises `ConfigError` where it
-    is absent or something else."""
+    """Return a number of a configuration as a float.
+
+    Args:
+        config: The configuration.
+        key: The number's key in it.
+        default: Its value if the key is absent or null; None if it may not be.
+
+    Raises:
+        ConfigError: If the key is absent or its value is not a finite number.
+    """
     value = config.get(key)
     value = default if value is None else value
     if value is None:

@@ -1,10 +1,7 @@
-"""A gpt-oss model: its configuration, and its tensors by name and axes.
+"""The tensors of a gpt-oss model by name, with their axes.
 
-Each tensor has one name and one order of axes here; `formats/` says how each checkpoint format
-stores it. Gate and up projection are one tensor, with an axis of their own.
-
-Axes: l layer, e expert, t gate (0) or up (1), n query head, k key/value head, h element of a head,
-m hidden size, i intermediate size, v vocabulary.
+Each tensor has one name and one order of axes here. A format says under which names and in which
+order of axes it stores them. Gate and up projection are one tensor with an axis of its own, t.
 """
 
 from __future__ import annotations
@@ -12,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 __all__ = ["ABSENT_IS_ZERO", "ATTENTION_BIASES", "MODEL_TENSORS"]
-
 
 MODEL_TENSORS: Mapping[str, str] = {
     "embed": "v m",
@@ -37,12 +33,14 @@ MODEL_TENSORS: Mapping[str, str] = {
     "unembed": "v m",
     "unembed_bias": "v",
 }
-"""Every tensor of the model and its axes; weights are [out, in]. `unembed_bias` is zero, and only
-`transformer-lens` stores it."""
+"""Every tensor of the model and its axes; weights are [out, in].
 
+Axes: l layer, e expert, t gate (0) or up (1), n query head, k key/value head, h element of a head,
+m hidden size, i intermediate size, v vocabulary. `unembed_bias` is zero in a released model, and
+only `transformer-lens` stores it.
+"""
 
 ATTENTION_BIASES = frozenset({"q_bias", "k_bias", "v_bias", "o_bias"})
 
-
 ABSENT_IS_ZERO = ATTENTION_BIASES | {"unembed_bias"}
-"""What a model that lacks it computes as if it were zero."""
+"""Tensors that a model may lack; it then computes as if they were zero."""

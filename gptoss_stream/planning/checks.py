@@ -94,7 +94,7 @@ def refuse_cut_stacks(
         if (
             name in GROUPS["experts"]
             and expert is None
-            and selection.takes(tensor.name, *tensor.origin)
+            and selection.matches(tensor.name, *tensor.origin)
         ):
             raise OptionError(
                 f"format {to} stacks the experts in one tensor ({tensor.name}), in which "

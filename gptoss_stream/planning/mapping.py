@@ -43,7 +43,7 @@ from ..transforms.operands import (
     ZeroOperand,
 )
 from ..transforms.output_tensor import Origin, OutputTensor, Segment
-from ..transforms.rearrangement import rearrangement
+from ..transforms.rearrangement import make_rearrangement
 
 __all__ = ["output_tensors", "raw_tensors"]
 
@@ -202,7 +202,7 @@ class _Binding:
         order = [axis for group in groups for axis in group]
         if not self.sources:
             size = prod(self.sizes[axis] for axis in order)
-            yield Segment(ZeroOperand((size,)), rearrangement(("x",), ("x",), (size,)))
+            yield Segment(ZeroOperand((size,)), make_rearrangement(("x",), ("x",), (size,)))
             return
         lead = order[0]
         if self._is_apart(lead, order, fixed):
@@ -249,17 +249,17 @@ class _Binding:
         else:
             operand, axes = self._operand(fixed)
         runs = _runs(
-            axes, order, joined=isinstance(operand, DenseOperand) and operand.taken is None
+            axes, order, joined=isinstance(operand, DenseOperand) and operand.selected is None
         )
         shape = tuple(prod(self.sizes[axis] for axis in run) for run in runs)
-        if isinstance(operand, DenseOperand) and operand.taken is None:
+        if isinstance(operand, DenseOperand) and operand.selected is None:
             operand = replace(operand, stored_shape=shape)
         if shape != operand.shape:
             raise self._refusal(f"its axes cannot be rearranged as {' '.join(order)}")
         names = tuple("".join(run) for run in runs)
         wanted = tuple(sorted(names, key=lambda name: order.index(name[0])))
         try:
-            return Segment(operand, rearrangement(names, wanted, shape))
+            return Segment(operand, make_rearrangement(names, wanted, shape))
         except ValueError as error:
             raise self._refusal(str(error)) from None
 

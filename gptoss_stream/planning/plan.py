@@ -148,7 +148,7 @@ def plan_conversion(location: Location, options: ConversionOptions) -> Plan:
     written_dtype = None if dtype == KEEP else output_dtype(dtype)
     every = [*output_tensors(source.table, target.TABLE, source.model, info.tensors, written_dtype)]
     refuse_cut_stacks(every, selection, to)
-    tensors = [tensor for tensor in every if selection.takes(tensor.name, *tensor.origin)]
+    tensors = [tensor for tensor in every if selection.matches(tensor.name, *tensor.origin)]
     if not tensors:
         raise OptionError(f"the selection {selection.as_dict()} matches no tensor of {to}")
     max_shard_size = parse_size(options.max_shard_size)

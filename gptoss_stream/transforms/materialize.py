@@ -1,8 +1,13 @@
-"""Output tensors as recipes: what each is made of, and making any run of its bytes.
+"""Making any byte range of an output tensor.
 
-An `OutputTensor` is one `Part` after another (usually one); a part is an operand rearranged by a
-pattern. All of it is known, with shape and size, before any data is read. `fill` makes bytes
-`begin … end` of a tensor, reading only what these need and holding only a tile at a time.
+`materialize` finds the rows of each segment that are in the byte range and calls a function that
+makes them. `materialize_rows` is such a function: it loads the operand a tile at a time, rearranges
+the tile and casts it into the output. Only what these rows need is read, and no more than a few MB
+are in memory.
+
+For example, bytes 100 to 1100 of a bfloat16 tensor [8, 120], whose rows have 240 bytes: rows 1 to 3
+are made in the output itself. Of rows 0 and 4 only some bytes are needed. Each of the two is made
+in memory of its own, and these bytes are copied.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.reader import Reader
 from ..errors import TensorError
 from ..tensors.dtypes import DType
-from .operands import Block
+from .operands import Tile
 from .output_tensor import OutputTensor, Segment
 
 if TYPE_CHECKING:
@@ -24,118 +29,60 @@ if TYPE_CHECKING:
 
 __all__ = ["MakeRows", "TargetRows", "materialize", "materialize_rows"]
 
-
-TILE_NBYTES = 1 << 20
-"""What is read, rearranged and given back at a time."""
-
-
-READ_NBYTES = 4 << 20
-"""The most that is read at a time of a matrix to transpose, whole rows of it."""
-
-
-TRANSPOSE_ROWS = 192
-"""Rows of a tile that is transposed: with fewer, calls cost more than the copying (32 rows took
-twice as long), with many more the tile leaves the cache."""
+_TILE_NBYTES = 1 << 20
+"""The most bytes of the output in a tile that is not transposed."""
+_TRANSPOSED_TILE_NBYTES = 4 << 20
+"""The most bytes in a tile that is transposed, of whole rows of the operand."""
+_TRANSPOSED_TILE_ROWS = 192
+"""The most rows of the operand in such a tile. With fewer, calls cost more than the copying (32
+rows took twice as long). With many more, the tile does not fit in the processor's cache."""
 
 
 @dataclass(frozen=True, slots=True)
 class TargetRows:
-    """Units `first … first + len(out)` of a part, wanted in `out` `[units, *unit_shape]`."""
+    """Rows of a segment that are to be made into memory."""
 
     first: int
+    """The first row's number in the segment."""
     out: np.ndarray[Any, Any]
+    """The memory, [rows, *row_shape], in the `STORAGE` of the output's dtype."""
 
     @property
-    def last(self) -> int:
-        """The unit after the last."""
+    def end(self) -> int:
+        """The number that follows the last row's."""
         return self.first + len(self.out)
 
 
 MakeRows = Callable[[Segment, "list[TargetRows]", DType], None]
-"""Make pieces of a part, each following on the one before, in a dtype."""
-
-
-def materialize_rows(
-    segment: Segment,
-    targets: list[TargetRows],
-    dtype: DType,
-    reader: Reader,
-    rows: tuple[int, int] | None = None,
-) -> None:
-    """Make pieces of a part; see `Make`.
-
-    Where units gather from every row of the operand, `rows` limits them to some of these.
-    Raises `OverflowError` for values that the dtype cannot hold.
-    """
-    if segment.rearrangement.transposes:
-        _transpose_rows(segment, targets, dtype, reader, rows or (0, segment.operand.shape[0]))
-        return
-    for target_rows in targets:
-        _copy_rows(segment, target_rows, dtype, reader)
-
-
-def _copy_rows(segment: Segment, target_rows: TargetRows, dtype: DType, reader: Reader) -> None:
-    from einops import rearrange
-
-    from ..tensors.cast import cast
-
-    how = segment.rearrangement
-    row_nbytes = prod(how.row_shape) * dtype.itemsize
-    for begin, end in _tiles(target_rows.first, target_rows.last, TILE_NBYTES // row_nbytes):
-        target = target_rows.out[begin - target_rows.first : end - target_rows.first]
-        block = Block((begin, end), None, dtype, target if how.is_copy else None)
-        with segment.operand.load(reader, block) as (array, source_dtype):
-            if array is not block.into:
-                tile = array if how.is_copy else rearrange(array, how.pattern)
-                cast(tile, source_dtype, target, dtype)
-
-
-def _transpose_rows(
-    segment: Segment,
-    targets: list[TargetRows],
-    dtype: DType,
-    reader: Reader,
-    rows: tuple[int, int],
-) -> None:
-    from einops import rearrange
-
-    from ..tensors.cast import cast
-
-    how = segment.rearrangement
-    first, last = targets[0].first, targets[-1].last
-    top, bottom = rows
-    row_nbytes = segment.operand.shape[1] * dtype.itemsize
-    for begin, end in _tiles(top, bottom, min(TRANSPOSE_ROWS, READ_NBYTES // row_nbytes)):
-        block = Block((begin, end), (first, last), dtype)
-        with segment.operand.load(reader, block) as (array, source_dtype):
-            tile = rearrange(array, how.pattern)
-            for target_rows in targets:
-                num_rows = tile[target_rows.first - first : target_rows.last - first]
-                cast(num_rows, source_dtype, target_rows.out[..., begin - top : end - top], dtype)
-
-
-def _tiles(first: int, last: int, size: int) -> list[tuple[int, int]]:
-    return list(pairwise([*range(first, last, max(1, size)), last]))
+"""Make rows of a segment in a dtype. The target rows are in order and without gaps."""
 
 
 def materialize(
     tensor: OutputTensor, begin: int, end: int, out: np.ndarray[Any, Any], make: MakeRows
 ) -> None:
-    """Bytes `begin … end` of a tensor's data into `out`, uint8 of that length.
+    """Make bytes `begin … end` of a tensor's data.
 
-    Units that straddle an end are made whole and cut. Raises `TensorError`, naming the tensor,
-    for values that the dtype cannot hold.
+    Args:
+        tensor: The output tensor.
+        begin: The first byte.
+        end: The byte after the last.
+        out: Memory for the bytes, [end - begin] uint8.
+        make: Makes rows of a segment.
+
+    Raises:
+        TensorError: If the dtype cannot represent a value.
     """
-    at = 0  # where the part begins in the tensor
+    offset = 0  # of the segment, in bytes
     try:
         for segment in tensor.segments:
             size = segment.elements * tensor.dtype.itemsize
-            low, high = max(begin, at), min(end, at + size)
+            low, high = max(begin, offset), min(end, offset + size)
             if low < high:
+                target = out[low - begin : high - begin]
                 _materialize_segment(
-                    segment, low - at, high - at, out[low - begin : high - begin], tensor, make
+                    segment, low - offset, high - offset, target, tensor.dtype, make
                 )
-            at += size
+            offset += size
     except OverflowError as error:
         raise TensorError(
             f"output tensor {tensor.name!r}: {error}; choose a dtype with a wider range"
@@ -147,28 +94,104 @@ def _materialize_segment(
     begin: int,
     end: int,
     out: np.ndarray[Any, Any],
-    tensor: OutputTensor,
+    dtype: DType,
     make: MakeRows,
 ) -> None:
-    """Bytes `begin … end` of a part: a cut unit, whole units, a cut unit, where there are such."""
+    """Make bytes `begin … end` of a segment: whole rows, and an incomplete one at either end."""
     import numpy as np
 
     from ..tensors.cast import STORAGE
 
-    shape, storage = segment.rearrangement.row_shape, STORAGE[tensor.dtype]
-    row_nbytes = prod(shape) * tensor.dtype.itemsize
-    head = min(end, -(-begin // row_nbytes) * row_nbytes)
-    tail = max(head, end // row_nbytes * row_nbytes)
-    targets, cuts = [], []
-    for low, high in ((begin, head), (head, tail), (tail, end)):
+    row_shape, storage = segment.rearrangement.row_shape, STORAGE[dtype]
+    row_nbytes = prod(row_shape) * dtype.itemsize
+    whole_begin = min(end, -(-begin // row_nbytes) * row_nbytes)
+    whole_end = max(whole_begin, end // row_nbytes * row_nbytes)
+    targets, incomplete = [], []
+    for low, high in ((begin, whole_begin), (whole_begin, whole_end), (whole_end, end)):
         if low < high:
             target, skipped = out[low - begin : high - begin], low % row_nbytes
             if skipped or high % row_nbytes:
-                whole = np.empty((1, *shape), storage)
-                cuts.append((target, whole, skipped))
+                rows = np.empty((1, *row_shape), storage)
+                incomplete.append((target, rows, skipped))
             else:
-                whole = target.view(storage).reshape(-1, *shape)
-            targets.append(TargetRows(low // row_nbytes, whole))
-    make(segment, targets, tensor.dtype)
-    for target, whole, skipped in cuts:
-        target[...] = whole.view(np.uint8).reshape(-1)[skipped : skipped + len(target)]
+                rows = target.view(storage).reshape(-1, *row_shape)
+            targets.append(TargetRows(low // row_nbytes, rows))
+    make(segment, targets, dtype)
+    for target, rows, skipped in incomplete:
+        target[...] = rows.view(np.uint8).reshape(-1)[skipped : skipped + len(target)]
+
+
+def materialize_rows(
+    segment: Segment,
+    targets: list[TargetRows],
+    dtype: DType,
+    reader: Reader,
+    operand_rows: tuple[int, int] | None = None,
+) -> None:
+    """Make rows of a segment (see `MakeRows`) of what a reader reads.
+
+    Args:
+        segment: The segment.
+        targets: The rows to make.
+        dtype: The dtype to make them in.
+        reader: Reads the operand.
+        operand_rows: Of a transposition, the rows of the operand [begin, end) to make columns of;
+            the targets then have these columns only. By default all rows.
+
+    Raises:
+        OverflowError: If the dtype cannot represent a value.
+    """
+    if segment.rearrangement.transposes:
+        operand_rows = operand_rows or (0, segment.operand.shape[0])
+        _transpose_rows(segment, targets, dtype, reader, operand_rows)
+        return
+    for target in targets:
+        _rearrange_rows(segment, target, dtype, reader)
+
+
+def _rearrange_rows(segment: Segment, target: TargetRows, dtype: DType, reader: Reader) -> None:
+    """Make rows of a segment of the operand's rows with the same numbers."""
+    from einops import rearrange
+
+    from ..tensors.cast import cast
+
+    rearrangement = segment.rearrangement
+    row_nbytes = prod(rearrangement.row_shape) * dtype.itemsize
+    for begin, end in _intervals(target.first, target.end, _TILE_NBYTES // row_nbytes):
+        out = target.out[begin - target.first : end - target.first]
+        tile = Tile((begin, end), None, dtype, out if rearrangement.is_copy else None)
+        with segment.operand.load(reader, tile) as (array, source_dtype):
+            if array is not tile.out:
+                if not rearrangement.is_copy:
+                    array = rearrange(array, rearrangement.pattern)
+                cast(array, source_dtype, out, dtype)
+
+
+def _transpose_rows(
+    segment: Segment,
+    targets: list[TargetRows],
+    dtype: DType,
+    reader: Reader,
+    operand_rows: tuple[int, int],
+) -> None:
+    """Make rows of a segment of the operand's columns with the same numbers."""
+    from einops import rearrange
+
+    from ..tensors.cast import cast
+
+    first, end_row = targets[0].first, targets[-1].end
+    top, bottom = operand_rows
+    row_nbytes = segment.operand.shape[1] * dtype.itemsize
+    num_rows = min(_TRANSPOSED_TILE_ROWS, _TRANSPOSED_TILE_NBYTES // row_nbytes)
+    for begin, end in _intervals(top, bottom, num_rows):
+        tile = Tile((begin, end), (first, end_row), dtype)
+        with segment.operand.load(reader, tile) as (array, source_dtype):
+            transposed = rearrange(array, segment.rearrangement.pattern)
+            for target in targets:
+                rows = transposed[target.first - first : target.end - first]
+                cast(rows, source_dtype, target.out[..., begin - top : end - top], dtype)
+
+
+def _intervals(begin: int, end: int, length: int) -> list[tuple[int, int]]:
+    """Cut an interval into intervals [begin, end) of at most `length`, which is at least 1."""
+    return list(pairwise([*range(begin, end, max(1, length)), end]))

@@ -1,8 +1,16 @@
-"""Output tensors as recipes: what each is made of, and making any run of its bytes.
+"""Output tensors: what each is made of, known before any data is read.
 
-An `OutputTensor` is one `Part` after another (usually one); a part is an operand rearranged by a
-pattern. All of it is known, with shape and size, before any data is read. `fill` makes bytes
-`begin … end` of a tensor, reading only what these need and holding only a tile at a time.
+An `OutputTensor` is one `Segment` after another along its first axis, most often a single one. A
+segment is an operand, rearranged by an einops pattern. For example, q, k and v of OpenAI's format
+are one tensor, `qkv`. Made of Hugging Face's format it has three segments:
+
+    qkv.weight [5120, 2880]    segment 0: q_proj.weight [4096, 2880], unchanged
+                               segment 1: k_proj.weight [512, 2880], unchanged
+                               segment 2: v_proj.weight [512, 2880], unchanged
+
+Three classes describe tensors. A `checkpoint.metadata.RawTensor` is in a file of the source. A
+`formats.TensorSpec` says what a format stores, of any model and in any checkpoint. An
+`OutputTensor` is to be written, and its operands name the raw tensors that it is made of.
 """
 
 from __future__ import annotations
@@ -10,38 +18,38 @@ from __future__ import annotations
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from ..checkpoint.reader import ElementRange
 from ..tensors.dtypes import DType, nbytes
 from .operands import Operand
 from .rearrangement import Rearrangement
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = ["Origin", "OutputTensor", "Segment", "element_ranges"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Segment:
-    """An operand and how it is rearranged."""
+    """A run of rows of an output tensor: an operand and how it is rearranged."""
 
     operand: Operand
     rearrangement: Rearrangement
 
     @property
     def elements(self) -> int:
-        """Elements of the output that the part makes."""
+        """The number of elements."""
         return self.rearrangement.num_rows * prod(self.rearrangement.row_shape)
 
 
 class Origin(NamedTuple):
-    """The model tensor that an output tensor holds, and its layer and expert if it is of one."""
+    """The model tensor that an output tensor holds."""
 
     model_tensor: str
+    """Its name (see `model.tensors.MODEL_TENSORS`)."""
     layer: int | None
+    """The layer; None for a tensor that belongs to no layer."""
     expert: int | None
+    """The expert; None for a tensor that belongs to no expert or holds all of them."""
 
 
 _NO_ORIGIN = Origin("", None, None)
@@ -49,7 +57,7 @@ _NO_ORIGIN = Origin("", None, None)
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
-    """A tensor of the output: its parts lie one after another along its first axis."""
+    """A tensor to be written."""
 
     name: str
     dtype: DType
@@ -66,15 +74,23 @@ class OutputTensor:
 def element_ranges(
     tensor: OutputTensor, begin: int, end: int, without: Container[Segment] = ()
 ) -> Iterator[ElementRange]:
-    """What making bytes `begin … end` of a tensor reads, but for the parts `without`."""
-    at = 0
+    """Yield what has to be read to make bytes `begin … end` of a tensor.
+
+    Args:
+        tensor: The output tensor.
+        begin: The first byte of its data.
+        end: The byte after the last.
+        without: Segments to leave out.
+    """
+    offset = 0  # of the segment, in bytes
     for segment in tensor.segments:
         size = segment.elements * tensor.dtype.itemsize
-        low, high = max(begin, at) - at, min(end, at + size) - at
-        at += size
+        low, high = max(begin, offset) - offset, min(end, offset + size) - offset
+        offset += size
         if low < high and segment not in without:
-            how = segment.rearrangement
-            row_nbytes = prod(how.row_shape) * tensor.dtype.itemsize
+            rearrangement = segment.rearrangement
+            row_nbytes = prod(rearrangement.row_shape) * tensor.dtype.itemsize
             rows = low // row_nbytes, -(-high // row_nbytes)
-            rows = (0, segment.operand.shape[0]) if how.transposes else rows
+            if rearrangement.transposes:
+                rows = 0, segment.operand.shape[0]
             yield from segment.operand.element_ranges(rows)

@@ -1,9 +1,16 @@
-"""einops patterns of whole tensors, applied to a few rows of the output at a time.
+"""An einops pattern that is applied to a few rows of its output at a time.
 
-Two kinds suffice for what `mapping` asks for. Either the output's first axis is the input's too, as
-in `n m h -> n h m`: then a slice along it comes from a slice of the input. Or the pattern is a
-transposition, `a b -> b a`: then rows of the output are columns of the input, gathered from all its
-rows.
+A *row* is a slice of length 1 along the first axis of the output. Two kinds of patterns can be
+applied row by row. An example of each, with the sizes of gpt-oss-20b:
+
+    W_Q    n h m -> n m h    [64, 64, 2880] -> [64, 2880, 64]     64 rows, each [2880, 64]
+    W_U    v m -> m v        [201088, 2880] -> [2880, 201088]     2880 rows, each [201088]
+
+W_Q: both sides begin with the same axis, here the query heads. Rows 3 to 5 of the output are made
+of rows 3 to 5 of the input alone.
+
+W_U: a transposition of two axes. Rows 3 to 5 of the output are columns 3 to 5 of the input, so
+every row of the input has to be read.
 """
 
 from __future__ import annotations
@@ -11,36 +18,39 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-__all__ = ["Rearrangement", "rearrangement"]
+__all__ = ["Rearrangement", "make_rearrangement"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rearrangement:
-    """A pattern for inputs of one shape.
-
-    The output is made in units: slices of length 1 along its first axis. There are `units` of the
-    shape `unit_shape`.
-    """
+    """An einops pattern for inputs of one shape."""
 
     pattern: str
     axes: tuple[str, ...]
     """The output's axes."""
     num_rows: int
+    """The length of the output's first axis."""
     row_shape: tuple[int, ...]
+    """The lengths of its other axes."""
     transposes: bool
-    """Whether a unit is a column of the input."""
+    """Whether a row of the output is a column of the input."""
     is_copy: bool
     """Whether the output is the input unchanged."""
 
 
 @lru_cache(maxsize=256)
-def rearrangement(
+def make_rearrangement(
     source: tuple[str, ...], target: tuple[str, ...], shape: tuple[int, ...]
 ) -> Rearrangement:
-    """Rearrange inputs with the axes `source`, of this shape, into outputs with the axes `target`.
+    """Return the rearrangement of inputs of one shape.
+
+    Args:
+        source: The input's axes.
+        target: The output's axes, the same in any order.
+        shape: The input's shape.
 
     Raises:
-        ValueError: For axes that cannot be rearranged a few rows at a time.
+        ValueError: If the pattern cannot be applied row by row.
     """
     sizes = dict(zip(source, shape, strict=True))
     pattern = f"{' '.join(source)} -> {' '.join(target)}"
@@ -48,7 +58,7 @@ def rearrangement(
         raise ValueError(f"pattern {pattern!r} adds, drops or repeats axes")
     transposes = target[0] != source[0]
     if transposes and len(source) != 2:
-        raise ValueError(f"pattern {pattern!r} is no transposition and begins with another axis")
+        raise ValueError(f"pattern {pattern!r} is not a transposition and changes the first axis")
     return Rearrangement(
         pattern=pattern,
         axes=target,

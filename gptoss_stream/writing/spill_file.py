@@ -126,7 +126,7 @@ class SpilledTranspose:
             if stop.is_set():
                 return
         row_shape = self._segment.rearrangement.row_shape
-        first, last = targets[0].first, targets[-1].last
+        first, last = targets[0].first, targets[-1].end
         itemsize = self._dtype.itemsize
         # Bytes that a row of the output has for each source row of a block.
         nbytes_per_source_row = prod(row_shape[:-1]) * itemsize
@@ -149,7 +149,7 @@ class SpilledTranspose:
             found = np.empty((last - first, *row_shape[:-1], end - begin), STORAGE[self._dtype])
             _read(self._descriptor, [found.data.cast("B")], offset)
             for target in targets:
-                part = found[target.first - first : target.last - first]
+                part = found[target.first - first : target.end - first]
                 cast(part, self._dtype, target.out[..., begin:end], dtype)
 
     def close(self) -> None:

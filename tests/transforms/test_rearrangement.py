@@ -12,7 +12,7 @@ from gptoss_stream.tensors.dtypes import DType
 from gptoss_stream.transforms.materialize import materialize, materialize_rows
 from gptoss_stream.transforms.operands import DenseOperand, InterleavedOperand, ZeroOperand
 from gptoss_stream.transforms.output_tensor import OutputTensor, Segment, element_ranges
-from gptoss_stream.transforms.rearrangement import rearrangement
+from gptoss_stream.transforms.rearrangement import make_rearrangement
 
 # axes of the input and of the output, shape of the input
 CASES = [
@@ -45,7 +45,7 @@ def sample(shape, dtype=DType.F32) -> tuple[np.ndarray, RawTensor]:
 
 def check_every_run(operand, source, target, expected, reader):
     """Make every run of a part's bytes, so that units are cut everywhere."""
-    part = Segment(operand, rearrangement(tuple(source), tuple(target), operand.shape))
+    part = Segment(operand, make_rearrangement(tuple(source), tuple(target), operand.shape))
     tensor = OutputTensor("t", DType.F32, expected.shape, (part,))
     data = np.ascontiguousarray(expected).view(np.uint8).reshape(-1)
     assert tensor.nbytes == part.elements * 4 == data.size
@@ -131,4 +131,4 @@ def test_zeros_read_nothing():
 def test_patterns_that_cannot_be_made_in_pieces_are_refused(source, target):
     axes = tuple(source.split())
     with pytest.raises(ValueError, match="pattern"):
-        rearrangement(axes, tuple(target.split()), (2,) * len(axes))
+        make_rearrangement(axes, tuple(target.split()), (2,) * len(axes))
