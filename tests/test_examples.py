@@ -1,4 +1,4 @@
-"""The examples run on a converted checkpoint, and say what is true of it."""
+"""The examples run on a converted checkpoint and measure it correctly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def converted(checkpoints, tmp_path_factory):
 
 
 def test_a_picture_is_drawn(converted, tmp_path):
-    """By the command as it stands in the README, in a process of its own."""
+    """By the command of the README, in a process of its own."""
     picture = tmp_path / "picture.png"
     module = "gptoss_stream.examples.experts_and_lens"
     done = subprocess.run(
@@ -31,12 +31,12 @@ def test_a_picture_is_drawn(converted, tmp_path):
     assert done.returncode == 0, done.stderr
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert picture.stat().st_size > 10_000
-    assert len(done.stdout.splitlines()) == 5  # four layers, and the picture
+    assert len(done.stdout.splitlines()) == 5  # four layers and the picture
     assert "the logit lens agrees at 100% of the positions" in done.stdout.splitlines()[3]
 
 
 @torch.no_grad()
-def test_what_is_measured_is_what_the_hugging_face_model_does(checkpoints, converted):
+def test_the_measurements_equal_those_of_the_hugging_face_model(checkpoints, converted):
     tokens = torch.arange(50)[None] * 25 % 1009
     model = gptoss_stream.load_hooked_transformer(converted)
     usage, agreement = experts_and_lens.measure(model, tokens)

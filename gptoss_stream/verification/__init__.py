@@ -2,5 +2,5 @@
 
 Does: compare an output with what its source gives, byte for byte, or with its checksums.
 May import: every room below it.
-Must not know: what a run noted, but for format, dtype and selection, which are only defaults.
+Must not know: what a conversion recorded, except format, dtype and selection as defaults.
 """

@@ -186,4 +186,4 @@ def verify_checksums(
 
 
 def _ignore(nbytes: int) -> None:
-    """Take the place of a callback that was not given."""
+    """Do nothing; used for a callback that was not given."""

@@ -1,4 +1,4 @@
-"""The command line, run as a user runs it."""
+"""The command line, run in a process of its own as a user runs it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(*arguments, **options) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["--version"], ["x"], []])
-def test_help_and_usage_errors_import_nothing_heavy(arguments):
+def test_help_and_usage_errors_import_no_large_package(arguments):
     code = (
         "import sys, gptoss_stream.cli.main as c\n"
         f"try: c.main({arguments!r})\n"
@@ -55,7 +55,7 @@ def test_converting_imports_no_torch(checkpoints, tmp_path):
     assert done.stdout == "[]\n"
 
 
-def test_convert_reports_for_people_and_programs(checkpoints, tmp_path):
+def test_convert_prints_a_summary_or_json(checkpoints, tmp_path):
     source = checkpoints()
     done = run("convert", source, tmp_path / "a")
     assert done.returncode == 0
@@ -71,7 +71,7 @@ def test_convert_reports_for_people_and_programs(checkpoints, tmp_path):
     assert (done.stdout, done.stderr) == ("", "")
 
 
-def test_plan_shows_and_prints_the_whole_plan(checkpoints, tmp_path):
+def test_plan_prints_a_summary_or_the_whole_plan_as_json(checkpoints, tmp_path):
     done = run("plan", checkpoints(), tmp_path, "--max-shard-size", "500KB")
     assert done.returncode == 0
     for word in ("4 layers", "5 experts", "176 tensors", "model-00003-of-00003", "free", "at most"):
@@ -84,7 +84,7 @@ def test_plan_shows_and_prints_the_whole_plan(checkpoints, tmp_path):
     assert whole["data_bytes"] == sum(t["bytes"] for t in tensors.values())
 
 
-def test_inspect_shows_a_checkpoint(checkpoints):
+def test_inspect_describes_a_checkpoint(checkpoints):
     done = run("inspect", checkpoints())
     assert "hf-mxfp4" in done.stdout
     assert "model.layers.3.mlp.experts.gate_up_proj_blocks" in done.stdout
@@ -93,7 +93,7 @@ def test_inspect_shows_a_checkpoint(checkpoints):
     assert whole["tensors"]["lm_head.weight"]["shape"] == [1009, 96]
 
 
-def test_bad_input_is_one_line_and_two(tmp_path):
+def test_bad_input_prints_one_line_and_exits_with_2(tmp_path):
     done = run("convert", tmp_path / "nowhere", tmp_path / "out")
     assert done.returncode == 2
     assert done.stdout == ""
@@ -102,23 +102,24 @@ def test_bad_input_is_one_line_and_two(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words", ["plan IN --layers 0 OUT", "plan --json IN --layers=-2,-1 OUT", "verify IN --json OUT"]
+    "command",
+    ["plan IN --layers 0 OUT", "plan --json IN --layers=-2,-1 OUT", "verify IN --json OUT"],
 )
-def test_options_stand_anywhere(words, checkpoints, tmp_path):
+def test_options_may_be_between_positionals(command, checkpoints, tmp_path):
     source, out = checkpoints(layers=2), tmp_path / "out"
     gptoss_stream.convert(source, out)
-    done = run(*({"IN": source, "OUT": out}.get(word, word) for word in words.split()))
+    done = run(*({"IN": source, "OUT": out}.get(word, word) for word in command.split()))
     assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("url", ["https://host:abc/x", "https://host:99999/x", "https://[x/y"])
-def test_addresses_that_are_none(url):
+def test_invalid_urls(url):
     done = run("inspect", url)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "not an address" in done.stderr
 
 
-def test_numbers_without_end_are_no_numbers(checkpoints, tmp_path):
+def test_a_number_too_large_for_a_float_is_an_error(checkpoints, tmp_path):
     source = shutil.copytree(checkpoints(format="openai"), tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
     config["initial_context_length"] = 10**400
@@ -128,8 +129,8 @@ def test_numbers_without_end_are_no_numbers(checkpoints, tmp_path):
     assert f"{source}/config.json: initial_context_length" in done.stderr
 
 
-def test_a_resume_says_what_it_did(checkpoints, tmp_path):
-    """A task's part is held against the task's share, and what earlier runs read is not told."""
+def test_a_resumed_run_prints_how_much_was_finished(checkpoints, tmp_path):
+    """For an array task, of its own shards. What earlier runs have read is not printed."""
     command = ["convert", checkpoints(), tmp_path / "out", "--max-shard-size", "300KB"]
     task = [*command, "--task-index", "0", "--num-tasks", "2"]
     assert run(*task).returncode == 0
@@ -142,8 +143,8 @@ def test_a_resume_says_what_it_did(checkpoints, tmp_path):
     assert "\nread 896 kB and wrote 1.5 MB" in run(*command).stdout
 
 
-def test_a_full_disk_is_three(checkpoints, tmp_path):
-    """A file larger than the process may write stands for a disk that fills up."""
+def test_a_full_disk_exits_with_3(checkpoints, tmp_path):
+    """A limit on file sizes takes the place of a disk that fills up."""
     done = run(
         "convert",
         checkpoints(),
@@ -160,7 +161,7 @@ def test_a_full_disk_is_three(checkpoints, tmp_path):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_stop_promptly_with_one_line(number, code, tmp_path):
+def test_signals_end_a_run_soon_with_one_line(number, code, tmp_path):
     source = gptoss_stream.synth(tmp_path / "source", vocab_size=400_000, hidden_size=512, layers=1)
     process = subprocess.Popen(
         [sys.executable, "-m", "gptoss_stream", "convert", source, tmp_path / "out"],
@@ -183,27 +184,27 @@ def test_signals_stop_promptly_with_one_line(number, code, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_terminal_sees_a_progress_bar(tmp_path):
+def test_a_progress_bar_is_shown_in_a_terminal(tmp_path):
     source = gptoss_stream.synth(tmp_path / "source", vocab_size=400_000, hidden_size=512, layers=1)
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    terminal, process_end = pty.openpty()
+    fcntl.ioctl(process_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     process = subprocess.Popen(
         [sys.executable, "-m", "gptoss_stream", "convert", source, tmp_path / "out"],
-        stderr=theirs,
+        stderr=process_end,
         stdout=subprocess.DEVNULL,
     )
     assert process.wait(60) == 0
-    os.set_blocking(ours, False)
-    seen = os.read(ours, 100_000).decode(errors="replace")  # cut anywhere
-    os.close(theirs)
-    os.close(ours)
-    assert "/821M" in seen  # bytes in all
+    os.set_blocking(terminal, False)
+    seen = os.read(terminal, 100_000).decode(errors="replace")  # may end within a character
+    os.close(process_end)
+    os.close(terminal)
+    assert "/821M" in seen  # total bytes
     assert "B/s" in seen
     assert "%|" in seen
 
 
-def test_inspect_knows_converted_folders(checkpoints, tmp_path):
-    """Whole, in part, unfinished, with a file lost: each says what it is and what it is made of."""
+def test_inspect_describes_converted_outputs(checkpoints, tmp_path):
+    """Complete, with a file missing, unfinished, and with a damaged record."""
     source, out = checkpoints(), tmp_path / "out"
     options = ["--max-shard-size", "300KB", "--to", "hf", "--layers", "1"]
     assert run("convert", source, out, *options).returncode == 0
@@ -214,17 +215,18 @@ def test_inspect_knows_converted_folders(checkpoints, tmp_path):
     )
     assert "shards: complete" in shown
     assert "model.layers.1.mlp.experts.gate_up_proj " in shown
-    said = json.loads(run("inspect", out, "--json").stdout)
-    assert (said["format"], said["complete"], said["missing"]) == ("hf", True, [])
-    assert len(said["tensors"]) == 3 + 17
-    lost = min(out.glob("*.safetensors"))
-    lost.unlink()
-    assert f"incomplete, without {lost.name}; run the same convert again" in (
+    whole = json.loads(run("inspect", out, "--json").stdout)
+    assert (whole["format"], whole["complete"], whole["missing"]) == ("hf", True, [])
+    assert len(whole["tensors"]) == 3 + 17
+    missing = min(out.glob("*.safetensors"))
+    missing.unlink()
+    assert f"incomplete, {missing.name} missing; run the same convert command again" in (
         run("inspect", out).stdout
     )
     assert not json.loads(run("inspect", out, "--json").stdout)["complete"]
     interrupted(source, tmp_path / "unfinished")
-    assert "unfinished, without model-00001-of-" in run("inspect", tmp_path / "unfinished").stdout
+    shown = run("inspect", tmp_path / "unfinished").stdout
+    assert re.search(r"unfinished, model-00001-of-.* missing; run the same convert command", shown)
     (out / "gptoss_stream.json").write_text("{")
     damaged = run("inspect", out)
     assert (damaged.returncode, damaged.stderr.count("\n")) == (2, 1)

@@ -1,4 +1,4 @@
-"""TransformerLens 4 on the format `hf`. Slow: it cannot live beside 3.9 and gets an environment."""
+"""TransformerLens 4 on the format `hf`. Slow: it needs an environment, as 3.9 is installed here."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ tokens = torch.arange(40)[None] * 25 % 1009
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 bridge = TransformerBridge.boot_transformers(sys.argv[1], dtype=model.dtype)
 with torch.no_grad():
-    wanted, (found, cache) = model(tokens).logits, bridge.run_with_cache(tokens)
+    expected, (found, cache) = model(tokens).logits, bridge.run_with_cache(tokens)
 print(json.dumps({
-    "difference": (found - wanted).abs().max().item(),
-    "spread": wanted.std().item(),
+    "difference": (found - expected).abs().max().item(),
+    "spread": expected.std().item(),
     "hooks": sum(name.endswith("hook_resid_pre") for name in cache),
 }))
 """
@@ -56,6 +56,6 @@ def environment(tmp_path_factory):
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=True)
     python = folder / "bin/python"
-    wanted = ["torch==2.13.0", "transformer-lens>=4,<5"]
-    subprocess.run([python, "-m", "pip", "install", "-q", *wanted], check=True, stdout=sys.stderr)
+    packages = ["torch==2.13.0", "transformer-lens>=4,<5"]
+    subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True, stdout=sys.stderr)
     return python

@@ -1,4 +1,4 @@
-"""A HookedTransformer that lives on the disk is the Hugging Face model."""
+"""A memory-mapped HookedTransformer computes what the Hugging Face model computes."""
 
 from __future__ import annotations
 
@@ -32,30 +32,30 @@ def source(checkpoints, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def converted(source, tmp_path_factory):
-    """The source converted, in each dtype."""
-    made = {}
+    """The converted source in each dtype."""
+    outputs = {}
 
-    def of(dtype="float32"):
-        if dtype not in made:
-            made[dtype] = tmp_path_factory.mktemp("converted") / dtype
-            gptoss_stream.convert(source, made[dtype], dtype=dtype, max_shard_size="1MB")
-        return made[dtype]
+    def output(dtype="float32"):
+        if dtype not in outputs:
+            outputs[dtype] = tmp_path_factory.mktemp("converted") / dtype
+            gptoss_stream.convert(source, outputs[dtype], dtype=dtype, max_shard_size="1MB")
+        return outputs[dtype]
 
-    return of
+    return output
 
 
 @torch.no_grad()
-def test_the_logits_are_the_hugging_face_models(source, converted):
+def test_the_logits_equal_the_hugging_face_models(source, converted):
     """In float32, through layers with both kinds of attention and beyond the sliding window."""
     model = gptoss_stream.load_hooked_transformer(converted())
     assert {block.attn.attn_type for block in model.blocks} == {"local", "global"}
-    wanted = oracle.load_model(source, torch.float32)(TOKENS).logits
-    assert wanted.std() > 1e-3
-    torch.testing.assert_close(model(TOKENS), wanted, atol=1e-5, rtol=0)
+    expected = oracle.load_model(source, torch.float32)(TOKENS).logits
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(model(TOKENS), expected, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
-def test_in_bfloat16_the_logits_agree_within_its_rounding(source, converted):
+def test_in_bfloat16_the_logits_agree_within_rounding(source, converted):
     found = gptoss_stream.load_hooked_transformer(converted("bfloat16"))(TOKENS).float()
     exact = oracle.load_model(source, torch.float32)(TOKENS).logits
     rounded = oracle.load_model(source)(TOKENS).logits.float()
@@ -65,24 +65,24 @@ def test_in_bfloat16_the_logits_agree_within_its_rounding(source, converted):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("stored", "asked"), [("bfloat16", "float32"), ("float32", "bfloat16")])
-def test_a_dtype_is_converted_to(stored, asked, converted):
+@pytest.mark.parametrize(("stored", "dtype"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_a_dtype_is_converted_to(stored, dtype, converted):
     """From bfloat16 to float32 without a loss, since the checkpoint is no more precise."""
-    model = gptoss_stream.load_hooked_transformer(converted(stored), dtype=asked)
-    assert {p.dtype for p in model.parameters()} == {getattr(torch, asked)}
-    same = gptoss_stream.load_hooked_transformer(converted(asked))
+    model = gptoss_stream.load_hooked_transformer(converted(stored), dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
+    same = gptoss_stream.load_hooked_transformer(converted(dtype))
     assert torch.equal(model(TOKENS), same(TOKENS))
 
 
 @torch.no_grad()
-def test_the_hooks_are_transformer_lenss(converted):
+def test_the_hooks_of_transformer_lens_work(converted):
     model = gptoss_stream.load_hooked_transformer(converted())
     logits, cache = model.run_with_cache(TOKENS)
     assert torch.equal(logits, model(TOKENS))
     for layer in range(4):
         assert cache["resid_post", layer].shape == (1, 60, 96)
         assert cache["pattern", layer].shape == (1, 4, 60, 60)
-        assert cache["pattern", layer].sum(-1).max() < 1  # the sink takes the rest
+        assert cache["pattern", layer].sum(-1).max() < 1  # the sink has the remainder
     assert set(cache) == set(model.hook_dict) - {n for n in model.hook_dict if n not in cache}
 
     def silence(tensor, hook):
@@ -99,20 +99,20 @@ def test_generate_gives_the_same_greedy_tokens(source, converted):
     prompt = TOKENS[:, :10]
     found = model.generate(prompt, max_new_tokens=20, do_sample=False, verbose=False,
                            stop_at_eos=False)  # fmt: skip
-    wanted = peer.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None)
-    assert found.tolist() == wanted.tolist()
+    expected = peer.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None)
+    assert found.tolist() == expected.tolist()
 
 
 @torch.no_grad()
-def test_the_tokenizer_is_the_folders(converted):
+def test_the_tokenizer_is_that_of_the_output(converted):
     model = gptoss_stream.load_hooked_transformer(converted())
     assert model.to_tokens("w7 w1000", prepend_bos=False).tolist() == [[7, 1000]]
     text = model.generate("w7 w8", max_new_tokens=3, do_sample=False, verbose=False)
     assert text.startswith("w7 w8")
 
 
-def test_nothing_of_the_weights_is_allocated(converted):
-    """Every parameter is a view of a mapped file, every buffer has values, and none a gradient."""
+def test_no_memory_is_allocated_for_weights(converted):
+    """Every parameter is a view of a mapped file and needs no gradient; buffers have values."""
     model = gptoss_stream.load_hooked_transformer(converted())
     lines = Path("/proc/self/maps").read_text().splitlines()
     maps = [line.split() for line in lines if "safetensors" in line]
@@ -134,7 +134,7 @@ def test_a_longer_or_shorter_context(converted):
 
 @torch.no_grad()
 def test_a_model_of_some_layers(converted):
-    """It computes what the whole one computes with the other layers cut out."""
+    """It computes what the whole model computes without the other layers."""
     whole = gptoss_stream.load_hooked_transformer(converted())
     part = gptoss_stream.load_hooked_transformer(converted(), layers="1,-1")
     assert part.cfg.n_layers == 2
@@ -147,7 +147,7 @@ def test_a_model_of_some_layers(converted):
 
 @torch.no_grad()
 def test_a_partial_output(source, converted, tmp_path):
-    """Gives a model of its layers, and says which these are when more are asked for."""
+    """Gives a model of its layers; the error for others names the layers that it has."""
     gptoss_stream.convert(
         source, tmp_path / "part", dtype="float32", selection=Selection(layers="0-1")
     )
@@ -175,8 +175,8 @@ def test_a_damaged_configuration_is_refused(converted, tmp_path):
             gptoss_stream.load_hooked_transformer(folder)
 
 
-def test_releases_that_would_be_wrong_are_refused(converted, monkeypatch):
-    """One that knows no sinks, so that its logits would be wrong; one without the class."""
+def test_unsupported_versions_of_transformer_lens_are_refused(converted, monkeypatch):
+    """Without attention sinks (its logits would be wrong), without the class, and not installed."""
 
     class OldConfig:
         __dataclass_fields__ = {}  # noqa: RUF012
@@ -212,7 +212,7 @@ print(opened, anonymous() - before)
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_layers(tmp_path):
-    """At gpt-oss-20b's shapes, of which 4 layers take 8 GB: opening takes some megabytes."""
+    """With gpt-oss-20b's shapes, where 4 layers are 8 GB, opening takes some megabytes."""
     opened = []
     for layers in (2, 4):
         gptoss_stream.synth(tmp_path / "source", "20b", layers=layers, overwrite=True)

@@ -1,6 +1,6 @@
-"""What convert writes is read by others: safetensors both ways, and a checker that shares no code.
+"""What convert writes is read by other code: safetensors, and a checker of the format in here.
 
-That HookedTransformer loads it and computes the same is in `test_oracle`.
+`test_hooked_transformer` tests that TransformerLens can load it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ NBYTES = {"BF16": 2, "F16": 2, "F32": 4}
 
 
 def check(raw: bytes) -> dict[str, tuple[int, int]]:
-    """Where each tensor lies in a file that keeps every rule of the format, and some of our own.
+    """Return the byte range of each tensor in a file that keeps every rule of the format and ours.
 
-    Ours: dtypes of floats only, a header of whole words with {"format": "pt"} and below what the
-    Hub takes, tensors in the header's order, each aligned to its elements.
+    Our rules: only float dtypes, a header of a multiple of 8 bytes, with
+    {"format": "pt"} and below the Hub's limit, and tensors in the header's order, aligned.
     """
     assert len(raw) >= 8
     (length,) = struct.unpack("<Q", raw[:8])
@@ -48,7 +48,7 @@ def check(raw: bytes) -> dict[str, tuple[int, int]]:
 
     header = json.loads(text, object_pairs_hook=unique)
     assert header.pop("__metadata__") == {"format": "pt"}
-    places, at = {}, start
+    ranges, at = {}, start
     for name, entry in header.items():
         assert name
         assert name.isprintable()
@@ -60,16 +60,16 @@ def check(raw: bytes) -> dict[str, tuple[int, int]]:
         assert begin == at
         assert begin % size == 0
         assert end - begin == prod(entry["shape"]) * size
-        places[name] = begin, end
+        ranges[name] = begin, end
         at = end
     assert at == len(raw)
-    return places
+    return ranges
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("size", ["5GB", "500KB", "100KB", 1])
-def test_every_shard_is_sound(dtype, size, checkpoints, tmp_path):
-    """safetensors reads it, mapped and by pread, and sees the bytes that the checker sees."""
+def test_every_shard_is_valid(dtype, size, checkpoints, tmp_path):
+    """safetensors reads it, by mmap and pread, and finds the bytes that the checker finds."""
     source, out = checkpoints(layers=2), tmp_path / "out"
     report = gptoss_stream.convert(source, out, dtype=dtype, max_shard_size=size)
     assert {file.name for file in out.glob("*.safetensors")} == set(report.shards)
@@ -77,17 +77,17 @@ def test_every_shard_is_sound(dtype, size, checkpoints, tmp_path):
     for name, nbytes in report.shards.items():
         raw = (out / name).read_bytes()
         assert len(raw) == nbytes
-        places = check(raw)
-        weight_map |= dict.fromkeys(places, name)
+        ranges = check(raw)
+        weight_map |= dict.fromkeys(ranges, name)
         for backend in ("mmap", "pread"):
             with safe_open(out / name, "pt", backend=backend) as shard:
                 assert shard.metadata() == {"format": "pt"}
-                assert shard.offset_keys() == list(places)
-                for tensor, (begin, end) in places.items():
+                assert shard.offset_keys() == list(ranges)
+                for tensor, (begin, end) in ranges.items():
                     value = shard.get_tensor(tensor)
                     assert str(value.dtype) == f"torch.{dtype}"
                     assert bytes(value.view(-1).view(torch.uint8).numpy()) == raw[begin:end]
-        assert load_file(out / name).keys() == places.keys()
+        assert load_file(out / name).keys() == ranges.keys()
     index = json.loads((out / INDEX_NAME).read_text())
     assert index["weight_map"] == weight_map
     assert index["metadata"] == {"total_size": sum(len(t.data) for t in read_tensors(out).values())}
@@ -95,8 +95,8 @@ def test_every_shard_is_sound(dtype, size, checkpoints, tmp_path):
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
-def test_the_files_have_the_modes_that_the_umask_leaves(umask, tiny, tmp_path):
-    """As if a program like any other had made them: no 0600 of temporary files."""
+def test_files_have_the_modes_of_the_umask(umask, tiny, tmp_path):
+    """As any other program creates them, not with the mode 0600 of temporary files."""
     (tiny / "additional_chat_templates").mkdir()
     (tiny / "additional_chat_templates/tool.jinja").write_text("{{ tools }}")
     (tiny / "additional_chat_templates/tool.jinja").chmod(0o600)
@@ -116,18 +116,18 @@ def test_the_files_have_the_modes_that_the_umask_leaves(umask, tiny, tmp_path):
     assert modes == expected
 
 
-def test_the_checker_passes_nothing_that_safetensors_refuses():
-    """Of 5,000 damaged files, of which it passes hundreds: so that it is worth something."""
+def test_the_checker_accepts_nothing_that_safetensors_refuses():
+    """Tried with 5,000 damaged files, of which it accepts hundreds."""
     header = {"__metadata__": {"format": "pt"}}
     header["a"] = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
     header["b"] = {"dtype": "BF16", "shape": [4], "data_offsets": [24, 32]}
     spaces = " " * (-len(written(in_pairs(header))) % 8)
-    passed = 0
+    accepted = 0
     for file in files(6, 5000, lambda rng: Header(in_pairs(header), bytes(32), after=spaces)):
         try:
             check(file)
         except REFUSALS:
             continue
-        passed += 1
+        accepted += 1
         deserialize(file)
-    assert passed > 300
+    assert accepted > 300

@@ -1,4 +1,4 @@
-"""A converted folder as a mapping: lazy, mapped, private, and clear about what is wrong."""
+"""A converted output as a mapping: lazy, memory-mapped, private, and with clear errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAME = "blocks.1.mlp.experts.3.W_out.weight"
 
 @pytest.fixture(scope="module")
 def converted(checkpoints, tmp_path_factory):
-    """The folder of each format in each dtype, in several shards."""
+    """An output in each format and dtype, in several shards."""
     made = {}
 
     def of(to="transformer-lens", dtype="bfloat16"):
@@ -39,27 +39,27 @@ def converted(checkpoints, tmp_path_factory):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("to", ["transformer-lens", "hf"])
-def test_every_tensor_is_as_safetensors_loads_it(to, dtype, converted):
+def test_every_tensor_equals_what_safetensors_loads(to, dtype, converted):
     folder = converted(to, dtype)
-    wanted = load_output(folder)
+    expected = load_output(folder)
     with gptoss_stream.open_state_dict(folder) as state:
-        assert set(state) == set(wanted)
-        assert len(state) == len(wanted)
-        assert all(same_bits(state[name], wanted[name]) for name in state)
-        assert all(state.shape(name) == tuple(wanted[name].shape) for name in state)
+        assert set(state) == set(expected)
+        assert len(state) == len(expected)
+        assert all(same_bits(state[name], expected[name]) for name in state)
+        assert all(state.shape(name) == tuple(expected[name].shape) for name in state)
 
 
 def test_dtype_and_device_convert_on_access(converted):
-    plain = gptoss_stream.open_state_dict(converted())
+    stored = gptoss_stream.open_state_dict(converted())
     state = gptoss_stream.open_state_dict(converted(), dtype="float32", device="cpu")
-    assert same_bits(state[NAME], plain[NAME].float())
+    assert same_bits(state[NAME], stored[NAME].float())
     assert gptoss_stream.open_state_dict(converted(), device="meta")[NAME].is_meta
     with pytest.raises(OptionError, match="unknown dtype 'int8'"):
         gptoss_stream.open_state_dict(converted(), dtype="int8")
 
 
-def test_nothing_is_read_before_it_is_asked_for(converted, tmp_path):
-    """No shard is opened with the folder, and of a tensor only what is used is in memory."""
+def test_a_shard_is_opened_when_a_tensor_of_it_is_accessed(converted, tmp_path):
+    """Shards that are damaged do not matter before."""
     folder = shutil.copytree(converted(), tmp_path / "out")
     state = gptoss_stream.open_state_dict(folder)
     first = next(iter(state))
@@ -71,7 +71,7 @@ def test_nothing_is_read_before_it_is_asked_for(converted, tmp_path):
         state["unembed.b_U"]
 
 
-def test_what_is_written_to_a_tensor_stays_in_this_process(converted):
+def test_writing_to_a_tensor_does_not_change_the_file(converted):
     folder = converted()
     before = digests(folder)
     with gptoss_stream.open_state_dict(folder) as state:
@@ -82,7 +82,7 @@ def test_what_is_written_to_a_tensor_stays_in_this_process(converted):
     assert gptoss_stream.open_state_dict(folder)[NAME].any()
 
 
-def test_tensors_outlive_the_mapping(converted):
+def test_tensors_stay_valid_after_close(converted):
     state = gptoss_stream.open_state_dict(converted())
     tensor = state[NAME]
     state.close()
@@ -100,21 +100,21 @@ def test_it_can_be_pickled_and_used_by_other_processes(converted):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_both_sides_of_a_fork_have_it(converted):
+def test_both_processes_can_use_it_after_a_fork(converted):
     state = gptoss_stream.open_state_dict(converted())
-    wanted = state[NAME].float().sum().item()
+    expected = state[NAME].float().sum().item()
     child = os.fork()
     if child == 0:
-        os._exit(state[NAME].float().sum().item() != wanted)
+        os._exit(state[NAME].float().sum().item() != expected)
     assert os.waitpid(child, 0)[1] == 0
-    assert state[NAME].float().sum().item() == wanted
+    assert state[NAME].float().sum().item() == expected
 
 
 def _total(state) -> float:
     return sum(state[name].double().sum().item() for name in state)
 
 
-def test_it_is_a_mapping_that_cannot_be_written(converted):
+def test_it_is_a_read_only_mapping(converted):
     state = gptoss_stream.open_state_dict(converted())
     assert NAME in state
     assert "x" not in state
@@ -125,8 +125,8 @@ def test_it_is_a_mapping_that_cannot_be_written(converted):
         state["x"] = torch.zeros(1)
 
 
-def test_a_state_dict_goes_into_a_module(converted):
-    """As it is, with load_state_dict and assign."""
+def test_a_module_can_load_a_state_dict(converted):
+    """Without a copy, with load_state_dict and assign."""
     module = torch.nn.Linear(96, 64, bias=False, device="meta")
     weight = "blocks.0.mlp.experts.0.W_in.weight"
     state = gptoss_stream.open_state_dict(converted())
@@ -144,7 +144,7 @@ DAMAGES = {
         ),
         "its tensors are not those of the index: 'a'",
     ),
-    "an index that is none": (
+    "an index that is not JSON": (
         lambda f: (f / "model.safetensors.index.json").write_text("{"),
         "not JSON",
     ),
@@ -152,7 +152,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES.keys())
-def test_folders_that_are_no_whole_output(damage, message, converted, tmp_path):
+def test_folders_that_are_not_a_complete_output(damage, message, converted, tmp_path):
     folder = shutil.copytree(converted(), tmp_path / "out")
     damage(folder)
     with pytest.raises(OutputError, match=message):
@@ -170,8 +170,8 @@ def test_an_unfinished_conversion_is_not_opened(checkpoints, tmp_path):
 
 
 @pytest.mark.parametrize("call", ["open_state_dict", "load_hooked_transformer"])
-def test_without_torch_the_extra_is_named(call, converted):
-    """In a Python that finds no torch."""
+def test_without_torch_the_error_names_the_extra(call, converted):
+    """In a process that cannot import torch."""
     code = (
         "import sys\n"
         "sys.modules['torch'] = None\n"
@@ -187,13 +187,13 @@ def test_without_torch_the_extra_is_named(call, converted):
 
 
 @pytest.mark.parametrize("to", ["hf-mxfp4", "openai"])
-def test_packed_tensors_are_bytes(to, checkpoints, tmp_path):
-    """Whatever dtype the others are asked for in."""
+def test_mxfp4_tensors_are_bytes(to, checkpoints, tmp_path):
+    """With any `dtype`."""
     gptoss_stream.convert(checkpoints(), tmp_path / "out", to=to)
-    wanted = load_output(tmp_path / "out")
+    expected = load_output(tmp_path / "out")
     with gptoss_stream.open_state_dict(tmp_path / "out", dtype="float32") as state:
-        assert set(state) == set(wanted)
-        for name, tensor in wanted.items():
-            is_packed = tensor.dtype is torch.uint8
-            assert state[name].dtype is (torch.uint8 if is_packed else torch.float32)
-            assert torch.equal(state[name], tensor if is_packed else tensor.float())
+        assert set(state) == set(expected)
+        for name, tensor in expected.items():
+            is_mxfp4 = tensor.dtype is torch.uint8
+            assert state[name].dtype is (torch.uint8 if is_mxfp4 else torch.float32)
+            assert torch.equal(state[name], tensor if is_mxfp4 else tensor.float())

@@ -1,4 +1,4 @@
-"""verify finds what differs, says where, and raises no false alarm."""
+"""verify finds every difference, reports where it is, and reports nothing else."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def copy(pair, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_what_convert_made_is_equal(dtype, checkpoints, tmp_path, monkeypatch):
-    """In one piece and in pieces, transposed in segments and in blocks."""
+def test_a_converted_output_is_equal(dtype, checkpoints, tmp_path, monkeypatch):
+    """In one chunk or many, with and without spilled transpositions."""
     source = checkpoints(layers=2)
     report = gptoss_stream.convert(source, tmp_path / "out", dtype=dtype)
-    for segment, staged in ((8 << 20, 64_000_000), (4096, 1000), (65_536, 1)):
-        monkeypatch.setattr("gptoss_stream.verification.data.CHUNK_NBYTES", segment)
-        monkeypatch.setattr("gptoss_stream.planning.shards.SPILL_NBYTES", staged)
+    for chunk, spilled in ((8 << 20, 64_000_000), (4096, 1000), (65_536, 1)):
+        monkeypatch.setattr("gptoss_stream.verification.data.CHUNK_NBYTES", chunk)
+        monkeypatch.setattr("gptoss_stream.planning.shards.SPILL_NBYTES", spilled)
         result = gptoss_stream.verify(source, tmp_path / "out")
         assert result.equal
         assert result.tensors == report.tensors
@@ -49,7 +49,7 @@ def test_what_convert_made_is_equal(dtype, checkpoints, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A pair with little in it, to be verified by the thousand; each test leaves it as it was."""
+    """A source and a small output, to be verified a thousand times; do not change them."""
     folder = tmp_path_factory.mktemp("small")
     sizes = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 65, "head_dim": 8}
     gptoss_stream.synth(folder / "source", layers=2, experts=2, **sizes)
@@ -58,7 +58,7 @@ def small(tmp_path_factory):
 
 
 def regions(output) -> dict[str, list[tuple]]:
-    """Every place of an output by the part that it lies in: as (file, byte, tensor or None)."""
+    """Every byte of an output by its kind, as (file, offset, None or tensor and its begin)."""
     found: dict[str, list[tuple]] = {}
     for shard in sorted(output.glob("*.safetensors")):
         raw = shard.read_bytes()
@@ -79,13 +79,13 @@ def regions(output) -> dict[str, list[tuple]]:
     return found
 
 
-@pytest.mark.parametrize("staged", [64_000_000, 1000])
+@pytest.mark.parametrize("spilled", [64_000_000, 1000])
 @pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
-def test_every_flipped_bit_is_found_where_it_is(staged, count, small, monkeypatch):
-    """Of the data: the tensor, the element and its value. Of all else: the file or the tensor."""
-    monkeypatch.setattr("gptoss_stream.planning.shards.SPILL_NBYTES", staged)
+def test_every_flipped_bit_is_found(spilled, count, small, monkeypatch):
+    """In data: with tensor, element and value. Elsewhere: with the file or the tensor."""
+    monkeypatch.setattr("gptoss_stream.planning.shards.SPILL_NBYTES", spilled)
     source, output = small
-    rng, parts = random.Random(staged + count), regions(output)
+    rng, parts = random.Random(spilled + count), regions(output)
     tensors = {n: t for f in output.glob("*.safetensors") for n, t in load_file(f).items()}
     missed = []
     for number in range(count):
@@ -114,8 +114,8 @@ def test_every_flipped_bit_is_found_where_it_is(staged, count, small, monkeypatc
 
 
 @pytest.mark.parametrize("count", [4, pytest.param(100, marks=pytest.mark.slow)])
-def test_a_clean_copy_raises_no_alarm(count, tmp_path, monkeypatch):
-    """Of random checkpoints, with random options, and compared in pieces of random sizes."""
+def test_an_intact_copy_is_equal(count, tmp_path, monkeypatch):
+    """Of random checkpoints, with random options, and compared in chunks of random sizes."""
     rng = random.Random(count)
     for number in range(count):
         sizes = {"layers": rng.randrange(1, 4), "experts": rng.randrange(1, 4), "hidden_size": 32}
@@ -191,7 +191,7 @@ DAMAGES = {
     ),
     "two shards swapped": (lambda o: swap(*sorted(o.glob("*.safetensors"))[:2]), "index"),
     "a tensor missing": (lambda o: replace_tensors(o, lambda t: t.popitem()), "missing"),
-    "a tensor too many": (
+    "an additional tensor": (
         lambda o: replace_tensors(o, lambda t: t.update(extra=t["embed.W_E"][:1].clone())),
         "unexpected",
     ),
@@ -206,7 +206,7 @@ DAMAGES = {
         "shape",
     ),
     "no index": (lambda o: (o / INDEX).unlink(), "index"),
-    "an index that is no JSON": (lambda o: (o / INDEX).write_text("x"), "index"),
+    "an index that is not JSON": (lambda o: (o / INDEX).write_text("x"), "index"),
     "another total": (
         lambda o: edit_index(o, lambda i: i["metadata"].update(total_size=1)),
         "index",
@@ -223,7 +223,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize(("damage", "kind"), DAMAGES.values(), ids=DAMAGES.keys())
-def test_every_other_damage_is_found(damage, kind, copy, capsys):
+def test_every_damage_to_files_is_found(damage, kind, copy, capsys):
     source, output = copy
     damage(output)
     kinds = {difference.kind for difference in gptoss_stream.verify(source, output).differences}
@@ -234,8 +234,8 @@ def test_every_other_damage_is_found(damage, kind, copy, capsys):
     assert "difference" in printed
 
 
-def test_every_missing_file_is_named(small):
-    """But for the record of the run, which says nothing that is compared."""
+def test_every_missing_file_is_reported(small):
+    """Except for the record: the options in it are the defaults here."""
     source, output = small
     for file in sorted(output.iterdir()):
         if file.name != "gptoss_stream.json":
@@ -249,7 +249,7 @@ def test_every_missing_file_is_named(small):
 
 
 def test_swapped_experts_are_found(copy):
-    """Equal shapes, equal sizes, a sound file: only the bytes tell."""
+    """Shapes, sizes and header are valid: only the data differ."""
     source, output = copy
     names = ["blocks.1.mlp.experts.0.W_in.weight", "blocks.1.mlp.experts.1.W_in.weight"]
     for shard in output.glob("*.safetensors"):
@@ -261,7 +261,7 @@ def test_swapped_experts_are_found(copy):
     assert [(d.kind, d.name) for d in differences] == [("value", name) for name in names]
 
 
-def test_a_sample_looks_at_that_many(pair, capsys):
+def test_a_sample_compares_that_many_tensors(pair, capsys):
     source, output = pair
     result = gptoss_stream.verify(source, output, sample=5, seed=1)
     assert (result.equal, result.tensors) == (True, 5)
@@ -271,15 +271,15 @@ def test_a_sample_looks_at_that_many(pair, capsys):
         gptoss_stream.verify(source, output, sample=0)
 
 
-def test_an_output_that_is_none(checkpoints, tmp_path):
+def test_a_folder_without_an_output(checkpoints, tmp_path):
     for output in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(OutputError, match=str(output)):
             gptoss_stream.verify(checkpoints(layers=2), output)
 
 
 @pytest.mark.parametrize("selection", ["x", [], 3, {"layers": 1}, {"other": []}])
-def test_a_damaged_record_ends_nothing(selection, checkpoints, tmp_path):
-    """It is taken for one that says nothing."""
+def test_a_damaged_record_is_not_used(selection, checkpoints, tmp_path):
+    """The defaults are used instead."""
     gptoss_stream.convert(checkpoints(), tmp_path / "out")
     edit_json(tmp_path / "out/gptoss_stream.json", lambda r: r.update(selection=selection))
     assert gptoss_stream.verify(checkpoints(), tmp_path / "out").equal
