@@ -128,9 +128,9 @@ def add_max_shard_size(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_selection(parser: argparse.ArgumentParser) -> None:
+def add_selection(parser: argparse.ArgumentParser, description: str | None = None) -> None:
     """Add the options that select tensors of the output."""
-    group = parser.add_argument_group("selection (options are combined)")
+    group = parser.add_argument_group("selection (options are combined)", description)
     group.add_argument(
         "--layers",
         metavar="LIST",

@@ -59,7 +59,7 @@ def add_parser(commands: Commands) -> None:
     add_workers(parser)
     add_quiet(parser, "differences and errors")
     add_json(parser)
-    add_selection(parser)
+    add_selection(parser, "By default as recorded in OUTPUT's gptoss_stream.json.")
     add_remote_source(parser)
     parser.set_defaults(run=run)
 
@@ -107,11 +107,11 @@ def _print_result(result: Verification, arguments: argparse.Namespace) -> None:
     """Print each difference, then a summary."""
     for difference in result.differences:
         print(difference)
-    compared = (
+    what = (
         counted(result.files, "file") if arguments.checksums else counted(result.tensors, "tensor")
     )
-    compared += f", {sized(result.nbytes)} compared{describe_selection(result.selection)}"
+    compared = f"{what}{describe_selection(result.selection)}, {sized(result.nbytes)} compared"
     if not result.equal:
-        print(f"{result.output}: {counted(len(result.differences), 'difference')} ({compared})")
+        print(f"{result.output}: {counted(len(result.differences), 'difference')}; {compared}")
     elif not arguments.quiet:
-        print(f"{result.output}: equal ({compared})")
+        print(f"{result.output}: equal; {compared}")
