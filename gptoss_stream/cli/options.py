@@ -134,8 +134,8 @@ def add_selection(parser: argparse.ArgumentParser, description: str | None = Non
     group.add_argument(
         "--layers",
         metavar="LIST",
-        help="layers, such as 0-3,7; -1 is the last (write --layers=-2,-1 if the list starts with a "
-        "minus sign); tensors outside layers are kept",
+        help="layers, such as 0-3,7; -1 is the last (write --layers=-2,-1 if the list starts with "
+        "a minus sign); tensors outside layers are kept",
     )
     group.add_argument(
         "--experts",
