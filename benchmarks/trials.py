@@ -23,7 +23,7 @@ from measure import Measured, can_limit, run
 import gptoss_stream
 from gptoss_stream import Plan
 from gptoss_stream._utils.thread_pool import count_workers
-from gptoss_stream.formats._table import mxfp4_tensors
+from gptoss_stream.formats import mxfp4_tensors
 from gptoss_stream.planning.options import DEFAULT_FORMAT
 from gptoss_stream.planning.shards import parse_size
 from gptoss_stream.transforms.output_tensor import element_ranges

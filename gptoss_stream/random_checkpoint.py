@@ -20,8 +20,7 @@ from ._utils import strict_json
 from .checkpoint.metadata import RawTensor
 from .checkpoint.reader import Reader
 from .errors import ConfigError, OptionError
-from .formats import hf_mxfp4
-from .formats._table import rows_by_name, tensor_specs
+from .formats import hf_mxfp4, rows_by_name, tensor_specs
 from .model.config import ModelConfig, alternating_layers
 from .planning.mapping import output_tensors
 from .planning.shards import DEFAULT_SHARD_SIZE, PlannedShard, parse_size, plan_shards

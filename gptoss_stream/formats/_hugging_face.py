@@ -1,6 +1,6 @@
-"""What the formats of Hugging Face share: config.json, and all tensors but the experts'.
+"""What the formats of Hugging Face share: config.json, and all tensors except those of the experts.
 
-Not a format itself. Names and shapes: transformers, `models/gpt_oss/modeling_gpt_oss.py` and
+Source of names, shapes and defaults: transformers, `models/gpt_oss/modeling_gpt_oss.py` and
 `configuration_gpt_oss.py`.
 """
 
@@ -25,20 +25,14 @@ __all__ = [
     "ROUTER",
     "config_files",
     "hugging_face_config",
-    "is_unquantised",
+    "is_unquantized",
     "parse_config",
     "read_model",
 ]
 
-
 LAYER = "model.layers.{l}."
-
-
 _ATTENTION = LAYER + "self_attn."
-
-
 EXPERTS = LAYER + "mlp.experts."
-
 
 # fmt: off
 FIRST: Table = (
@@ -55,28 +49,25 @@ FIRST: Table = (
     Row(_ATTENTION + "sinks", "sinks", "n"),
     Row(LAYER + "post_attention_layernorm.weight", "mlp_norm", "m"),
 )
-"""What comes before the router, in every format of Hugging Face."""
-
+"""The rows before the router."""
 
 ROUTER: Table = (
     Row(LAYER + "mlp.router.weight", "router", "e m"),
     Row(LAYER + "mlp.router.bias", "router_bias", "e"),
 )
 
-
 EXPERT_BIASES: Table = (
     Row(EXPERTS + "gate_up_proj_bias", "gate_up_bias", "e (i t)"),
     Row(EXPERTS + "down_proj_bias", "down_bias", "e m"),
 )
-"""The biases of experts that are stacked in one tensor."""
-
+"""The biases of the experts of a layer, stacked in one tensor for gate and up and one for down."""
 
 LAST: Table = (
     Row("model.norm.weight", "final_norm", "m"),
     Row("lm_head.weight", "unembed", "v m", optional=True),
 )
+"""The rows after the experts."""
 # fmt: on
-
 
 _DEFAULT_ROPE = {
     "rope_type": "yarn",
@@ -86,11 +77,14 @@ _DEFAULT_ROPE = {
     "truncate": False,
     "original_max_position_embeddings": 4096,
 }
-"""What transformers' GptOssConfig assumes where config.json is silent."""
+"""The defaults of transformers' `GptOssConfig`."""
 
 
-def is_unquantised(info: CheckpointInfo) -> bool:
-    """Whether config.json is that of an unquantised gpt-oss, and no expert of layer 0 in MXFP4."""
+def is_unquantized(info: CheckpointInfo) -> bool:
+    """Return whether a checkpoint is of an unquantized gpt-oss.
+
+    By config.json, and because no expert of layer 0 is in MXFP4.
+    """
     return (
         info.config.get("model_type") == "gpt_oss"
         and info.config_name == "config.json"
@@ -105,7 +99,11 @@ def read_model(info: CheckpointInfo) -> ModelConfig:
 
 
 def parse_config(config: Mapping[str, Any]) -> ModelConfig:
-    """Return the model that a Hugging Face config.json describes; raises `ConfigError`."""
+    """Return the model that Hugging Face's config.json describes.
+
+    Raises:
+        ConfigError: If it does not describe one.
+    """
     num_layers = integer(config, "num_hidden_layers")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or _DEFAULT_ROPE
     if not isinstance(rope, dict):
@@ -155,15 +153,23 @@ def config_files(
     partial: bool,
     quantization: Mapping[str, Any] | None = None,
 ) -> dict[str, bytes]:
-    """Return config.json: the source's with another dtype and quantisation or, where the source
-    has none of Hugging Face's, a complete one.
+    """Return the configuration file to write (see `Format.files`).
 
-    A part of a model gets none of that name: transformers would take the folder for a whole model
-    and fill what is missing at random.
+    It is the source's config.json with another dtype and quantization. If the source's is not
+    Hugging Face's, it is a complete new one. For some of the tensors only, it is written as
+    source_config.json: with a config.json, transformers would load the folder as a whole model,
+    with random values for missing tensors.
+
+    Args:
+        model: The model as it is written.
+        config: The source's configuration.
+        dtype: The dtype of most dense elements.
+        partial: Whether only some of the model's tensors are written.
+        quantization: The quantization_config; None for unquantized tensors.
     """
     if config.get("model_type") == "gpt_oss":
         target = {key: value for key, value in config.items() if key != "quantization_config"}
-        # What is stored counts (`tables.read_table`).
+        # The model says what is stored, whatever the configuration says (`read_table`).
         if config.get("tie_word_embeddings", False) != model.tied_embeddings:
             target["tie_word_embeddings"] = model.tied_embeddings
         if config.get("attention_bias", True) != model.attention_bias:
@@ -178,8 +184,10 @@ def config_files(
 
 
 def hugging_face_config(model: ModelConfig) -> dict[str, Any]:
-    """Return a config.json for a model, as the released ones have it, without dtype and
-    quantisation."""
+    """Return a complete config.json, without dtype and quantization.
+
+    Its keys are those of the released models.
+    """
     released = model.vocab_size == 201_088
     return {
         "architectures": ["GptOssForCausalLM"],

@@ -1,30 +1,33 @@
-"""Folders of the package in which every file is one thing to choose: a checkpoint format.
-
-A file's name, with `-` for `_`, is what it is chosen by; one with a leading underscore is none.
-"""
+"""The formats: the modules of this package whose names have no leading underscore."""
 
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Iterable
+import sys
 from importlib import import_module
-from typing import Any
+from typing import cast
 
 from ..errors import OptionError
+from ._format import Format
 
-__all__ = ["load_module", "module_names"]
+__all__ = ["load", "names"]
+
+_PACKAGE = __name__.rpartition(".")[0]
 
 
-def module_names(folder: Iterable[str]) -> tuple[str, ...]:
-    """What there is to choose in a package's `__path__`."""
-    modules = (module.name for module in pkgutil.iter_modules(folder))
+def names() -> tuple[str, ...]:
+    """Return the names of all formats: those of their modules, with `-` for `_`."""
+    modules = (module.name for module in pkgutil.iter_modules(sys.modules[_PACKAGE].__path__))
     return tuple(sorted(name.replace("_", "-") for name in modules if name[0] != "_"))
 
 
-def load_module(package: str, folder: Iterable[str], name: str, what: str) -> Any:
-    """The module of that name in a package; raises `OptionError`, speaking of `what`, for a name
-    that is none."""
-    known = module_names(folder)
+def load(name: str) -> Format:
+    """Return the format of that name.
+
+    Raises:
+        OptionError: If there is no such format.
+    """
+    known = names()
     if name not in known:
-        raise OptionError(f"unknown {what} {name!r}; choose one of {', '.join(known)}")
-    return import_module(f"{package}.{name.replace('-', '_')}")
+        raise OptionError(f"unknown format {name!r}; choose one of {', '.join(known)}")
+    return cast(Format, import_module(f"{_PACKAGE}.{name.replace('-', '_')}"))

@@ -1,12 +1,12 @@
-"""How a checkpoint format stores the model's tensors: what the tables in `formats/` are made of.
+"""Tables: how a format stores the tensors of a model.
 
-A table is a tuple of `Row`; each says which stored tensor holds which tensor of the model, in which
+A table is a tuple of rows. A row says which stored tensor holds which model tensor, and in which
 order of axes. The same table reads a checkpoint and writes one. For example
 
     Row("model.layers.{l}.mlp.experts.gate_up_proj", "gate_up", "e m (i t)")
 
-is a stored tensor of each layer with the shape [experts, hidden, 2 * intermediate], in whose last
-axis gate and up alternate, and
+is a stored tensor of each layer with the shape [experts, hidden, 2 * intermediate]. Its last axis
+alternates between gate and up. And
 
     Row("blocks.{l}.mlp.experts.{e}.W_in.weight", "gate_up", "i m", {"t": 1})
 
@@ -36,55 +36,62 @@ __all__ = [
     "Row",
     "Table",
     "TensorSpec",
-    "group_sizes",
     "mxfp4_tensors",
     "rows_by_name",
+    "stored_shape",
     "tensor_specs",
 ]
 
 
 _FLOATS = (DType.BF16, DType.F16, DType.F32)
-
-
 _GROUP = re.compile(r"\(([a-z ]+)\)|([a-z])")
 
 
 class Component(NamedTuple):
-    """One stored tensor of a row: what is added to the row's name, its dtypes, its shape."""
+    """One of the stored tensors that an encoding makes of a tensor, such as the scales of MXFP4."""
 
     suffix: str
+    """What follows the row's name in the component's."""
     dtypes: tuple[DType, ...]
+    """The dtypes that it may have."""
     shape: tuple[int, ...]
 
 
 class Encoding(Protocol):
-    """How the elements of a tensor become stored bytes."""
+    """How the elements of a tensor are stored."""
 
-    def tensor_specs(self, shape: tuple[int, ...]) -> tuple[Component, ...]:
-        """Return the stored tensors for elements of `shape`; raises `ValueError` for a shape that
-        cannot be encoded."""
+    def components(self, shape: tuple[int, ...]) -> tuple[Component, ...]:
+        """Return the stored tensors for elements of a shape.
+
+        Raises:
+            ValueError: If elements of that shape cannot be encoded.
+        """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class DenseEncoding:
-    """Floats as they are, in one tensor."""
+    """Floats, in one tensor of the same shape."""
 
-    def tensor_specs(self, shape: tuple[int, ...]) -> tuple[Component, ...]:
-        """Return the one stored tensor."""
+    def components(self, shape: tuple[int, ...]) -> tuple[Component, ...]:
+        """See `Encoding`."""
         return (Component("", _FLOATS, shape),)
 
 
 @dataclass(frozen=True, slots=True)
 class Mxfp4Encoding:
-    """MXFP4 along the last axis (OCP Microscaling Formats v1.0): blocks [..., columns / 32, 16] and
-    scales [..., columns / 32], both U8; the fields are what the row's name gets for each."""
+    """MXFP4 along the last axis (OCP Microscaling Formats v1.0), in two tensors of U8.
+
+    Args:
+        blocks: The suffix of the blocks' name; their shape is [..., columns / 32, 16].
+        scales: The suffix of the scales' name; their shape is [..., columns / 32].
+    """
 
     blocks: str
     scales: str
 
-    def tensor_specs(self, shape: tuple[int, ...]) -> tuple[Component, ...]:
-        """Return blocks and scales."""
+    def components(self, shape: tuple[int, ...]) -> tuple[Component, ...]:
+        """See `Encoding`."""
         *lead, columns = shape
         groups, rest = divmod(columns, BLOCK_VALUES)
         if rest:
@@ -101,13 +108,15 @@ DENSE = DenseEncoding()
 
 
 @cache
-def _parse(axes: str) -> tuple[tuple[str, ...], ...]:
+def _groups(axes: str) -> tuple[tuple[str, ...], ...]:
+    """Parse "e m (i t)" to (("e",), ("m",), ("i", "t"))."""
     return tuple(tuple((several or one).split()) for several, one in _GROUP.findall(axes))
 
 
 @cache
-def _flat(axes: str) -> tuple[str, ...]:
-    return tuple(axis for group in _parse(axes) for axis in group)
+def _order(axes: str) -> tuple[str, ...]:
+    """Parse "e m (i t)" to ("e", "m", "i", "t")."""
+    return tuple(axis for group in _groups(axes) for axis in group)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,14 +124,15 @@ class Row:
     """One row of a table: a stored tensor and the model tensor in it.
 
     Args:
-        stored: The stored name, with `{l}` and `{e}` for the layer's and the expert's number.
-        tensor: A name in `model.MODEL_TENSORS`.
-        axes: The axes as they are stored, those in parentheses as one: "e m (i t)". Rows with the
-            same stored name lie one after another along the first.
-        fixed: Axes that are not stored because the row holds one index of them: {"t": 0}.
-        encoding: How elements become bytes.
+        stored: The stored name, with `{l}` for the layer and `{e}` for the expert.
+        tensor: The model tensor, a name in `MODEL_TENSORS`.
+        axes: The axes in the order in which they are stored, such as "e m (i t)". Axes in
+            parentheses are one stored axis. Rows with the same stored name are one after another
+            along the first.
+        fixed: Axes of which the row holds one index only, such as {"t": 0}.
+        encoding: How the elements are stored.
         optional: Whether a checkpoint may lack the tensor (see `ModelConfig.has`).
-        also: Other stored names for the same, which are read and not written.
+        aliases: Other stored names, which are read but not written.
 
     Raises:
         ValueError: If the axes are not those of the model tensor.
@@ -134,10 +144,10 @@ class Row:
     fixed: Mapping[str, int] = field(default_factory=dict)
     encoding: Encoding = DENSE
     optional: bool = False
-    also: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        found = sorted([*self.order, *self.fixed, *self.named])
+        found = sorted([*self.order, *self.fixed, *self.axes_in_name])
         if found != sorted(MODEL_TENSORS[self.tensor].split()):
             raise ValueError(
                 f"{self.stored!r} has the axes {' '.join(found)}, and {self.tensor} has "
@@ -146,21 +156,21 @@ class Row:
 
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
-        """The axes that make up each stored axis."""
-        return _parse(self.axes)
+        """The model axes that make up each stored axis."""
+        return _groups(self.axes)
 
     @property
     def order(self) -> tuple[str, ...]:
-        """The stored axes, outermost first."""
-        return _flat(self.axes)
+        """The model axes in the order in which they are stored, outermost first."""
+        return _order(self.axes)
 
     @property
-    def named(self) -> tuple[str, ...]:
-        """The axes whose index the stored name tells."""
+    def axes_in_name(self) -> tuple[str, ...]:
+        """The axes whose index is in the stored name: l, e or both."""
         return tuple(axis for axis in ("l", "e") if f"{{{axis}}}" in self.stored)
 
     def is_in(self, model: ModelConfig) -> bool:
-        """Return whether a checkpoint of the model has the tensor."""
+        """Return whether a checkpoint of the model stores the tensor."""
         return not self.optional or model.has(self.tensor)
 
 
@@ -168,19 +178,30 @@ Table = tuple[Row, ...]
 
 
 class TensorSpec(NamedTuple):
-    """A stored tensor of a table, with `{l}` and `{e}` in its name where there are several: its
-    rows, and what they have in common."""
+    """A tensor that a format stores for a model, such as the scales of all experts of a layer.
+
+    It describes what must be in a checkpoint (as a `RawTensor`) or is to be written (as an
+    `OutputTensor`), for all layers and experts with the same name.
+    """
 
     name: str
+    """The stored name, with `{l}` for the layer and `{e}` for the expert."""
     rows: tuple[Row, ...]
+    """The rows of the table that it holds, one after another along its first axis."""
     dtypes: tuple[DType, ...]
+    """The dtypes that it may have."""
     shape: tuple[int, ...]
     component: int
-    """Which of the encoding's components it is."""
+    """The number of the encoding's component that it is."""
 
 
-def group_sizes(row: Row, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """Return the sizes of a row's stored axes, before they are encoded."""
+def stored_shape(row: Row, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the shape of a row's elements, before they are encoded.
+
+    Args:
+        row: The row.
+        sizes: The size of each axis (see `ModelConfig.sizes`).
+    """
     return tuple(prod(sizes[axis] for axis in group) for group in row.groups)
 
 
@@ -198,16 +219,17 @@ def mxfp4_tensors(table: Table) -> set[str]:
 
 
 def tensor_specs(rows: Sequence[Row], sizes: Mapping[str, int]) -> Iterator[TensorSpec]:
-    """Yield the stored tensors of rows with one stored name.
+    """Yield the tensors that are stored for rows with the same stored name.
 
     Raises:
         TensorError: If the sizes cannot be encoded.
     """
-    (first, *rest), encoding = group_sizes(rows[0], sizes), rows[0].encoding
-    first = sum(group_sizes(row, sizes)[0] for row in rows)
+    length = sum(stored_shape(row, sizes)[0] for row in rows)
+    shape = length, *stored_shape(rows[0], sizes)[1:]
     try:
-        found = encoding.tensor_specs((first, *rest))
+        components = rows[0].encoding.components(shape)
     except ValueError as error:
         raise TensorError(f"tensor {rows[0].stored!r}: {error}; check config.json") from None
-    for number, (suffix, dtypes, shape) in enumerate(found):
-        yield TensorSpec(rows[0].stored + suffix, tuple(rows), dtypes, shape, number)
+    for number, component in enumerate(components):
+        name = rows[0].stored + component.suffix
+        yield TensorSpec(name, tuple(rows), component.dtypes, component.shape, number)

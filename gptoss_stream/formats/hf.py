@@ -1,7 +1,7 @@
-"""Hugging Face unquantised: what transformers, vLLM, PEFT and training code load.
+"""Hugging Face unquantized: what transformers, vLLM, PEFT and training code load.
 
-Names, shapes and transpositions: transformers, `models/gpt_oss/modeling_gpt_oss.py` and, for the
-experts' matrices out of MXFP4, `integrations/mxfp4.py` (`convert_moe_packed_tensors`).
+Source of names, shapes and transpositions: transformers, `models/gpt_oss/modeling_gpt_oss.py` and,
+for the experts' matrices made of MXFP4, `integrations/mxfp4.py` (`convert_moe_packed_tensors`).
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from ._hugging_face import (
     LAST,
     ROUTER,
     config_files,
-    is_unquantised,
+    is_unquantized,
     read_model,
 )
 from ._table import Row, Table
 
 __all__ = ["TABLE", "check", "detect", "files", "read_model"]
-
 
 TABLE: Table = (
     *FIRST,
@@ -33,18 +32,17 @@ TABLE: Table = (
     *LAST,
 )
 
-
 files = config_files
 
 
 def detect(info: CheckpointInfo) -> str | None:
-    """See `Format.detect`: by config.json, unless the experts of layer 0 are one by one."""
-    first = EXPERTS.format(l=0)
-    one_by_one = (first + "gate_up_projs.", first + "0.")
-    if not is_unquantised(info) or any(name.startswith(one_by_one) for name in info.tensors):
+    """See `Format.detect`: by config.json, unless each expert of layer 0 has its own tensors."""
+    experts = EXPERTS.format(l=0)
+    unfused = (experts + "gate_up_projs.", experts + "0.")
+    if not is_unquantized(info) or any(name.startswith(unfused) for name in info.tensors):
         return None
     return 'config.json has model_type "gpt_oss" and no quantization_config'
 
 
 def check(model: ModelConfig) -> None:
-    """See `Format.check`: the code that loads this format reads the whole configuration."""
+    """See `Format.check`: nothing to refuse, since loaders read the whole configuration."""

@@ -1,6 +1,7 @@
 """Hugging Face with the experts in MXFP4: openai/gpt-oss-20b, -120b, and fine-tunes.
 
-Names and shapes: transformers, `models/gpt_oss/modeling_gpt_oss.py` and `integrations/mxfp4.py`.
+Source of names and shapes: transformers, `models/gpt_oss/modeling_gpt_oss.py` and
+`integrations/mxfp4.py`.
 """
 
 from __future__ import annotations
@@ -16,9 +17,7 @@ from ._table import Mxfp4Encoding, Row, Table
 
 __all__ = ["QUANTIZATION", "TABLE", "check", "detect", "files", "read_model"]
 
-
 _MXFP4 = Mxfp4Encoding("_blocks", "_scales")
-
 
 TABLE: Table = (
     *FIRST,
@@ -29,7 +28,6 @@ TABLE: Table = (
     EXPERT_BIASES[1],
     *LAST,
 )
-
 
 QUANTIZATION: Mapping[str, Any] = {
     "modules_to_not_convert": [
@@ -44,7 +42,7 @@ QUANTIZATION: Mapping[str, Any] = {
 
 
 def detect(info: CheckpointInfo) -> str | None:
-    """See `Format.detect`: by config.json alone; the tensors are checked against it afterwards."""
+    """See `Format.detect`: by config.json alone, against which the tensors are checked later."""
     quantization = info.config.get("quantization_config")
     if info.config.get("model_type") != "gpt_oss" or not isinstance(quantization, dict):
         return None
@@ -54,7 +52,7 @@ def detect(info: CheckpointInfo) -> str | None:
 
 
 def check(model: ModelConfig) -> None:
-    """See `Format.check`: the code that loads this format reads the whole configuration."""
+    """See `Format.check`: nothing to refuse, since loaders read the whole configuration."""
 
 
 def files(

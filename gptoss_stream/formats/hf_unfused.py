@@ -1,7 +1,7 @@
-"""Hugging Face's names with each expert in modules of its own, as unsloth's 4-bit models have them.
+"""Hugging Face's names with modules for each expert, as in unsloth's 4-bit models.
 
-`gate_up_projs.{e}` is a linear layer whose rows alternate between gate and up, as those of the
-stacked tensor do: unsloth-zoo, `temporary_patches/gpt_oss.py`.
+`gate_up_projs.{e}` is a linear layer whose rows alternate between gate and up, like the columns of
+the stacked tensor in `hf`. Source: unsloth-zoo, `temporary_patches/gpt_oss.py`.
 """
 
 from __future__ import annotations
@@ -9,20 +9,22 @@ from __future__ import annotations
 from ..checkpoint.metadata import CheckpointInfo
 from ..errors import CheckpointError
 from ..model.config import ModelConfig
-from ._hugging_face import EXPERTS, FIRST, LAST, LAYER, config_files, is_unquantised, read_model
+from ._hugging_face import EXPERTS, FIRST, LAST, LAYER, config_files, is_unquantized, read_model
 from ._table import Row, Table
 
 __all__ = ["TABLE", "WARNING", "check", "detect", "files", "read_model"]
 
 
 def _expert(module: str, kind: str, tensor: str, axes: str) -> Row:
+    """Return the row of an expert's weight or bias, under its plural and its singular name."""
     singular = f"{EXPERTS}{{e}}.{module.removesuffix('s')}.{kind}"
-    return Row(f"{EXPERTS}{module}.{{e}}.{kind}", tensor, axes, also=(singular,))
+    return Row(f"{EXPERTS}{module}.{{e}}.{kind}", tensor, axes, aliases=(singular,))
 
 
 def _router(kind: str, tensor: str, axes: str) -> Row:
+    """Return the row of the router's weight or bias, with or without the module `linear`."""
     router = LAYER + "mlp.router."
-    return Row(f"{router}linear.{kind}", tensor, axes, also=(f"{router}{kind}",))
+    return Row(f"{router}linear.{kind}", tensor, axes, aliases=(f"{router}{kind}",))
 
 
 TABLE: Table = (
@@ -36,26 +38,25 @@ TABLE: Table = (
     *LAST,
 )
 
-
 WARNING = (
-    "only modules of this shape (unsloth's) load hf-unfused: transformers itself would leave the "
-    "experts random; --to hf is what it loads"
+    "only code with such modules (unsloth's) loads hf-unfused: transformers itself would leave the "
+    "experts random; it loads --to hf"
 )
-
 
 files = config_files
 
 
 def detect(info: CheckpointInfo) -> str | None:
-    """See `Format.detect`: by the names of the first experts."""
-    if not is_unquantised(info):
+    """See `Format.detect`: by the names of the first expert."""
+    if not is_unquantized(info):
         return None
     singular = EXPERTS.format(l=0) + "0.gate_up_proj.weight"
     if singular in info.tensors:
+        file = info.location.display_path(info.tensors[singular].shard)
         raise CheckpointError(
-            f"{info.location.display_path(info.tensors[singular].shard)}: tensor {singular!r}: some write under "
-            "this name rows that alternate between gate and up, others gate and up as two halves; "
-            "where you know that they alternate, add --from hf-unfused"
+            f"{file}: tensor {singular!r}: some programs write under this name rows that alternate "
+            "between gate and up, others write gate and up as two halves; if you know that the "
+            "rows alternate, add --from hf-unfused"
         )
     if EXPERTS.format(l=0) + "gate_up_projs.0.weight" not in info.tensors:
         return None
@@ -63,4 +64,4 @@ def detect(info: CheckpointInfo) -> str | None:
 
 
 def check(model: ModelConfig) -> None:
-    """See `Format.check`: the code that loads this format reads the whole configuration."""
+    """See `Format.check`: nothing to refuse, since loaders read the whole configuration."""

@@ -1,7 +1,8 @@
 """OpenAI's own format: the folder `original/` of the released repositories.
 
-q, k and v are one tensor, in this order, with no row permuted. Names, shapes and what its
-config.json leaves out: openai/gpt-oss, `gpt_oss/torch/model.py` and `gpt_oss/torch/weights.py`.
+q, k and v are one tensor, one after another in this order. Source of names, shapes and settings
+that config.json does not have: openai/gpt-oss, `gpt_oss/torch/model.py` and
+`gpt_oss/torch/weights.py`.
 """
 
 from __future__ import annotations
@@ -19,15 +20,9 @@ from ._table import Mxfp4Encoding, Row, Table
 
 __all__ = ["TABLE", "check", "detect", "files", "parse_config", "read_model"]
 
-
 _BLOCK = "block.{l}."
-
-
 _ATTENTION, _MLP = _BLOCK + "attn.", _BLOCK + "mlp."
-
-
 _MXFP4 = Mxfp4Encoding(".blocks", ".scales")
-
 
 # fmt: off
 TABLE: Table = (
@@ -56,8 +51,7 @@ TABLE: Table = (
 
 
 def detect(info: CheckpointInfo) -> str | None:
-    """See `Format.detect`: by the first block's fused tensor, and by config.json, which names no
-    model type."""
+    """See `Format.detect`: by the fused qkv tensor, and by a config.json without model type."""
     if info.config_name != "config.json" or "model_type" in info.config:
         return None
     if _ATTENTION.format(l=0) + "qkv.weight" not in info.tensors:
@@ -71,7 +65,11 @@ def read_model(info: CheckpointInfo) -> ModelConfig:
 
 
 def parse_config(config: Mapping[str, Any]) -> ModelConfig:
-    """Return the model that OpenAI's config.json describes; raises `ConfigError`."""
+    """Return the model that OpenAI's config.json describes.
+
+    Raises:
+        ConfigError: If it does not describe one.
+    """
     num_layers = integer(config, "num_hidden_layers")
     context = integer(config, "initial_context_length", 4096)
     factor = number(config, "rope_scaling_factor", 32.0)
@@ -108,15 +106,15 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def check(model: ModelConfig) -> None:
-    """See `Format.check`: OpenAI's code fixes what its config.json has no words for."""
-    rope, kind = model.rope, model.rope_type
+    """See `Format.check`: OpenAI's code has fixed values for these settings."""
+    rope = model.rope
     found = {
         "layer_types": list(model.layer_types),
         "sliding_window": model.sliding_window is not None,
         "rms_norm_eps": model.rms_norm_eps,
         "swiglu_alpha": model.swiglu_alpha,
         "hidden_act": model.hidden_act,
-        "rope_type": kind,
+        "rope_type": model.rope_type,
     }
     fixed: dict[str, Any] = {
         "layer_types": list(alternating_layers(model.num_layers)),
@@ -126,7 +124,7 @@ def check(model: ModelConfig) -> None:
         "hidden_act": "silu",
         "rope_type": "yarn",
     }
-    if kind == "yarn":
+    if model.rope_type == "yarn":
         found |= {"rope truncate": bool(rope.get("truncate", True))}
         fixed |= {"rope truncate": False}
         if rope.get("attention_factor") is not None:
@@ -135,15 +133,19 @@ def check(model: ModelConfig) -> None:
     for name, value in fixed.items():
         if found[name] != value:
             raise ConfigError(
-                f"config.json: {name} is {_shown(found[name])}, and OpenAI's code always computes "
-                f"gpt-oss with {_shown(value)}: its results would be wrong; choose another format"
+                f"config.json: {name} is {_as_text(found[name])}, and OpenAI's code always "
+                f"computes gpt-oss with {_as_text(value)}: its results would be wrong; choose "
+                "another format"
             )
     _refuse_frequencies(model)
 
 
 def _refuse_frequencies(model: ModelConfig) -> None:
-    """Refuse YaRN settings that OpenAI's code asserts against (`RotaryEmbedding`), or for which it
-    leaves the frequencies as they are."""
+    """Refuse YaRN settings for which OpenAI's code (`RotaryEmbedding`) fails or scales nothing.
+
+    With a factor up to 1 it scales nothing, which is right for 1 only. With a larger one it
+    interpolates between two dimensions and asserts 0 < low < high < head_dim / 2 - 1.
+    """
     rope, half = model.rope, model.head_dim / 2
     factor, length = number(rope, "factor"), integer(rope, "original_max_position_embeddings")
     if factor == 1:
@@ -158,20 +160,21 @@ def _refuse_frequencies(model: ModelConfig) -> None:
             return
     raise ConfigError(
         f"config.json: YaRN with factor {factor:g}, {length} original positions and heads of "
-        f"{model.head_dim} is what OpenAI's code cannot compute; choose another format"
+        f"{model.head_dim} elements is what OpenAI's code cannot compute; choose another format"
     )
 
 
-def _shown(value: Any) -> str:
+def _as_text(value: Any) -> str:
+    """Return a setting as it is in JSON, shortened."""
     return str(value).lower() if isinstance(value, bool) else str(value)[:60]
 
 
 def files(
     model: ModelConfig, config: Mapping[str, Any], dtype: DType, *, partial: bool
 ) -> dict[str, bytes]:
-    """See `Format.files`: OpenAI's config.json, which is another name's for a part of a model."""
-    is_own = bool(config) and "model_type" not in config
-    target = dict(config) if is_own else openai_config(model)
+    """See `Format.files`: OpenAI's config.json, named source_config.json for a partial model."""
+    is_openai = bool(config) and "model_type" not in config
+    target = dict(config) if is_openai else openai_config(model)
     return {"source_config.json" if partial else "config.json": strict_json.dumps(target)}
 
 

@@ -8,8 +8,7 @@ from .. import formats
 from ..checkpoint.metadata import CheckpointInfo
 from ..checkpoint.reader import is_zero
 from ..errors import OptionError, TensorError
-from ..formats import SourceModel
-from ..formats._table import Table, mxfp4_tensors
+from ..formats import SourceModel, Table, mxfp4_tensors
 from ..model.selection import GROUPS, ResolvedSelection
 from ..model.tensors import ABSENT_IS_ZERO
 from ..tensors.dtypes import KEEP, DType, torch_name

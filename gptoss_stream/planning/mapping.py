@@ -28,8 +28,8 @@ from ..formats._table import (
     Row,
     Table,
     TensorSpec,
-    group_sizes,
     rows_by_name,
+    stored_shape,
     tensor_specs,
 )
 from ..model.config import ModelConfig
@@ -80,10 +80,10 @@ def output_tensors(
     mapping, sizes = _Mapping(source, model, raws, dtype), model.sizes
     present = rows_by_name(row for row in target if row.is_in(model))
     stored = [one for rows in present.values() for one in tensor_specs(rows, sizes)]
-    for has_layer, in_layer in groupby(stored, lambda one: "l" in one.rows[0].named):
+    for has_layer, in_layer in groupby(stored, lambda one: "l" in one.rows[0].axes_in_name):
         block = list(in_layer)
         for layer in range(sizes["l"]) if has_layer else (None,):
-            for has_expert, in_expert in groupby(block, lambda one: "e" in one.rows[0].named):
+            for has_expert, in_expert in groupby(block, lambda one: "e" in one.rows[0].axes_in_name):
                 group = list(in_expert)
                 for expert in range(sizes["e"]) if has_expert else (None,):
                     for one in group:
@@ -126,7 +126,7 @@ class _Mapping:
             for row in rows:
                 if row.is_in(model):
                     self._sources.setdefault(row.tensor, []).append(_Source(row, skipped))
-                skipped += prod(group_sizes(row, self._sizes))
+                skipped += prod(stored_shape(row, self._sizes))
         # Tied embeddings serve as the unembedding too.
         self._sources.setdefault("unembed", self._sources["embed"])
 

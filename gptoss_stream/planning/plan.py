@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from .. import formats
 from ..checkpoint.metadata import CheckpointInfo, read_metadata
 from ..errors import OptionError
-from ..formats import SourceModel
-from ..formats._check import check_tensors
+from ..formats import SourceModel, check_tensors
 from ..model.config import ModelConfig
 from ..model.selection import ResolvedSelection, Selection
 from ..storage.location import Location, LocationLike

@@ -79,8 +79,7 @@ def made(source: list[Row], target: list[Row]) -> dict[str, np.ndarray]:
         materialize_rows(part, pieces, dtype, Reader())
 
     found = {}
-    for one in output_tensors(tuple(source), tuple(target), MODEL, raws, None):
-        tensor = one.tensor
+    for tensor in output_tensors(tuple(source), tuple(target), MODEL, raws, None):
         out = np.zeros(tensor.nbytes, np.uint8)
         for begin in range(0, tensor.nbytes, 52):
             end = min(begin + 52, tensor.nbytes)

@@ -7,7 +7,7 @@ import pytest
 import gptoss_stream
 from gptoss_stream.errors import OptionError
 from gptoss_stream.planning.shards import balanced_groups, parse_size
-from gptoss_stream.synthesis import random_checkpoint
+from gptoss_stream.random_checkpoint import random_checkpoint
 from gptoss_stream.tensors.safetensors_header import INDEX_NAME, build_index
 
 

@@ -1,0 +1,70 @@
+"""A checkpoint's format and model, read from its configuration and its tensors' names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from ..checkpoint.metadata import CheckpointInfo
+from ..errors import ConfigError
+from ..model.config import ModelConfig
+from ._check import read_table
+from ._detection import detect_format
+from ._format import Format
+from ._registry import load, names
+from ._table import Table
+
+__all__ = ["SourceModel", "naming_config", "read_source"]
+
+
+@dataclass(frozen=True, slots=True)
+class SourceModel:
+    """A checkpoint's format and the model that it stores."""
+
+    name: str
+    """The format's name."""
+    detected_by: str
+    """Why the checkpoint is of that format."""
+    format: Format
+    table: Table
+    """The format's table with the names that the checkpoint uses."""
+    model: ModelConfig
+    """The model with the tensors that are stored."""
+
+
+def read_source(info: CheckpointInfo, source_format: str | None) -> SourceModel:
+    """Read the format and the model of a checkpoint.
+
+    Args:
+        info: The checkpoint.
+        source_format: The format's name; None to detect it.
+
+    Raises:
+        OptionError: If there is no format of that name.
+        CheckpointError: If the format cannot be detected.
+        ConfigError: If the configuration does not describe a model.
+        TensorError: If a tensor is stored under two names.
+    """
+    if source_format is None:
+        name, reason = detect_format(info, {name: load(name) for name in names()})
+    else:
+        name, reason = source_format, "as asked"
+    module = load(name)
+    with naming_config(info):
+        table, model = read_table(module.TABLE, module.read_model(info), info)
+    return SourceModel(name, reason, module, table, model)
+
+
+@contextmanager
+def naming_config(info: CheckpointInfo) -> Iterator[None]:
+    """Give each `ConfigError` the full path of the file that it is about.
+
+    Formats raise it as "config.json: …", whichever file the configuration was read from.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        name, _, what = str(error).partition(": ")
+        file = info.config_name if name == "config.json" else name
+        raise ConfigError(f"{info.location.display_path(file)}: {what}") from None
