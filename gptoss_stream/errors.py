@@ -1,15 +1,15 @@
-"""Every error that a user can cause or meet.
+"""The errors of this package: everything that can be wrong with an input, an output or the system.
 
-GptOssStreamError            exit code 2: what was asked for cannot be done as asked
- ├ OptionError               an argument is wrong (unknown format, size that does not parse)
- ├ CheckpointError           the source cannot be used
- │  ├ HeaderError            a safetensors header breaks a rule of the format
- │  ├ ConfigError            config.json is missing, damaged or of another model
- │  └ TensorError            a tensor is missing, of another dtype or shape, or holds a value
- │                           that cannot be converted
- ├ OutputError               the output folder cannot be used (foreign files, a finished run)
- ├ MissingPackageError       a part of this tool needs a package that is not installed
- └ MachineError              exit code 3: the disk is full, an I/O error, no permission
+    GptOssStreamError         exit code 2: the request cannot be carried out
+     ├ OptionError            an argument is wrong: unknown format, size that does not parse
+     ├ CheckpointError        the source cannot be used
+     │  ├ HeaderError         a safetensors header breaks a rule of the format
+     │  ├ ConfigError         config.json is missing, damaged or of another model
+     │  └ TensorError         a tensor is missing, has an unexpected dtype or shape, or a value that
+     │                        cannot be converted
+     ├ OutputError            the output cannot be used: foreign files, a finished run
+     ├ MissingPackageError    an optional package is not installed
+     └ MachineError           exit code 3: disk full, I/O error, no permission, no connection
 
 A message is one line: what is wrong, in which file or tensor, and what to do.
 """
@@ -30,7 +30,7 @@ __all__ = [
 
 
 class GptOssStreamError(Exception):
-    """Base of all errors of this package; `exit_code` is what the command line exits with."""
+    """Base class of all errors of this package; `exit_code` is that of the command line."""
 
     exit_code = 2
 
@@ -48,7 +48,7 @@ class HeaderError(CheckpointError):
 
 
 class ConfigError(CheckpointError):
-    """config.json is missing, damaged, or describes something else than a gpt-oss model."""
+    """config.json is missing, damaged, or does not describe a gpt-oss model."""
 
 
 class TensorError(CheckpointError):
@@ -56,14 +56,14 @@ class TensorError(CheckpointError):
 
 
 class OutputError(GptOssStreamError):
-    """The output folder cannot be written to without harm."""
+    """The output cannot be written to, or is not what it should be."""
 
 
 class MissingPackageError(GptOssStreamError, ImportError):
-    """An optional package is not installed, or in a version that cannot be used."""
+    """An optional package is not installed, or its version cannot be used."""
 
 
 class MachineError(GptOssStreamError):
-    """The machine failed: disk full, I/O error, no permission."""
+    """A system error: disk full, I/O error, no permission, no connection."""
 
     exit_code = 3

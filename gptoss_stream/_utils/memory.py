@@ -1,4 +1,4 @@
-"""What this process has used of the memory, and what it may still use."""
+"""The memory that this process has used, and the memory that it can still get."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _UNKNOWN = 1 << 62
 
 
 def peak_rss_nbytes() -> int:
-    """The largest resident memory that this process has had."""
-    # Not getrusage on Linux: there a child begins with its parent's peak.
+    """Return the peak resident memory of this process in bytes."""
+    # Not getrusage on Linux: a child process starts with the peak of its parent.
     peak = _field(Path("/proc/self/status"), "VmHWM")
     if peak is not None:
         return peak
@@ -26,14 +26,16 @@ def peak_rss_nbytes() -> int:
 
 
 def available_nbytes() -> int:
-    """Memory, the page cache's included, that this process can get without swapping: what the
-    system has, or less where a control group (version 1 or 2) limits it."""
+    """Return the bytes of memory that this process can get without swapping, page cache included.
+
+    This is what the system has, or less if a control group (version 1 or 2) limits the process.
+    """
     available = _field(Path("/proc/meminfo"), "MemAvailable")
     return min(_UNKNOWN if available is None else available, *_limits())
 
 
 def _field(file: Path, name: str) -> int | None:
-    """A line such as "VmHWM:  1234 kB" of a file in /proc, in bytes."""
+    """Read a line such as "VmHWM:  1234 kB" of a file in /proc; returns bytes."""
     try:
         match = re.search(rf"^{name}:\s+(\d+) kB", file.read_text(errors="replace"), re.MULTILINE)
     except OSError:
@@ -42,7 +44,7 @@ def _field(file: Path, name: str) -> int | None:
 
 
 def _limits() -> list[int]:
-    """The limits of this process's control groups and of those above them."""
+    """Return the limits of this process's control groups and of the groups above them."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -58,7 +60,7 @@ def _limits() -> list[int]:
             continue
         group = root / path.lstrip("/")
         for folder in (group, *group.parents):
-            with suppress(OSError, ValueError):  # "max", or a group that is not visible here
+            with suppress(OSError, ValueError):  # "max", or a group that is not visible to this process
                 limits.append(int((folder / name).read_text()))
             if folder == root:
                 break

@@ -1,4 +1,4 @@
-"""Opening what must be a regular file: a pipe would block for ever, a device never end."""
+"""Opens only regular files: a pipe would block for ever, a device would never end."""
 
 from __future__ import annotations
 
@@ -10,14 +10,22 @@ __all__ = ["NotRegularError", "open_regular"]
 
 
 class NotRegularError(ValueError):
-    """A folder, pipe, socket or device stands where a file should be."""
+    """A path is a folder, pipe, socket or device, and not a regular file."""
 
 
 def open_regular(file: Path) -> int:
-    """A descriptor for reading; raises `NotRegularError`, and `OSError` as the system does."""
+    """Open a regular file for reading.
+
+    Returns:
+        A file descriptor.
+
+    Raises:
+        NotRegularError: If it is not a regular file.
+        OSError: As the system does.
+    """
     if not stat.S_ISREG(os.stat(file).st_mode):
         raise NotRegularError(f"{file}: not a regular file")
-    # It may have become something else meanwhile: open without waiting, and look again.
+    # It may have been replaced since: open without blocking, and check again.
     descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

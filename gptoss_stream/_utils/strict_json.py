@@ -1,9 +1,9 @@
-"""JSON read strictly: what is ambiguous or not JSON is refused.
+"""Reads JSON strictly: refuses what is ambiguous or not JSON.
 
-Python's `json` takes UTF-16, NaN, duplicate keys (the last wins), lone surrogates and integers of
-any length, reads -0 as an integer, and dies of `RecursionError` on deep nesting. A file that two
-readers understand differently is not something to convert, so these are errors here (and -0, which
-others read as a float, is one).
+Python's `json` accepts UTF-16, NaN, duplicate keys (the last one counts), lone surrogates and
+integers of any length, reads -0 as an integer, and raises `RecursionError` on deep nesting. A file
+that two readers understand differently must not be converted, so these are errors here, and -0 is
+a float, as in other readers.
 """
 
 from __future__ import annotations
@@ -36,18 +36,22 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise ValueError(f"the key {key!r} stands twice")
+                raise ValueError(f"the key {key!r} occurs twice")
             seen.add(key)
     return result
 
 
 def dumps(value: Mapping[str, Any]) -> bytes:
-    """An object as the text of a file for people too."""
+    """Return the text of a JSON file, indented for users to read."""
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def loads(data: bytes) -> Any:
-    """The value of a UTF-8 JSON text (RFC 8259); raises `ValueError` saying what is wrong."""
+    """Parse a JSON text (RFC 8259) in UTF-8.
+
+    Raises:
+        ValueError: Saying what is wrong.
+    """
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -60,7 +64,7 @@ def loads(data: bytes) -> Any:
             object_pairs_hook=_no_duplicates,
             parse_constant=_no_constant,
             parse_float=_finite,
-            parse_int=_integer if "-0" in text else None,  # the built-in is quicker
+            parse_int=_integer if "-0" in text else None,  # the built-in is faster
         )
         if "\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode()

@@ -1,4 +1,4 @@
-"""Threads that take tasks in order and do them, each with a buffer of its own."""
+"""Threads that take steps in order and run them, each with its own buffer."""
 
 from __future__ import annotations
 
@@ -14,68 +14,77 @@ from .buffers import aligned_buffer
 
 __all__ = ["Buffer", "Step", "count_workers", "run_steps"]
 
-
-_MOST = 256
-
+_MAX_WORKERS = 256
 
 Buffer: TypeAlias = np.ndarray[Any, Any]
-
-
 Step: TypeAlias = Callable[[Buffer], None]
+"""A piece of work, called with the buffer of the thread that runs it."""
 
 
 def count_workers(workers: int | None) -> int:
-    """The number of threads: as asked, or one more than there are processors, at most 8, since one
-    of them is always waiting for the disk. Raises `OptionError` for none or absurdly many."""
+    """Return the number of threads to use.
+
+    Args:
+        workers: The number that was asked for. None means one more than there are processors,
+            since one thread is usually waiting for the disk, and at most 8.
+
+    Raises:
+        OptionError: If the number is less than 1 or absurdly large.
+    """
     if workers is None:
         affinity = getattr(os, "sched_getaffinity", None)
         processors = len(affinity(0)) if affinity else os.cpu_count() or 1
         return min(processors + 1, 8)
-    if not 1 <= workers <= _MOST:
-        raise OptionError(f"{workers} workers: there must be 1 to {_MOST}")
+    if not 1 <= workers <= _MAX_WORKERS:
+        raise OptionError(f"{workers} workers: there must be 1 to {_MAX_WORKERS}")
     return workers
 
 
 def run_steps(
-    tasks: Iterator[Step], workers: int, buffer_nbytes: int, stop: threading.Event
+    steps: Iterator[Step], workers: int, buffer_nbytes: int, stop: threading.Event
 ) -> None:
-    """Do all tasks, which are taken in order, with a page-aligned buffer of `buffer_nbytes` for
-    each thread.
+    """Run all steps in threads.
 
-    The first error ends the others after the task they are at, and is raised; so does an
-    exception in the calling thread, such as `KeyboardInterrupt`. `stop` is set by then.
+    The first error stops the other threads after their current step, and is raised. So does an
+    exception in the calling thread, such as `KeyboardInterrupt`.
+
+    Args:
+        steps: The steps, which threads take in order.
+        workers: The number of threads.
+        buffer_nbytes: The size of each thread's page-aligned buffer.
+        stop: Is set when the threads must stop; it is always set in the end.
     """
     taking = threading.Lock()
     errors: list[BaseException] = []
 
-    def work(end: threading.Event) -> None:
+    def work(finished: threading.Event) -> None:
         try:
             buffer = aligned_buffer(buffer_nbytes)
             while not stop.is_set():
                 with taking:
-                    task = next(tasks, None)
-                if task is None:
+                    step = next(steps, None)
+                if step is None:
                     return
-                task(buffer)
+                step(buffer)
         except BaseException as error:
             errors.append(error)
             stop.set()
         finally:
-            end.set()
+            finished.set()
 
-    # Not Thread.join: one that a signal interrupts takes its thread for dead, before Python 3.13.
-    ends: list[threading.Event] = []
+    # Not Thread.join: if a signal interrupts it, Python before 3.13 considers the thread finished.
+    threads_finished: list[threading.Event] = []
     try:
         for _ in range(workers):
-            end = threading.Event()
-            threading.Thread(target=work, args=(end,), daemon=True).start()
-            ends.append(end)
-        for end in ends:
-            while not end.wait(0.1):  # in short waits, so that signals are handled meanwhile
+            finished = threading.Event()
+            threading.Thread(target=work, args=(finished,), daemon=True).start()
+            threads_finished.append(finished)
+        for finished in threads_finished:
+            while not finished.wait(0.1):  # short waits, so that signals are handled in between
                 pass
     finally:
         stop.set()
-        for end in ends:
-            end.wait()
+        for finished in threads_finished:
+            finished.wait()
     if errors:
         raise errors[0]
