@@ -7,11 +7,12 @@ from dataclasses import replace
 from math import prod
 
 from .._utils.messages import counted, listed
-from ..checkpoint.metadata import CheckpointInfo, RawTensor
+from ..checkpoint.metadata import CheckpointInfo
 from ..errors import TensorError
 from ..model.config import ModelConfig
 from ..model.tensors import ATTENTION_BIASES
 from ..tensors.dtypes import BLOCK_VALUES
+from ..tensors.raw_tensor import RawTensor
 from ._table import Row, Table, TensorSpec, rows_by_name, tensor_specs
 
 __all__ = ["check_tensors", "names_present", "read_table"]

@@ -1,6 +1,6 @@
-"""Plans a conversion: every shard, tensor, shape and size, before any data is moved.
+"""Everything about an output that is known before its data is made.
 
-Does: maps one format's table to another's, and lays the output tensors into shards.
-May import: errors, _utils, tensors, storage, checkpoint, transforms, model, formats.
-Must not know: threads, output files, how data is read or written.
+Does: map tensors from one format to another, plan shards, refuse what cannot be converted.
+May import: formats, model, transforms, checkpoint, storage, tensors, errors, _utils.
+Must not know: how shards are written, and by which threads or machines.
 """

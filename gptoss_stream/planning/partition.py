@@ -1,4 +1,7 @@
-"""Which shards one task of several makes, where a batch system starts them side by side."""
+"""Array tasks: each of several runs of one command writes its part of the shards.
+
+A batch system such as SLURM starts them side by side, with a number for each.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +13,27 @@ from .shards import PlannedShard, write_nbytes
 
 __all__ = ["ArrayTask"]
 
-
-_MOST = 10_000
+_MAX_TASKS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
 class ArrayTask:
-    """The part of task `index` of `count`, counted from 0; raises `OptionError` for none such."""
+    """One of several array tasks that write an output together.
+
+    Args:
+        index: The task's number, from 0.
+        count: The number of tasks.
+
+    Raises:
+        OptionError: If there is no such task.
+    """
 
     index: int
     count: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.count <= _MOST:
-            raise OptionError(f"{self.count} tasks: there must be 1 to {_MOST}")
+        if not 1 <= self.count <= _MAX_TASKS:
+            raise OptionError(f"{self.count} tasks: there must be 1 to {_MAX_TASKS}")
         if not 0 <= self.index < self.count:
             raise OptionError(
                 f"task {self.index} of {self.count}: tasks are numbered 0 to {self.count - 1}"
@@ -34,17 +44,20 @@ class ArrayTask:
 
     @property
     def tag(self) -> str:
-        """What names of files say for it."""
+        """The task in file names."""
         return f"task-{self.index}-of-{self.count}"
 
     def select(self, shards: Sequence[PlannedShard]) -> list[PlannedShard]:
-        """The shards of this task, in order: the costliest first, each to the task that has least
-        to do, so that all end at about the same time."""
-        loads = [0] * self.count
-        mine = set()
+        """Return the shards that this task writes, in their order.
+
+        Shards are assigned from the largest to the smallest, each to the task with the fewest
+        bytes so far, so that all tasks end at about the same time.
+        """
+        nbytes = [0] * self.count  # of each task
+        selected = set()
         for shard in sorted(shards, key=write_nbytes, reverse=True):
-            task = loads.index(min(loads))
-            loads[task] += write_nbytes(shard)
+            task = nbytes.index(min(nbytes))
+            nbytes[task] += write_nbytes(shard)
             if task == self.index:
-                mine.add(shard.name)
-        return [shard for shard in shards if shard.name in mine]
+                selected.add(shard.name)
+        return [shard for shard in shards if shard.name in selected]

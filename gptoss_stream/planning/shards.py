@@ -1,8 +1,6 @@
-"""From a source and a format to write to a plan: every shard, tensor, shape and size of the output.
+"""The files of an output: which tensors are in which shard, and where in it.
 
-Reads headers and configuration, no tensor data (but of a bias that must be zero), and moves none.
-All that can be wrong with a source and is visible in these is found here, before the first byte is
-written.
+Tensors stay in order. There are as few shards as the largest size allows, of about equal size.
 """
 
 from __future__ import annotations
@@ -18,31 +16,39 @@ from ..tensors.safetensors_header import build_header
 from ..transforms.operands import DenseOperand, as_dense
 from ..transforms.output_tensor import OutputTensor, Segment
 
-__all__ = ["DEFAULT_SHARD_SIZE", "PlannedShard", "parse_size", "plan_shards", "write_nbytes"]
-
+__all__ = [
+    "DEFAULT_SHARD_SIZE",
+    "PlannedShard",
+    "is_spilled",
+    "parse_size",
+    "plan_shards",
+    "write_nbytes",
+]
 
 DEFAULT_SHARD_SIZE = "5GB"
 
-
 SPILL_NBYTES = 64_000_000
-"""A transposition of more than this goes through a spill file (`scratch`): reading it a few columns
-at a time would read it from disk once for each time."""
-
+"""Larger transpositions go through a spill file. Without one, each chunk of the output takes a few
+columns of the source, and all of the source would be read from the disk for each chunk."""
 
 SPILLED_AXES = frozenset({"v"})
-"""Only tensors with these axes are that large; an expert's matrix is read again from the page
-cache for each segment of the output, which costs less than writing it once more."""
+"""Axes of which a tensor must have one to be spilled. An expert's matrix is read again from the
+page cache for each chunk, which costs less than writing it to a spill file."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedShard:
-    """One file of the output: its tensors in order, and where each one's data begins in it."""
+    """A file of the output."""
 
     name: str
     tensors: tuple[OutputTensor, ...]
+    """Its tensors in the order of their data."""
     header: bytes = field(repr=False)
+    """The safetensors header, with its length field."""
     offsets: tuple[int, ...] = field(repr=False)
+    """The first byte of each tensor's data in the file."""
     nbytes: int
+    """The size of the file."""
 
     @property
     def data_nbytes(self) -> int:
@@ -51,26 +57,30 @@ class PlannedShard:
 
     @property
     def spill_nbytes(self) -> int:
-        """Disk space that is needed beside the shard while it is made."""
+        """Bytes of disk space that its spill files need while it is written."""
         return sum(
             segment.elements * as_dense(segment.operand).raw.dtype.itemsize
             for segment, _ in self.spilled()
         )
 
     def overlapping(self, begin: int, end: int) -> Iterator[tuple[OutputTensor, int, int, int]]:
-        """The tensors with data in bytes `begin … end` of the file: tensor, from and to which of
-        its bytes, and where in the file that is."""
+        """Yield the tensors with data in bytes `begin … end` of the file.
+
+        Yields:
+            The tensor, the first of its bytes, the byte after the last, and the offset in the file
+            of the first.
+        """
         for i in range(max(0, bisect_right(self.offsets, begin) - 1), len(self.tensors)):
-            at = self.offsets[i]
-            if at >= end:
+            offset = self.offsets[i]
+            if offset >= end:
                 return
-            low = max(begin, at)
-            high = min(end, at + self.tensors[i].nbytes)
+            low = max(begin, offset)
+            high = min(end, offset + self.tensors[i].nbytes)
             if low < high:
-                yield self.tensors[i], low - at, high - at, low
+                yield self.tensors[i], low - offset, high - offset, low
 
     def spilled(self) -> Iterator[tuple[Segment, int]]:
-        """The parts that are transposed through a scratch file, and where their tensors begin."""
+        """Yield the segments that go through a spill file, with their tensors' offsets."""
         for tensor, offset in zip(self.tensors, self.offsets, strict=True):
             for segment in tensor.segments:
                 if is_spilled(segment):
@@ -78,24 +88,29 @@ class PlannedShard:
 
 
 def is_spilled(segment: Segment) -> bool:
-    """Whether a part is a transposition too large to be read in columns."""
-    operand, how = segment.operand, segment.rearrangement
+    """Return whether a segment is a transposition that goes through a spill file."""
+    operand, rearrangement = segment.operand, segment.rearrangement
     return (
-        how.transposes
+        rearrangement.transposes
         and isinstance(operand, DenseOperand)
-        and not SPILLED_AXES.isdisjoint("".join(how.axes))
+        and not SPILLED_AXES.isdisjoint("".join(rearrangement.axes))
         and segment.elements * operand.raw.dtype.itemsize > SPILL_NBYTES
     )
 
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
-
-
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes of a size such as "5GB", "500MB" or 1000 (decimal units); raises `OptionError`."""
+    """Return a size in bytes.
+
+    Args:
+        size: Bytes, or a text such as "5GB" or "500MB" (decimal units).
+
+    Raises:
+        OptionError: For another text, and for less than 1 byte.
+    """
     match = _SIZE.fullmatch(str(size).strip())
     nbytes = int(float(match[1]) * _UNITS[match[2].upper()]) if match and len(match[1]) < 20 else 0
     if nbytes < 1:
@@ -106,33 +121,38 @@ def parse_size(size: int | str) -> int:
 def plan_shards(
     tensors: Sequence[OutputTensor], limit: int, *, first_number: int = 1, stem: str = "model"
 ) -> tuple[PlannedShard, ...]:
-    """Lay tensors, in order, into shards of at most `limit` bytes of data.
+    """Return the shards of an output.
 
-    One suffices: `model.safetensors`. More: `model-00001-of-000NN.safetensors`, counted from
-    `first_number` (OpenAI's repositories count from 0, and the last number follows suit).
+    A single shard is named `model.safetensors`, several `model-00001-of-000NN.safetensors`.
+
+    Args:
+        tensors: The tensors in order.
+        limit: The most bytes of tensor data in a shard; a larger tensor gets a shard of its own.
+        first_number: The number of the first shard. With 0, as in OpenAI's repositories, the last
+            number is one less too.
+        stem: What the names of several shards begin with.
     """
     sizes = [tensor.nbytes for tensor in tensors]
     groups = balanced_groups(sizes, limit)
     last_number = len(groups) - 1 + first_number
-    result = []
+    shards = []
     first = 0
     for number, count in enumerate(groups, first_number):
         members = tuple(tensors[first : first + count])
         header = build_header((t.name, t.dtype, t.shape) for t in members)
-        starts = accumulate(sizes[first : first + count], initial=len(header))
-        *offsets, end = starts
+        *offsets, end = accumulate(sizes[first : first + count], initial=len(header))
         name = (
             "model.safetensors"
             if len(groups) == 1
             else f"{stem}-{number:05d}-of-{last_number:05d}.safetensors"
         )
-        result.append(PlannedShard(name, members, header, tuple(offsets), end))
+        shards.append(PlannedShard(name, members, header, tuple(offsets), end))
         first += count
-    return tuple(result)
+    return tuple(shards)
 
 
-def _greedy(sizes: Iterable[int], limit: int) -> list[int]:
-    """How many of the sizes go into each group, in order; one above the limit goes alone."""
+def _fill_groups(sizes: Iterable[int], limit: int) -> list[int]:
+    """Return how many sizes, in order, fit into each group of at most `limit`."""
     groups: list[int] = []
     room = 0
     for size in sizes:
@@ -145,22 +165,26 @@ def _greedy(sizes: Iterable[int], limit: int) -> list[int]:
 
 
 def balanced_groups(sizes: Sequence[int], limit: int) -> list[int]:
-    """Cut sizes, in order, into as few groups of at most `limit` as possible, the largest group
-    being as small as it can: how many sizes go into each.
+    """Cut sizes, in order, into as few groups as possible, and make the largest group small.
 
-    A size above the limit makes a group alone.
+    Args:
+        sizes: The sizes.
+        limit: The most that the sizes of a group add up to. A larger size gets its own group.
+
+    Returns:
+        The number of sizes in each group.
     """
-    count = len(_greedy(sizes, limit))
+    count = len(_fill_groups(sizes, limit))
     low, high = max(sizes, default=1), limit
     while low < high:
         middle = (low + high) // 2
-        if len(_greedy(sizes, middle)) <= count:
+        if len(_fill_groups(sizes, middle)) <= count:
             high = middle
         else:
             low = middle + 1
-    return _greedy(sizes, min(high, limit))
+    return _fill_groups(sizes, min(high, limit))
 
 
 def write_nbytes(shard: PlannedShard) -> int:
-    """What making a shard costs, in bytes written: its own, and those of a large transpose."""
+    """Return the bytes that are written for a shard, with those of its spill files."""
     return shard.nbytes + shard.spill_nbytes

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
-from ..checkpoint.metadata import RawTensor
 from ..checkpoint.reader import ElementRange, Reader
 from ..errors import TensorError
 from ..tensors.dtypes import BLOCK_NBYTES, BLOCK_VALUES, DType
+from ..tensors.raw_tensor import RawTensor
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,7 +8,7 @@ are one tensor, `qkv`. Made of Hugging Face's format it has three segments:
                                segment 1: k_proj.weight [512, 2880], unchanged
                                segment 2: v_proj.weight [512, 2880], unchanged
 
-Three classes describe tensors. A `checkpoint.metadata.RawTensor` is in a file of the source. A
+Three classes describe tensors. A `tensors.raw_tensor.RawTensor` is in a file of the source. A
 `formats.TensorSpec` says what a format stores, of any model and in any checkpoint. An
 `OutputTensor` is to be written, and its operands name the raw tensors that it is made of.
 """

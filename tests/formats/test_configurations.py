@@ -1,4 +1,4 @@
-"""The configuration files of each written format, and what its readers could not compute."""
+"""The configuration files of each written format, and models that its loaders cannot compute."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ SOURCES = ("hf-mxfp4", "openai")
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_openais_configuration_is_complete(source, checkpoints, tmp_path):
-    """It holds what gpt-oss's own `ModelConfig` reads, and comes back as it was."""
+    """It has all that gpt-oss's own `ModelConfig` reads, and converts back to the same."""
     gptoss_stream.convert(checkpoints(format=source), tmp_path / "out", to="openai")
     found = json.loads((tmp_path / "out/config.json").read_text())
-    meant = AutoConfig.from_pretrained(checkpoints())
-    assert found == independent.openai_config(meant.to_dict())
+    original = AutoConfig.from_pretrained(checkpoints())
+    assert found == independent.openai_config(original.to_dict())
     gptoss_stream.convert(tmp_path / "out", tmp_path / "back", to="hf-mxfp4")
-    again = AutoConfig.from_pretrained(tmp_path / "back").to_dict()
-    assert again == meant.to_dict() | {"_name_or_path": again["_name_or_path"]}
+    back = AutoConfig.from_pretrained(tmp_path / "back").to_dict()
+    assert back == original.to_dict() | {"_name_or_path": back["_name_or_path"]}
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_a_packed_configuration_says_so(source, checkpoints, tmp_path):
+def test_an_mxfp4_configuration_says_so(source, checkpoints, tmp_path):
     gptoss_stream.convert(checkpoints(format=source), tmp_path / "out", to="hf-mxfp4")
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "mxfp4"
@@ -39,8 +39,8 @@ def test_a_packed_configuration_says_so(source, checkpoints, tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "hf/config.json").read_text())
 
 
-def test_a_part_of_a_model_is_no_checkpoint(checkpoints, tmp_path):
-    """transformers would fill the rest of it at random, and others would stop in the midst."""
+def test_a_part_of_a_model_is_not_a_checkpoint(checkpoints, tmp_path):
+    """transformers would load it with random values for missing tensors, others would fail."""
     part = gptoss_stream.Selection(layers="1")
     for target in ("hf", "hf-mxfp4", "hf-unfused", "openai"):
         gptoss_stream.convert(checkpoints(), tmp_path / target, to=target, selection=part)
@@ -49,7 +49,7 @@ def test_a_part_of_a_model_is_no_checkpoint(checkpoints, tmp_path):
 
 
 def yarn(**values):
-    """The rotary settings of the released models but for some."""
+    """Return the rotary settings of the released models, with some values replaced."""
     settings = {
         "rope_type": "yarn",
         "rope_theta": 150_000.0,
@@ -63,8 +63,11 @@ def yarn(**values):
 
 
 NOT_OPENAIS = {
-    "no alternation": ({"layer_types": ["full_attention"] * 4}, "layer_types is \\['full"),
-    "the other alternation": (
+    "layers that do not alternate": (
+        {"layer_types": ["full_attention"] * 4},
+        "layer_types is \\['full",
+    ),
+    "layers that alternate the other way": (
         {"layer_types": ["full_attention", "sliding_attention"] * 2},
         "layer_types is \\['full",
     ),
@@ -72,20 +75,23 @@ NOT_OPENAIS = {
     "another epsilon": ({"rms_norm_eps": 1e-6}, "rms_norm_eps is 1e-06"),
     "another activation": ({"hidden_act": "gelu"}, "hidden_act is gelu"),
     "another slope": ({"swiglu_alpha": 1.5}, "swiglu_alpha is 1.5"),
-    "cut frequencies": (yarn(truncate=True), "rope truncate is true"),
+    "truncated frequencies": (yarn(truncate=True), "rope truncate is true"),
     "a factor below 1": (yarn(factor=0.5), "what OpenAI's code cannot compute"),
     "frequencies out of range": (
         yarn(original_max_position_embeddings=128),
         "what OpenAI's code cannot compute",
     ),
-    "no length": (yarn(original_max_position_embeddings=None), "original_max.* is missing"),
+    "no original length": (
+        yarn(original_max_position_embeddings=None),
+        "original_max.* is missing",
+    ),
     "another attention factor": (yarn(attention_factor=1.0), "rope attention_factor is 1.0"),
     "no YaRN": (yarn(rope_type="linear"), "rope_type is linear"),
 }
 
 
 @pytest.mark.parametrize(("values", "words"), NOT_OPENAIS.values(), ids=NOT_OPENAIS.keys())
-def test_what_openais_code_would_compute_otherwise_is_refused(values, words, checkpoints, tmp_path):
+def test_models_that_openais_code_cannot_compute_are_refused(values, words, checkpoints, tmp_path):
     source = shutil.copytree(checkpoints(), tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
     config.pop("rope_scaling")
@@ -97,24 +103,24 @@ def test_what_openais_code_would_compute_otherwise_is_refused(values, words, che
 
 
 @pytest.mark.parametrize("values", [{"swiglu_limit": 5.0}, yarn(beta_fast=16.0, factor=8.0)])
-def test_what_openais_configuration_can_say_is_said(values, checkpoints, tmp_path):
+def test_settings_that_openais_configuration_has_are_written(values, checkpoints, tmp_path):
     source = shutil.copytree(checkpoints(), tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
     config.pop("rope_scaling")
     (source / "config.json").write_text(json.dumps({**config, **yarn(), **values}))
-    gptoss_stream.convert(source, tmp_path / "there", to="openai")
-    gptoss_stream.convert(tmp_path / "there", tmp_path / "back", to="hf-mxfp4")
-    meant = [AutoConfig.from_pretrained(folder) for folder in (source, tmp_path / "back")]
+    gptoss_stream.convert(source, tmp_path / "openai", to="openai")
+    gptoss_stream.convert(tmp_path / "openai", tmp_path / "back", to="hf-mxfp4")
+    configs = [AutoConfig.from_pretrained(folder) for folder in (source, tmp_path / "back")]
     for key in ("rope_parameters", "swiglu_limit", "sliding_window"):
-        assert getattr(meant[0], key) == getattr(meant[1], key), key
+        assert getattr(configs[0], key) == getattr(configs[1], key), key
 
 
-def test_a_head_that_counts_is_said_to(tmp_path):
-    """Biases and head that a format always stores are the model's from then on."""
+def test_a_stored_unembedding_and_biases_are_in_the_configuration(tmp_path):
+    """If a format always stores them, they are tensors of the model after that."""
     settings = {"tie_word_embeddings": True, "attention_bias": False}
     source = oracle.make_dense(tmp_path / "source", torch.float32, **settings)
-    gptoss_stream.convert(source, tmp_path / "there", dtype="keep")
-    gptoss_stream.convert(tmp_path / "there", tmp_path / "back", to="hf")
+    gptoss_stream.convert(source, tmp_path / "tl", dtype="keep")
+    gptoss_stream.convert(tmp_path / "tl", tmp_path / "back", to="hf")
     config = json.loads((tmp_path / "back/config.json").read_text())
     assert (config["tie_word_embeddings"], config["attention_bias"]) == (False, True)
     expected = independent.complete(independent.load_folder(source))

@@ -1,5 +1,8 @@
-"""OpenAI's own package on the format `openai`. Slow: it asks for Python 3.12 and for much that its
-model does not need, and gets an environment of its own."""
+"""OpenAI's own package loads the format `openai`.
+
+Slow: the package needs an environment of its own, since its metadata requires Python 3.12 and many
+packages that its model does not use.
+"""
 
 from __future__ import annotations
 
@@ -42,27 +45,27 @@ def test_openais_own_model_computes_the_hugging_face_logits(source, tmp_path, en
     subprocess.run(command, check=True, stdout=sys.stderr)
     found = load_file(tmp_path / "found")
     logits = found.pop("logits")
-    packed = independent.load_folder(tmp_path / "source/hf")
-    whole = independent.to_openai(independent.dequantised(packed), 2)
+    mxfp4 = independent.load_folder(tmp_path / "source/hf")
+    whole = independent.to_openai(independent.dequantised(mxfp4), 2)
     renamed = {"gate_up_proj": "mlp1_weight", "down_proj": "mlp2_weight"}
     for name, tensor in model.items():
         for old, new in renamed.items():
-            if name.endswith(old):  # rows are inputs there
+            if name.endswith(old):  # its rows are inputs
                 layer = name.split(".")[2]
                 whole[f"block.{layer}.mlp.{new}"] = tensor.transpose(1, 2).contiguous()
     assert {f"weights.{name}" for name in whole} == set(found)
-    values = {n: found[f"weights.{n}"].float() for n in whole}  # it holds its norms so
+    values = {n: found[f"weights.{n}"].float() for n in whole}  # it has its norms in float32
     assert [n for n, t in whole.items() if not same_bits(values[n], t.float())] == []
     peer = oracle.load_model(tmp_path / "source/hf", torch.float32)
     with torch.no_grad():
-        wanted = peer(torch.arange(40)[None] * 25 % 101).logits[0]
-    assert wanted.std() > 0.01
-    torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=0)
+        expected = peer(torch.arange(40)[None] * 25 % 101).logits[0]
+    assert expected.std() > 0.01
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """A Python with gpt-oss's torch model."""
+    """Return a Python interpreter with gpt-oss's torch model."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=True)
     python = folder / "bin/python"

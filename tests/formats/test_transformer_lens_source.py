@@ -1,4 +1,4 @@
-"""TransformerLens's state dicts as sources: outputs of this tool, edited or not, and a user's."""
+"""State dicts of TransformerLens as sources: outputs of this tool, edited ones, and a user's."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ TOKENS = torch.arange(40)[None] * 25 % 101
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    """An unquantised model of transformers' own, in float32."""
+    """Return an unquantized model that transformers wrote, in float32."""
     return oracle.make_dense(tmp_path_factory.mktemp("hf") / "hf", torch.float32)
 
 
 @pytest.fixture
 def converted(original, tmp_path):
-    """It as this tool converts it, to edit."""
+    """Return the original converted by this tool, to be edited."""
     gptoss_stream.convert(original, tmp_path / "tl", dtype="keep")
     return tmp_path / "tl"
 
@@ -48,7 +48,7 @@ def logits_of(folder) -> torch.Tensor:
 
 
 def ablate(tensors) -> None:
-    """Zero an expert's output and a head's, and change a bias."""
+    """Set the output of an expert and of a head to zero, and change a bias."""
     tensors["blocks.0.mlp.experts.1.W_out.weight"].zero_()
     tensors["blocks.0.mlp.experts.1.W_out.bias"].zero_()
     tensors["blocks.1.attn.W_O"][2].zero_()
@@ -56,8 +56,8 @@ def ablate(tensors) -> None:
 
 
 @pytest.mark.parametrize("target", ["hf", "hf-unfused"])
-def test_an_edited_state_dict_goes_back(target, original, converted, tmp_path):
-    """transformers computes with it what the edited HookedTransformer computes."""
+def test_an_edited_state_dict_converts_back(target, original, converted, tmp_path):
+    """transformers then computes what the edited HookedTransformer computes."""
     hooked = oracle.hooked_model(original, torch.float32)
     ablate(hooked.state_dict())
     edit(converted, ablate)
@@ -68,15 +68,15 @@ def test_an_edited_state_dict_goes_back(target, original, converted, tmp_path):
         config = independent.config_of(out)
         out = independent.save(tmp_path / "hf", independent.read_hf_unfused(out), config=config)
     with torch.no_grad():
-        wanted = hooked(TOKENS)
+        expected = hooked(TOKENS)
     found = logits_of(out)
-    torch.testing.assert_close(found, wanted, atol=2e-6, rtol=0)
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
     assert (found - logits_of(original)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("index", [True, False])
-def test_a_users_own_state_dict_goes_back(index, original, tmp_path):
-    """`save_file(model.state_dict())`, buffers and all, beside the model's own configuration."""
+def test_a_users_state_dict_converts_back(index, original, tmp_path):
+    """Saved by `save_file(model.state_dict())` with all buffers, and with `model.cfg`."""
     hooked = oracle.hooked_model(original, torch.float32)
     ablate(hooked.state_dict())
     fields = hooked.cfg.to_dict()
@@ -90,27 +90,26 @@ def test_a_users_own_state_dict_goes_back(index, original, tmp_path):
     assert (plan.source_format, plan.unmapped) == ("transformer-lens", ())
     gptoss_stream.convert(source, tmp_path / "out", to="hf")
     with torch.no_grad():
-        wanted = hooked(TOKENS)
-    torch.testing.assert_close(logits_of(tmp_path / "out"), wanted, atol=2e-6, rtol=0)
+        expected = hooked(TOKENS)
+    torch.testing.assert_close(logits_of(tmp_path / "out"), expected, atol=2e-6, rtol=0)
 
 
-def test_the_configuration_comes_back(original, converted, tmp_path):
-    """From source_config.json whole; from tl_config.json, and from what OpenAI's was, to the same
-    meaning."""
+def test_the_configuration_converts_back(original, converted, tmp_path):
+    """From source_config.json with all keys, from tl_config.json with the same meaning."""
     gptoss_stream.convert(converted, tmp_path / "both", to="hf")
-    there, here = (independent.config_of(folder) for folder in (original, tmp_path / "both"))
-    assert here == there | {"dtype": "float32", "torch_dtype": "float32"}
+    before, after = (independent.config_of(folder) for folder in (original, tmp_path / "both"))
+    assert after == before | {"dtype": "float32", "torch_dtype": "float32"}
     without = shutil.copytree(converted, tmp_path / "without")
     (without / "source_config.json").unlink()
     gptoss_stream.convert(without, tmp_path / "fields", to="hf")
-    meant = [AutoConfig.from_pretrained(f) for f in (original, tmp_path / "fields")]
+    configs = [AutoConfig.from_pretrained(f) for f in (original, tmp_path / "fields")]
     for key in (*oracle.SMALL, "rope_parameters", "layer_types", "rms_norm_eps", "attention_bias"):
-        assert getattr(meant[0], key) == getattr(meant[1], key), key
+        assert getattr(configs[0], key) == getattr(configs[1], key), key
     assert torch.equal(logits_of(tmp_path / "fields"), logits_of(original))
 
 
-def test_a_folder_whose_source_was_openais(checkpoints, tmp_path):
-    """And back to a configuration of OpenAI's or Hugging Face's."""
+def test_a_folder_that_was_converted_from_openai(checkpoints, tmp_path):
+    """It converts to Hugging Face's configuration, and keeps OpenAI's as its source's."""
     source = checkpoints(format="openai", layers=2)
     gptoss_stream.convert(source, tmp_path / "tl")
     gptoss_stream.convert(source, tmp_path / "direct", to="hf")
@@ -124,7 +123,7 @@ def test_a_folder_whose_source_was_openais(checkpoints, tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "tl" / name).read_bytes()
 
 
-def test_one_of_the_configurations_suffices(converted, tmp_path):
+def test_one_of_the_configurations_is_enough(converted, tmp_path):
     gptoss_stream.convert(converted, tmp_path / "both", to="hf")
     for name in ("tl_config.json", "source_config.json"):
         source = shutil.copytree(converted, tmp_path / name)
@@ -135,8 +134,8 @@ def test_one_of_the_configurations_suffices(converted, tmp_path):
         ).read_bytes()
 
 
-def test_a_config_json_beside_it_is_read_too(original, converted, tmp_path):
-    """Somebody may keep Hugging Face's under its own name, which does not make it that format."""
+def test_a_config_json_is_read_too(original, converted, tmp_path):
+    """Hugging Face's configuration under its usual name does not make the folder that format."""
     (converted / "source_config.json").rename(converted / "config.json")
     plan = gptoss_stream.plan(converted, to="hf")
     assert plan.source_format == "transformer-lens"
@@ -168,7 +167,7 @@ def test_configurations_that_contradict_each_other_are_refused(key, converted, t
 
 
 @pytest.mark.parametrize("values", [{"n_ctx": 64}, {"dtype": "float16"}, {"model_name": "mine"}])
-def test_how_a_model_was_loaded_contradicts_nothing(values, converted, tmp_path):
+def test_fields_that_change_nothing_computed_may_differ(values, converted, tmp_path):
     edit_json(converted / "tl_config.json", **values)
     gptoss_stream.convert(converted, tmp_path / "out", to="hf")
     config = independent.config_of(tmp_path / "out")
@@ -177,7 +176,7 @@ def test_how_a_model_was_loaded_contradicts_nothing(values, converted, tmp_path)
 
 REFUSED_FIELDS = {
     "no layers": ({"n_layers": None}, "n_layers is missing"),
-    "types of no kind": ({"attn_types": ["x", "y"]}, "attn_types must be a list of local and glob"),
+    "unknown types": ({"attn_types": ["x", "y"]}, "attn_types must be a list of local and glob"),
     "no rotary embedding": ({"positional_embedding_type": "standard"}, "'standard'; gpt-oss has"),
     "a part of a head": ({"rotary_dim": 8}, "rotary_dim is '8'; gpt-oss has 24"),
     "processed norms": ({"normalization_type": "RMSPre"}, "'RMSPre'; gpt-oss has 'RMS'"),
@@ -185,7 +184,7 @@ REFUSED_FIELDS = {
     "another activation": ({"act_fn": "gelu"}, "hidden_act is gelu"),
     "more layers than types": ({"n_layers": 3}, "2 layer_types for 3 layers"),
     "windows without a size": ({"window_size": None}, "but no sliding_window"),
-    "windows that are not used": ({"use_local_attn": False}, "but no sliding_window"),
+    "unused windows": ({"use_local_attn": False}, "but no sliding_window"),
     "another scale": ({"attn_scale": 1.0}, "attn_scale is 1.0; gpt-oss has 4.898"),
     **{
         key: ({key: value}, f"{key} is '{value}'; gpt-oss has")
@@ -212,8 +211,8 @@ REFUSED_FIELDS = {
 
 @pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize(("values", "words"), REFUSED_FIELDS.values(), ids=REFUSED_FIELDS.keys())
-def test_fields_that_are_no_gpt_oss_are_refused(values, words, alone, converted):
-    """Each changes what TransformerLens computes, also where the source's configuration is."""
+def test_fields_of_another_model_are_refused(values, words, alone, converted):
+    """Each changes what TransformerLens computes, with or without the source's configuration."""
     if alone:
         (converted / "source_config.json").unlink()
     edit_json(converted / "tl_config.json", **values)
@@ -231,7 +230,7 @@ def test_fields_that_are_no_gpt_oss_are_refused(values, words, alone, converted)
         ("rotary_dim", "rotary_dim is 'None'"),
     ],
 )
-def test_a_field_that_is_missing_is_what_transformer_lens_takes_it_for(field, words, converted):
+def test_a_missing_field_has_transformer_lenss_default(field, words, converted):
     (converted / "source_config.json").unlink()
     fields = json.loads((converted / "tl_config.json").read_text())
     del fields[field]
@@ -240,8 +239,8 @@ def test_a_field_that_is_missing_is_what_transformer_lens_takes_it_for(field, wo
         gptoss_stream.plan(converted, to="hf")
 
 
-def test_missing_fields_of_yarn_are_transformer_lenss(original, converted, tmp_path):
-    """Its attention factor is 1 by default, transformers' follows from the factor."""
+def test_missing_yarn_fields_have_transformer_lenss_defaults(original, converted, tmp_path):
+    """Its default attention factor is 1; that of transformers follows from the factor."""
     (converted / "source_config.json").unlink()
     fields = json.loads((converted / "tl_config.json").read_text())
     del fields["yarn_attention_factor"]
@@ -249,8 +248,8 @@ def test_missing_fields_of_yarn_are_transformer_lenss(original, converted, tmp_p
     gptoss_stream.convert(converted, tmp_path / "out", to="hf")
     hooked = oracle.hooked_model(original, torch.float32, yarn_attention_factor=1.0)
     with torch.no_grad():
-        wanted = hooked(TOKENS)
-    torch.testing.assert_close(logits_of(tmp_path / "out"), wanted, atol=2e-6, rtol=0)
+        expected = hooked(TOKENS)
+    torch.testing.assert_close(logits_of(tmp_path / "out"), expected, atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -268,8 +267,8 @@ def test_fields_that_mean_the_same(values, converted, tmp_path):
     assert gptoss_stream.convert(converted, tmp_path / "out", to="hf").complete
 
 
-def test_windows_of_no_layer_mean_nothing(tmp_path):
-    """As TransformerLens's own configuration has it where no layer has a window."""
+def test_local_attention_without_a_local_layer(tmp_path):
+    """TransformerLens's own configuration has it for a model whose layers have no window."""
     kinds = ["full_attention"] * 2
     source = oracle.make_dense(
         tmp_path / "hf", torch.float32, layer_types=kinds, sliding_window=None
@@ -287,7 +286,7 @@ def test_the_configuration_of_another_model_is_refused(converted):
 
 
 def test_processed_weights_are_refused(converted, tmp_path):
-    """`fold_ln` leaves no norms' weights."""
+    """`fold_ln` removes the weights of the norms."""
 
     def fold(tensors):
         for name in [name for name in tensors if name.endswith((".ln1.w", ".ln2.w"))]:
@@ -301,8 +300,8 @@ def test_processed_weights_are_refused(converted, tmp_path):
 
 @pytest.mark.parametrize("value", [1e-30, -1.0, float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_bias_without_a_place_is_refused(value, dtype, converted, tmp_path):
-    """Before the first byte, wherever it lies; TransformerLens itself has a place for it."""
+def test_a_bias_that_the_target_lacks_is_refused(value, dtype, converted, tmp_path):
+    """Unless it is zero, and before anything is written. TransformerLens itself stores it."""
 
     def change(tensors):
         bias = tensors["unembed.b_U"].to(getattr(torch, dtype))
@@ -311,7 +310,9 @@ def test_a_bias_without_a_place_is_refused(value, dtype, converted, tmp_path):
 
     edit(converted, change)
     for target in ("hf", "hf-unfused"):
-        with pytest.raises(CheckpointError, match=f"'unembed.b_U' is not zero, and the format {target} cannot"):
+        with pytest.raises(
+            CheckpointError, match=f"'unembed.b_U' is not zero, and the format {target} cannot"
+        ):
             gptoss_stream.convert(converted, tmp_path / "out", to=target)
         assert not (tmp_path / "out").exists()
     gptoss_stream.convert(converted, tmp_path / "out")
@@ -320,13 +321,13 @@ def test_a_bias_without_a_place_is_refused(value, dtype, converted, tmp_path):
     assert found[:100].count_nonzero() == 0
 
 
-def test_a_zero_of_either_sign_is_zero(converted, tmp_path):
+def test_a_bias_of_negative_zero_is_zero(converted, tmp_path):
     edit(converted, lambda tensors: tensors["unembed.b_U"].fill_(-0.0))
     assert gptoss_stream.convert(converted, tmp_path / "out", to="hf").complete
 
 
 def test_a_part_of_a_model_is_not_converted(original, tmp_path):
-    """Of either format: neither is a checkpoint."""
+    """It is not a checkpoint, in either format."""
     part = gptoss_stream.Selection(layers="0")
     gptoss_stream.convert(original, tmp_path / "tl", selection=part)
     with pytest.raises(CheckpointError, match=r"tensors missing that source_config.json calls for"):

@@ -1,8 +1,9 @@
-"""Any two cells of a table: what is made of them is right, or refused in a line."""
+"""Any two rows for one model tensor: the mapping gives the right values or refuses the pair."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import permutations
 from random import Random
 
@@ -10,13 +11,13 @@ import numpy as np
 import pytest
 from einops import rearrange
 
-from gptoss_stream.checkpoint.metadata import RawTensor
 from gptoss_stream.errors import OptionError
 from gptoss_stream.formats._table import Row
 from gptoss_stream.model.config import ModelConfig
 from gptoss_stream.model.tensors import MODEL_TENSORS
 from gptoss_stream.planning.mapping import output_tensors
 from gptoss_stream.tensors.dtypes import DType
+from gptoss_stream.tensors.raw_tensor import RawTensor
 from gptoss_stream.transforms.materialize import materialize, materialize_rows
 
 MODEL = ModelConfig(
@@ -39,7 +40,7 @@ EMBED = Row("embed", "embed", "v m")
 
 
 def values(tensor: str) -> np.ndarray:
-    """A model tensor of layer 0, with no value twice."""
+    """Return a model tensor of layer 0 with no value twice."""
     shape = [MODEL.sizes[axis] for axis in axes_of(tensor)]
     return np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
 
@@ -49,7 +50,7 @@ def axes_of(tensor: str) -> list[str]:
 
 
 def stored_by(table: list[Row]) -> dict[str, np.ndarray]:
-    """What einops makes of the model for each stored name of a table, rows without fusing."""
+    """Return what einops gives for each stored name of a table, without rows that share one."""
     found = {}
     for row in table:
         for layer, expert in MODEL.instances(row.stored):
@@ -65,9 +66,15 @@ def stored_by(table: list[Row]) -> dict[str, np.ndarray]:
     return found
 
 
-def made(source: list[Row], target: list[Row]) -> dict[str, np.ndarray]:
-    """What the mapping makes of the first for the second, in pieces that cut units."""
-    arrays = stored_by(source)
+def mapped(source: list[Row], target: list[Row]) -> dict[str, np.ndarray]:
+    """Return what the mapping makes of a source's tensors for a target."""
+    return map_arrays(stored_by(source), source, target, MODEL)
+
+
+def map_arrays(
+    arrays: dict[str, np.ndarray], source: list[Row], target: list[Row], model: ModelConfig
+) -> dict[str, np.ndarray]:
+    """Map stored arrays, in byte ranges that begin and end within rows."""
     raws = {n: RawTensor(n, DType.F32, a.shape, "x", 0) for n, a in arrays.items()}
 
     class Reader:
@@ -75,11 +82,11 @@ def made(source: list[Row], target: list[Row]) -> dict[str, np.ndarray]:
             flat = arrays[tensor.name].reshape(-1)[first : first + int(np.prod(shape))]
             return nullcontext(flat.reshape(shape))
 
-    def make(part, pieces, dtype):
-        materialize_rows(part, pieces, dtype, Reader())
+    def make(segment, targets, dtype):
+        materialize_rows(segment, targets, dtype, Reader())
 
     found = {}
-    for tensor in output_tensors(tuple(source), tuple(target), MODEL, raws, None):
+    for tensor in output_tensors(tuple(source), tuple(target), model, raws, None):
         out = np.zeros(tensor.nbytes, np.uint8)
         for begin in range(0, tensor.nbytes, 52):
             end = min(begin + 52, tensor.nbytes)
@@ -89,7 +96,7 @@ def made(source: list[Row], target: list[Row]) -> dict[str, np.ndarray]:
 
 
 def random_rows(tensor: str, random: Random) -> list[Row]:
-    """Rows that hold a tensor in some way, sensible or not."""
+    """Return rows that store a tensor in some way, sensible or not."""
     axes = axes_of(tensor)
     name = f"x.{{l}}.{tensor}" if "l" in MODEL_TENSORS[tensor].split() else tensor
     if "e" in axes and random.random() < 0.4:
@@ -100,15 +107,16 @@ def random_rows(tensor: str, random: Random) -> list[Row]:
         axes.remove("t")
     rows = []
     for index in range(2 if fixed else 1):
-        if not rows or random.random() < 0.2:  # of a table, gate and up usually agree
+        if not rows or random.random() < 0.2:  # gate and up are usually stored in the same way
             order = random.choice([*permutations(axes)])
-            text = " ".join(g[0] if len(g) == 1 else f"({' '.join(g)})" for g in cut(order, random))
+            groups = random_groups(order, random)
+            text = " ".join(g[0] if len(g) == 1 else f"({' '.join(g)})" for g in groups)
         rows.append(Row(f"{name}.{index}", tensor, text, {"t": index} if fixed else {}))
     return rows
 
 
-def cut(order, random: Random) -> list[list[str]]:
-    """Axes in groups."""
+def random_groups(order, random: Random) -> list[list[str]]:
+    """Return axes in groups."""
     groups = [[order[0]]]
     for axis in order[1:]:
         if random.random() < 0.4:
@@ -119,47 +127,63 @@ def cut(order, random: Random) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("tensor", ["gate_up", "gate_up_bias", "down", "q", "o", "router", "embed"])
-def test_any_two_cells_give_the_right_values_or_a_refusal(tensor):
+def test_any_two_rows_give_the_right_values_or_a_refusal(tensor):
     random = Random(tensor)
     right = 0
     for _ in range(400):
         source = [] if tensor == "embed" else [EMBED]
         source, target = source + random_rows(tensor, random), random_rows(tensor, random)
         try:
-            found = made(source, target)
+            found = mapped(source, target)
         except OptionError:
             continue
-        wanted = stored_by(target)
-        assert found.keys() == wanted.keys()
-        for name, array in wanted.items():
+        expected = stored_by(target)
+        assert found.keys() == expected.keys()
+        for name, array in expected.items():
             np.testing.assert_array_equal(found[name], array, str((source, target)))
         right += 1
     assert right >= 60
 
 
 def test_gate_and_up_stored_in_different_ways():
-    """The rows of one and the columns of the other are not joined as if they were alike."""
+    """The rows of one and the columns of the other are not joined as if they were the same."""
     source = [
         EMBED,
         Row("x.{l}.{e}.gate", "gate_up", "m i", {"t": 0}),
         Row("x.{l}.{e}.up", "gate_up", "i m", {"t": 1}),
     ]
     with pytest.raises(OptionError, match="gate and up cannot be joined"):
-        made(source, [Row("y.{l}", "gate_up", "e m (i t)")])
-    apart = [
+        mapped(source, [Row("y.{l}", "gate_up", "e m (i t)")])
+    separate = [
         Row("y.{l}.{e}.0", "gate_up", "m i", {"t": 0}),
         Row("y.{l}.{e}.1", "gate_up", "m i", {"t": 1}),
     ]
-    found, wanted = made(source, apart), stored_by(apart)
-    assert found.keys() == wanted.keys()
-    assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
+    found, expected = mapped(source, separate), stored_by(separate)
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
 
 
-def test_what_the_source_lacks_is_not_made_up():
-    """Only what a model without it computes as zero."""
+@pytest.mark.parametrize("axes", ["l m e", "(l m) e", "l e m"])
+def test_layers_stacked_in_one_tensor(axes):
+    """One format has a tensor for each layer, the other one tensor for all layers."""
+    model = replace(MODEL, num_layers=2, layer_types=MODEL.layer_types * 2)
+    embed = {"embed": values("embed")}
+    whole = np.arange(2 * 3 * 5, dtype=np.float32).reshape(2, 3, 5)
+    separate = {f"x.{layer}": whole[layer] for layer in range(2)}
+    stacked = {"y": np.ascontiguousarray(rearrange(whole, f"l e m -> {axes}"))}
+    separate_rows, stacked_rows = [Row("x.{l}", "router", "e m")], [Row("y", "router", axes)]
+    found = map_arrays(embed | separate, [EMBED, *separate_rows], stacked_rows, model)
+    np.testing.assert_array_equal(found["y"], stacked["y"])
+    if axes.startswith("l"):
+        found = map_arrays(embed | stacked, [EMBED, *stacked_rows], separate_rows, model)
+        assert all(np.array_equal(found[name], separate[name]) for name in separate)
+
+
+def test_tensors_that_the_source_lacks_are_refused():
+    """Except those that a model without them computes as zero."""
     with pytest.raises(OptionError, match=r"holds nothing that 'y.0' can be made of"):
-        made([EMBED], [Row("y.{l}", "sinks", "n")])
-    found = made([EMBED], [Row("y.{l}", "q_bias", "n h"), Row("z", "unembed_bias", "v")])
+        mapped([EMBED], [Row("y.{l}", "sinks", "n")])
+    found = mapped([EMBED], [Row("y.{l}", "q_bias", "n h"), Row("z", "unembed_bias", "v")])
     assert {name: array.shape for name, array in found.items()} == {"y.0": (4, 3), "z": (7,)}
     assert not any(array.any() for array in found.values())
 

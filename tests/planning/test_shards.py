@@ -1,4 +1,4 @@
-"""Plans from headers alone: the released models' exact numbers, and how shards are cut."""
+"""Plans made of headers alone, with the released models' exact numbers, and sizes of shards."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from gptoss_stream.random_checkpoint import random_checkpoint
 from gptoss_stream.tensors.safetensors_header import INDEX_NAME, build_index
 
 
-def hollow_checkpoint(folder, preset):
-    """A checkpoint of a released model's shapes whose shards are all hole."""
-    made = random_checkpoint(preset)
-    for shard in made.shards:
+def sparse_checkpoint(folder, preset):
+    """Write a checkpoint with a released model's shapes, as sparse files without data."""
+    checkpoint = random_checkpoint(preset)
+    for shard in checkpoint.shards:
         with open(folder / shard.name, "wb") as file:
             file.write(shard.header)
             file.truncate(shard.nbytes)
-    weight_map = {t.name: shard.name for shard in made.shards for t in shard.tensors}
-    nbytes = sum(shard.data_nbytes for shard in made.shards)
+    weight_map = {t.name: shard.name for shard in checkpoint.shards for t in shard.tensors}
+    nbytes = sum(shard.data_nbytes for shard in checkpoint.shards)
     (folder / INDEX_NAME).write_bytes(build_index(nbytes, weight_map))
-    (folder / "config.json").write_bytes(made.files["config.json"])
+    (folder / "config.json").write_bytes(checkpoint.files["config.json"])
     return folder
 
 
@@ -33,7 +33,7 @@ def hollow_checkpoint(folder, preset):
     ],
 )
 def test_the_released_models(preset, raw, raw_nbytes, tensors, nbytes, parameters, tmp_path):
-    planned = gptoss_stream.plan(hollow_checkpoint(tmp_path, preset))
+    planned = gptoss_stream.plan(sparse_checkpoint(tmp_path, preset))
     assert len(planned.info.tensors) == raw
     assert planned.source_nbytes == raw_nbytes
     assert planned.num_tensors == tensors
@@ -66,7 +66,7 @@ def test_a_plan_writes_nothing(checkpoints, tmp_path):
         ([], 10, []),
     ],
 )
-def test_shards_are_few_and_even(sizes, limit, groups):
+def test_shards_are_few_and_of_even_size(sizes, limit, groups):
     assert balanced_groups(sizes, limit) == groups
 
 

@@ -1,4 +1,4 @@
-"""Patterns in pieces give what einops gives of the whole."""
+"""Any byte range of a rearranged operand is equal to what einops gives for the whole array."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from einops import rearrange
 
-from gptoss_stream.checkpoint.metadata import RawTensor
 from gptoss_stream.tensors.cast import STORAGE
 from gptoss_stream.tensors.dtypes import DType
+from gptoss_stream.tensors.raw_tensor import RawTensor
 from gptoss_stream.transforms.materialize import materialize, materialize_rows
 from gptoss_stream.transforms.operands import DenseOperand, InterleavedOperand, ZeroOperand
 from gptoss_stream.transforms.output_tensor import OutputTensor, Segment, element_ranges
@@ -26,7 +26,7 @@ CASES = [
 
 
 class ArrayReader:
-    """Raw tensors that are arrays; see `operands.Reader`."""
+    """A `Reader` whose only raw tensor is an array."""
 
     def __init__(self, array):
         self.array = array
@@ -43,15 +43,15 @@ def sample(shape, dtype=DType.F32) -> tuple[np.ndarray, RawTensor]:
     return array, RawTensor("raw", dtype, shape, "x.safetensors", 0)
 
 
-def check_every_run(operand, source, target, expected, reader):
-    """Make every run of a part's bytes, so that units are cut everywhere."""
-    part = Segment(operand, make_rearrangement(tuple(source), tuple(target), operand.shape))
-    tensor = OutputTensor("t", DType.F32, expected.shape, (part,))
+def check_every_byte_range(operand, source, target, expected, reader):
+    """Make every byte range of a segment, so that ranges begin and end within rows."""
+    segment = Segment(operand, make_rearrangement(tuple(source), tuple(target), operand.shape))
+    tensor = OutputTensor("t", DType.F32, expected.shape, (segment,))
     data = np.ascontiguousarray(expected).view(np.uint8).reshape(-1)
-    assert tensor.nbytes == part.elements * 4 == data.size
+    assert tensor.nbytes == segment.elements * 4 == data.size
 
-    def make(part, pieces, dtype):
-        materialize_rows(part, pieces, dtype, reader)
+    def make(segment, targets, dtype):
+        materialize_rows(segment, targets, dtype, reader)
 
     step = 4 if data.size < 500 else 404
     for begin in range(0, data.size, step):
@@ -63,41 +63,41 @@ def check_every_run(operand, source, target, expected, reader):
 
 
 @pytest.mark.parametrize(("source", "target", "shape"), CASES)
-def test_every_run_of_bytes_is_that_of_the_whole(source, target, shape):
+def test_every_byte_range_is_that_of_the_whole(source, target, shape):
     array, raw = sample(shape)
     expected = rearrange(array, f"{source} -> {target}")
     operand = DenseOperand(raw, 0, shape)
-    check_every_run(operand, source.split(), target.split(), expected, ArrayReader(array))
+    check_every_byte_range(operand, source.split(), target.split(), expected, ArrayReader(array))
 
 
-@pytest.mark.parametrize("taken", [range(0, 12, 2), range(1, 12, 2), range(3, 9)])
+@pytest.mark.parametrize("selected", [range(0, 12, 2), range(1, 12, 2), range(3, 9)])
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("target", ["a b", "b a"])
-def test_some_rows_or_columns(target, axis, taken):
+def test_selected_rows_or_columns(target, axis, selected):
     array, raw = sample((12, 12))
-    operand = DenseOperand(raw, 0, (12, 12), axis, taken)
-    chosen = array[taken] if axis == 0 else array[:, taken]
-    assert operand.shape == chosen.shape
-    expected = rearrange(chosen, f"a b -> {target}")
-    check_every_run(operand, "ab", target.split(), expected, ArrayReader(array))
+    operand = DenseOperand(raw, 0, (12, 12), axis, selected)
+    part = array[selected] if axis == 0 else array[:, selected]
+    assert operand.shape == part.shape
+    expected = rearrange(part, f"a b -> {target}")
+    check_every_byte_range(operand, "ab", target.split(), expected, ArrayReader(array))
 
 
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("target", ["a b", "b a"])
-def test_rows_or_columns_of_two_in_turn(target, axis):
-    """Of a gate and an up projection, say, in halves of one stored tensor."""
+def test_interleaved_rows_or_columns(target, axis):
+    """For example gate and up projection, which are halves of one stored tensor."""
     array, raw = sample((12, 5))
     halves = DenseOperand(raw, 0, (6, 5)), DenseOperand(raw, 30, (6, 5))
     operand = InterleavedOperand(halves, axis)
-    woven = np.stack([array[:6], array[6:]], axis + 1).reshape(operand.shape)
-    expected = rearrange(woven, f"a b -> {target}")
-    check_every_run(operand, "ab", target.split(), expected, ArrayReader(array))
+    interleaved = np.stack([array[:6], array[6:]], axis + 1).reshape(operand.shape)
+    expected = rearrange(interleaved, f"a b -> {target}")
+    check_every_byte_range(operand, "ab", target.split(), expected, ArrayReader(array))
     read = [(e.first, e.count) for e in operand.element_ranges((0, 1))]
     assert read == ([(0, 5)] if axis == 0 else [(0, 5), (30, 5)])
 
 
-def test_elements_of_two_in_turn():
-    """As in biases; in dtypes that differ, of which the output's is made."""
+def test_interleaved_elements_of_two_dtypes():
+    """As in biases. Both are cast to the output's dtype."""
     array, raw = sample((10,))
     wide = DenseOperand(raw, 0, (5,))
     narrow = DenseOperand(RawTensor("raw", DType.BF16, (10,), "x", 0), 0, (5,))
@@ -109,12 +109,12 @@ def test_elements_of_two_in_turn():
             return super().read(tensor, first, shape)
 
     expected = np.stack([array[:5], np.ones(5, np.float32)], 1).reshape(10)
-    check_every_run(InterleavedOperand((wide, narrow), 0), "x", "x", expected, Both(array))
+    check_every_byte_range(InterleavedOperand((wide, narrow), 0), "x", "x", expected, Both(array))
 
 
 def test_zeros_read_nothing():
     zeros = np.zeros(7, np.float32)
-    tensor = check_every_run(ZeroOperand((7,)), "x", "x", zeros, reader=None)
+    tensor = check_every_byte_range(ZeroOperand((7,)), "x", "x", zeros, reader=None)
     assert list(element_ranges(tensor, 0, tensor.nbytes)) == []
 
 
@@ -124,11 +124,11 @@ def test_zeros_read_nothing():
         ("a b", "a"),
         ("a", "a b"),
         ("a a", "a a"),
-        ("a b c", "b a c"),  # b is in pieces all over the input
+        ("a b c", "b a c"),  # a row of the output needs all rows of the input
         ("a b c", "c a b"),
     ],
 )
-def test_patterns_that_cannot_be_made_in_pieces_are_refused(source, target):
+def test_patterns_that_cannot_be_applied_row_by_row_are_refused(source, target):
     axes = tuple(source.split())
     with pytest.raises(ValueError, match="pattern"):
         make_rearrangement(axes, tuple(target.split()), (2,) * len(axes))

@@ -1,0 +1,240 @@
+"""The segments of an output tensor, from the axes of a target row and of the source's rows.
+
+A table's row names the axes of a stored tensor: "e m (i t)" has three stored axes, of which the
+last is made of two model axes. The model axes of one stored axis are a *group*. An axis is *fixed*
+if one index of it is asked for, by the target's name or row. Fixed axes are dropped from both
+sides, what is left is an einops pattern, and each fixed index is a slice of the source.
+
+Example: `hf` to `transformer-lens`, `W_in` of expert 3, [intermediate, hidden].
+
+    source    e m (i t)       gate_up_proj [32, 2880, 5760]
+    target    i m             with e = 3 and t = 1 fixed
+    e = 3     m (i t)         elements from 3 * 2880 * 5760 on, [2880, 5760]
+    t = 1     m i             its columns 1, 3, 5, …, [2880, 2880]
+    pattern   m i -> i m
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import TypeAlias
+
+from ..errors import OptionError
+from ..formats import Row
+from ..formats._table import Mxfp4Encoding
+from ..tensors.raw_tensor import RawTensor
+from ..transforms.operands import (
+    DenseOperand,
+    InterleavedOperand,
+    Mxfp4Operand,
+    Operand,
+    ZeroOperand,
+)
+from ..transforms.output_tensor import Segment
+from ..transforms.rearrangement import make_rearrangement
+
+__all__ = ["SegmentBuilder", "SourceRow"]
+
+_Groups: TypeAlias = "Sequence[tuple[str, ...]]"
+"""The model axes that make up each stored axis."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRow:
+    """A row of the source's table."""
+
+    row: Row
+    first: int = 0
+    """The row's first element in the stored tensor, which several rows may share."""
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentBuilder:
+    """Builds the segments of output tensors that hold one model tensor."""
+
+    raws: Mapping[str, RawTensor]
+    """The source's tensors by name."""
+    source_rows: Sequence[SourceRow]
+    """The source's rows with the model tensor; none if it is absent and zero."""
+    sizes: Mapping[str, int]
+    """The size of each axis."""
+
+    def segments(self, groups: _Groups, fixed: Mapping[str, int]) -> Iterator[Segment]:
+        """Yield the segments for a row of the target.
+
+        Args:
+            groups: The target's axes as it stores them.
+            fixed: The index of each axis that the target does not store.
+
+        Raises:
+            OptionError: If the source's elements cannot be rearranged to the target's.
+        """
+        order = [axis for group in groups for axis in group]
+        if not self.source_rows:
+            size = prod(self.sizes[axis] for axis in order)
+            yield Segment(ZeroOperand((size,)), make_rearrangement(("x",), ("x",), (size,)))
+        elif self._needs_split(order, fixed):
+            first = order[0]
+            others = [tuple(axis for axis in group if axis != first) for group in groups]
+            for index in range(self.sizes[first]):
+                yield from self.segments([g for g in others if g], {**fixed, first: index})
+        else:
+            yield self._segment(groups, order, fixed)
+
+    def _needs_split(self, order: list[str], fixed: Mapping[str, int]) -> bool:
+        """Return whether each index of the target's first axis becomes a segment of its own.
+
+        It does if the source stores each index in a tensor or row of its own. It also does if the
+        axis is that of experts or of gate and up, and the axes after it are in another order: in
+        one segment of all indices, a row would be a whole matrix.
+        """
+        first, stored = order[0], self._stored_order(fixed)
+        if first not in stored:
+            return True
+        if first not in ("e", "t") or stored == order:
+            return False
+        return first == "t" or stored[0] == first
+
+    def _stored_order(self, fixed: Mapping[str, int]) -> list[str]:
+        """Return the source's axes in order, without those that are fixed."""
+        return [axis for axis in self._source_row(fixed).row.order if axis not in fixed]
+
+    def _source_row(self, fixed: Mapping[str, int]) -> SourceRow:
+        """Return a row that holds the fixed indices; the first one, if several do."""
+        for source in self.source_rows:
+            if all(fixed.get(axis, index) == index for axis, index in source.row.fixed.items()):
+                return source
+        raise self._refusal(f"no tensor has {fixed}")
+
+    def _refusal(self, reason: str) -> OptionError:
+        row = self.source_rows[0].row
+        return OptionError(
+            f"the source's {row.stored!r} ({row.axes}) cannot be converted to this format: "
+            f"{reason}; choose another format"
+        )
+
+    def _segment(self, groups: _Groups, order: list[str], fixed: Mapping[str, int]) -> Segment:
+        """Return a single segment for a row of the target."""
+        if "t" in order and _gate_up_step(self._stored_order(fixed)) != _gate_up_step(order):
+            operand, operand_groups = self._interleaved_operand(groups, fixed)
+        else:
+            operand, operand_groups = self._operand(fixed)
+        is_contiguous = isinstance(operand, DenseOperand) and operand.selected is None
+        merged = _merge_axes(operand_groups, order, across_groups=is_contiguous)
+        shape = tuple(prod(self.sizes[axis] for axis in axes) for axes in merged)
+        if isinstance(operand, DenseOperand) and is_contiguous:
+            operand = replace(operand, stored_shape=shape)
+        if shape != operand.shape:
+            raise self._refusal(f"its axes cannot be rearranged as {' '.join(order)}")
+        source = tuple("".join(axes) for axes in merged)
+        target = tuple(sorted(source, key=lambda name: order.index(name[0])))
+        try:
+            return Segment(operand, make_rearrangement(source, target, shape))
+        except ValueError as error:
+            raise self._refusal(str(error)) from None
+
+    def _interleaved_operand(
+        self, groups: _Groups, fixed: Mapping[str, int]
+    ) -> tuple[Operand, list[tuple[str, ...]]]:
+        """Return gate and up in turn, as in the target's (i t), and the axes of each stored axis.
+
+        The source has them as halves, or in tensors of their own.
+        """
+        (target_group,) = (group for group in groups if "t" in group)
+        (gate, gate_groups), (up, up_groups) = (
+            self._operand({**fixed, "t": index}) for index in range(self.sizes["t"])
+        )
+        axes = [n for n, group in enumerate(gate_groups[:2]) if group[-1:] == target_group[:1]]
+        is_alike = gate_groups == up_groups and gate.shape == up.shape
+        if target_group[1:] != ("t",) or not is_alike or not axes:
+            raise self._refusal("gate and up cannot be joined")
+        (axis,) = axes
+        joined = [(*g, "t") if number == axis else g for number, g in enumerate(gate_groups)]
+        return InterleavedOperand((gate, up), axis), joined
+
+    def _operand(self, fixed: Mapping[str, int]) -> tuple[Operand, list[tuple[str, ...]]]:
+        """Return the source's elements with the fixed indices, and the axes of each stored axis."""
+        source = self._source_row(fixed)
+        row, first = source.row, source.first
+        groups = list(row.groups)
+        sizes = {axis: self.sizes[axis] for axis in row.order}
+        # Fixed axes that are outermost only change where the elements begin.
+        while len(groups[0]) == 1 and groups[0][0] in fixed and len(groups) > 1:
+            axis = groups.pop(0)[0]
+            del sizes[axis]
+            first += fixed[axis] * prod(sizes.values())
+        shape = tuple(prod(sizes[axis] for axis in group) for group in groups)
+        selected, selected_axis = None, 0
+        for number, group in enumerate(groups):
+            for axis in set(group) & fixed.keys():
+                if selected is not None or number > 1:
+                    raise self._refusal("more than one of its axes would be sliced")
+                selected, selected_axis = _indices_with(axis, fixed[axis], group, sizes), number
+                groups[number] = tuple(other for other in group if other != axis)
+        if isinstance(row.encoding, Mxfp4Encoding):
+            if selected_axis:
+                raise self._refusal("it would be sliced within its MXFP4 blocks")
+            if selected is None:
+                groups = [tuple(axis for group in groups[:-1] for axis in group), groups[-1]]
+            names = row.stored + row.encoding.blocks, row.stored + row.encoding.scales
+            blocks, scales = (self._raw(name, fixed) for name in names)
+            matrix_shape = prod(shape[:-1]), shape[-1]
+            return Mxfp4Operand(blocks, scales, first // shape[-1], matrix_shape, selected), groups
+        if selected is not None and selected_axis == 0 and selected.step == 1:
+            first += selected.start * prod(shape[1:])
+            shape, selected = (len(selected), *shape[1:]), None
+        raw = self._raw(row.stored, fixed)
+        return DenseOperand(raw, first, shape, selected_axis, selected), groups
+
+    def _raw(self, name: str, fixed: Mapping[str, int]) -> RawTensor:
+        """Return the raw tensor of a stored name, with the fixed layer and expert."""
+        for axis, noun in (("l", "layer"), ("e", "expert")):
+            if f"{{{axis}}}" in name and axis not in fixed:
+                raise self._refusal(f"it holds a single {noun}")
+        return self.raws[name.format(l=fixed.get("l"), e=fixed.get("e"))]
+
+
+def _gate_up_step(order: Sequence[str]) -> int | None:
+    """Return how gate and up are stored.
+
+    Returns:
+        1 if they alternate, "(i t)"; -1 if they are halves, "(t i)"; None without both of them.
+    """
+    return order.index("t") - order.index("i") if "t" in order else None
+
+
+def _indices_with(axis: str, index: int, group: tuple[str, ...], sizes: Mapping[str, int]) -> range:
+    """Return the indices of a stored axis at which one of its model axes has an index."""
+    size = prod(sizes[other] for other in group)
+    if group[0] == axis:
+        length = size // sizes[axis]
+        return range(index * length, (index + 1) * length)
+    if group[-1] == axis:
+        return range(index, size, sizes[axis])
+    raise OptionError(f"the axis {axis} is within ({' '.join(group)}), where it cannot be sliced")
+
+
+def _merge_axes(groups: _Groups, order: list[str], *, across_groups: bool) -> list[list[str]]:
+    """Merge axes that follow on each other in both source and target: they need no rearranging.
+
+    Args:
+        groups: The source's axes, as it stores them.
+        order: The target's axes.
+        across_groups: Whether axes of different groups may be merged.
+
+    Returns:
+        The source's axes in its order, each merged axis as the axes that it consists of.
+    """
+    merged: list[list[str]] = []
+    for group in groups:
+        may_merge = across_groups
+        for axis in group:
+            position = order.index(axis)
+            if merged and may_merge and position and order[position - 1] == merged[-1][-1]:
+                merged[-1].append(axis)
+            else:
+                merged.append([axis])
+            may_merge = True
+    return merged
