@@ -142,7 +142,7 @@ def pairs() -> list[tuple[str, str]]:
 def reads(planned: Plan) -> list[tuple[str, int, int]]:
     """What a conversion reads of its source, each byte once: file, begin, end."""
     spans = {
-        (element_range.raw.shard, *element_range.span)
+        (element_range.raw.shard, *element_range.byte_range)
         for shard in planned.shards
         for tensor in shard.tensors
         for element_range in element_ranges(tensor, 0, tensor.nbytes)

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names for type checkers
     from . import formats as formats
-    from .checkpoint.metadata import CheckpointInfo as CheckpointInfo, RawTensor as RawTensor
+    from .checkpoint.metadata import CheckpointInfo as CheckpointInfo
     from .conversion import (
         Report as Report,
         convert as convert,
@@ -75,6 +75,7 @@ if TYPE_CHECKING:  # the same names for type checkers
     )
     from .synthesis import synth as synth
     from .tensors.dtypes import DType as DType
+    from .tensors.raw_tensor import RawTensor as RawTensor
     from .transforms.output_tensor import OutputTensor as OutputTensor
     from .verification.differences import (
         Difference as Difference,
@@ -109,7 +110,7 @@ _MODULES = {
     "OutputTensor": "transforms.output_tensor",
     "Plan": "planning.plan",
     "PlannedShard": "planning.shards",
-    "RawTensor": "checkpoint.metadata",
+    "RawTensor": "tensors.raw_tensor",
     "Report": "conversion",
     "ResolvedSelection": "model.selection",
     "Selection": "model.selection",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__, formats
 from ._utils import strict_json
-from .checkpoint.metadata import RawTensor
+from .tensors.raw_tensor import RawTensor
 from .checkpoint.reader import Reader
 from .errors import ConfigError, OptionError
 from .formats import hf_mxfp4, rows_by_name, tensor_specs

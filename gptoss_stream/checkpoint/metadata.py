@@ -1,7 +1,6 @@
-"""A checkpoint, opened: its configuration, its tensors' descriptions, and their bytes.
+"""Reads what a checkpoint holds: configuration, index and headers, but no tensor data.
 
-Knows places and the safetensors format, nothing of gpt-oss. Every header is validated, and held
-against the index, before anything is read. Reading is by rows of a raw tensor.
+Every header is validated, and checked against the index, before any data is read.
 """
 
 from __future__ import annotations
@@ -10,16 +9,14 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
-from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .._utils import strict_json
 from .._utils.failures import machine_error
 from .._utils.messages import listed
 from ..errors import CheckpointError, ConfigError
-from ..storage.location import NEVER, FileInfo, Location, LocationLike, read_whole
-from ..storage.open_location import open_location
-from ..tensors.dtypes import DType
+from ..storage.location import NEVER, FileInfo, Location, read_whole
+from ..tensors.raw_tensor import RawTensor
 from ..tensors.safetensors_header import (
     INDEX_NAME,
     LENGTH_NBYTES,
@@ -28,38 +25,13 @@ from ..tensors.safetensors_header import (
     parse_index,
 )
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["CheckpointInfo", "RawTensor", "read_header", "read_metadata", "read_small_file"]
-
+__all__ = ["CheckpointInfo", "read_header", "read_metadata", "read_small_file"]
 
 _MODEL_CONFIGS = ("config.json", "source_config.json")
-
-
 _HOOKED_CONFIG = "tl_config.json"
-
-
 _MAX_CONFIG_NBYTES = 1_000_000
-
-
 _MAX_INDEX_NBYTES = 25_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class RawTensor:
-    """A tensor as the checkpoint names and stores it; `offset` is its first byte in the file."""
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    shard: str
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its data."""
-        return prod(self.shape) * self.dtype.bits // 8
+_FIRST_NBYTES = 64  # enough to recognize other kinds of files
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,42 +40,44 @@ class CheckpointInfo:
 
     location: Location
     configs: Mapping[str, Mapping[str, Any]]
-    """Its configuration files by name: config.json, or what stands beside a converted model."""
+    """Its configuration files by name: config.json, or those beside a converted model."""
     shards: tuple[FileInfo, ...]
     tensors: Mapping[str, RawTensor]
 
     @property
     def config_name(self) -> str:
-        """The file that says what the model is."""
+        """The name of the file that describes the model."""
         return next(iter(self.configs), "config.json")
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The configuration of Hugging Face or OpenAI; empty where there is none."""
+        """The configuration of Hugging Face or OpenAI; empty if there is none."""
         return next((self.configs[n] for n in _MODEL_CONFIGS if n in self.configs), {})
 
 
-def read_metadata(source: LocationLike) -> CheckpointInfo:
-    """Read and check config.json, index and all headers of a checkpoint folder.
+def read_metadata(location: Location) -> CheckpointInfo:
+    """Read and check the configuration, the index and all headers of a checkpoint.
 
-    Raises `CheckpointError` (or one of its kinds) for a folder that is no sound checkpoint, and
-    `MachineError` where reading fails. Reads no tensor data.
+    Args:
+        location: Where the checkpoint is.
+
+    Raises:
+        CheckpointError: If the location holds no sound checkpoint.
+        MachineError: If reading fails.
     """
-    location = open_location(source)
     try:
         location.check()
         configs = _read_configs(location)
         weight_map = None
         if location.has(INDEX_NAME):
             index = location.display_path(INDEX_NAME)
-            weight_map = parse_index(
-                read_small_file(location, INDEX_NAME, _MAX_INDEX_NBYTES), index
-            )
+            text = read_small_file(location, INDEX_NAME, _MAX_INDEX_NBYTES)
+            weight_map = parse_index(text, index)
             names = sorted(set(weight_map.values()))
             missing = [name for name in names if not location.has(name)]
             if missing:
                 raise CheckpointError(
-                    f"{index}: {len(missing)} of its {len(names)} shards are not there: "
+                    f"{index}: {len(missing)} of its {len(names)} shards do not exist: "
                     f"{listed(missing, 5)}; download them"
                 )
         else:
@@ -119,17 +93,22 @@ def read_metadata(source: LocationLike) -> CheckpointInfo:
 
 
 def read_small_file(location: Location, name: str, limit: int) -> bytes:
-    """A whole file of at most `limit` bytes; raises `CheckpointError` for a larger one."""
+    """Read a whole file.
+
+    Raises:
+        CheckpointError: If it has more than `limit` bytes.
+    """
     with closing(location.open(name)) as file:
         if file.info.nbytes > limit:
             raise CheckpointError(
-                f"{location.display_path(name)}: more than {limit} bytes; this is not the file it should be"
+                f"{location.display_path(name)}: more than {limit} bytes; this is not the file "
+                "that it should be"
             )
         return read_whole(file)
 
 
 def _read_configs(location: Location) -> Mapping[str, Mapping[str, Any]]:
-    """Read config.json or what stands for it, and a HookedTransformer's where there is one."""
+    """Read config.json or what replaces it, and the configuration of a HookedTransformer."""
     names: list[str] = []
     for group in (_MODEL_CONFIGS, (_HOOKED_CONFIG,)):
         names += islice((name for name in group if location.has(name)), 1)
@@ -165,10 +144,10 @@ def _read_shards(
     for name in names:
         shard, found, _ = read_header(location, name)
         shards.append(shard)
-        for twice in sorted(tensors.keys() & found.keys()):
+        for duplicate in sorted(tensors.keys() & found.keys()):
             raise CheckpointError(
-                f"{location.display_path(name)}: tensor {twice!r} stands in {tensors[twice].shard} too; "
-                "one of them must go"
+                f"{location.display_path(name)}: tensor {duplicate!r} is in "
+                f"{tensors[duplicate].shard} too; remove one of them"
             )
         tensors |= found
     if weight_map is not None:
@@ -179,11 +158,12 @@ def _read_shards(
 def _check_index(
     index: str, weight_map: Mapping[str, str], tensors: Mapping[str, RawTensor]
 ) -> None:
+    """Check that the index names exactly the tensors of the shards."""
     for tensor, shard in weight_map.items():
         if tensor not in tensors or tensors[tensor].shard != shard:
             where = f"in {tensors[tensor].shard}" if tensor in tensors else "in none of the shards"
             raise CheckpointError(
-                f"{index}: it says that tensor {tensor!r} lies in {shard}, but it lies {where}; "
+                f"{index}: it says that tensor {tensor!r} is in {shard}, but it is {where}; "
                 "download index and shards again"
             )
     for tensor, raw in tensors.items():
@@ -194,25 +174,25 @@ def _check_index(
             )
 
 
-_FIRST_NBYTES = 64  # enough to see what a file is
-
-
 def read_header(
     location: Location, name: str
 ) -> tuple[FileInfo, dict[str, RawTensor], dict[str, str]]:
-    """A safetensors file of a place, its tensors and its metadata; raises `CheckpointError` and
-    `OSError`."""
-    opened, where = location.open(name), location.display_path(name)
-    try:
-        nbytes = opened.info.nbytes
+    """Read the header of a safetensors file.
+
+    Returns:
+        The file, its tensors by name, and its metadata.
+
+    Raises:
+        CheckpointError: If the file is not a sound safetensors file.
+        OSError: If reading fails.
+    """
+    where = location.display_path(name)
+    with closing(location.open(name)) as file:
+        nbytes = file.info.nbytes
         first = bytearray(min(_FIRST_NBYTES, nbytes))
-        opened.read_into(memoryview(first), 0, NEVER)
-        length = header_nbytes(bytes(first), nbytes, where)
-        header = bytearray(length)
-        opened.read_into(memoryview(header), LENGTH_NBYTES, NEVER)
-    finally:
-        opened.close()
-    infos, metadata = parse_header(bytes(header), nbytes, where)
-    start = LENGTH_NBYTES + length
-    tensors = {i.name: RawTensor(i.name, i.dtype, i.shape, name, start + i.begin) for i in infos}
-    return opened.info, tensors, metadata
+        file.read_into(memoryview(first), 0, NEVER)
+        header = bytearray(header_nbytes(bytes(first), nbytes, where))
+        file.read_into(memoryview(header), LENGTH_NBYTES, NEVER)
+        info = file.info
+    tensors, metadata = parse_header(bytes(header), nbytes, where, name)
+    return info, {tensor.name: tensor for tensor in tensors}, metadata

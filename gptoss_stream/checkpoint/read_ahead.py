@@ -1,8 +1,8 @@
-"""What a run reads of files that are far away, cut into blocks that are each fetched once.
+"""Divides what a run reads of remote files into blocks that are each fetched once.
 
-A block is a run of a file's bytes, large enough that requests are few and small enough that the
-blocks which are needed at the same time fit into memory. It is known beforehand which steps of
-the run read a block: it is fetched before the first of them and given up after the last.
+A block is a run of a file's bytes: large enough that few requests are needed, and small enough that
+the blocks which are needed at the same time fit into memory. The steps that read a block are known
+beforehand: it is fetched before the first of them and dropped after the last.
 """
 
 from __future__ import annotations
@@ -11,24 +11,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from .metadata import RawTensor
+from ..tensors.raw_tensor import RawTensor
 from .reader import ReadSchedule
 
 __all__ = ["FETCH_NBYTES", "FetchBlock", "plan_fetches"]
 
-
 FETCH_NBYTES = 16 << 20
-"""The Hub gives anonymous users 3,000 requests in five minutes: so few blocks suffice for 48 GB."""
-
-
-_GAP_NBYTES = (
-    4096  # that nobody needs, between blocks that are made one: fewer than a request costs
-)
-
-
-_APART = 32
-"""Steps. Blocks that are made one are all held for as long as any of them is needed: so neighbours
-whose times are further apart than this stay apart."""
+"""The most bytes of a block. The Hub gives anonymous users 3,000 requests in five minutes, which is
+enough for 48 GB in blocks of this size."""
+_MAX_GAP_NBYTES = 4096
+"""Unneeded bytes between two blocks that are merged, at most: they cost less than a request."""
+_MAX_STEPS_APART = 32
+"""A merged block is held as long as any part of it is needed, so neighbors whose steps are further
+apart than this are not merged."""
 
 
 @dataclass(slots=True, eq=False)
@@ -42,7 +37,7 @@ class FetchBlock:
 
     @property
     def nbytes(self) -> int:
-        """How many."""
+        """The size of the block in bytes."""
         return self.end - self.begin
 
     @property
@@ -57,33 +52,38 @@ class FetchBlock:
 
 
 def plan_fetches(schedule: ReadSchedule, block_nbytes: int = FETCH_NBYTES) -> list[FetchBlock]:
-    """The blocks of all that a schedule reads, in the order of their first steps.
+    """Return the blocks of everything that a schedule reads.
 
-    Every byte that is read lies in one of them, and no byte in two.
+    Args:
+        schedule: What each step reads.
+        block_nbytes: The most bytes of a block.
+
+    Returns:
+        The blocks, in the order of their first steps. Every byte that is read is in exactly one.
     """
     by_shard: dict[str, list[FetchBlock]] = {}
-    for raw, reads in _reads(schedule).items():
-        pieces = by_shard.setdefault(raw.shard, [])
-        for run in _runs(reads):
-            pieces += _cut_run(raw.shard, run, block_nbytes)
-    blocks = [b for pieces in by_shard.values() for b in _joined(pieces, block_nbytes)]
-    return sorted(blocks, key=lambda block: block.first)
+    for raw, reads in _reads_by_tensor(schedule).items():
+        blocks = by_shard.setdefault(raw.shard, [])
+        for run in _contiguous_runs(reads):
+            blocks += _divide(raw.shard, run, block_nbytes)
+    merged = [block for blocks in by_shard.values() for block in _merge(blocks, block_nbytes)]
+    return sorted(merged, key=lambda block: block.first)
 
 
 _Read = tuple[int, int, int]  # begin, end, step
 
 
-def _reads(schedule: ReadSchedule) -> dict[RawTensor, list[_Read]]:
+def _reads_by_tensor(schedule: ReadSchedule) -> dict[RawTensor, list[_Read]]:
     reads: dict[RawTensor, list[_Read]] = {}
-    for step in range(schedule.count):
+    for step in range(schedule.num_steps):
         for element_range in schedule.element_ranges(step):
-            begin, nbytes = element_range.span
+            begin, nbytes = element_range.byte_range
             reads.setdefault(element_range.raw, []).append((begin, begin + nbytes, step))
     return reads
 
 
-def _runs(reads: list[_Read]) -> Iterator[list[_Read]]:
-    """Reads that overlap or touch, together, in the order of their bytes."""
+def _contiguous_runs(reads: list[_Read]) -> Iterator[list[_Read]]:
+    """Yield groups of reads that overlap or touch, in the order of their bytes."""
     run: list[_Read] = []
     end = 0
     for read in sorted(reads):
@@ -96,38 +96,38 @@ def _runs(reads: list[_Read]) -> Iterator[list[_Read]]:
         yield run
 
 
-def _cut_run(shard: str, run: list[_Read], block_nbytes: int) -> list[FetchBlock]:
-    """A run in even pieces."""
+def _divide(shard: str, run: list[_Read], block_nbytes: int) -> list[FetchBlock]:
+    """Divide the bytes of a run into blocks of about the same size."""
     begin, end = run[0][0], max(read[1] for read in run)
     count = -(-(end - begin) // block_nbytes)
-    cuts = [begin + (end - begin) * i // count for i in range(count + 1)]
-    pieces = [FetchBlock(shard, a, b, set()) for a, b in pairwise(cuts)]
+    bounds = [begin + (end - begin) * i // count for i in range(count + 1)]
+    blocks = [FetchBlock(shard, low, high, set()) for low, high in pairwise(bounds)]
     size = -(-(end - begin) // count)
     for low, high, step in run:
-        # Even cuts differ from multiples of the size by less than a piece.
+        # Bounds differ from multiples of the size by less than a block.
         for i in range(max(0, (low - begin) // size - 1), count):
-            if pieces[i].begin >= high:
+            if blocks[i].begin >= high:
                 break
-            if pieces[i].end > low:
-                pieces[i].steps.add(step)
-    return pieces
+            if blocks[i].end > low:
+                blocks[i].steps.add(step)
+    return blocks
 
 
-def _joined(pieces: list[FetchBlock], block_nbytes: int) -> list[FetchBlock]:
-    """Neighbours in a shard that are needed at about the same time, made one."""
-    joined: list[FetchBlock] = []
-    for piece in sorted(pieces, key=lambda block: block.begin):
-        before = joined[-1] if joined else None
-        if before is not None and _belong_together(before, piece, block_nbytes):
-            before.end = piece.end
-            before.steps |= piece.steps
+def _merge(blocks: list[FetchBlock], block_nbytes: int) -> list[FetchBlock]:
+    """Merge neighbors in a shard that are needed at about the same time."""
+    merged: list[FetchBlock] = []
+    for block in sorted(blocks, key=lambda block: block.begin):
+        before = merged[-1] if merged else None
+        if before is not None and _can_merge(before, block, block_nbytes):
+            before.end = block.end
+            before.steps |= block.steps
         else:
-            joined.append(piece)
-    return joined
+            merged.append(block)
+    return merged
 
 
-def _belong_together(one: FetchBlock, other: FetchBlock, block_nbytes: int) -> bool:
-    if other.begin - one.end > _GAP_NBYTES or other.end - one.begin > block_nbytes:
+def _can_merge(one: FetchBlock, other: FetchBlock, block_nbytes: int) -> bool:
+    if other.begin - one.end > _MAX_GAP_NBYTES or other.end - one.begin > block_nbytes:
         return False
     together = max(one.last, other.last) - min(one.first, other.first)
-    return together <= max(one.last - one.first, other.last - other.first) + _APART
+    return together <= max(one.last - one.first, other.last - other.first) + _MAX_STEPS_APART

@@ -1,8 +1,9 @@
-"""Reading a checkpoint that is far away: each block once, ahead of its use, in bounded memory.
+"""Reads a remote checkpoint by a schedule: each block once, before it is needed, in bounded memory.
 
-The blocks (`blocks`) are fetched in the order in which they are needed, several at a time, as long
-as there is room; what is needed at once is fetched even where there is none. Memory is thus the
-room, or what the plan needs at the same time where that is more.
+The blocks (`read_ahead`) are fetched in the order in which they are needed, several at a time, as
+long as the memory budget allows. A block that is needed now is fetched even if it exceeds the
+budget. The reader thus holds the budget, or what the schedule needs at the same time if that is
+more.
 """
 
 from __future__ import annotations
@@ -15,118 +16,117 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from ..storage.location import NEVER
-from .metadata import CheckpointInfo, RawTensor
+from ..tensors.raw_tensor import RawTensor
+from .metadata import CheckpointInfo
 from .read_ahead import FETCH_NBYTES, FetchBlock, plan_fetches
 from .reader import OpenFiles, ReadSchedule
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["ROOM_NBYTES", "RemoteReader"]
+__all__ = ["BUDGET_NBYTES", "RemoteReader"]
 
-
-ROOM_NBYTES = 64 << 20
-
-
-_REQUESTS = 4  # at a time
-
-
-_TICK = 0.1  # seconds: how soon a stop is seen
+BUDGET_NBYTES = 64 << 20
+_MAX_REQUESTS = 4  # at the same time
+_POLL_SECONDS = 0.1  # how soon a stop is seen
 
 
 class _StoppedError(Exception):
-    """The run is over, by an error or a signal that somebody else tells of."""
+    """The run has ended by an error or a signal, which is reported elsewhere."""
 
 
 class _Fetch:
-    """A block on its way to memory, there, or given up again."""
+    """A block that is to be fetched, is in memory, or was dropped again."""
 
     def __init__(self, block: FetchBlock) -> None:
         self.block = block
         self.first = block.first
-        self.left = len(block.steps)
-        self.is_there = threading.Event()
+        self.steps_left = len(block.steps)
+        self.has_arrived = threading.Event()
         self.memory: np.ndarray[Any, Any] | None = None
 
 
 class RemoteReader:
-    """A described checkpoint that is far away, for reading by a schedule from any thread.
+    """A `Reader` of a remote checkpoint, from any thread; a context manager.
 
-    A context manager, and a `operands.Reader`. Raises `CheckpointError` where a file is no longer
-    what was described, `MachineError` where reading fails.
+    Methods raise `CheckpointError` if a file has changed since it was described, and
+    `MachineError` if reading fails.
+
+    Args:
+        info: The checkpoint.
+        budget_nbytes: Memory for blocks, in bytes.
+        block_nbytes: The most bytes of a block.
     """
 
     def __init__(
         self,
         info: CheckpointInfo,
-        room_nbytes: int = ROOM_NBYTES,
+        budget_nbytes: int = BUDGET_NBYTES,
         block_nbytes: int = FETCH_NBYTES,
     ) -> None:
         self.info = info
         self._files = OpenFiles(info)
-        self._room = room_nbytes
+        self._budget = budget_nbytes
         self._block_nbytes = block_nbytes
         self._stop = NEVER
-        self._order: list[_Fetch] = []
+        self._fetches: list[_Fetch] = []
         self._next = 0
         self._held = 0
-        self._begun = -1
-        self._turn = threading.Condition()
+        self._step = -1
+        self._changed = threading.Condition()
         self._error: BaseException | None = None
         self._by_step: dict[int, list[_Fetch]] = {}
         self._by_shard: dict[str, tuple[list[int], list[_Fetch]]] = {}
-        self._ends: list[threading.Event] = []
+        self._threads_finished: list[threading.Event] = []
 
     def __enter__(self) -> RemoteReader:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        # A request that waits for its server is left behind, and its file with it.
-        if all(end.wait(1) for end in self._ends):
+        # A request that waits for its server is abandoned, together with its file.
+        if all(finished.wait(1) for finished in self._threads_finished):
             self._files.close()
 
     def set_schedule(self, schedule: ReadSchedule, stop: threading.Event) -> None:
-        """Told before reading what each step will read; fetching begins."""
+        """Plan all fetches and start to fetch (see `Reader.set_schedule`)."""
         self._stop = stop
-        self._order = [_Fetch(block) for block in plan_fetches(schedule, self._block_nbytes)]
-        for fetched in self._order:
-            for step in fetched.block.steps:
-                self._by_step.setdefault(step, []).append(fetched)
-            self._by_shard.setdefault(fetched.block.shard, ([], []))[1].append(fetched)
-            fetched.block.steps.clear()  # counted and filed by now
-        for begins, shard in self._by_shard.values():
-            shard.sort(key=lambda fetched: fetched.block.begin)
-            begins += [fetched.block.begin for fetched in shard]
+        for block in plan_fetches(schedule, self._block_nbytes):
+            fetch = _Fetch(block)
+            self._fetches.append(fetch)
+            for step in block.steps:
+                self._by_step.setdefault(step, []).append(fetch)
+            self._by_shard.setdefault(block.shard, ([], []))[1].append(fetch)
+            block.steps.clear()  # no longer needed
+        for begins, fetches in self._by_shard.values():
+            fetches.sort(key=lambda fetch: fetch.block.begin)
+            begins += [fetch.block.begin for fetch in fetches]
         self.info.location.prepare(sorted(self._by_shard))
-        for _ in range(min(_REQUESTS, len(self._order))):
-            end = threading.Event()
-            self._ends.append(end)
-            threading.Thread(target=self._fetch_all, args=(end,), daemon=True).start()
+        for _ in range(min(_MAX_REQUESTS, len(self._fetches))):
+            finished = threading.Event()
+            self._threads_finished.append(finished)
+            threading.Thread(target=self._fetch_all, args=(finished,), daemon=True).start()
 
     def begin_step(self, step: int) -> None:
-        """What this step reads is fetched now, room or not."""
-        with self._turn:
-            self._begun = max(self._begun, step)
-            self._turn.notify_all()
+        """Fetch what this step reads now, whatever the budget."""
+        with self._changed:
+            self._step = max(self._step, step)
+            self._changed.notify_all()
 
     def end_step(self, step: int) -> None:
-        """Give up the blocks that no other step reads."""
-        with self._turn:
-            for fetched in self._by_step.pop(step, ()):
-                fetched.left -= 1
-                if fetched.left == 0:
-                    fetched.memory = None
-                    self._held -= fetched.block.nbytes
-            self._turn.notify_all()
+        """Drop the blocks that no other step reads."""
+        with self._changed:
+            for fetch in self._by_step.pop(step, ()):
+                fetch.steps_left -= 1
+                if fetch.steps_left == 0:
+                    fetch.memory = None
+                    self._held -= fetch.block.nbytes
+            self._changed.notify_all()
 
     @contextmanager
     def read(
         self, tensor: RawTensor, first: int, shape: tuple[int, ...]
     ) -> Iterator[np.ndarray[Any, Any]]:
-        """`prod(shape)` elements of a tensor from element `first` on, as an array of that shape.
-
-        BF16 comes as its bits (uint16). The array is only good until the step ends.
-        """
+        """Read elements of a tensor (see `Reader.read`); the array is valid until the step ends."""
         import numpy as np
 
         from ..tensors.cast import STORAGE
@@ -138,55 +138,58 @@ class RemoteReader:
         yield whole.view(STORAGE[tensor.dtype]).reshape(shape)
 
     def _parts(self, shard: str, begin: int, end: int) -> Iterator[np.ndarray[Any, Any]]:
-        """The memory that holds some bytes of a shard."""
-        begins, blocks = self._by_shard[shard]
+        """Yield the memory that holds bytes `begin … end` of a shard; waits for its blocks."""
+        begins, fetches = self._by_shard[shard]
         while begin < end:
-            fetched = blocks[bisect_right(begins, begin) - 1]
-            block = fetched.block
-            while not fetched.is_there.wait(_TICK):
+            fetch = fetches[bisect_right(begins, begin) - 1]
+            block = fetch.block
+            while not fetch.has_arrived.wait(_POLL_SECONDS):
                 if self._error is not None:
                     raise self._error
                 if self._stop.is_set():
                     raise _StoppedError
-            memory, until = fetched.memory, min(end, block.end)
+            memory, until = fetch.memory, min(end, block.end)
             if memory is None or not block.begin <= begin < until:
                 raise RuntimeError(f"{shard}: bytes {begin} to {end} are not in the schedule")
             yield memory[begin - block.begin : until - block.begin]
             begin = until
 
-    def _fetch_all(self, end: threading.Event) -> None:
+    def _fetch_all(self, finished: threading.Event) -> None:
+        """Fetch one block after another, in a thread."""
         try:
-            while (fetched := self._take()) is not None:
-                memory = _anonymous(fetched.block.nbytes)
-                file = self._files.file(fetched.block.shard)
-                file.read_into(memory.data, fetched.block.begin, self._stop)
-                fetched.memory = memory
-                fetched.is_there.set()
+            while (fetch := self._take()) is not None:
+                memory = _releasable_memory(fetch.block.nbytes)
+                file = self._files.file(fetch.block.shard)
+                file.read_into(memory.data, fetch.block.begin, self._stop)
+                fetch.memory = memory
+                fetch.has_arrived.set()
         except BaseException as error:
             self._error = self._error or error
         finally:
-            end.set()
+            finished.set()
 
     def _take(self) -> _Fetch | None:
-        """The next block to fetch, when its time has come."""
-        with self._turn:
-            while not self._stop.is_set() and self._error is None and self._next < len(self._order):
-                fetched = self._order[self._next]
-                needed = fetched.first <= self._begun
-                if needed or self._held + fetched.block.nbytes <= self._room:
+        """Wait until the next block may be fetched; returns None when there is none left."""
+        with self._changed:
+            while (
+                not self._stop.is_set() and self._error is None and self._next < len(self._fetches)
+            ):
+                fetch = self._fetches[self._next]
+                is_needed_now = fetch.first <= self._step
+                if is_needed_now or self._held + fetch.block.nbytes <= self._budget:
                     self._next += 1
-                    self._held += fetched.block.nbytes
-                    return fetched
-                self._turn.wait(_TICK)
+                    self._held += fetch.block.nbytes
+                    return fetch
+                self._changed.wait(_POLL_SECONDS)
         return None
 
     def check_unchanged(self) -> None:
-        """Raise `CheckpointError` if a file is no longer what was described."""
+        """Check that no file has changed since it was opened (see `Reader.check_unchanged`)."""
         self._files.check_unchanged()
 
 
-def _anonymous(nbytes: int) -> np.ndarray[Any, Any]:
-    """Memory that goes back to the system when it is given up."""
+def _releasable_memory(nbytes: int) -> np.ndarray[Any, Any]:
+    """Return memory that goes back to the system as soon as it is freed."""
     from .._utils.buffers import aligned_buffer
 
     return aligned_buffer(nbytes)[:nbytes]

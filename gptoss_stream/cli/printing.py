@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .._utils.messages import counted, listed
 
 if TYPE_CHECKING:
-    from ..checkpoint.metadata import RawTensor
+    from ..tensors.raw_tensor import RawTensor
     from ..model.config import ModelConfig
     from ..planning.plan import Plan
 

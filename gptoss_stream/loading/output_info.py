@@ -10,7 +10,8 @@ from typing import Any
 
 from .._utils import strict_json
 from .._utils.regular_file import NotRegularError, open_regular
-from ..checkpoint.metadata import RawTensor, read_header
+from ..checkpoint.metadata import read_header
+from ..tensors.raw_tensor import RawTensor
 from ..errors import OutputError
 from ..storage.local_folder import LocalFolder
 from ..storage.open_location import local_path

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from .._utils.failures import missing_package
 from .._utils.messages import listed
-from ..checkpoint.metadata import RawTensor, read_header
+from ..checkpoint.metadata import read_header
+from ..tensors.raw_tensor import RawTensor
 from ..errors import OutputError
 from ..storage.local_folder import LocalFolder
 from ..storage.open_location import local_path

@@ -1,7 +1,7 @@
-"""Floats from one dtype to another, rounding as torch does; bfloat16 as its bits.
+"""Casts floats from one dtype to another, rounding as torch does.
 
-numpy has no bfloat16. It is the upper half of a float32, so its arithmetic here is that of
-integers: exact, and independent of any flush-to-zero mode of the processor.
+numpy has no bfloat16, so bfloat16 is held as its bits (uint16), the upper half of a float32. Its
+arithmetic is that of integers: exact, and independent of any flush-to-zero mode of the processor.
 """
 
 from __future__ import annotations
@@ -15,20 +15,18 @@ from .dtypes import DType
 
 __all__ = ["STORAGE", "cast", "count_infinities"]
 
-
 STORAGE: dict[DType, type[np.generic]] = {
     DType.U8: np.uint8,
     DType.BF16: np.uint16,
     DType.F16: np.float16,
     DType.F32: np.float32,
 }
-"""How arrays hold the dtypes of a gpt-oss checkpoint; safetensors is little-endian."""
+"""The numpy dtype of arrays that hold each dtype; safetensors is little-endian."""
 
 
 _Array = np.ndarray[Any, Any]
 
-
-# How the bits of each dtype are held, and what they are, without the sign, for infinity.
+# The unsigned integer for the bits of each dtype, and the bits of infinity.
 _INFINITY: dict[DType, tuple[type, int]] = {
     DType.BF16: (np.uint16, 0x7F80),
     DType.F16: (np.uint16, 0x7C00),
@@ -75,7 +73,6 @@ _CASTS: dict[tuple[DType, DType], Callable[[_Array, _Array], None]] = {
     (DType.F32, DType.F16): _narrow,
 }
 
-
 _CAN_OVERFLOW = {
     (DType.BF16, DType.F16),
     (DType.F32, DType.F16),
@@ -84,7 +81,7 @@ _CAN_OVERFLOW = {
 
 
 def count_infinities(array: _Array, dtype: DType) -> int:
-    """How many elements of an array, in the dtype's `STORAGE`, are infinite."""
+    """Count the infinite elements of an array in the dtype's `STORAGE`."""
     unsigned, infinity = _INFINITY[dtype]
     # Shifting the sign out leaves twice the magnitude.
     return int(np.count_nonzero(array.view(unsigned) << 1 == unsigned(2 * infinity)))
@@ -97,10 +94,19 @@ def cast(
     dtype: DType,
     overflow: Literal["error", "infinity"] = "error",
 ) -> None:
-    """Copy `source` into `out` (of the same shape), rounding to nearest, ties to even.
+    """Copy an array to another dtype, rounding to nearest, ties to even.
 
-    Both in their dtype's `STORAGE`. Values too small for `dtype` become subnormal or zero, as in
-    torch. Raises `OverflowError` where a finite value becomes infinite, unless told otherwise.
+    Values too small for the dtype become subnormal or zero, as in torch.
+
+    Args:
+        source: The array, in the `STORAGE` of its dtype.
+        source_dtype: Its dtype.
+        out: The target, of the same shape, in the `STORAGE` of its dtype.
+        dtype: The dtype of the target.
+        overflow: What happens to a finite value that is too large: an error, or infinity.
+
+    Raises:
+        OverflowError: If a finite value would become infinite.
     """
     if source_dtype is dtype:
         np.copyto(out, source)

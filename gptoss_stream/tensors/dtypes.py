@@ -1,4 +1,4 @@
-"""The dtypes of safetensors. The only dtype table in the package.
+"""The dtypes of safetensors: the only table of dtypes in the package.
 
 Codes and sizes: safetensors, `safetensors/src/tensor.rs`, enum `Dtype`.
 """
@@ -23,12 +23,9 @@ __all__ = [
     "torch_name",
 ]
 
-
 BLOCK_VALUES = 32
-
-
 BLOCK_NBYTES = 16
-"""An MXFP4 block (OCP Microscaling Formats v1.0, 5.1): values, and bytes without the scale."""
+"""Values of an MXFP4 block (OCP Microscaling Formats v1.0, 5.1), and its bytes without the scale."""
 
 
 class DType(Enum):
@@ -71,15 +68,17 @@ class DType(Enum):
 
 
 OUTPUT_DTYPES = {"bfloat16": DType.BF16, "float16": DType.F16, "float32": DType.F32}
-"""What `--dtype` takes, by torch's names."""
-
-
+"""The dtypes that can be written, by torch's names."""
 KEEP = "keep"
-"""And this: each tensor in the dtype of its source."""
+"""Stands for the dtype of the source, for each tensor."""
 
 
 def output_dtype(name: str) -> DType:
-    """The dtype for a torch name such as "bfloat16"; raises `OptionError` for others."""
+    """Return the dtype for a torch name such as "bfloat16".
+
+    Raises:
+        OptionError: For a name that is not in `OUTPUT_DTYPES`.
+    """
     try:
         return OUTPUT_DTYPES[name]
     except KeyError:
@@ -88,7 +87,7 @@ def output_dtype(name: str) -> DType:
 
 
 def torch_name(dtype: DType) -> str:
-    """The torch name of an output dtype."""
+    """Return the torch name of a dtype that can be written."""
     return next(name for name, value in OUTPUT_DTYPES.items() if value is dtype)
 
 
@@ -96,12 +95,12 @@ _PRECISION = {DType.U8: 2, DType.BF16: 8, DType.F16: 11, DType.F32: 24}  # bits;
 
 
 def is_exact(source: DType, target: DType) -> bool:
-    """Whether a cast keeps every value. U8 stands for MXFP4, whose range float16 has not."""
+    """Return whether a cast keeps every value. U8 stands for MXFP4, whose range exceeds float16."""
     if source is target or target in (DType.F32, DType.U8):
         return True
     return target is DType.BF16 and _PRECISION[source] <= _PRECISION[target]
 
 
 def nbytes(dtype: DType, shape: Sequence[int]) -> int:
-    """Bytes of a dense tensor of a whole-byte dtype."""
+    """Return the bytes of a tensor whose dtype has whole bytes."""
     return prod(shape) * dtype.itemsize

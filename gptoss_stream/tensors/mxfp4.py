@@ -1,11 +1,11 @@
-"""MXFP4 blocks and scales to floats, by one look-up for two values.
+"""Decodes MXFP4 blocks and scales to floats, by one look-up for two values.
 
 OCP Microscaling Formats (MX) v1.0, sections 5.1 to 5.3: 32 E2M1 values share an E8M0 scale. A
-byte holds two values, the low nibble first; a scale byte s means 2^(s-127). Knows arrays only.
+byte holds two values, the low nibble first; a scale byte s means 2^(s-127).
 
 A table of 65,536 pairs, indexed by `scale << 8 | byte`, gives both values of a byte ready for the
-output: 6 times as fast as a gather for each nibble and `ldexp`, and free of arithmetic that
-could round or flush.
+output: 6 times as fast as a gather for each nibble and `ldexp`, and without arithmetic that could
+round or flush to zero.
 """
 
 from __future__ import annotations
@@ -21,36 +21,32 @@ from .dtypes import DType
 
 __all__ = ["E2M1", "NAN_SCALE", "decode", "largest_scale"]
 
-
 NAN_SCALE = 255
-"""E8M0's NaN. Released weights have none; transformers would make 2^128 of it. Refused."""
-
+"""E8M0's NaN, which is refused. Released weights have none; transformers would read it as 2^128."""
 
 # fmt: off
 E2M1 = (+0.0, +0.5, +1.0, +1.5, +2.0, +3.0, +4.0, +6.0,
         -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-"""The value of each 4-bit code; bit 3 is the sign, and code 8 is -0.0 and stays it."""
+"""The value of each 4-bit code. Bit 3 is the sign; code 8 is -0.0, which is kept."""
 # fmt: on
 
-
-_TILE_LOOKUPS = 1 << 17  # fewer make more calls, and threads take turns to make them
+_TILE_LOOKUPS = 1 << 17  # fewer need more calls, and the threads take turns to make them
 
 
 _memory = threading.local()
-
 
 _PAIR = {DType.BF16: np.uint32, DType.F16: np.uint32, DType.F32: np.uint64}
 
 
 def largest_scale(dtype: DType) -> int:
-    """The largest scale byte with which every code is finite in the output dtype."""
+    """Return the largest scale byte with which every code is finite in the output dtype."""
     # 6 = 1.5 * 2^2 is the largest code: 2^(s-127+2) must be at most the dtype's largest exponent.
     return 140 if dtype is DType.F16 else 252
 
 
 @lru_cache(maxsize=3)
 def _pairs(dtype: DType) -> np.ndarray[Any, Any]:
-    """[65536] pairs of values, as one integer each; index `scale << 8 | byte`."""
+    """Return [65536] pairs of values, each as one integer; the index is `scale << 8 | byte`."""
     codes = np.array(E2M1, np.float64)
     byte = np.arange(256)
     values = np.stack([codes[byte & 15], codes[byte >> 4]], axis=-1)  # [byte, 2]
@@ -68,11 +64,16 @@ def decode(
     out: np.ndarray[Any, Any],
     dtype: DType,
 ) -> None:
-    """Decode rows of MXFP4 into `out`.
+    """Decode rows of MXFP4.
 
-    blocks: [rows, groups, 16] uint8; scales: [rows, groups] uint8; out: [rows, groups * 32] in
-    the storage of `dtype` (uint16 bits for BF16), C-contiguous. Values that the dtype cannot
-    hold become infinities: the caller looks at the scales (`largest_scale`).
+    Values that the dtype cannot hold become infinities: the caller checks the scales
+    (`largest_scale`).
+
+    Args:
+        blocks: [rows, groups, 16] uint8.
+        scales: [rows, groups] uint8.
+        out: [rows, groups * 32] in the `STORAGE` of the dtype, C-contiguous.
+        dtype: The dtype of `out`.
     """
     rows, groups, width = blocks.shape
     table = _pairs(dtype)
@@ -84,15 +85,15 @@ def decode(
         shape = (tile.stop - first, groups, width)
         index = narrow[: shape[0] * groups * width].reshape(shape)
         np.bitwise_or(scales[tile, :, None].astype(np.uint16) << 8, blocks[tile], out=index)
-        # numpy looks up by intp alone and would allocate such a copy itself, for each tile.
+        # numpy looks up by intp only, and would itself allocate such a copy for each tile.
         positions = wide[: index.size].reshape(shape)
         positions[...] = index
-        # mode="clip" writes straight into `out`; every uint16 is a valid index anyway.
+        # mode="clip" writes directly to `out`; every uint16 is a valid index anyway.
         np.take(table, positions, out=pairs[tile], mode="clip")
 
 
 def _indices(count: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """This thread's memory for indices, used again and again: fresh pages cost more than the
+    """Return this thread's memory for indices, which is reused: new pages cost more than the
     look-ups."""
     if getattr(_memory, "count", 0) < count:
         _memory.narrow, _memory.wide = np.empty(count, np.uint16), np.empty(count, np.intp)

@@ -1,15 +1,17 @@
-"""The safetensors format: header bytes to tensor descriptions and back, and the index file.
+"""The safetensors format: header bytes to descriptions of tensors and back, and the index file.
 
-No file is opened here. The format (safetensors README, "Format"): 8 bytes, the header's length as
-a little-endian u64; the header, a JSON object that maps each tensor's name to its dtype, shape and
-`data_offsets` (from the end of the header), space-padded; then the data, without holes.
+No file is opened here. The format (safetensors README, "Format"): 8 bytes with the length of the
+header as a little-endian u64; the header, a JSON object that maps each tensor's name to its dtype,
+shape and `data_offsets` (from the end of the header), padded with spaces; then the data, without
+holes.
 
-Stricter than safetensors 0.8's own reader on purpose. Since each makes two readers see two
-different files: duplicate names (it keeps the last), unknown fields of an entry (it ignores them),
-entries written as arrays, a dtype written as `{"U8": null}`, `"__metadata__": null`. Since no
-checkpoint has them: names that are empty, longer than 1,000 or with control characters, more than 8
-dimensions, sizes and products beyond 2^48, headers of more than 25 MB, which the Hub refuses too
-(parsed, a header takes up to 25 times its size).
+This reader is deliberately stricter than that of safetensors 0.8. It refuses what makes two readers
+see two different files: duplicate names (safetensors keeps the last), unknown fields of an entry
+(it ignores them), entries written as arrays, a dtype written as `{"U8": null}`,
+`"__metadata__": null`. It also refuses what no checkpoint has: names that are empty, longer than
+1,000 characters or with control characters, more than 8 dimensions, sizes and products beyond 2^48,
+and headers of more than 25 MB, which the Hub refuses too (a parsed header takes up to 25 times its
+size).
 """
 
 from __future__ import annotations
@@ -17,69 +19,35 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from .._utils import strict_json
 from ..errors import HeaderError
 from .dtypes import DType
+from .raw_tensor import RawTensor
 
 __all__ = [
     "INDEX_NAME",
     "LENGTH_NBYTES",
     "MAX_HEADER_NBYTES",
     "METADATA",
-    "TensorInfo",
     "build_header",
     "build_index",
     "header_nbytes",
     "parse_header",
     "parse_index",
 ]
-
-
 INDEX_NAME = "model.safetensors.index.json"
-
-
 LENGTH_NBYTES = 8
-
-
 MAX_HEADER_NBYTES = 25_000_000  # huggingface_hub: SAFETENSORS_MAX_HEADER_LENGTH
-
-
 METADATA = {"format": "pt"}
-"""What a shard says of itself, as transformers asks."""
-
-
+"""The metadata of every shard that is written; transformers requires it."""
 _ALIGNMENT = 8  # safetensors pads its headers to this
-
-
 _MAX_ELEMENTS = 2**48
-
-
 _MAX_RANK = 8
-
-
 _MAX_NAME = 1000
-
-
 _DTYPES = {dtype.code: dtype for dtype in DType}
-
-
 _SHARD_NAME = re.compile(r"[A-Za-z0-9._-]{1,243}\.safetensors")  # at most 255 bytes
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """A header's entry: `begin` and `end` are bytes from the start of the data."""
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
 _LOOKS_LIKE = (
     (b"version https://git-lfs", "a Git LFS pointer; run `git lfs pull`"),
     (b"<", "an HTML or XML page saved under this name; download the file again"),
@@ -91,9 +59,15 @@ _LOOKS_LIKE = (
 
 
 def header_nbytes(first_bytes: bytes, file_nbytes: int, file: str) -> int:
-    """The length of the header JSON, from a file's first bytes (up to 64 of them).
+    """Return the length of the header's JSON text, before anything of that length is read.
 
-    Raises `HeaderError`; nothing of that length has been read or allocated by then.
+    Args:
+        first_bytes: The file's first bytes, up to 64 of them.
+        file_nbytes: The size of the file.
+        file: What messages call the file.
+
+    Raises:
+        HeaderError: If the file is not a safetensors file or is truncated.
     """
     if file_nbytes < LENGTH_NBYTES:
         raise HeaderError(
@@ -117,39 +91,52 @@ def header_nbytes(first_bytes: bytes, file_nbytes: int, file: str) -> int:
 
 
 def parse_header(
-    header: bytes, file_nbytes: int, file: str
-) -> tuple[tuple[TensorInfo, ...], dict[str, str]]:
-    """The tensors of a header (the JSON alone), in order of their data, and its metadata.
+    header: bytes, file_nbytes: int, file: str, shard: str
+) -> tuple[tuple[RawTensor, ...], dict[str, str]]:
+    """Parse a header.
 
-    Raises `HeaderError`.
+    Args:
+        header: The JSON text alone.
+        file_nbytes: The size of the file.
+        file: What messages call the file.
+        shard: The file's name, for the tensors.
+
+    Returns:
+        The tensors, in the order of their data, and the metadata.
+
+    Raises:
+        HeaderError: If the header breaks a rule of the format.
     """
     try:
         entries = strict_json.loads(header)
     except ValueError as error:
-        raise HeaderError(f"{file}: the header is {_unquoted(error)}") from None
+        raise HeaderError(f"{file}: the header is {_without_quotes(error)}") from None
     if not isinstance(entries, dict):
         raise HeaderError(f"{file}: the header is not a JSON object")
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise HeaderError(f"{file}: __metadata__ is not a map of strings to strings")
-    infos = sorted(
-        (_entry(name, entry, file) for name, entry in entries.items()),
-        key=lambda info: (info.begin, info.end),
+    start = LENGTH_NBYTES + len(header)
+    tensors = sorted(
+        (_parse_entry(name, entry, file, shard, start) for name, entry in entries.items()),
+        key=lambda tensor: (tensor.offset, tensor.end),
     )
-    _check_coverage(infos, file_nbytes - LENGTH_NBYTES - len(header), file)
-    return tuple(infos), metadata
+    _check_coverage(tensors, start, file_nbytes - start, file)
+    return tuple(tensors), metadata
 
 
-def _unquoted(error: ValueError) -> str:
+def _without_quotes(error: ValueError) -> str:
     text = str(error)
     return text if text.startswith("not ") else f"not valid: {text}"
 
 
 def _is_size(value: Any) -> bool:
-    return type(value) is int and value >= 0  # bool is an int to Python, not to JSON
+    return type(value) is int and value >= 0  # bool is an int in Python, but not in JSON
 
 
-def _entry(name: str, entry: Any, file: str) -> TensorInfo:
+def _parse_entry(name: str, entry: Any, file: str, shard: str, start: int) -> RawTensor:
+    """Parse a tensor's entry; `start` is the first byte of the data in the file."""
+
     def bad(reason: str) -> HeaderError:
         return HeaderError(f"{file}: tensor {name[:_MAX_NAME]!r}: {reason}")
 
@@ -180,55 +167,78 @@ def _entry(name: str, entry: Any, file: str) -> TensorInfo:
         raise bad(f"its data_offsets run backwards ({begin} to {end})")
     if nbits % 8 or nbits // 8 != end - begin:
         raise bad(f"{code} {shape} takes {nbits / 8:g} bytes, its data_offsets hold {end - begin}")
-    return TensorInfo(name, dtype, tuple(shape), begin, end)
+    return RawTensor(name, dtype, tuple(shape), shard, start + begin)
 
 
-def _check_coverage(infos: list[TensorInfo], data_nbytes: int, file: str) -> None:
-    """The tensors must tile the data: no hole, no overlap, nothing before, between or after."""
-    at = 0
-    for info in infos:
-        if info.begin != at:
-            fault = "overlaps the tensor before it" if info.begin < at else "leaves a hole"
-            raise HeaderError(f"{file}: tensor {info.name!r}: its data {fault} at byte {at}")
-        at = info.end
-    if at > data_nbytes:
+def _check_coverage(tensors: list[RawTensor], start: int, data_nbytes: int, file: str) -> None:
+    """Check that the tensors cover the data: no hole, no overlap, nothing before or after."""
+    expected = start
+    for tensor in tensors:
+        if tensor.offset != expected:
+            fault = "overlaps the tensor before it" if tensor.offset < expected else "leaves a hole"
+            raise HeaderError(
+                f"{file}: tensor {tensor.name!r}: its data {fault} at byte {expected - start}"
+            )
+        expected = tensor.end
+    described = expected - start
+    if described > data_nbytes:
         raise HeaderError(
-            f"{file}: truncated: {data_nbytes} bytes of tensor data, the header describes {at} "
-            f"({at - data_nbytes} are missing); download it again"
+            f"{file}: truncated: {data_nbytes} bytes of tensor data, the header describes "
+            f"{described} ({described - data_nbytes} are missing); download it again"
         )
-    if at < data_nbytes:
+    if described < data_nbytes:
         raise HeaderError(
-            f"{file}: {data_nbytes - at} bytes follow the last tensor; the file is damaged"
+            f"{file}: {data_nbytes - described} bytes follow the last tensor; the file is damaged"
         )
 
 
 def build_header(tensors: Iterable[tuple[str, DType, tuple[int, ...]]]) -> bytes:
-    """Length and header of a shard that holds `tensors` in this order, without holes.
+    """Build the first bytes of a shard: the length of the header, and the header.
 
-    Its metadata is `METADATA`; its length is a multiple of 8.
+    Args:
+        tensors: Name, dtype and shape of each tensor, in the order of their data, without holes.
+
+    Returns:
+        Bytes whose length is a multiple of 8; the metadata is `METADATA`.
     """
     entries: dict[str, Any] = {"__metadata__": METADATA}
-    at = 0
+    begin = 0
     for name, dtype, shape in tensors:
         nbits = dtype.bits
         for size in shape:
             nbits *= size
-        end = at + nbits // 8
-        entries[name] = {"dtype": dtype.code, "shape": list(shape), "data_offsets": [at, end]}
-        at = end
+        end = begin + nbits // 8
+        entries[name] = {"dtype": dtype.code, "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     return len(text).to_bytes(LENGTH_NBYTES, "little") + text
 
 
 def build_index(total_nbytes: int, weight_map: Mapping[str, str]) -> bytes:
-    """The text of `model.safetensors.index.json`; total_size counts tensor data alone."""
+    """Return the text of `model.safetensors.index.json`.
+
+    Args:
+        total_nbytes: Bytes of tensor data in all shards.
+        weight_map: The shard of each tensor, by name.
+    """
     index = {"metadata": {"total_size": total_nbytes}, "weight_map": dict(weight_map)}
     return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def parse_index(text: bytes, file: str) -> dict[str, str]:
-    """The `weight_map` of an index: tensor name to shard file name; raises `HeaderError`."""
+    """Parse an index.
+
+    Args:
+        text: The text of the index.
+        file: What messages call it.
+
+    Returns:
+        The shard of each tensor, by name.
+
+    Raises:
+        HeaderError: If it is damaged or names files outside the folder.
+    """
     try:
         index = strict_json.loads(text)
     except ValueError as error:
@@ -239,7 +249,7 @@ def parse_index(text: bytes, file: str) -> dict[str, str]:
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not _SHARD_NAME.fullmatch(shard) or shard[0] == ".":
             raise HeaderError(
-                f"{file}: tensor {name[:_MAX_NAME]!r} lies in {str(shard)[:80]!r}, which is not "
-                "the name of a safetensors file in this folder"
+                f"{file}: tensor {name[:_MAX_NAME]!r} is said to be in {str(shard)[:80]!r}, which "
+                "is not the name of a safetensors file in this folder"
             )
     return weight_map

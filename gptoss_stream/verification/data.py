@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .._utils.thread_pool import Buffer, Step
-from ..checkpoint.metadata import RawTensor
+from ..checkpoint.local_reader import LocalReader
 from ..checkpoint.open_reader import CheckpointReader
-from ..checkpoint.reader import ElementRange, LocalReader, ReadSchedule
+from ..checkpoint.reader import ElementRange, ReadSchedule
 from ..planning.shards import is_spilled
 from ..tensors.cast import STORAGE, cast
 from ..tensors.dtypes import DType
+from ..tensors.raw_tensor import RawTensor
 from ..transforms.materialize import TargetRows, materialize, materialize_rows
 from ..transforms.output_tensor import OutputTensor, Segment, element_ranges
 from ..writing.executor import CHUNK_NBYTES

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .._utils import strict_json
-from ..checkpoint.metadata import CheckpointInfo, RawTensor, read_header
+from ..checkpoint.metadata import CheckpointInfo, read_header
 from ..errors import CheckpointError, OutputError
 from ..model.selection import Selection
 from ..planning.options import DEFAULT_FORMAT
@@ -20,6 +20,7 @@ from ..planning.plan import Plan
 from ..storage.local_folder import LocalFolder
 from ..storage.location import FileInfo
 from ..tensors.dtypes import KEEP, OUTPUT_DTYPES, DType
+from ..tensors.raw_tensor import RawTensor
 from ..tensors.safetensors_header import INDEX_NAME, METADATA, build_index
 from ..transforms.output_tensor import OutputTensor
 from ..writing.run_state import RECORD_NAME, WORK_NAME

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable
 
 from .._utils.failures import machine_error
 from .._utils.thread_pool import count_workers, run_steps
+from ..checkpoint.local_reader import LocalReader
 from ..checkpoint.metadata import CheckpointInfo
 from ..checkpoint.open_reader import open_reader
-from ..checkpoint.reader import LocalReader
 from ..errors import OptionError
 from ..model.selection import Selection
 from ..planning.plan import plan

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from gptoss_stream import plan
-from gptoss_stream.checkpoint.metadata import RawTensor
 from gptoss_stream.checkpoint.read_ahead import FetchBlock, plan_fetches
 from gptoss_stream.checkpoint.reader import ElementRange, ReadSchedule
 from gptoss_stream.tensors.dtypes import DType
+from gptoss_stream.tensors.raw_tensor import RawTensor
 from gptoss_stream.transforms.output_tensor import element_ranges
 
 BLOCK = 64
@@ -40,7 +39,7 @@ def schedules(draw) -> list[list[ElementRange]]:
 
 
 def overlapped(blocks: list[FetchBlock], element_range: ElementRange) -> list[FetchBlock]:
-    begin, nbytes = element_range.span
+    begin, nbytes = element_range.byte_range
     return [
         b
         for b in blocks
@@ -53,7 +52,10 @@ def overlapped(blocks: list[FetchBlock], element_range: ElementRange) -> list[Fe
 def test_every_byte_that_is_read_lies_in_one_block_and_its_step_is_known(steps):
     blocks = plan_fetches(schedule_of(steps), BLOCK)
     wanted = {
-        (e.raw.shard, at) for step in steps for e in step for at in range(e.span[0], sum(e.span))
+        (e.raw.shard, at)
+        for step in steps
+        for e in step
+        for at in range(e.byte_range[0], sum(e.byte_range))
     }
     held = [(b.shard, at) for b in blocks for at in range(b.begin, b.end)]
     assert len(held) == len(set(held)), "a byte lies in two blocks"
@@ -93,6 +95,6 @@ def test_what_a_whole_conversion_needs_at_a_time_is_little(checkpoints, to):
     total = planned.source_nbytes
     blocks = plan_fetches(schedule, total // 16)
     assert total <= sum(block.nbytes for block in blocks) <= 1.02 * total
-    for step in range(schedule.count):
+    for step in range(schedule.num_steps):
         held = sum(b.nbytes for b in blocks if b.first <= step <= b.last)
         assert held <= total / 2

@@ -144,7 +144,7 @@ def assert_refused_before_any_write(source: Path, output: Path | str) -> None:
         env={**os.environ, "HOME": str(source.parent)},
     )
     assert_clean_error(done, 2)
-    assert "one folder, or one lies inside the other" in done.stderr
+    assert "are the same folder, or one is inside the other" in done.stderr
     assert (digests(source), everything(source.parent)) == before
 
 

@@ -91,13 +91,13 @@ def ours(file: bytes) -> tuple[dict | None, str]:
     try:
         length = header_nbytes(file[:64], len(file), "x.safetensors")
         start = LENGTH_NBYTES + length
-        infos, _ = parse_header(file[LENGTH_NBYTES:start], len(file), "x.safetensors")
+        infos, _ = parse_header(file[LENGTH_NBYTES:start], len(file), "x.safetensors", "x.safetensors")
     except HeaderError as error:
         return None, str(error)
-    assert all(0 <= info.begin <= info.end <= len(file) - start for info in infos)
+    assert all(start <= info.offset <= info.end <= len(file) for info in infos)
     assert len({info.name for info in infos}) == len(infos)
     return {
-        info.name: (info.dtype.code, list(info.shape), file[start + info.begin : start + info.end])
+        info.name: (info.dtype.code, list(info.shape), file[info.offset : info.end])
         for info in infos
     }, ""
 

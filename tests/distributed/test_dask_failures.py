@@ -202,7 +202,7 @@ def test_a_worker_that_hangs_from_the_start(source, whole, tmp_path, monkeypatch
 
 PROFILED = """
 import gc, sys, gptoss_stream
-from gptoss_stream.checkpoint.reader import LocalReader
+from gptoss_stream.checkpoint.local_reader import LocalReader
 info = gptoss_stream.plan(sys.argv[1]).info
 gc.disable()
 gc.set_threshold(1)

@@ -30,7 +30,7 @@ import gc, json, os, signal, sys
 import gptoss_stream.storage.hub
 import gptoss_stream.storage.retries as retries
 from gptoss_stream import conversion, formats
-from gptoss_stream.checkpoint.remote_reader import ROOM_NBYTES, RemoteReader
+from gptoss_stream.checkpoint.remote_reader import BUDGET_NBYTES, RemoteReader
 from gptoss_stream.cli.main import main
 from gptoss_stream.verification import verify
 from gptoss_stream.writing import executor, remote_output
@@ -38,7 +38,7 @@ from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download
 from huggingface_hub.utils import get_session
 
 retries.FIRST_DELAY = 0.002
-RemoteReader.__init__.__defaults__ = (ROOM_NBYTES, {BLOCK_NBYTES})
+RemoteReader.__init__.__defaults__ = (BUDGET_NBYTES, {BLOCK_NBYTES})
 os.fsync = os.fdatasync = lambda descriptor: None
 job = None
 

@@ -152,7 +152,7 @@ def test_only_what_is_chosen_is_read(source, checkpoints, tmp_path, monkeypatch)
     selection = Selection(layers="2", experts="1", only=("experts",))
     plan = gptoss_stream.plan(folder, selection=selection)
     read = {}
-    from gptoss_stream.checkpoint.reader import LocalReader
+    from gptoss_stream.checkpoint.local_reader import LocalReader
 
     reading = LocalReader.read
 

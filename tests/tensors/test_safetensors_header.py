@@ -22,7 +22,7 @@ from gptoss_stream.tensors.safetensors_header import (
 
 def parse(data: bytes):
     length = header_nbytes(data[:64], len(data), "x.safetensors")
-    return parse_header(data[8 : 8 + length], len(data), "x.safetensors")[0]
+    return parse_header(data[8 : 8 + length], len(data), "x.safetensors", "x.safetensors")[0]
 
 
 def entry(dtype="U8", shape=(4,), offsets=(0, 4), **more):
@@ -164,7 +164,8 @@ def test_build_and_parse_agree():
     header = build_header(tensors)
     infos = parse(header + bytes(17))
     assert [(i.name, i.dtype, i.shape) for i in infos] == tensors
-    assert [(i.begin, i.end) for i in infos] == [(0, 12), (12, 12), (12, 17)]
+    start = len(header)
+    assert [(i.offset - start, i.end - start) for i in infos] == [(0, 12), (12, 12), (12, 17)]
     assert len(header) % 8 == 0
     assert b'"__metadata__":{"format":"pt"}' in header
 

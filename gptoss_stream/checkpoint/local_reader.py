@@ -1,0 +1,88 @@
+"""Reads a checkpoint on this machine."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from ..storage.local_folder import LocalFile
+from ..storage.location import NEVER
+from ..tensors.raw_tensor import RawTensor
+from .metadata import CheckpointInfo
+from .reader import OpenFiles, ReadSchedule
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["LocalReader"]
+
+
+class LocalReader:
+    """A `Reader` of a local checkpoint; a context manager.
+
+    Each thread reuses the memory that it reads into. Methods raise `CheckpointError` if a file has
+    changed since it was described, and `MachineError` if reading fails.
+
+    Args:
+        info: The checkpoint.
+        ahead: The system reads ahead what the step this many steps later needs; 0 for none.
+    """
+
+    def __init__(self, info: CheckpointInfo, ahead: int = 0) -> None:
+        self.info = info
+        self._files = OpenFiles(info)
+        # By thread. Not a threading.local: if one is garbage-collected within
+        # sys._current_frames, which Dask's profiler calls, Python 3.11 deadlocks
+        # (python/cpython#106883).
+        self._memory: dict[int, list[np.ndarray[Any, Any]]] = {}
+        self._ahead = ahead
+        self._schedule = ReadSchedule(0, lambda step: ())
+        self._stop = NEVER
+
+    def __enter__(self) -> LocalReader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._files.close()
+
+    @contextmanager
+    def read(
+        self, tensor: RawTensor, first: int, shape: tuple[int, ...]
+    ) -> Iterator[np.ndarray[Any, Any]]:
+        """Read elements of a tensor (see `Reader.read`)."""
+        import numpy as np
+
+        from ..tensors.cast import STORAGE
+
+        nbytes = prod(shape) * tensor.dtype.itemsize
+        free = self._memory.setdefault(threading.get_ident(), [])
+        memory = free.pop() if free else np.empty(0, np.uint8)
+        if len(memory) < nbytes:
+            memory = np.empty(nbytes, np.uint8)
+        begin = tensor.offset + first * tensor.dtype.itemsize
+        self._files.file(tensor.shard).read_into(memory[:nbytes].data, begin, self._stop)
+        yield memory[:nbytes].view(STORAGE[tensor.dtype]).reshape(shape)
+        free.append(memory)
+
+    def set_schedule(self, schedule: ReadSchedule, stop: threading.Event) -> None:
+        """Take the schedule (see `Reader.set_schedule`)."""
+        self._schedule, self._stop = schedule, stop
+
+    def begin_step(self, step: int) -> None:
+        """Ask the system to read ahead what a later step needs."""
+        later = step + self._ahead
+        if self._ahead and later < self._schedule.num_steps:
+            for element_range in self._schedule.element_ranges(later):
+                file = self._files.file(element_range.raw.shard)
+                if isinstance(file, LocalFile):
+                    file.prefetch(*element_range.byte_range)
+
+    def end_step(self, step: int) -> None:
+        """Do nothing: the memory of a step is freed by `read`."""
+
+    def check_unchanged(self) -> None:
+        """Check that no file has changed since it was opened (see `Reader.check_unchanged`)."""
+        self._files.check_unchanged()
