@@ -60,7 +60,7 @@ def _limits() -> list[int]:
             continue
         group = root / path.lstrip("/")
         for folder in (group, *group.parents):
-            with suppress(OSError, ValueError):  # "max", or a group that is not visible to this process
+            with suppress(OSError, ValueError):  # "max", or a group that is not visible
                 limits.append(int((folder / name).read_text()))
             if folder == root:
                 break
