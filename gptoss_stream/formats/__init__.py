@@ -2,7 +2,7 @@
 
 Does: say what each format stores, detect a checkpoint's format, read and write its configuration.
 May import: model, checkpoint, tensors, errors, _utils.
-Must not know: other formats, how tensors are converted, written and split into shards.
+Must not know: how tensors are converted, split into shards and written.
 
 A new file here is a new format, with no other change. Its name is the file's, with `-` for `_`.
 What it defines is in `Format`: a table, `detect`, `read_model`, `check` and `files`. Files with a

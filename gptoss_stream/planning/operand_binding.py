@@ -1,9 +1,9 @@
 """The segments of an output tensor, from the axes of a target row and of the source's rows.
 
 A table's row names the axes of a stored tensor: "e m (i t)" has three stored axes, of which the
-last is made of two model axes. The model axes of one stored axis are a *group*. An axis is *fixed*
-if one index of it is asked for, by the target's name or row. Fixed axes are dropped from both
-sides, what is left is an einops pattern, and each fixed index is a slice of the source.
+last consists of two model axes. The model axes of one stored axis are a *group*. An axis is
+*fixed* if the target's name or row gives one index of it. Fixed axes are dropped from both sides,
+what is left is an einops pattern, and each fixed index is a slice of the source.
 
 Example: `hf` to `transformer-lens`, `W_in` of expert 3, [intermediate, hidden].
 

@@ -1,9 +1,8 @@
 """Making any byte range of an output tensor.
 
-`materialize` finds the rows of each segment that are in the byte range and calls a function that
-makes them. `materialize_rows` is such a function: it loads the operand a tile at a time, rearranges
-the tile and casts it into the output. Only what these rows need is read, and no more than a few MB
-are in memory.
+`materialize` finds the rows of each segment that are in the byte range and calls a function for
+them, usually `materialize_rows`. That one loads the operand a tile at a time, rearranges the tile
+and casts it into the output. It reads only what these rows need, and a tile has a few MB at most.
 
 For example, bytes 100 to 1100 of a bfloat16 tensor [8, 120], whose rows have 240 bytes: rows 1 to 3
 are made in the output itself. Of rows 0 and 4 only some bytes are needed. Each of the two is made
@@ -34,8 +33,9 @@ _TILE_NBYTES = 1 << 20
 _TRANSPOSED_TILE_NBYTES = 4 << 20
 """The most bytes in a tile that is transposed, of whole rows of the operand."""
 _TRANSPOSED_TILE_ROWS = 192
-"""The most rows of the operand in such a tile. With fewer, calls cost more than the copying (32
-rows took twice as long). With many more, the tile does not fit in the processor's cache."""
+"""The most rows of the operand in a tile that is transposed. With fewer, calls cost more than the
+copying (32 rows took twice as long). With many more, the tile does not fit in the processor's
+cache."""
 
 
 @dataclass(frozen=True, slots=True)

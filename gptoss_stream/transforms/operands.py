@@ -44,7 +44,7 @@ class Tile(NamedTuple):
     columns: Interval | None
     """Indices along the second axis; None for all, and for operands without one."""
     dtype: DType
-    """The dtype that the caller will cast to. What is not stored as floats is made in it."""
+    """The dtype that the caller will cast to. All operands except dense ones give it."""
     out: np.ndarray[Any, Any] | None = None
     """Memory of the tile's shape and dtype that the operand may use for the result."""
 

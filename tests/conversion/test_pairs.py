@@ -194,7 +194,7 @@ def test_packed_bytes_are_moved_unchanged(source, target, sources, tmp_path):
 @pytest.mark.parametrize("source", [name for name in FORMATS if name not in PACKED])
 def test_floats_are_not_quantised(source, target, sources, tmp_path):
     with pytest.raises(
-        OptionError, match=f"{source} to {target}: .* not quantised by this version"
+        OptionError, match=f"{source} to {target}: .* not quantized by this version"
     ):
         gptoss_stream.convert(sources(source, "bf16")[0], tmp_path / "out", to=target)
     assert not (tmp_path / "out").exists()
