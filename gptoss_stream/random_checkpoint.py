@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__, formats
 from ._utils import strict_json
-from .tensors.raw_tensor import RawTensor
 from .checkpoint.reader import Reader
 from .errors import ConfigError, OptionError
 from .formats import hf_mxfp4, rows_by_name, tensor_specs
@@ -25,6 +24,7 @@ from .model.config import ModelConfig, alternating_layers
 from .planning.mapping import output_tensors
 from .planning.shards import DEFAULT_SHARD_SIZE, PlannedShard, parse_size, plan_shards
 from .tensors.dtypes import DType
+from .tensors.raw_tensor import RawTensor
 from .transforms.materialize import materialize, materialize_rows
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 
-from ..storage.location import NEVER, Location, changed
+from ..storage.location import NEVER_STOP, Location, changed
 
 __all__ = ["CopiedFile", "find_auxiliary_files"]
 
@@ -44,7 +44,7 @@ class CopiedFile:
         with closing(self.location.open(self.name)) as file:
             for begin in range(0, file.info.nbytes, _BLOCK_NBYTES):
                 block = bytearray(min(_BLOCK_NBYTES, file.info.nbytes - begin))
-                file.read_into(memoryview(block), begin, NEVER)
+                file.read_into(memoryview(block), begin, NEVER_STOP)
                 digest.update(block)
                 yield bytes(block)
             if file.info.sha256 not in (None, digest.hexdigest()):

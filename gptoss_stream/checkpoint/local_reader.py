@@ -9,7 +9,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from ..storage.local_folder import LocalFile
-from ..storage.location import NEVER
+from ..storage.location import NEVER_STOP
 from ..tensors.raw_tensor import RawTensor
 from .metadata import CheckpointInfo
 from .reader import OpenFiles, ReadSchedule
@@ -40,7 +40,7 @@ class LocalReader:
         self._memory: dict[int, list[np.ndarray[Any, Any]]] = {}
         self._ahead = ahead
         self._schedule = ReadSchedule(0, lambda step: ())
-        self._stop = NEVER
+        self._stop = NEVER_STOP
 
     def __enter__(self) -> LocalReader:
         return self

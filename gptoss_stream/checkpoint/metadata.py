@@ -15,7 +15,7 @@ from .._utils import strict_json
 from .._utils.failures import machine_error
 from .._utils.messages import listed
 from ..errors import CheckpointError, ConfigError
-from ..storage.location import NEVER, FileInfo, Location, read_whole
+from ..storage.location import NEVER_STOP, FileInfo, Location, read_whole
 from ..tensors.raw_tensor import RawTensor
 from ..tensors.safetensors_header import (
     INDEX_NAME,
@@ -190,9 +190,9 @@ def read_header(
     with closing(location.open(name)) as file:
         nbytes = file.info.nbytes
         first = bytearray(min(_FIRST_NBYTES, nbytes))
-        file.read_into(memoryview(first), 0, NEVER)
+        file.read_into(memoryview(first), 0, NEVER_STOP)
         header = bytearray(header_nbytes(bytes(first), nbytes, where))
-        file.read_into(memoryview(header), LENGTH_NBYTES, NEVER)
+        file.read_into(memoryview(header), LENGTH_NBYTES, NEVER_STOP)
         info = file.info
     tensors, metadata = parse_header(bytes(header), nbytes, where, name)
     return info, {tensor.name: tensor for tensor in tensors}, metadata

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .._utils.failures import machine_error
-from ..storage.location import NEVER, File, changed
+from ..storage.location import NEVER_STOP, File, changed
 from ..tensors.raw_tensor import RawTensor
 from .metadata import CheckpointInfo
 
@@ -93,7 +93,7 @@ def is_zero(info: CheckpointInfo, raw: RawTensor) -> bool:
         with closing(info.location.open(raw.shard)) as file:
             for begin in range(0, raw.nbytes, _BLOCK_NBYTES):
                 block = bytearray(min(_BLOCK_NBYTES, raw.nbytes - begin))
-                file.read_into(memoryview(block), raw.offset + begin, NEVER)
+                file.read_into(memoryview(block), raw.offset + begin, NEVER_STOP)
                 if (np.frombuffer(block, integer) << 1).any():  # without the sign
                     return False
     except OSError as error:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from ..storage.location import NEVER
+from ..storage.location import NEVER_STOP
 from ..tensors.raw_tensor import RawTensor
 from .metadata import CheckpointInfo
 from .read_ahead import FETCH_NBYTES, FetchBlock, plan_fetches
@@ -68,7 +68,7 @@ class RemoteReader:
         self._files = OpenFiles(info)
         self._budget = budget_nbytes
         self._block_nbytes = block_nbytes
-        self._stop = NEVER
+        self._stop = NEVER_STOP
         self._fetches: list[_Fetch] = []
         self._next = 0
         self._held = 0
@@ -100,7 +100,7 @@ class RemoteReader:
         for begins, fetches in self._by_shard.values():
             fetches.sort(key=lambda fetch: fetch.block.begin)
             begins += [fetch.block.begin for fetch in fetches]
-        self.info.location.prepare(sorted(self._by_shard))
+        self.info.location.download(sorted(self._by_shard))
         for _ in range(min(_MAX_REQUESTS, len(self._fetches))):
             finished = threading.Event()
             self._threads_finished.append(finished)

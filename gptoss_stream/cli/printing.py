@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from .._utils.messages import counted, listed
 
 if TYPE_CHECKING:
-    from ..tensors.raw_tensor import RawTensor
     from ..model.config import ModelConfig
     from ..planning.plan import Plan
+    from ..tensors.raw_tensor import RawTensor
 
 __all__ = [
     "describe_format",

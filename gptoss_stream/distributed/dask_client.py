@@ -92,7 +92,7 @@ def _no_answer(scheduler: str, error: BaseException) -> MachineError:
 @contextmanager
 def _local_cluster(workers: int) -> Iterator[distributed.LocalCluster]:
     count_workers(workers)  # refuses absurd numbers
-    # Dask's profiler can deadlock a worker, before Python 3.11.9 and 3.12.3 (python/cpython#106883).
+    # Dask's profiler can deadlock a worker before Python 3.11.9, 3.12.3 (python/cpython#106883).
     with dask.config.set({"distributed.worker.profile.enabled": False}):
         cluster = distributed.LocalCluster(
             n_workers=workers,

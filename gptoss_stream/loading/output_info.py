@@ -11,10 +11,10 @@ from typing import Any
 from .._utils import strict_json
 from .._utils.regular_file import NotRegularError, open_regular
 from ..checkpoint.metadata import read_header
-from ..tensors.raw_tensor import RawTensor
 from ..errors import OutputError
 from ..storage.local_folder import LocalFolder
 from ..storage.open_location import local_path
+from ..tensors.raw_tensor import RawTensor
 from ..writing.run_state import RECORD_NAME, RUN_NAME
 from .read_errors import translate_read_errors
 

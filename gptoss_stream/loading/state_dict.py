@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 from .._utils.failures import missing_package
 from .._utils.messages import listed
 from ..checkpoint.metadata import read_header
-from ..tensors.raw_tensor import RawTensor
 from ..errors import OutputError
 from ..storage.local_folder import LocalFolder
 from ..storage.open_location import local_path
 from ..tensors.dtypes import OUTPUT_DTYPES, DType, output_dtype, torch_name
+from ..tensors.raw_tensor import RawTensor
 from ..tensors.safetensors_header import INDEX_NAME, parse_index
 from ..writing.run_state import WORK_NAME
 from .read_errors import translate_read_errors

@@ -1,4 +1,4 @@
-"""A folder of a web server: files under one address, read by byte range."""
+"""A folder of an HTTP server: files under one address, read by byte range."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from huggingface_hub.utils import get_session
 
 from ..errors import CheckpointError, MachineError, OptionError
 from .byte_ranges import TIMEOUT, DownloadLink, read_range, transport_errors
-from .location import NEVER, FileInfo, changed
+from .location import NEVER_STOP, FileInfo, changed
 from .retries import FEW_TRIES, TRIES, RetryPolicy, retry_after
 
 __all__ = ["HttpFolder"]
 
-
-_ONLY = "model.safetensors"  # a web server lists nothing: without an index, this is looked for
+_SINGLE_SHARD = "model.safetensors"  # a server lists no files: without an index, try this name
 
 
 class HttpFolder:
-    """A folder of a web server (see `places.Place`). What an address holds after a question mark
-    or before an @ goes with each request, and into no message and no record."""
+    """A folder of an HTTP server (see `Location`).
+
+    The query of an address and a login before an @ are sent with each request, but are in no
+    message and no record.
+    """
 
     revision = None
     is_local = False
@@ -49,43 +51,49 @@ class HttpFolder:
         return str(self)
 
     def display_path(self, name: str) -> str:
-        """The address of a file, without secrets."""
+        """Return the address of a file, without secrets."""
         return f"{self}/{name}"
 
     def check(self) -> None:
-        """Only its files can be asked for."""
+        """Do nothing: a server can only be asked for files."""
 
     def has(self, name: str) -> bool:
-        """Whether the server has such a file."""
+        """Return whether the server has a file."""
         if name not in self._known:
-            self._known[name] = self._ask(name, FEW_TRIES)
+            self._known[name] = self._request_info(name, FEW_TRIES)
         return self._known[name] is not None
 
     def names(self, folder: str = "") -> list[str]:
-        """What is known without a listing."""
-        return [_ONLY] if not folder and self.has(_ONLY) else []
+        """Return the only file name that can be guessed, if the server has it."""
+        return [_SINGLE_SHARD] if not folder and self.has(_SINGLE_SHARD) else []
 
     def open(self, name: str) -> _HttpFile:
-        """A file of it."""
+        """Open a file (see `Location.open`)."""
         info = self._known[name] if self.has(name) else None
         if info is None:
-            raise CheckpointError(f"{self.display_path(name)}: it is not there; check the address")
+            raise CheckpointError(
+                f"{self.display_path(name)}: it does not exist; check the address"
+            )
         return _HttpFile(self, info)
 
     def pinned_to(self, state: Mapping[str, Any] | None) -> HttpFolder:
-        """It has but one state."""
+        """Return the folder: it has no revisions."""
         return self
 
-    def prepare(self, names: list[str]) -> None:
-        """Nothing to do."""
+    def download(self, names: list[str]) -> None:
+        """Do nothing: only the Hub has a cache."""
 
     def link(self, name: str) -> DownloadLink:
-        """The address of a file, as it is asked for."""
+        """Return the address of a file, with its secrets."""
         return DownloadLink(self._url(name), {})
 
-    def _ask(self, name: str, tries: int = TRIES) -> FileInfo | None:
-        """What the server says of a file; None where it has none."""
-        patience, where = RetryPolicy(NEVER, tries), self.display_path(name)
+    def current_info(self, name: str) -> FileInfo | None:
+        """Return what the server says of a file now, or None if it has none."""
+        return self._request_info(name)
+
+    def _request_info(self, name: str, tries: int = TRIES) -> FileInfo | None:
+        """Ask the server for size and version of a file; returns None if it has none."""
+        retries, where = RetryPolicy(NEVER_STOP, tries), self.display_path(name)
         while True:
             try:
                 reply = get_session().head(
@@ -99,7 +107,7 @@ class HttpFolder:
                     f"{where}: HF_HUB_OFFLINE is set; unset it to read from a server"
                 ) from None
             except transport_errors() as error:
-                patience.wait(
+                retries.wait(
                     MachineError(
                         f"{where}: no connection ({type(error).__name__}); check address and "
                         "network"
@@ -119,30 +127,24 @@ class HttpFolder:
                     f"{where}: the server gives no size for it ({status}); download it and name "
                     "the folder"
                 )
-            patience.wait(
-                MachineError(f"{where}: the server answers {status}; run again later"),
-                retry_after(reply.headers),
-            )
-
-    def is_now(self, name: str) -> FileInfo | None:
-        """What the server says of a file now."""
-        return self._ask(name)
+            error_ = MachineError(f"{where}: the server answers {status}; run again later")
+            retries.wait(error_, retry_after(reply.headers))
 
 
 class _HttpFile:
-    """A file of a web server (see `places.File`)."""
+    """An open file of an HTTP server (see `File`)."""
 
     def __init__(self, location: HttpFolder, info: FileInfo) -> None:
         self._location = location
         self.info = info
 
-    def read_into(self, out: memoryview, at: int, stop: threading.Event) -> None:
-        """Fill `out` with the bytes from `at` on."""
+    def read_into(self, out: memoryview, begin: int, stop: threading.Event) -> None:
+        """Fill memory with the file's bytes (see `File.read_into`)."""
         version = str(self.info.version)
         read_range(
             lambda renew: self._location.link(self.info.name),
             out,
-            at,
+            begin,
             self.info.nbytes,
             self._location.display_path(self.info.name),
             stop,
@@ -150,9 +152,9 @@ class _HttpFile:
         )
 
     def check_unchanged(self) -> None:
-        """Ask the server once more."""
-        if self._location.is_now(self.info.name) != self.info:
+        """Ask the server whether the file has changed (see `File.check_unchanged`)."""
+        if self._location.current_info(self.info.name) != self.info:
             raise changed(self._location.display_path(self.info.name))
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: each request has its own connection."""

@@ -1,18 +1,20 @@
-"""A repository of the Hub, to read from and to write to.
-
-A revision is resolved to a commit once, and everything is read of that commit. `huggingface_hub`
-talks to the Hub: names, login, endpoint, proxies, cache, uploads and commits are its; the checks
-of what arrives are ours (`_ranges`). A token goes to the Hub's own origin only.
-"""
+"""An open file of a repository of the Hub."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .byte_ranges import DownloadLink, read_range
-from .local_folder import LocalFile
+import huggingface_hub
+from huggingface_hub import constants
+
+from ..errors import MachineError
+from .byte_ranges import TIMEOUT, DownloadLink, origin, read_range
+from .hub_requests import retry, source_errors
+from .local_folder import LocalFile, LocalFolder
 from .location import FileInfo, changed
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ __all__ = ["HubFile"]
 
 
 class HubFile:
-    """A file of a repository (see `places.File`)."""
+    """An open file of a repository (see `File`), read from the Hub's cache or by range."""
 
     def __init__(self, location: HubRepository, info: FileInfo) -> None:
         self._location = location
@@ -30,46 +32,100 @@ class HubFile:
         self._link: DownloadLink | None = None
         self._linking = threading.Lock()
         self._cached: LocalFile | None = None
-        self._was_looked_for = False
-        self._is_unchecked = False
+        self._has_searched_cache = False
+        self._needs_check = False
 
-    def read_into(self, out: memoryview, at: int, stop: threading.Event) -> None:
-        """Fill `out` with the bytes from `at` on, and check the sum where that is all of it."""
-        if not self._was_looked_for:
+    def read_into(self, out: memoryview, begin: int, stop: threading.Event) -> None:
+        """Fill memory with the file's bytes; checks the checksum if that is the whole file."""
+        if not self._has_searched_cache:
             with self._linking:
-                self._cached = self._cached or self._location.cached(self.info)
-                self._was_looked_for = True
+                self._cached = self._cached or self._open_cached()
+                self._has_searched_cache = True
         if self._cached is not None:
-            self._cached.read_into(out, at, stop)
+            self._cached.read_into(out, begin, stop)
             return
         where = self._location.display_path(self.info.name)
-        self._is_unchecked = True
-        read_range(self._get_link, out, at, self.info.nbytes, where, stop)
-        if len(out) == self.info.nbytes and not _is_right(out, self.info):
+        self._needs_check = True
+        read_range(self._get_link, out, begin, self.info.nbytes, where, stop)
+        if len(out) == self.info.nbytes and not _has_checksum(out, self.info):
             raise changed(where)
+
+    def _open_cached(self) -> LocalFile | None:
+        """Open the file in huggingface_hub's cache, if it is complete."""
+        location, info = self._location, self.info
+        path = huggingface_hub.try_to_load_from_cache(
+            location.repo, location.repo_path(info.name), revision=location.commit
+        )
+        if not isinstance(path, str):
+            return None
+        # The cache names a file by its ETag, and only a complete file has a name in a snapshot.
+        is_complete = os.path.basename(os.path.realpath(path)) == info.version
+        file = LocalFolder(Path(path).parent).open(Path(path).name) if is_complete else None
+        if file is not None and file.info.nbytes != info.nbytes:
+            file.close()
+            return None
+        return file
+
+    def _resolve(self) -> DownloadLink:
+        """Ask the Hub for the file's address; raises `CheckpointError` if the file has changed."""
+        location, info = self._location, self.info
+        url = huggingface_hub.hf_hub_url(
+            location.repo,
+            location.repo_path(info.name),
+            revision=location.commit,
+            endpoint=constants.ENDPOINT,
+        )
+        where = location.display_path(info.name)
+        with source_errors(where):
+            found = retry(
+                lambda: huggingface_hub.get_hf_file_metadata(
+                    url, token=location.token, timeout=TIMEOUT
+                ),
+                where,
+            )
+        if found.commit_hash is None:
+            raise MachineError(
+                f"{where}: the server's answer is not one of the Hub: it names no commit; check "
+                "HF_ENDPOINT and the network"
+            )
+        if (
+            found.commit_hash != location.commit
+            or found.size not in (None, info.nbytes)
+            or found.etag not in (None, info.version)
+        ):
+            raise changed(where)
+        home, target = origin(constants.ENDPOINT), origin(found.location)
+        if home[0] == "https" and target[0] != "https":
+            raise MachineError(f"{where}: the Hub redirects from https to an unprotected address")
+        headers = huggingface_hub.utils.build_hf_headers(
+            token=location.token, library_name="gptoss_stream"
+        )
+        if target != home:
+            headers = {k: v for k, v in headers.items() if k.lower() != "authorization"}
+        return DownloadLink(found.location, headers, is_signed=target != home)
 
     def _get_link(self, renew: bool) -> DownloadLink:
         used = self._link
         with self._linking:
             # Another thread may have renewed it meanwhile.
             if self._link is None or (renew and self._link is used):
-                self._link = self._location.resolve(self.info)
+                self._link = self._resolve()
             return self._link
 
     def check_unchanged(self) -> None:
-        """Ask the Hub once more, if anything was read since it was asked."""
-        if self._is_unchecked:
-            self._is_unchecked = False
-            self._location.resolve(self.info)
+        """Ask the Hub whether the file has changed, if anything was read since the last check."""
+        if self._needs_check:
+            self._needs_check = False
+            self._resolve()
 
     def close(self) -> None:
-        """Close what is held of the cache."""
+        """Close the cached file, if there is one."""
         if self._cached is not None:
             self._cached.close()
 
 
-def _is_right(data: memoryview, info: FileInfo) -> bool:
-    """Whether a whole file has the sum that the Hub lists: SHA-256, or git's of its content."""
+def _has_checksum(data: memoryview, info: FileInfo) -> bool:
+    """Return whether a whole file has the checksum that the Hub lists: SHA-256, or git's SHA-1."""
     if info.sha256 is not None:
         return hashlib.sha256(data).hexdigest() == info.sha256
     digest = hashlib.sha1(b"blob %d\0" % len(data), usedforsecurity=False)

@@ -1,9 +1,4 @@
-"""A repository of the Hub, to read from and to write to.
-
-A revision is resolved to a commit once, and everything is read of that commit. `huggingface_hub`
-talks to the Hub: names, login, endpoint, proxies, cache, uploads and commits are its; the checks
-of what arrives are ours (`_ranges`). A token goes to the Hub's own origin only.
-"""
+"""Retries requests to the Hub, and turns its errors into errors of this package."""
 
 from __future__ import annotations
 
@@ -27,11 +22,10 @@ from huggingface_hub.errors import (
 
 from ..errors import CheckpointError, GptOssStreamError, MachineError, OutputError
 from .byte_ranges import transport_errors
-from .location import NEVER
+from .location import NEVER_STOP
 from .retries import TRIES, RetryPolicy, retry_after
 
 __all__ = ["NotFoundError", "output_errors", "retry", "source_errors", "without_progress_bars"]
-
 
 _T = TypeVar("_T")
 
@@ -48,16 +42,25 @@ for _name in ("huggingface_hub.utils._http", "huggingface_hub.file_download"):
     logging.getLogger(_name).addFilter(_WithoutQueries())
 
 
-_LONGEST_SILENCE = 300.0  # seconds: a commit of large files is checked before it is answered
+_READ_TIMEOUT = 300.0  # seconds: the Hub checks large files before it answers a commit
 
 
 class NotFoundError(CheckpointError):
-    """No such repository, revision or folder, or none that the Hub lets be seen."""
+    """A repository, revision or folder does not exist, or is not visible to this user."""
 
 
 def retry(call: Callable[[], _T], where: str, tries: int = TRIES) -> _T:
-    """Call, and again where the Hub is busy or out of reach."""
-    patience = RetryPolicy(NEVER, tries)
+    """Call a function, again if the Hub is busy or cannot be reached.
+
+    Args:
+        call: The function.
+        where: The name of the repository or file in messages.
+        tries: The number of tries.
+
+    Raises:
+        MachineError: If every try failed.
+    """
+    retries = RetryPolicy(NEVER_STOP, tries)
     failures: tuple[type[Exception], ...] = (HfHubHTTPError, *transport_errors())
     while True:
         _limit_timeouts()
@@ -66,43 +69,43 @@ def retry(call: Callable[[], _T], where: str, tries: int = TRIES) -> _T:
         except (OfflineModeIsEnabled, GptOssStreamError):
             raise
         except failures as error:
-            # Of a refused upload huggingface_hub tells by a RuntimeError.
+            # huggingface_hub reports a refused upload by a RuntimeError.
             refusal = error if isinstance(error, HfHubHTTPError) else error.__cause__
             if isinstance(refusal, HfHubHTTPError):
                 status = refusal.response.status_code
                 if status not in (408, 409, 412, 425, 429) and status < 500:
                     raise refusal from None
                 failure = MachineError(
-                    f"{where}: the Hub answers {status}; run the same command again later: what is "
-                    "finished stays"
+                    f"{where}: the Hub answers {status}; run the same command again later: "
+                    "finished shards are kept"
                 )
-                patience.wait(failure, retry_after(refusal.response.headers))
+                retries.wait(failure, retry_after(refusal.response.headers))
                 continue
-            patience.wait(
+            retries.wait(
                 MachineError(
                     f"{where}: the Hub cannot be reached ({type(error).__name__}); check the "
-                    "network and run the same command again: what is finished stays"
+                    "network and run the same command again: finished shards are kept"
                 )
             )
 
 
 def _limit_timeouts() -> None:
-    """huggingface_hub's session waits for ever, but where a call says otherwise."""
+    """Limit the time that huggingface_hub's session waits, which is unlimited by default."""
     session = huggingface_hub.get_session()
     if session.timeout.read is None:
-        session.timeout = _LONGEST_SILENCE
+        session.timeout = _READ_TIMEOUT
 
 
 @contextmanager
 def source_errors(where: str) -> Iterator[None]:
-    """The Hub's refusals as errors of the source."""
+    """Raise what the Hub refuses as errors of the source."""
     with _errors_as(where, CheckpointError, NotFoundError):
         yield
 
 
 @contextmanager
 def output_errors(where: str) -> Iterator[None]:
-    """The Hub's refusals as errors of the output."""
+    """Raise what the Hub refuses as errors of the output."""
     with _errors_as(where, OutputError, OutputError):
         yield
 
@@ -116,18 +119,18 @@ def _errors_as(
         yield
     except GatedRepoError:
         raise kind(
-            f"{where}: access must be asked for; accept its conditions on the page of {repo}, then "
+            f"{where}: access must be requested; accept the conditions on the page of {repo}, then "
             "log in with `hf auth login` or give a --token"
         ) from None
     except RepositoryNotFoundError:
         raise missing(
-            f"{where}: no folder here and no repository of the Hub that you can see; check the "
+            f"{where}: no local folder and no repository of the Hub that you can see; check the "
             "name, or log in with `hf auth login` or --token if it is private"
         ) from None
     except RevisionNotFoundError:
         raise missing(f"{where}: there is no such revision; check --revision") from None
     except (EntryNotFoundError, LocalEntryNotFoundError):
-        raise missing(f"{where}: it is not there; check the name") from None
+        raise missing(f"{where}: it does not exist; check the name") from None
     except HFValidationError:
         raise kind(f"{where}: not a name that a repository can have") from None
     except OfflineModeIsEnabled:
@@ -142,14 +145,14 @@ def _errors_as(
         raise kind(f"{where}: the Hub answers {status}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise MachineError(
-            f"{where}: the server's answer is none of the Hub's ({type(error).__name__}); check "
+            f"{where}: the server's answer is not one of the Hub ({type(error).__name__}); check "
             "HF_ENDPOINT and the network"
         ) from None
 
 
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """huggingface_hub's own progress bars would break ours."""
+    """Switch off huggingface_hub's progress bars, which would garble ours."""
     utils = huggingface_hub.utils
     were_off = utils.are_progress_bars_disabled()
     utils.disable_progress_bars()

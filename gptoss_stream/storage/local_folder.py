@@ -1,4 +1,4 @@
-"""A folder of this machine."""
+"""A folder on this machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["LocalFile", "LocalFolder"]
 
 
 class LocalFolder:
-    """A folder of this machine (see `places.Place`). Raises `OSError` as the system does."""
+    """A local folder (see `Location`). Methods raise `OSError` as the system does."""
 
     revision = None
     is_local = True
@@ -30,34 +30,37 @@ class LocalFolder:
 
     @property
     def identity(self) -> str:
-        """Its path, links followed."""
+        """Its path, with links resolved."""
         return os.fsencode(self.path.resolve()).decode(errors="backslashreplace")
 
     def display_path(self, name: str) -> str:
-        """The path of a file of it."""
+        """Return the path of a file."""
         return str(self.path / name)
 
     def check(self) -> None:
-        """Raise `CheckpointError` if there is no such folder."""
+        """Check that the folder exists (see `Location.check`)."""
         if not self.path.exists():
             raise CheckpointError(f"{self.path}: there is no such folder; check the path")
         if not self.path.is_dir():
             raise CheckpointError(f"{self.path}: not a folder; name the folder of the checkpoint")
 
     def has(self, name: str) -> bool:
-        """Whether there is anything of that name."""
+        """Return whether a file or anything else of that name exists."""
         return (self.path / name).exists()
 
     def names(self, folder: str = "") -> list[str]:
-        """The names in it, or in a folder of it, sorted; none where that is none."""
+        """Return the names in the folder or in a folder of it, sorted."""
         try:
             return sorted(p.name for p in (self.path / folder).iterdir())
         except (FileNotFoundError, NotADirectoryError):
             return []
 
     def open(self, name: str) -> LocalFile:
-        """A regular file; links may lead within the folder or, as in the Hub's cache
-        (snapshots/<commit>/x -> ../../blobs/<hash>), to the blobs beside the snapshots."""
+        """Open a regular file.
+
+        Links may lead to files in the folder or, as in the Hub's cache (snapshots/<commit>/x ->
+        ../../blobs/<hash>), to the blobs beside the snapshots.
+        """
         file = self.path / name
         target = Path(os.path.realpath(file))
         home = Path(os.path.realpath(self.path))
@@ -65,9 +68,10 @@ class LocalFolder:
         snapshot = next((p for p in (home, *home.parents) if p.parent.name == "snapshots"), None)
         if snapshot is not None:
             allowed.append(snapshot.parent.parent / "blobs")
-        if file.is_symlink() and not any(location in target.parents for location in allowed):
+        if file.is_symlink() and not any(folder in target.parents for folder in allowed):
             raise CheckpointError(
-                f"{file}: a link that leads out of the folder, to {target}; copy the file here"
+                f"{file}: a link that leads out of the folder, to {target}; copy the file to the "
+                "folder"
             )
         try:
             return LocalFile(name, file, open_regular(target))
@@ -77,16 +81,19 @@ class LocalFolder:
             ) from None
 
     def pinned_to(self, state: Mapping[str, Any] | None) -> LocalFolder:
-        """It has but one state."""
+        """Return the folder: it has no revisions."""
         return self
 
-    def prepare(self, names: list[str]) -> None:
-        """Nothing to do."""
+    def download(self, names: list[str]) -> None:
+        """Do nothing: the files are local."""
 
 
 class LocalFile:
-    """A file of this machine, opened (see `places.File`). Reads by `pread`: a mapped file that
-    shrinks kills the process that reads it, without an exception (SIGBUS)."""
+    """An open local file (see `File`).
+
+    Reads by `pread`: if a memory-mapped file shrinks, the process that reads it is killed by
+    SIGBUS, without an exception.
+    """
 
     def __init__(self, name: str, path: Path, descriptor: int) -> None:
         self._path = path
@@ -96,33 +103,35 @@ class LocalFile:
 
     def _describe(self) -> FileInfo:
         status = os.fstat(self._descriptor)
-        # Not the change time: a new link to the file, or one less, changes it too.
+        # Not the change time: adding or removing a link to the file changes it too.
         return FileInfo(self._name, status.st_size, status.st_mtime_ns, status.st_ino)
 
-    def read_into(self, out: memoryview, at: int, stop: threading.Event) -> None:
-        """Fill `out` with the bytes from `at` on."""
+    def read_into(self, out: memoryview, begin: int, stop: threading.Event) -> None:
+        """Fill memory with the file's bytes (see `File.read_into`)."""
         try:
             while out:
-                count = os.preadv(self._descriptor, [out], at)
+                count = os.preadv(self._descriptor, [out], begin)
                 if count == 0:
                     raise changed(str(self._path))
-                out, at = out[count:], at + count
+                out, begin = out[count:], begin + count
         except OSError as error:
-            raise machine_error(error, f"reading {self._path} at byte {at}") from error
+            raise machine_error(error, f"reading {self._path} at byte {begin}") from error
 
-    def prefetch(self, at: int, nbytes: int) -> None:
+    def prefetch(self, begin: int, nbytes: int) -> None:
         """Ask the system to read bytes ahead; returns at once."""
-        if hasattr(os, "posix_fadvise"):  # absent on some systems: then it is no help, nor harm
-            os.posix_fadvise(self._descriptor, at, nbytes, os.POSIX_FADV_WILLNEED)
+        if hasattr(os, "posix_fadvise"):  # not on every system, and only a hint
+            os.posix_fadvise(self._descriptor, begin, nbytes, os.POSIX_FADV_WILLNEED)
 
     def check_unchanged(self) -> None:
-        """Raise `CheckpointError` if it was written to since it was opened: what was read may then
-        be in part of one state and in part of another."""
+        """Check that the file was not written to since it was opened.
+
+        Otherwise a part of what was read may be old and a part new (see `File.check_unchanged`).
+        """
         if self._describe() != self.info:
             raise changed(str(self._path))
 
     def close(self) -> None:
-        """Close it."""
+        """Close the file."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

@@ -1,4 +1,8 @@
-"""What all places say of a file, and when it is no longer that."""
+"""What every kind of location offers: its files, byte ranges of each, and writing some.
+
+Each kind is one module of this room. The other rooms use a `Location`, which is a folder wherever
+it is, and its files. A location that can be written to is a `WritableLocation`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 from ..errors import CheckpointError
 
 __all__ = [
-    "NEVER",
+    "NEVER_STOP",
     "File",
     "FileInfo",
     "Location",
@@ -22,114 +26,148 @@ __all__ = [
     "read_whole",
 ]
 
-
-NEVER = threading.Event()
-"""Set by nobody: for reads that nothing stops."""
+NEVER_STOP = threading.Event()
+"""An event that is never set: for reads that nothing stops."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileInfo:
-    """A file of a place: its name there, its size, and what tells whether it is still the same."""
+    """A file of a location: its name, its size, and what shows whether it has changed."""
 
     name: str
     nbytes: int
     version: int | str
-    """The time of its last change in ns, or what a server has for it: an ETag, a hash."""
+    """The time of its last change in ns, or a server's identifier: an ETag, a hash."""
     inode: int = 0
     sha256: str | None = None
-    """Where the place knows it."""
-
-
-def read_whole(file: File) -> bytes:
-    """All of a small file, which stays open."""
-    data = bytearray(file.info.nbytes)
-    file.read_into(memoryview(data), 0, NEVER)
-    return bytes(data)
-
-
-def changed(where: str) -> CheckpointError:
-    """The error for a file that is not what it was."""
-    return CheckpointError(
-        f"{where}: it changed while it was being read; see that nothing writes to it, then start "
-        "again with --overwrite"
-    )
+    """Its checksum, if the location knows it."""
 
 
 class File(Protocol):
-    """A file, opened. Reading raises `CheckpointError` where it is no longer what it was when it
-    was opened, and `MachineError` where reading fails."""
+    """An open file."""
 
     @property
     def info(self) -> FileInfo:
-        """What it was when it was opened."""
+        """The file as it was when it was opened."""
 
-    def read_into(self, out: memoryview, at: int, stop: threading.Event) -> None:
-        """Fill `out` with the file's bytes from `at` on; ends early, by any exception, when
-        `stop` is set."""
+    def read_into(self, out: memoryview, begin: int, stop: threading.Event) -> None:
+        """Fill memory with the file's bytes.
+
+        Args:
+            out: The memory.
+            begin: The first byte in the file.
+            stop: When this is set, the read ends early with any exception.
+
+        Raises:
+            CheckpointError: If the file has changed since it was opened.
+            MachineError: If reading fails.
+        """
 
     def check_unchanged(self) -> None:
-        """Raise `CheckpointError` if the file is no longer what it was."""
+        """Check that the file has not changed since it was opened.
+
+        Raises:
+            CheckpointError: If it has.
+        """
 
     def close(self) -> None:
-        """Give up what is held."""
+        """Close the file."""
 
 
 @runtime_checkable
 class Location(Protocol):
-    """A folder, wherever it is; `str` of it is what messages call it, without any secret."""
+    """A folder, local or remote. `str` of it is its name in messages, without any secret."""
 
     @property
     def is_local(self) -> bool:
-        """Whether it is of this machine."""
+        """Whether it is on this machine."""
 
     @property
     def identity(self) -> str:
-        """Its whole name, by which a run's record tells it from others."""
+        """Its full name, which identifies it in the record of a run."""
 
     @property
     def revision(self) -> str | None:
-        """What was asked for, where a place has several states."""
+        """The revision that was asked for, if the location has revisions."""
 
     def display_path(self, name: str) -> str:
-        """What messages call a file of it."""
+        """Return the name of a file in messages, without any secret."""
 
     def check(self) -> None:
-        """Raise `CheckpointError` if there is no such place."""
+        """Check that the location exists.
+
+        Raises:
+            CheckpointError: If it does not.
+        """
 
     def has(self, name: str) -> bool:
-        """Whether there is such a file."""
+        """Return whether a file exists."""
 
     def names(self, folder: str = "") -> list[str]:
-        """The names of the files right in it, or in a folder of it, sorted."""
+        """Return the names of the files in the location or in a folder of it, sorted."""
 
     def open(self, name: str) -> File:
-        """A file of it; raises as `File` does."""
+        """Open a file.
+
+        Raises:
+            CheckpointError: If it does not exist.
+            MachineError: If opening fails.
+        """
 
     def pinned_to(self, state: Mapping[str, Any] | None) -> Location:
-        """The place in the state that an unfinished run began to read, where it has several and
-        the same one was asked for."""
+        """Return the location at the commit that an unfinished run began to read.
 
-    def prepare(self, names: list[str]) -> None:
-        """Told before reading which files' data will be read."""
+        Locations without revisions return themselves.
+
+        Args:
+            state: The state of the unfinished run, if there is one.
+        """
+
+    def download(self, names: list[str]) -> None:
+        """Download files to the Hub's cache, if the location was opened with `download`.
+
+        Other locations do nothing.
+        """
 
 
 class WritableLocation(Location, Protocol):
-    """A place that files can be written to. Raises `OutputError` where that is refused and
-    `MachineError` where it fails."""
+    """A location that files can be written to.
+
+    Methods raise `OutputError` if that is refused and `MachineError` if it fails.
+    """
 
     def listing(self) -> Mapping[str, FileInfo]:
-        """All files in it and in its folders, as they are now; none where it is not there."""
+        """Return all files in the location and its folders, as they are now, by name."""
 
     def read(self, name: str) -> bytes:
-        """A small file."""
+        """Read a small file."""
 
     def put(self, files: Mapping[str, Path | bytes], sums: Mapping[str, str]) -> None:
-        """Write files, each whole or not at all, in their order, and check what has arrived;
-        `sums` are SHA-256 sums of those for which they are known."""
+        """Write files in order, each completely or not at all, and check what has arrived.
+
+        Args:
+            files: Local files or bytes, by name.
+            sums: The SHA-256 of files for which it is known.
+        """
 
     def delete(self, names: list[str]) -> None:
-        """Delete files."""
+        """Delete files; files that do not exist are ignored."""
 
 
 LocationLike: TypeAlias = "str | os.PathLike[str] | Location"
-"""How callers name a place: a path, a URL, a repository, or a place that was opened."""
+"""How callers name a location: a path, a URL, a repository, or an opened location."""
+
+
+def read_whole(file: File) -> bytes:
+    """Read a small file, which stays open."""
+    data = bytearray(file.info.nbytes)
+    file.read_into(memoryview(data), 0, NEVER_STOP)
+    return bytes(data)
+
+
+def changed(where: str) -> CheckpointError:
+    """Return the error for a file that has changed since it was opened."""
+    return CheckpointError(
+        f"{where}: it changed while it was being read; make sure that nothing writes to it, then "
+        "start again with --overwrite"
+    )

@@ -1,9 +1,4 @@
-"""Where files are: a folder of this machine, a repository of the Hub, a bucket, a web server.
-
-Each kind is one file here. What the rest of the package asks of a place is a `Place`: which files
-there are, and each of them as a `File`, of which any bytes can be read. A place that can be
-written to is a `Store` too.
-"""
+"""From what a user names (a path, a URL, a repository) to a location."""
 
 from __future__ import annotations
 
@@ -25,10 +20,7 @@ __all__ = [
     "open_writable_location",
 ]
 
-
 _REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
-
-
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://(.*)", re.DOTALL)
 
 
@@ -46,20 +38,27 @@ def open_location(
     token: str | None = None,
     download: bool = False,
 ) -> Location:
-    """The place to read from that a name means.
+    """Open a location to read from.
 
-    A path of this machine, where there is one; else a repository of the Hub (`openai/gpt-oss-20b`,
-    or `hf://openai/gpt-oss-20b@revision/subfolder`, or its page's address); or a URL: `https://…`
-    or any other that fsspec knows (`s3://…`, `gs://…`). `revision`, `token` (default: the login)
-    and `download` (into the Hub's cache, instead of streaming) are for repositories only;
-    `subfolder` is for any.
+    Args:
+        name: A local path, if it exists; else a repository of the Hub (`openai/gpt-oss-20b`,
+            `hf://openai/gpt-oss-20b@revision/subfolder`, or the address of its page); or a URL:
+            `https://…`, or any other that fsspec supports (`s3://…`, `gs://…`).
+        revision: A branch, tag or commit of a repository.
+        subfolder: A folder in the location.
+        token: A token for the Hub; by default the cached login.
+        download: Whether to download a repository's files to the Hub's cache instead of reading
+            byte ranges.
 
-    Raises `OptionError` for what cannot be meant, `CheckpointError` where it is not there or not to
-    be had, `MissingPackageError`, `MachineError`.
+    Raises:
+        OptionError: For a name or an option that cannot be used.
+        CheckpointError: If the location does not exist or cannot be accessed.
+        MissingPackageError: If an extra is not installed.
+        MachineError: If there is no connection.
     """
     if isinstance(name, Location):
         return name
-    url = _url(name)
+    url = _parse_url(name)
     text = os.fspath(name)
     repository = _repository(name)
     if repository is not None:
@@ -71,7 +70,7 @@ def open_location(
     for option, value in (("revision", revision), ("token", token), ("download", download)):
         if value:
             raise OptionError(
-                f"{_shown(text)}: --{option} is for a repository of the Hub, which this is not"
+                f"{_without_secrets(text)}: --{option} is only for a repository of the Hub"
             )
     if url is None:
         return LocalFolder(user_path(name) / (subfolder or ""))
@@ -88,11 +87,20 @@ def open_location(
 def open_writable_location(
     name: str | os.PathLike[str], *, token: str | None = None
 ) -> WritableLocation | None:
-    """The remote place to write to that a name means; None where it is a path of this machine.
+    """Open a remote location to write to.
 
-    A repository of the Hub is only meant by `hf://user/name`. Raises as `open_place` does.
+    Args:
+        name: A URL that fsspec supports, or `hf://user/name` for a repository of the Hub.
+        token: A token for the Hub; by default the cached login.
+
+    Returns:
+        The location, or None for a local path.
+
+    Raises:
+        OptionError: For a name that cannot be used.
+        MissingPackageError: If an extra is not installed.
     """
-    url = _url(name)
+    url = _parse_url(name)
     if url is None:
         return None
     if url.protocol == "hf":
@@ -100,49 +108,53 @@ def open_writable_location(
 
         return HubRepository.to_write(url.rest, token=token)
     if url.protocol in ("http", "https"):
-        raise OptionError(f"{_shown(name)}: a web server cannot be written to")
+        raise OptionError(f"{_without_secrets(name)}: an HTTP server cannot be written to")
     from .object_store import ObjectStore
 
     return ObjectStore(os.fspath(name))
 
 
 def is_repository(name: str | os.PathLike[str]) -> bool:
-    """Whether a name means a repository of the Hub."""
+    """Return whether a name is that of a repository of the Hub, and not of a local path."""
     return _repository(name) is not None
 
 
 def _repository(name: str | os.PathLike[str]) -> str | None:
-    """The repository of the Hub that a name means, as user/name@revision/folder, if any."""
-    url, text = _url(name), os.fspath(name)
+    """Return the repository that a name means, as user/name@revision/folder, if any."""
+    url, text = _parse_url(name), os.fspath(name)
     if url is None:
         return text if is_repository_name(text) and not os.path.lexists(text) else None
     if url.protocol == "hf":
         return url.rest
     if url.protocol in ("http", "https"):
-        from .hub import name_of_page
+        from .hub_names import name_of_page
 
         try:
             return name_of_page(text)
         except ValueError as error:
-            raise OptionError(f"{_shown(text)}: not an address ({error})") from None
+            raise OptionError(f"{_without_secrets(text)}: not an address ({error})") from None
     return None
 
 
 def local_path(name: str | os.PathLike[str]) -> Path:
-    """A path of this machine; raises `OptionError` for a URL."""
-    if _url(name) is not None:
-        raise OptionError(f"{_shown(name)}: it must be on this machine; fetch it first")
+    """Return a local path.
+
+    Raises:
+        OptionError: For a URL.
+    """
+    if _parse_url(name) is not None:
+        raise OptionError(f"{_without_secrets(name)}: it must be a local folder; download it first")
     return user_path(name)
 
 
-def _url(name: str | os.PathLike[str]) -> _Url | None:
+def _parse_url(name: str | os.PathLike[str]) -> _Url | None:
     match = _URL.fullmatch(name) if isinstance(name, str) else None
     return _Url(match[1], match[2]) if match else None
 
 
-def _shown(name: str | os.PathLike[str]) -> str:
-    """A name as messages give it: of a URL, without what may be secret in it."""
-    url = _url(name)
+def _without_secrets(name: str | os.PathLike[str]) -> str:
+    """Return a name for messages: of a URL, without login and query."""
+    url = _parse_url(name)
     if url is None:
         return os.fspath(name)
     host, slash, path = url.rest.partition("?")[0].partition("/")
@@ -150,5 +162,5 @@ def _shown(name: str | os.PathLike[str]) -> str:
 
 
 def is_repository_name(text: str) -> bool:
-    """Whether a name looks like a repository of the Hub."""
+    """Return whether a text looks like the name of a repository: user/name."""
     return bool(_REPOSITORY.fullmatch(text))

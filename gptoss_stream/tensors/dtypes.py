@@ -25,7 +25,7 @@ __all__ = [
 
 BLOCK_VALUES = 32
 BLOCK_NBYTES = 16
-"""Values of an MXFP4 block (OCP Microscaling Formats v1.0, 5.1), and its bytes without the scale."""
+"""Values of an MXFP4 block (OCP Microscaling Formats v1.0, 5.1); its bytes without the scale."""
 
 
 class DType(Enum):

@@ -124,7 +124,7 @@ class FolderLock:
         import fcntl
 
         assert self._lock is not None
-        # Unlock first: NFS would keep the shared lock, and of two tasks that end none would be last.
+        # Unlock first: NFS would keep the shared lock; of two tasks that end none would be last.
         fcntl.flock(self._lock, fcntl.LOCK_UN)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -121,4 +121,4 @@ def differences(found: Mapping[str, Any], state: Mapping[str, Any]) -> Iterator[
         elif isinstance(old, list) and isinstance(new, list):
             yield f"{key} ({listed(sorted({*map(str, old)} ^ {*map(str, new)}))})"
         else:
-            yield f"{key} ({str(old)[:24]} there, {str(new)[:24]} now)"
+            yield f"{key} (was {str(old)[:24]}, now {str(new)[:24]})"

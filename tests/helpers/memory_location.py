@@ -43,7 +43,7 @@ class Memory:
     def pinned_to(self, state):
         return self
 
-    def prepare(self, names): ...
+    def download(self, names): ...
 
     def listing(self):
         return {n: FileInfo(n, len(d), hashlib.md5(d).hexdigest()) for n, d in self.files.items()}

@@ -202,7 +202,7 @@ def loop(request, answer):
         ("", status(404), 2, "config.json: missing"),
         ("index", status(404), 2, "no model.safetensors.index.json and no .safetensors file"),
         ("00002-of", status(404), 2, "1 of its 4 shards are not there: model-00002"),
-        ("^GET .*00002-of", status(404), 2, "00002-of-00003.safetensors: it is not there (404)"),
+        ("^GET .*00002-of", status(404), 2, "00002-of-00003.safetensors: it does not exist (404)"),
         ("config", status(401), 2, "config.json: no access (401); check the address"),
         ("^GET .*00002-of", status(403), 2, "no access (403); check the address and"),
         ("^HEAD", status(405), 2, "the server gives no size for it (405)"),
@@ -323,7 +323,7 @@ def test_what_an_address_holds_is_used_and_kept_secret(server, hasty, whole, tmp
 def test_a_web_server_cannot_be_written_to(server, checkpoints, tmp_path):
     done = convert(checkpoints(), f"{server.url}?key={SECRET}")
     assert_clean_error(done, 2)
-    assert "a web server cannot be written to" in done.stderr
+    assert "an HTTP server cannot be written to" in done.stderr
     assert SECRET not in done.stderr
     assert server.requests == []
 

@@ -217,7 +217,7 @@ def test_a_folder_of_this_machine_comes_first(hub, cli, another, released, whole
     assert hub.requests == []
     refused = cli("convert", NAME, "out2", "--revision", "main")
     assert_clean_error(refused, 2)
-    assert "--revision is for a repository of the Hub, which this is not" in refused.stderr
+    assert "--revision is only for a repository of the Hub" in refused.stderr
     assert cli("convert", f"hf://{NAME}", "out3", *SIZE).returncode == 0
     assert finished(tmp_path / "out3") == whole(released)
 
@@ -364,7 +364,7 @@ LASTING = {
     "500 from the first": (Fault("status", 500), (0, "cdn GET /lfs/REPO/"), 3, "answers 500"),
     "500 of the data": (Fault("status", 500), OF_LATER_DATA, 3, "the server answers 500"),
     "403 of the data": (Fault("status", 403), OF_LATER_DATA, 3, "refuses its own signed address"),
-    "404 of the data": (Fault("status", 404), OF_LATER_DATA, 2, "it is not there (404)"),
+    "404 of the data": (Fault("status", 404), OF_LATER_DATA, 2, "it does not exist (404)"),
     "416 of the data": (Fault("status", 416), OF_LATER_DATA, 2, "it is shorter than it was"),
     "an end at once": (Fault("drop_after", 0), OF_LATER_DATA, 3, "check the network"),
     "no answer": (Fault("lose_reply"), OF_LATER_DATA, 3, "check the network"),
@@ -382,7 +382,7 @@ LASTING = {
         3,
         "the Hub cannot be reached",
     ),
-    "a page for an address": (Fault("html"), OF_LATER_ADDRESSES, 3, "none of the Hub's"),
+    "a page for an address": (Fault("html"), OF_LATER_ADDRESSES, 3, "not one of the Hub"),
     "no commit": (Fault("no_commit_header"), OF_LATER_ADDRESSES, 3, "it names no commit"),
     "another sum": (
         Fault("wrong_etag"),
@@ -631,7 +631,7 @@ def test_another_revision_is_refused(hub, convert, released, another, tmp_path):
     before = digests(tmp_path / "out")
     done = convert(NAME, "out", "--revision", "next")
     assert_clean_error(done, 2)
-    assert "an unfinished run that differs in source_revision (main there, next now)" in done.stderr
+    assert "an unfinished run that differs in source_revision (was main, now next)" in done.stderr
     after = digests(tmp_path / "out")
     assert {n: d for n, d in before.items() if n != f"{WORK_NAME}/lock"}.items() <= after.items()
 
@@ -821,7 +821,7 @@ def test_what_is_not_whole_in_the_cache_is_not_used(
 
 
 NOT_THERE = [
-    ("openai/nothing", [], "no folder here and no repository of the Hub that you can see"),
+    ("openai/nothing", [], "no local folder and no repository of the Hub that you can see"),
     ("hf://openai/nothing", [], "no repository of the Hub that you can see"),
     (NAME, ["--revision", "v9"], "there is no such revision; check --revision"),
     (f"hf://{NAME}@v9", [], "there is no such revision"),
@@ -895,7 +895,7 @@ def test_a_server_that_is_no_hub_is_seen(source, output, hub, convert, released,
     hub.faults.append(after(0, Fault("html"), ""))
     done = convert(source, output)
     assert_clean_error(done, 3)
-    assert "the server's answer is none of the Hub's" in done.stderr
+    assert "the server's answer is not one of the Hub" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -1034,7 +1034,7 @@ REFUSED = {
     "a commit that fails": (Fault("status", 500), COMMIT, 3, "the Hub answers 500"),
     "a commit that is never answered": (Fault("lose_reply"), COMMIT, 3, "cannot be reached"),
     "commits of somebody else": (Fault("status", 412), COMMIT, 3, "the Hub answers 412"),
-    "a page for an answer": (Fault("html"), COMMIT, 3, "none of the Hub's"),
+    "a page for an answer": (Fault("html"), COMMIT, 3, "not one of the Hub"),
 }
 
 
@@ -1167,7 +1167,7 @@ def test_an_unfinished_output_of_another_run_is_refused(hub, convert, released, 
     for machine in ("this", "another"):
         done = convert(released, f"hf://{OUT}", "--dtype", "float32", machine=machine)
         assert_clean_error(done, 2)
-        assert "differs in dtype (bfloat16 there, float32 now)" in done.stderr
+        assert "differs in dtype (was bfloat16, now float32)" in done.stderr
     assert (contents(hub), len(commits(hub))) == (before, n)
     done = convert(released, f"hf://{OUT}", "--dtype", "float32", "--overwrite")
     assert done.returncode == 0, done.stderr

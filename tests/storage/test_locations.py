@@ -9,7 +9,7 @@ import pytest
 from gptoss_stream import open_location, open_writable_location, plan, verify
 from gptoss_stream.errors import CheckpointError, MachineError, OptionError
 from gptoss_stream.storage import retries
-from gptoss_stream.storage.hub import name_of_page
+from gptoss_stream.storage.hub_names import name_of_page
 from gptoss_stream.storage.local_folder import LocalFolder
 from gptoss_stream.storage.open_location import is_repository_name
 
@@ -108,7 +108,7 @@ def test_a_stop_ends_the_waiting():
     stop = threading.Event()
     threading.Timer(0.05, stop.set).start()
     with pytest.raises(MachineError):
-        retries.RetryPolicy(stop).wait(MachineError("stopped"), asked=600)
+        retries.RetryPolicy(stop).wait(MachineError("stopped"), seconds=600)
 
 
 @pytest.mark.parametrize(

@@ -70,13 +70,13 @@ class Store:
         self.bucket = f"bucket-{next(self.numbers)}"
         self.proxy = proxy
         self.client = client
-        self.client.create_bucket(ObjectStore=self.bucket)
+        self.client.create_bucket(Bucket=self.bucket)
 
     def url(self, folder: str = "out") -> str:
         return f"s3://{self.bucket}/{folder}"
 
     def write(self, key: str, data: bytes) -> None:
-        self.client.put_object(ObjectStore=self.bucket, Key=key, Body=data)
+        self.client.put_object(Bucket=self.bucket, Key=key, Body=data)
 
     def fill(self, source: Path, folder: str = "source") -> str:
         """Copy a folder into it; gives its URL."""
@@ -85,11 +85,11 @@ class Store:
         return self.url(folder)
 
     def objects(self) -> list[str]:
-        found = self.client.list_objects_v2(ObjectStore=self.bucket)
+        found = self.client.list_objects_v2(Bucket=self.bucket)
         return [entry["Key"] for entry in found.get("Contents", ())]
 
     def read(self, key: str) -> bytes:
-        return self.client.get_object(ObjectStore=self.bucket, Key=key)["Body"].read()
+        return self.client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
 
     def digests(self, folder: str = "out") -> dict[str, str]:
         start = f"{folder}/" if folder else ""
@@ -253,7 +253,7 @@ def test_parts_of_a_large_shard(s3, checkpoints, tmp_path):
     s3.proxy.spoil("PUT .*partNumber=2", flipped, times=1)
     assert_done(run_here("convert", large, s3.url(), "--quiet"))
     assert s3.digests() == digests(tmp_path / "near")
-    shard = s3.client.head_object(ObjectStore=s3.bucket, Key="out/model.safetensors")
+    shard = s3.client.head_object(Bucket=s3.bucket, Key="out/model.safetensors")
     assert shard["ContentLength"] > 2 * (16 << 20)
     assert shard["ETag"].endswith('-3"')
     assert len(s3.proxy.asked("PUT .*partNumber")) == 6, "found out, and sent again"
@@ -486,7 +486,7 @@ def test_other_options_are_refused(s3, checkpoints, tmp_path, is_finished):
     done = convert(checkpoints(), s3.url(), "--dtype", "float32", "--staging", tmp_path / "other")
     assert_clean_error(done, 2)
     assert f"{s3.url()}: it holds {'a finished' if is_finished else 'an unfinished'}" in done.stderr
-    assert "differs in dtype (bfloat16 there, float32 now)" in done.stderr
+    assert "differs in dtype (was bfloat16, now float32)" in done.stderr
     assert s3.digests() == before
 
 
@@ -555,13 +555,13 @@ def test_a_source_that_is_deleted_meanwhile(s3, checkpoints, tmp_path):
     source = s3.fill(checkpoints())
 
     def delete(request, answer):
-        s3.client.delete_object(ObjectStore=s3.bucket, Key="source/model.safetensors")
+        s3.client.delete_object(Bucket=s3.bucket, Key="source/model.safetensors")
         return answer(request)
 
     s3.proxy.spoil("GET .*safetensors$", delete, times=1, skip=2)
     done = convert(source, tmp_path / "out")
     assert_clean_error(done, 2)
-    assert "source/model.safetensors: it is not there" in done.stderr
+    assert "source/model.safetensors: it does not exist" in done.stderr
     assert digests(tmp_path / "out", "*.safetensors") == {}
 
 
@@ -603,8 +603,8 @@ def writing_denied(s3: Store, monkeypatch) -> None:
         (nothing, None, "s3://no-{}/out", 2, "The specified bucket does not exist"),
         (nothing, None, "s3://", 2, "name a bucket"),
         (nothing, "s3:///x", None, 2, "name a bucket"),
-        (nothing, "s3://key:tHeSeCrEt/OfIt@{}/x", None, 2, "a key is not taken from a URL"),
-        (nothing, None, "s3://key:tHeSeCrEtOfIt@{}/x", 2, "a key is not taken from a URL"),
+        (nothing, "s3://key:tHeSeCrEt/OfIt@{}/x", None, 2, "a key in a URL is not used"),
+        (nothing, None, "s3://key:tHeSeCrEtOfIt@{}/x", 2, "a key in a URL is not used"),
         (nothing, None, "ftp://me:tHeSeCrEtOfIt@127.0.0.1:1/x", 2, "ftp://127.0.0.1:1/x: "),
         (nothing, "nosuch://{}/x", None, 2, "Protocol not known: nosuch"),
         (nothing, None, "gs://{}/out", 2, "install gcsfs"),
