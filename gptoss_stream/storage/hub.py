@@ -15,11 +15,11 @@ from typing import Any
 
 import huggingface_hub
 from huggingface_hub import constants
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError
 
 from ..errors import CheckpointError, MachineError, OptionError, OutputError
 from .byte_ranges import TIMEOUT
-from .hub_file import HubFile
+from .hub_file import HubFile, cached_folder
 from .hub_names import parse_name
 from .hub_requests import NotFoundError, output_errors, retry, source_errors, without_progress_bars
 from .local_folder import LocalFolder
@@ -79,7 +79,7 @@ class HubRepository:
         revision = revision or named_revision
         folder = "/".join(filter(None, (named_folder, subfolder))).strip("/")
         if constants.HF_HUB_OFFLINE:
-            return _cached_folder(repo, revision, folder)
+            return cached_folder(repo, revision, folder)
         location = cls(repo, None, folder, token, download)
         with source_errors(f"hf://{repo}"):
             info = retry(
@@ -298,15 +298,3 @@ class HubRepository:
                 )
                 self._exists = True
             retry(commit, str(self))
-
-
-def _cached_folder(repo: str, revision: str | None, subfolder: str) -> LocalFolder:
-    with source_errors(f"hf://{repo}"):
-        try:
-            path = huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True)
-        except LocalEntryNotFoundError:
-            raise CheckpointError(
-                f"hf://{repo}: HF_HUB_OFFLINE is set, and it is not in the cache; unset it, or "
-                "download the repository first"
-            ) from None
-    return LocalFolder(Path(path) / subfolder)

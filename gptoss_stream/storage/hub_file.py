@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import huggingface_hub
 from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
 
-from ..errors import MachineError
+from ..errors import CheckpointError, MachineError
 from .byte_ranges import TIMEOUT, DownloadLink, origin, read_range
 from .hub_requests import retry, source_errors
 from .local_folder import LocalFile, LocalFolder
@@ -20,7 +21,7 @@ from .location import FileInfo, changed
 if TYPE_CHECKING:
     from .hub import HubRepository
 
-__all__ = ["HubFile"]
+__all__ = ["HubFile", "cached_folder"]
 
 
 class HubFile:
@@ -131,3 +132,16 @@ def _has_checksum(data: memoryview, info: FileInfo) -> bool:
     digest = hashlib.sha1(b"blob %d\0" % len(data), usedforsecurity=False)
     digest.update(data)
     return digest.hexdigest() == info.version
+
+
+def cached_folder(repo: str, revision: str | None, subfolder: str) -> LocalFolder:
+    """Return the folder of a repository in the Hub's cache, without asking the Hub."""
+    with source_errors(f"hf://{repo}"):
+        try:
+            path = huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True)
+        except LocalEntryNotFoundError:
+            raise CheckpointError(
+                f"hf://{repo}: HF_HUB_OFFLINE is set, and it is not in the cache; unset it, or "
+                "download the repository first"
+            ) from None
+    return LocalFolder(Path(path) / subfolder)
