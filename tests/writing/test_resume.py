@@ -156,7 +156,7 @@ OPTIONS = {
     "a larger size": (["--max-shard-size", "5GB"], "max_shard_size"),
     "size and dtype": (
         ["--max-shard-size", "5GB", "--dtype", "float32"],
-        "dtype (bfloat16 there, float32 now); max_shard_size (150000 there, 5000000000 now)",
+        "dtype (was bfloat16, now float32); max_shard_size (was 150000, now 5000000000)",
     ),
     "sums": (["--checksums"], "checksums"),
     **{

@@ -16,7 +16,7 @@ from gptoss_stream import convert
 from gptoss_stream.errors import MachineError
 from gptoss_stream.writing.uploads import Uploads
 
-NEVER = threading.Event()
+NEVER_STOP = threading.Event()
 
 
 class Gated(Memory):
@@ -42,7 +42,7 @@ def near(checkpoints, tmp_path):
 
 
 def make(folder, uploads: Uploads, name: str) -> None:
-    uploads.start(name, NEVER)
+    uploads.start(name, NEVER_STOP)
     (folder / name).write_text(name)
     uploads.add(name)
 
@@ -72,7 +72,7 @@ def test_there_are_never_more_than_the_most(tmp_path, most):
     def making(uploads, number):
         for n in range(10):
             name = f"{number}-{n}"
-            uploads.start(name, NEVER)
+            uploads.start(name, NEVER_STOP)
             (tmp_path / name).write_text(name)
             seen.append(len([*tmp_path.iterdir()]))
             time.sleep(chance.uniform(0, 0.005))
