@@ -1,0 +1,161 @@
+"""What the tests of object stores share: a bucket and its checks."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import subprocess
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+from loopback import Proxy, Reply, status
+from runs import (
+    INDEX_NAME,
+    ROOT,
+    WORK_NAME,
+    convert_command,
+    run_here,
+)
+
+RECORD, SUMS, RUN = "gptoss_stream.json", "SHA256SUMS", f"{WORK_NAME}/run.json"
+
+
+SHARDS = [f"model-0000{n}-of-00005.safetensors" for n in range(1, 6)]
+
+
+KEY, SECRET = "AKIATESTKEY", "tHeSeCrEtOfIt"
+
+
+MOTO = """
+import logging, sys
+from moto.server import ThreadedMotoServer
+logging.getLogger("werkzeug").setLevel(logging.ERROR)
+server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+sys.stdin.read()
+"""
+
+
+def error(code: str) -> bytes:
+    """What S3 says with a status that is none of success."""
+    return f"<Error><Code>{code}</Code><Message>It is {code}.</Message></Error>".encode()
+
+
+DENIED = status(403, error("AccessDenied"))
+
+
+class Store:
+    """A bucket: as the tool sees it, through a proxy, and as it is."""
+
+    numbers = itertools.count()
+
+    def __init__(self, client, proxy: Proxy) -> None:
+        self.bucket = f"bucket-{next(self.numbers)}"
+        self.proxy = proxy
+        self.client = client
+        self.client.create_bucket(Bucket=self.bucket)
+
+    def url(self, folder: str = "out") -> str:
+        return f"s3://{self.bucket}/{folder}"
+
+    def write(self, key: str, data: bytes) -> None:
+        self.client.put_object(Bucket=self.bucket, Key=key, Body=data)
+
+    def fill(self, source: Path, folder: str = "source") -> str:
+        """Copy a folder into it; gives its URL."""
+        for file in source.iterdir():
+            self.write(f"{folder}/{file.name}", file.read_bytes())
+        return self.url(folder)
+
+    def objects(self) -> list[str]:
+        found = self.client.list_objects_v2(Bucket=self.bucket)
+        return [entry["Key"] for entry in found.get("Contents", ())]
+
+    def read(self, key: str) -> bytes:
+        return self.client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
+
+    def digests(self, folder: str = "out") -> dict[str, str]:
+        start = f"{folder}/" if folder else ""
+        return {
+            key.removeprefix(start): hashlib.sha256(self.read(key)).hexdigest()
+            for key in self.objects()
+            if key.startswith(start)
+        }
+
+    def puts(self) -> list[str]:
+        """The names of the objects that were written, one after another."""
+        return [r.path.removeprefix(f"/{self.bucket}/out/") for r in self.proxy.asked("^PUT ")]
+
+
+def convert(source, output, *options):
+    """A conversion in this process."""
+    size = ("--max-shard-size", "300KB", "--quiet")
+    return run_here("convert", source, output, *size, *options)
+
+
+def assert_done(done) -> None:
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def data_of(sums: dict[str, str]) -> dict[str, str]:
+    """Without what tells of the source and the options."""
+    return {name: sums[name] for name in sums if name not in (RECORD, SUMS)}
+
+
+def assert_nothing_wrong(s3: Store, whole: dict[str, str]) -> None:
+    """What is there is right, and with an index all is."""
+    found = s3.digests()
+    found = {n: d for n, d in found.items() if not n.startswith(f"{WORK_NAME}/")}
+    assert found.items() <= whole.items()
+    assert INDEX_NAME not in found or found == whole
+
+
+def staged(tmp_path: Path) -> list[Path]:
+    return [*(tmp_path / "cache" / "gptoss_stream").rglob("*")]
+
+
+@contextmanager
+def process(source: Path, url: str, *options: str):
+    """A conversion in a process of its own, which is killed in the end."""
+    command = convert_command(source, url, *options)
+    pipe = subprocess.PIPE
+    running = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
+    try:
+        yield running
+    finally:
+        running.kill()
+        running.communicate()
+
+
+def killed(s3: Store, source: Path, pattern: str, skip: int, is_done: bool) -> bool:
+    """Kill a run at a request that has this pattern, after so many others, before or after it is
+    done; tells whether the run came so far."""
+    arrived, until = threading.Event(), threading.Event()
+
+    def hold(request, answer):
+        reply = answer(request) if is_done else None
+        arrived.set()
+        until.wait(30)
+        return reply or Reply(0)
+
+    s3.proxy.spoil(pattern, hold, skip=skip)
+    with process(source, s3.url(), "--checksums") as running:
+        while running.poll() is None and not arrived.wait(0.01):
+            pass
+        ended = running.poll()
+    until.set()
+    s3.proxy.mend()
+    assert ended in (None, 0)
+    return ended is None
+
+
+def assert_written_once(s3: Store) -> None:
+    """A shard that had arrived was never sent again."""
+    arrived = [r.path for r in s3.proxy.asked("PUT .*safetensors$") if r.status == 200]
+    assert len(arrived) == len({*arrived})
+
+
+def nothing(s3: Store, monkeypatch) -> None:
+    """As it is."""

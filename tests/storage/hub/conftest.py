@@ -1,0 +1,175 @@
+"""The stand-in Hub, and runs against it as users start them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from hub_cases import (
+    COMMIT,
+    COMPANIONS,
+    LASTING,
+    NAME,
+    NOT_THERE,
+    SENDING,
+    SIZE,
+    assert_nothing_wrong,
+    contents,
+    finished,
+    named,
+)
+from hub_runs import Job, Launcher, after
+from runs import INDEX_NAME, run_here, stamps
+from stand_in_hub import Request, StandInHub, every, first
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """The stand-in, and what begins runs against it."""
+    with StandInHub() as hub, Launcher(hub.endpoint, tmp_path_factory.mktemp("home")) as launcher:
+        yield hub, launcher
+
+
+@pytest.fixture(scope="module")
+def released(checkpoints, tmp_path_factory) -> Path:
+    """A folder as OpenAI releases them: of several shards, with companions and `original/`."""
+    folder = tmp_path_factory.mktemp("released") / "source"
+    shutil.copytree(checkpoints(layers=2, max_shard_size="200KB"), folder)
+    for name, data in COMPANIONS.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(data)
+    (folder / "README.md").write_text("# A model")
+    shutil.copytree(checkpoints(layers=2, format="openai", seed=3), folder / "original")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def another(checkpoints) -> Path:
+    """Another state of the same model: the same names and sizes, other weights."""
+    return checkpoints(layers=2, max_shard_size="200KB", seed=1)
+
+
+@pytest.fixture
+def hub(served) -> StandInHub:
+    """The stand-in with nothing in it, and nothing wrong with it."""
+    hub = served[0]
+    hub.repos.clear()
+    hub.faults.clear()
+    hub.tokens.clear()
+    hub.link_seconds, hub.part_nbytes = 3600, None
+    hub.reset_counts()
+    return hub
+
+
+@pytest.fixture
+def begin(served, tmp_path):
+    """Begin a run in the folder of the test, on some machine: one has one cache."""
+
+    def begin(*arguments: object, machine: str = "this", **more: str) -> Job:
+        cache = str(tmp_path / machine)
+        return served[1].begin(tmp_path, *arguments, **{"XDG_CACHE_HOME": cache, **more})
+
+    return begin
+
+
+@pytest.fixture
+def cli(begin):
+    """Run a command line to its end."""
+
+    def cli(*arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
+        return begin(*arguments, **more).done()
+
+    return cli
+
+
+@pytest.fixture
+def convert(cli):
+    """Convert into several shards, without a word where all goes well."""
+
+    def convert(source: object, output: object, *options: object, **more: str):
+        return cli("convert", source, output, *SIZE, "--quiet", *options, **more)
+
+    return convert
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The files that a conversion of a local folder gives, by their SHA-256; but its record, which
+    says where the source was."""
+    made: dict[tuple[object, ...], dict[str, str]] = {}
+
+    def whole(source: Path, *options: str) -> dict[str, str]:
+        key = (source, *options)
+        if key not in made:
+            output = tmp_path_factory.mktemp("whole") / "out"
+            assert run_here("convert", source, output, *SIZE, "--quiet", *options).returncode == 0
+            made[key] = finished(output)
+        return made[key]
+
+    return whole
+
+
+@pytest.fixture(scope="module")
+def ended(served, released, whole, tmp_path_factory):
+    """Runs that each ended by one kind of fault, all at the same time, and what came of it when the
+    same commands were run again after it."""
+    hub, launcher = served
+    folder = tmp_path_factory.mktemp("ended")
+
+    def run_all(*options: str) -> dict[str, subprocess.CompletedProcess[str]]:
+        commands = {name: ("convert", named(name), name, *SIZE, "--quiet") for name in LASTING}
+        jobs = {n: launcher.begin(folder, *words, *options) for n, words in commands.items()}
+        return {name: job.done() for name, job in jobs.items()}
+
+    for name, (fault, (n, match), _, _) in LASTING.items():
+        hub.add_folder(named(name), released)
+        hub.faults.append(after(n, fault, match.replace("REPO", named(name))))
+    ends = run_all("--workers", "1")
+    hub.faults.clear()
+    for name in LASTING:
+        assert_nothing_wrong(folder / name, whole(released))
+    before = {name: stamps(folder / name) for name in LASTING}
+    again = run_all()
+    return {name: (ends[name], before[name], again[name], folder / name) for name in LASTING}
+
+
+@pytest.fixture(scope="module")
+def refused(served, released, tmp_path_factory):
+    """The ends of these runs, which are done at the same time."""
+    hub, launcher = served
+    folder = tmp_path_factory.mktemp("refused")
+    hub.add_folder(NAME, released)
+    hub.add_repo("openai/of-datasets", {"README.md": b"", "data.csv": b"1,2"})
+    names = ["config.json", INDEX_NAME, "model-00000-of-00003.safetensors"]
+    hub.add_repo("openai/in-part", {name: released / name for name in names})
+    commands = [("convert", source, "out", "--quiet", *more) for source, more, _ in NOT_THERE]
+    jobs = [launcher.begin(folder, *words) for words in commands]
+    return [job.done() for job in jobs], folder / "out"
+
+
+@pytest.fixture(scope="module")
+def sent(served, released, tmp_path_factory):
+    """Runs that each had to do with one kind of fault, all at the same time: what was said, and
+    what is in the repository then."""
+    hub, launcher = served
+    folder, jobs = tmp_path_factory.mktemp("sent"), {}
+
+    def repository_of(request: Request) -> str:
+        """Of an upload the address does not tell."""
+        upload = hub.uploads.get(request.path.split("/")[2])
+        whose = [name for name, repo in hub.repos.items() if upload and upload.repo is repo]
+        return whose[0] if whose else request.path
+
+    for name, (fault, match) in SENDING.items():
+        # Where it is not the tool that tries again, the client waits for a second before.
+        spoil = every(2, fault, match) if match == COMMIT else first(1, fault, match)
+        repo = named(name)
+        hub.faults.append(lambda r, repo=repo, s=spoil: (repo in repository_of(r) and s(r)) or None)
+        words = ("convert", released, f"hf://{repo}", *SIZE, "--quiet")
+        jobs[name] = launcher.begin(folder, *words, XDG_CACHE_HOME=str(folder / "cache"))
+    ends = {name: job.done() for name, job in jobs.items()}
+    hub.faults.clear()
+    found = {name: contents(hub, named(name)) if named(name) in hub.repos else {} for name in ends}
+    return ends, found, list((folder / "cache" / "gptoss_stream").iterdir())

@@ -1,0 +1,92 @@
+"""Faults of the Hub while shards are uploaded."""
+
+from __future__ import annotations
+
+import random
+from unittest.mock import ANY
+
+import pytest
+from hub_cases import (
+    COMMIT,
+    OUT,
+    PUT,
+    SENDING,
+    assert_no_secret,
+    contents,
+    shards,
+    staged,
+    told,
+)
+from hub_runs import after
+from runs import INDEX_NAME, WORK_NAME, assert_clean_error
+from stand_in_hub import Fault, first
+
+REFUSED = {
+    "an upload that is not allowed": (Fault("status", 403), PUT, 2, "no access (403)"),
+    "a commit that is not allowed": (Fault("status", 403), COMMIT, 2, "no access (403)"),
+    "a commit that fails": (Fault("status", 500), COMMIT, 3, "the Hub answers 500"),
+    "a commit that is never answered": (Fault("lose_reply"), COMMIT, 3, "cannot be reached"),
+    "commits of somebody else": (Fault("status", 412), COMMIT, 3, "the Hub answers 412"),
+    "a page for an answer": (Fault("html"), COMMIT, 3, "not one of the Hub"),
+}
+
+
+@pytest.mark.parametrize(("fault", "match", "code", "word"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_the_hub_does_not_take_ends_the_run(
+    fault, match, code, word, hub, convert, released, whole, tmp_path
+):
+    """With one line, and nothing lost: the same command goes on with what has not arrived."""
+    hub.faults.append(after(3, fault, match))
+    done = convert(released, f"hf://{OUT}")
+    assert_clean_error(done, code)
+    assert word in done.stderr
+    assert f"hf://{OUT}" in done.stderr
+    assert contents(hub).items() <= {**whole(released), f"{WORK_NAME}/run.json": ANY}.items()
+    assert INDEX_NAME not in contents(hub)
+    hub.faults.clear()
+    there = len(shards(hub))
+    hub.reset_counts()
+    assert convert(released, f"hf://{OUT}").returncode == 0
+    assert contents(hub) == whole(released)
+    assert told(hub).count("cdn PUT") <= len(shards(hub)) - there
+    assert staged(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", SENDING)
+def test_an_upload_goes_on_after_what_passes(name, sent, released, whole):
+    """Whether the Hub has done what it was asked to, or not."""
+    ends, found, left = sent
+    done, (_, match) = ends[name], SENDING[name]
+    assert done.returncode == 0, done.stderr
+    assert found[name] == whole(released)
+    assert left == []
+    assert_no_secret(done)
+    assert ("?…" in done.stderr) == (match == PUT)  # of these the client warns, with the address
+
+
+def test_a_repository_is_made_though_the_hub_does_not_say_so(hub, convert, released, whole):
+    hub.faults.append(first(1, Fault("lose_reply"), "POST .*/create"))
+    assert convert(released, f"hf://{OUT}").returncode == 0
+    assert contents(hub) == whole(released)
+
+
+@pytest.mark.parametrize("nbytes", [None, 1000], ids=["other bytes", "another size"])
+def test_what_has_arrived_is_held_against_what_was_sent(
+    nbytes, hub, convert, released, whole, tmp_path
+):
+    """And what is known to be wrong there is made and sent again."""
+
+    def spoil(request):
+        if "/tree/" in request.path and len(shards(hub)) == 3:
+            name = max(shards(hub))
+            wrong = random.Random(0).randbytes(nbytes or shards(hub)[name])
+            hub.add_repo(OUT, {**hub.files(OUT), name: wrong})
+
+    hub.faults.append(spoil)
+    done = convert(released, f"hf://{OUT}", "--workers", "1")
+    assert_clean_error(done, 3)
+    assert "what the Hub lists is not what was sent" in done.stderr
+    hub.faults.clear()
+    assert INDEX_NAME not in contents(hub)
+    assert convert(released, f"hf://{OUT}").returncode == 0
+    assert contents(hub) == whole(released)

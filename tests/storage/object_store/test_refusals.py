@@ -1,0 +1,165 @@
+"""Clear refusals, secrets, and other stores than S3."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from pathlib import Path
+
+import fsspec
+import pytest
+from object_store_cases import (
+    DENIED,
+    KEY,
+    SECRET,
+    Store,
+    convert,
+    data_of,
+    nothing,
+    process,
+    staged,
+)
+from runs import (
+    assert_clean_error,
+    digests,
+    run_here,
+)
+
+import gptoss_stream
+
+
+def no_credentials(s3: Store, monkeypatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+
+
+def server_down(s3: Store, monkeypatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+
+
+def listing_denied(s3: Store, monkeypatch) -> None:
+    s3.proxy.spoil("GET .*list-type", DENIED)
+
+
+def writing_denied(s3: Store, monkeypatch) -> None:
+    s3.proxy.spoil("PUT", DENIED)
+
+
+@pytest.mark.parametrize(
+    ("what", "source", "output", "code", "words"),
+    [
+        (no_credentials, None, "s3://{}/out", 3, "s3://{}/out: Unable to locate credentials"),
+        (no_credentials, "s3://{}/x", None, 3, "s3://{}/x: Unable to locate credentials"),
+        (server_down, None, "s3://{}/out", 3, "s3://{}/out: Could not connect"),
+        (listing_denied, None, "s3://{}/out", 2, "s3://{}/out: no access (It is AccessDenied"),
+        (listing_denied, "s3://{}/x", None, 2, "s3://{}/x: no access (It is AccessDenied"),
+        (writing_denied, None, "s3://{}/out", 2, "run.json: no access (It is AccessDenied"),
+        (nothing, "s3://{}/x", None, 2, "s3://{}/x: there are no files in it"),
+        (nothing, "s3://no-{}/x", None, 2, "s3://no-{}/x: there are no files in it"),
+        (nothing, None, "s3://no-{}/out", 2, "The specified bucket does not exist"),
+        (nothing, None, "s3://", 2, "name a bucket"),
+        (nothing, "s3:///x", None, 2, "name a bucket"),
+        (nothing, "s3://key:tHeSeCrEt/OfIt@{}/x", None, 2, "a key in a URL is not used"),
+        (nothing, None, "s3://key:tHeSeCrEtOfIt@{}/x", 2, "a key in a URL is not used"),
+        (nothing, None, "ftp://me:tHeSeCrEtOfIt@127.0.0.1:1/x", 2, "ftp://127.0.0.1:1/x: "),
+        (nothing, "nosuch://{}/x", None, 2, "Protocol not known: nosuch"),
+        (nothing, None, "gs://{}/out", 2, "install gcsfs"),
+        (nothing, "gs://{}/x", None, 2, "install gcsfs"),
+    ],
+)  # fmt: skip
+def test_one_clear_line(
+    s3, new_clients, checkpoints, monkeypatch, tmp_path, what, source, output, code, words
+):
+    what(s3, monkeypatch)
+    begun = time.monotonic()
+    done = convert(
+        source.format(s3.bucket) if source else checkpoints(),
+        output.format(s3.bucket) if output else tmp_path / "out",
+    )
+    assert time.monotonic() - begun < 15
+    assert_clean_error(done, code)
+    assert words.format(s3.bucket) in done.stderr
+    assert SECRET not in done.stderr
+    assert "OfIt" not in done.stderr
+    assert s3.objects() == []
+    names = [bucket["Name"] for bucket in s3.client.list_buckets()["Buckets"]]
+    assert not [name for name in names if name.startswith("no-")], "a bucket was made"
+    assert staged(tmp_path) == []
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_server_that_is_down_is_soon_given_up(s3, checkpoints, monkeypatch):
+    """With all patience that the client and the tool have."""
+    server_down(s3, monkeypatch)
+    monkeypatch.delenv("AWS_MAX_ATTEMPTS")
+    begun = time.monotonic()
+    with process(checkpoints(), s3.url()) as running:
+        out, err = running.communicate(timeout=60)
+    assert_clean_error(subprocess.CompletedProcess([], running.returncode, out, err), 3)
+    assert time.monotonic() - begun < 30
+
+
+def test_secrets_stay_secret(s3, checkpoints, tmp_path):
+    """In what is printed and written, and with words on everything."""
+    source = s3.fill(checkpoints())
+    kept = []
+
+    def keep(request, answer):
+        kept.append(request.body)
+        return answer(request)
+
+    s3.proxy.spoil("PUT .*json", keep)
+    done = run_here("convert", source, s3.url(), "--json")
+    assert done.returncode == 0, done.stderr
+    texts = [done.stdout, done.stderr, *map(bytes.decode, kept)]
+    assert len(texts) > 6
+    for text in texts:
+        assert KEY not in text
+        assert SECRET not in text
+
+
+def test_memory(checkpoints, tmp_path):
+    """Through the library, from and to a store in memory."""
+    near = tmp_path / "near"
+    gptoss_stream.convert(checkpoints(), near, max_shard_size="300KB")
+    url = f"memory://{tmp_path.name}"
+    fs = fsspec.filesystem("memory")
+    fs.put(str(checkpoints()), f"/{tmp_path.name}/source", recursive=True)
+    location = gptoss_stream.open_location(f"{url}/source")
+    store = gptoss_stream.open_writable_location(f"{url}/out")
+    report = gptoss_stream.convert(location, store, max_shard_size="300KB", staging=tmp_path)
+    assert report.output == f"{url}/out"
+    fs.get(f"/{tmp_path.name}/out", str(tmp_path / "got"), recursive=True)
+    assert data_of(digests(tmp_path / "got")) == data_of(digests(near))
+
+
+class Died(BaseException):
+    pass
+
+
+def test_where_files_are_there_before_all_of_them_is(checkpoints, tmp_path, monkeypatch):
+    """They get their names when they are whole, and what a run that died has left of one is not
+    taken for somebody else's."""
+    near, far = tmp_path / "near", tmp_path / "far"
+    gptoss_stream.convert(checkpoints(), near, max_shard_size="300KB")
+    local = fsspec.get_filesystem_class("file")
+    put, seen = local.put_file, []
+
+    def putting(self, source, target, **options):
+        seen.append(target)
+        if len(seen) == 3:
+            Path(target).write_bytes(b"half of it")
+            raise Died
+        put(self, source, target, **options)
+
+    monkeypatch.setattr(local, "put_file", putting)
+    options = {"max_shard_size": "300KB", "staging": tmp_path / "staging"}
+    with pytest.raises(Died):
+        gptoss_stream.convert(checkpoints(), f"file://{far}", **options)
+    assert all(target.endswith(".partial") for target in seen)
+    made = digests(far, "*.safetensors")
+    assert len(made) == 2
+    assert made.items() <= digests(near).items()
+    gptoss_stream.convert(checkpoints(), f"file://{far}", **options)
+    assert digests(far) == digests(near)
