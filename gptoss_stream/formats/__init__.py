@@ -35,3 +35,7 @@ __all__ = [
     "tensor_specs",
     "warning",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -52,7 +52,7 @@ O_PROJ = "model.layers.1.self_attn.o_proj.weight"
 
 # fmt: off
 SHARDS = {
-    "a shard missing": (gone(SHARD), INDEX, SHARD, "1 of its 4 shards are not there"),
+    "a shard missing": (gone(SHARD), INDEX, SHARD, "1 of its 4 shards do not exist"),
     "several shards missing": (gone(SHARD, LAST), INDEX, f"{SHARD}, {LAST}", "2 of its 4"),
     "no shard at all": (both(gone(INDEX), lambda f: [x.unlink() for x in f.glob("*.safetensors")]),
                         "no .safetensors file"),

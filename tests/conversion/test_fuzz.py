@@ -91,7 +91,9 @@ def ours(file: bytes) -> tuple[dict | None, str]:
     try:
         length = header_nbytes(file[:64], len(file), "x.safetensors")
         start = LENGTH_NBYTES + length
-        infos, _ = parse_header(file[LENGTH_NBYTES:start], len(file), "x.safetensors", "x.safetensors")
+        infos, _ = parse_header(
+            file[LENGTH_NBYTES:start], len(file), "x.safetensors", "x.safetensors"
+        )
     except HeaderError as error:
         return None, str(error)
     assert all(start <= info.offset <= info.end <= len(file) for info in infos)

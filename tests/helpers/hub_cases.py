@@ -156,7 +156,7 @@ NOT_THERE = [
     ("hf://", [], "name a model as hf://user/name@revision/folder"),
     ("hf://openai/x--y..z", [], "not a name that a repository can have"),
     ("openai/of-datasets", [], "config.json: missing; a checkpoint folder needs it"),
-    ("openai/in-part", [], "3 of its 4 shards are not there"),
+    ("openai/in-part", [], "3 of its 4 shards do not exist"),
 ]
 
 

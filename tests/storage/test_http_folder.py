@@ -201,7 +201,7 @@ def loop(request, answer):
     [
         ("", status(404), 2, "config.json: missing"),
         ("index", status(404), 2, "no model.safetensors.index.json and no .safetensors file"),
-        ("00002-of", status(404), 2, "1 of its 4 shards are not there: model-00002"),
+        ("00002-of", status(404), 2, "1 of its 4 shards do not exist: model-00002"),
         ("^GET .*00002-of", status(404), 2, "00002-of-00003.safetensors: it does not exist (404)"),
         ("config", status(401), 2, "config.json: no access (401); check the address"),
         ("^GET .*00002-of", status(403), 2, "no access (403); check the address and"),

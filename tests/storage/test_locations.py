@@ -73,7 +73,7 @@ def test_what_cannot_be_written_to_is_refused(name):
 
 
 def test_what_must_be_here_is_said_to_be(tmp_path):
-    with pytest.raises(OptionError, match="must be on this machine"):
+    with pytest.raises(OptionError, match="must be a local folder"):
         verify(tmp_path, "s3://bucket/x")
 
 

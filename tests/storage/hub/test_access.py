@@ -74,7 +74,7 @@ def test_a_gated_repository_is_opened_with_a_token(hub, convert, released, whole
     hub.add_folder(NAME, released, gated=True)
     done = convert(NAME, "out")
     assert_clean_error(done, 2)
-    assert f"accept its conditions on the page of {NAME}" in done.stderr
+    assert f"accept the conditions on the page of {NAME}" in done.stderr
     assert convert(NAME, "out", "--token", TOKEN).returncode == 0
     assert finished(tmp_path / "out") == whole(released)
 

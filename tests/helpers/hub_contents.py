@@ -1,0 +1,198 @@
+"""What the stand-in Hub holds and counts: requests, faults, files and repositories."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import re
+import secrets
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+LFS_NBYTES = 10_000_000  # from here on a file is LFS, whatever its name
+BLOCK_NBYTES = 4 << 20
+
+KINDS = {
+    "status": "answer with the status `value` (and `headers`)",
+    "html": "answer 200 with a page, as a captive portal does",
+    "drop_after": "close the connection after `value` bytes of the body (of a PUT: received)",
+    "lose_reply": "do all that is asked, then close the connection instead of answering",
+    "ignore_range": "200 with the whole file",
+    "shift_range": "206 with bytes that begin `value` (or 1) bytes later, and says so",
+    "short": "as right, but close the connection after half of the body",
+    "wrong_length": "206 with half of the bytes, and their Content-Length, but the full range",
+    "flip": "a bit of the first byte is wrong",
+    "gzip": "the body with Content-Encoding: gzip, asked for or not",
+    "slow": "send (of a PUT: receive) `value` bytes per second",
+    "stall": "half of the body, then nothing for `value` seconds, then the rest",
+    "wrong_etag": "resolve: another X-Linked-Etag and ETag",
+    "wrong_size": "resolve: another X-Linked-Size, and Content-Length of a HEAD",
+    "no_commit_header": "resolve: no X-Repo-Commit",
+}
+
+
+@dataclass
+class Request:
+    """What a client asked for; `path` is as it came, without the query."""
+
+    method: str
+    path: str
+    query: str
+    range: str | None
+    has_token: bool
+    origin: str
+    """`hub` or `cdn`."""
+    status: int = 0
+    """Of the answer; 0 while there is none."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with an answer: one of `KINDS`, with its number and headers."""
+
+    kind: str
+    value: float = 0
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"no such kind of fault: {self.kind}")
+
+
+def first(n: int, fault: Fault, match: Any = None) -> Callable[[Request], Fault | None]:
+    """A fault of the first `n` requests that match: a function of the request, or a pattern that
+    is searched in `origin METHOD path`."""
+    turns = itertools.count(1)
+    return lambda request: fault if _matches(match, request) and next(turns) <= n else None
+
+
+def every(n: int, fault: Fault, match: Any = None) -> Callable[[Request], Fault | None]:
+    """A fault of each `n`-th request that matches (see `first`)."""
+    turns = itertools.count(1)
+    return lambda request: fault if _matches(match, request) and next(turns) % n == 0 else None
+
+
+def _matches(match: Any, request: Request) -> bool:
+    if isinstance(match, str):
+        return bool(re.search(match, f"{request.origin} {request.method} {request.path}"))
+    return match is None or bool(match(request))
+
+
+class FileContent:
+    """The content of a file on disk; `sha256` saves its being read for it."""
+
+    def __init__(self, path: Path, sha256: str | None = None) -> None:
+        self.path = path
+        self.nbytes = path.stat().st_size
+        self.sha256 = sha256 or self._sum()
+
+    def _sum(self) -> str:
+        digest = hashlib.sha256()
+        with open(self.path, "rb") as file:
+            while piece := file.read(BLOCK_NBYTES):
+                digest.update(piece)
+        return digest.hexdigest()
+
+    def read(self, begin: int, end: int) -> bytes:
+        """Bytes of it."""
+        with open(self.path, "rb") as file:
+            file.seek(begin)
+            return file.read(end - begin)
+
+    def send(self, connection: socket.socket, begin: int, end: int) -> None:
+        """Send bytes of it without a copy through this process."""
+        with open(self.path, "rb") as file:
+            while begin < end:
+                sent = os.sendfile(connection.fileno(), file.fileno(), begin, end - begin)
+                if sent == 0:
+                    raise EOFError(f"{self.path} has become shorter")
+                begin += sent
+
+
+class BytesContent:
+    def __init__(self, data: Any) -> None:
+        self.data = memoryview(data)
+        self.nbytes = len(data)
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
+    def read(self, begin: int, end: int) -> memoryview:
+        return self.data[begin:end]
+
+
+@dataclass
+class ForgottenContent:
+    """What was uploaded with `keep` off: only its size and sum are known."""
+
+    nbytes: int
+    sha256: str
+
+
+class Entry:
+    """A file of a commit: its content and its names in git and in LFS."""
+
+    def __init__(self, content: Any, is_lfs: bool) -> None:
+        self.content = content
+        self.sha256 = content.sha256 if is_lfs else None
+        pointer = (
+            "version https://git-lfs.github.com/spec/v1\n"
+            f"oid sha256:{self.sha256}\nsize {content.nbytes}\n"
+        ).encode()
+        blob = pointer if is_lfs else bytes(content.read(0, content.nbytes))
+        self.blob_id = hashlib.sha1(b"blob %d\0" % len(blob) + blob).hexdigest()
+        self.pointer_nbytes = len(pointer)
+
+    @property
+    def etag(self) -> str:
+        return self.sha256 or self.blob_id
+
+    def lfs(self, sum_name: str) -> dict[str, Any]:
+        size, pointer_size = self.content.nbytes, self.pointer_nbytes
+        return {sum_name: self.sha256, "size": size, "pointerSize": pointer_size}
+
+
+@dataclass
+class Repo:
+    private: bool = False
+    gated: bool = False
+    branches: dict[str, str] = field(default_factory=dict)
+    commits: dict[str, dict[str, Entry]] = field(default_factory=dict)
+    objects: dict[str, Any] = field(default_factory=dict)
+    """Contents by SHA-256, committed or not."""
+
+    def commit(self, branch: str, files: dict[str, Entry]) -> str:
+        commit = secrets.token_hex(20)
+        self.commits[commit] = files
+        self.branches[branch] = commit
+        return commit
+
+
+@dataclass
+class Upload:
+    repo: Repo
+    oid: str
+    nbytes: int
+    part_nbytes: int
+    file: Path | None
+    sums: list[Any] = field(default_factory=lambda: [hashlib.sha256()])
+    """After each part, from none on: parts come one after another."""
+
+
+def is_lfs(path: str, nbytes: int) -> bool:
+    return nbytes >= LFS_NBYTES or (path.endswith(".safetensors") and nbytes > 0)
+
+
+class Refusal(Exception):
+    """An answer that is an error, with the Hub's code for it."""
+
+    def __init__(self, status: int, message: str, code: str = "", **body: Any) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = {"error": message, **body}
+        self.headers = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {})}
