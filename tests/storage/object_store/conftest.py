@@ -19,9 +19,12 @@ from runs import (
 from gptoss_stream.storage import retries
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def moto():
-    """A server of S3, with a proxy before it: a client of boto3 and the proxy."""
+    """A server of S3, with a proxy before it: a client of boto3 and the proxy.
+
+    There is one for all tests, since s3fs caches its clients with their endpoint.
+    """
     with subprocess.Popen(
         [sys.executable, "-c", MOTO], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
