@@ -2,11 +2,11 @@
 
     python benchmarks/convert.py --preset 20b --layers 1 2 4 --warm --folder /some/disk
 
-Makes a random checkpoint for each number of layers and then, `--runs` times in turn: the floor
-(`floor.py`) with buffered and with direct writing and the conversion, from a cold page cache; the
-same with the source in the page cache (`--warm`); and the conversion under `--limit` of memory,
-page cache included, from a cold one. Prints medians, and medians of the ratios within each turn to
-the quicker floor. Needs root, for cold caches and limits.
+Writes a random checkpoint for each number of layers. Then, `--runs` times in turn, runs the floor
+(`floor.py`) with buffered and with direct writing, and the conversion, from a cold page cache; the
+same with the source in the page cache (`--warm`); and the conversion under a `--limit` of memory,
+page cache included, from a cold cache. Prints medians, and medians of the ratios within each turn
+to the faster floor. Needs root, for cold caches and limits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import trials
 
 
 def table(label: str, rows: dict[str, Any]) -> str:
-    """The summary for people."""
+    """Return the summary as a table."""
     lines = [f"{label}: {rows['bytes_in'] / 1e9:.2f} GB in, {rows['bytes_out'] / 1e9:.2f} GB out"]
     lines.append(f"  {'':22} {'wall s':>8} {'to floor':>9} {'CPU s':>7} {'peak RSS MB':>12}")
     lines += [

@@ -2,10 +2,10 @@
 
     python benchmarks/floor.py READS OUTPUT NBYTES --threads 3 --direct
 
-READS is a JSON file of what to read, `[[file, begin, end], …]`. Reads that through the page cache,
-writes NBYTES to OUTPUT in pieces of 8 MiB, by as many threads, and waits until they are on the
-disk as a conversion does (`--no-sync`: does not). No header, no conversion, nothing shared between
-reading and writing.
+READS is a JSON file with the byte ranges to read, `[[file, begin, end], …]`. Reads them through the
+page cache, writes NBYTES to OUTPUT in chunks of 8 MiB, by as many threads, and syncs them to the
+disk as a conversion does (not with `--no-sync`). There is no header and no conversion, and reading
+and writing share nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PIECE = 8 << 20
 
 
 def tasks(reads: Sequence[tuple[str, int, int]], nbytes: int) -> list[tuple[str | None, int, int]]:
-    """Pieces to read (file, begin, end) and to write (None, begin, end), evenly mixed."""
+    """Return chunks to read (file, begin, end) and to write (None, begin, end), evenly mixed."""
     reading = [(f, at, min(at + PIECE, e)) for f, b, e in reads for at in range(b, e, PIECE)]
     writing = [(None, at, at + PIECE) for at in range(0, nbytes, PIECE)]
     mixed: list[tuple[float, tuple[str | None, int, int]]] = [

@@ -2,13 +2,12 @@
 
     python benchmarks/formats.py --preset 20b --layers 2 --warm --folder /some/disk
 
-Makes the same random checkpoint in each format and then, `--runs` times in turn, takes each pair
-through what `convert.py` does with one: floors and conversion from a cold page cache, from a warm
-one (`--warm`), and the conversion under `--limit` of memory. A pair's floor reads what the
-conversion reads of that source and writes as much as that format holds. `--from` and `--to` choose
-some of the formats. Prints medians, and medians
-of the ratios within each turn: to the floor, of limited to unlimited, and of the time for each byte
-written to that of the first pair. Needs root, as `convert.py` does.
+Writes the same random checkpoint in each format. Then, `--runs` times in turn, measures each pair
+as `convert.py` does: floors and conversion from a cold page cache, from a warm one (`--warm`),
+and the conversion under a `--limit` of memory. The floor of a pair reads what the conversion
+reads and writes as many bytes. `--from` and `--to` choose some of the formats. Prints medians,
+and medians of the ratios within each turn: to the floor, of limited to unlimited, and of the time
+for each byte written to that of the first pair. Needs root, as `convert.py` does.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ FIRST = (trials.DEFAULT_SOURCE, "transformer-lens")
 
 
 def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The summary of every pair, the first one first."""
+    """Return the summary of every pair."""
     names = [
         pair
         for pair in trials.pairs()
@@ -65,7 +64,7 @@ def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The summary for people; a dash for what was not tried."""
+    """Return the summary as a table; a dash stands for what was not measured."""
     head = f"{'':36} {'in':>6} {'out':>6}  {'cold':>6} {'floor':>6} {'ratio':>5}"
     head += f"  {'warm':>6} {'floor':>6} {'ratio':>5}  {'limited':>7} {'a byte':>6}"
     head += f" {'CPU':>6} {'RSS':>5}"
@@ -91,7 +90,7 @@ def _cells(convert: dict[str, Any] | None, floor: dict[str, Any] | None) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `measured`, beyond those that all share."""
+    """Add the options of `measured` that not all benchmarks share."""
     trials.add_turn_options(parser)
     parser.add_argument("--layers", type=int, default=2)
     names = gptoss_stream.formats.names()

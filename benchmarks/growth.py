@@ -1,13 +1,13 @@
-"""How time and memory grow with the checkpoint, and with less memory to work in.
+"""How time and memory grow with the checkpoint, and how time grows with less memory.
 
     python benchmarks/growth.py --preset 20b --folder /some/disk
 
-Converts a random checkpoint of each of `--layers`, `--runs` times from a cold page cache, and fits
-a line through wall time over bytes written: what a run costs at all, what each further byte costs,
-and the largest residual. Then converts one size (`--limit-layers`) without a limit and under each
-of `--limits` of memory, page cache included, in turn: medians, and medians of the ratios within
-each turn to the run without a limit. Needs root, as `convert.py` does, and the disk for the
-largest source and its output: 56 GB for the 24 layers of 20b.
+Converts a random checkpoint for each number of `--layers`, `--runs` times from a cold page cache,
+and fits a line through wall time over bytes written: the constant, the time for each byte, and
+the largest residual. Then converts one size (`--limit-layers`) without a limit and under each of
+the `--limits` of memory, page cache included, in turn. Prints medians, and medians of the ratios
+within each turn to the run without a limit. Needs root, as `convert.py` does, and the disk for
+the largest source and its output: 56 GB for the 24 layers of 20b.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LAYERS = {"20b": [1, 2, 4, 8, 24], "120b": [1, 2, 4]}
 
 
 def sizes(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """What conversions of each number of layers took."""
+    """Measure conversions for each number of layers."""
     rows = []
     for layers in arguments.layers or LAYERS.get(arguments.preset, [1, 2, 4]):
         with trials.checkpoint(arguments.folder, arguments.preset, layers) as source:
@@ -39,8 +39,11 @@ def sizes(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def line(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The line of least squares through wall times over bytes written, and how far from it the
-    farthest is; None for a single size. Adds each one's distance to its row."""
+    """Fit a line through wall times over bytes written, and add each residual to its row.
+
+    Returns:
+        The line and its largest residual, or None for a single size.
+    """
     written = [row["bytes_out"] for row in rows]
     if len(set(written)) < 2:
         return None
@@ -58,7 +61,7 @@ def line(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def limited(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """What conversions took in so much memory, without a limit first."""
+    """Measure conversions without a limit, and under each limit of memory."""
     limits = [parse_size(text) for text in arguments.limits] if can_limit() else []
     if not limits:
         return []
@@ -81,7 +84,7 @@ def limited(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _tried(case: trials.Case, limit: int | None) -> Measured | None:
-    """A conversion under a limit; None where there is too little memory for it."""
+    """Measure a conversion under a limit; returns None if it runs out of memory."""
     what = "no limit" if limit is None else f"{limit / 1e6:.0f} MB"
     try:
         measured = trials.conversion(case, limit=limit)
@@ -95,7 +98,7 @@ def _tried(case: trials.Case, limit: int | None) -> Measured | None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """All of it for people."""
+    """Return all results as tables."""
     lines = [f"{'layers':>6} {'in GB':>7} {'out GB':>7} {'wall s':>8} {'off line s':>10} "]
     lines[0] += f"{'CPU s':>7} {'peak RSS MB':>12}"
     for row in results["sizes"]:
@@ -130,9 +133,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", help="20b: 1 2 4 8 24; 120b: 1 2 4")
     parser.add_argument("--to", default=DEFAULT_FORMAT)
     parser.add_argument(
-        "--limits", nargs="*", default=["192MB", "256MB", "512MB", "2GB"], help="no value: none"
+        "--limits",
+        nargs="*",
+        default=["192MB", "256MB", "512MB", "2GB"],
+        help="give no value to run without limits",
     )
-    parser.add_argument("--limit-layers", type=int, default=2, help="of what is limited")
+    parser.add_argument(
+        "--limit-layers", type=int, default=2, help="the number of layers that is run under limits"
+    )
     arguments = parser.parse_args()
     grown = sizes(arguments)
     results = {"sizes": grown, "line": line(grown), "limits": limited(arguments)}

@@ -27,7 +27,7 @@ class Measured:
 
 
 class Failed(RuntimeError):
-    """A command that failed, with which code (above 128: the signal that killed it)."""
+    """A command failed, with this code (above 128: killed by a signal)."""
 
     def __init__(self, command: Sequence[str], code: int, said: str) -> None:
         super().__init__(f"{' '.join(command)} failed with {code}:\n{said}")
@@ -35,13 +35,13 @@ class Failed(RuntimeError):
 
 
 def drop_caches() -> None:
-    """Start from a cold page cache (needs root)."""
+    """Drop the page cache (needs root)."""
     os.sync()
     Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
 def fill_cache(folder: Path) -> None:
-    """Read a folder's files, so that the page cache holds them."""
+    """Read the files of a folder, so that they are in the page cache."""
     buffer = bytearray(8 << 20)
     for file in sorted(folder.iterdir()):
         with file.open("rb", buffering=0) as f:
@@ -50,7 +50,7 @@ def fill_cache(folder: Path) -> None:
 
 
 def can_limit() -> bool:
-    """Whether memory limits can be set here: root, and control groups of version 1."""
+    """Return whether memory limits can be set: this needs root and control groups, version 1."""
     return os.access("/sys/fs/cgroup/memory/memory.usage_in_bytes", os.R_OK) and os.geteuid() == 0
 
 
@@ -61,10 +61,16 @@ def run(
     limit: int | None = None,
     sample: float = 0,
 ) -> Measured:
-    """Run a command to its end, from a page cache that is cold but for the files in `warm`.
+    """Run a command and measure it.
 
-    `limit` is bytes of memory, the page cache's included; `sample` is after how many seconds its
-    memory is looked at again. Raises `Failed`, with what it printed, where the command fails.
+    Args:
+        command: The command.
+        warm: Files that are in the page cache; everything else is dropped from it.
+        limit: Bytes of memory for the command, page cache included.
+        sample: The interval in seconds at which its memory is sampled.
+
+    Raises:
+        Failed: If the command fails, with what it printed.
     """
     drop_caches()
     if warm is not None:
@@ -87,8 +93,8 @@ def run(
     return Measured(**json.loads(measured))
 
 
-class MemoryWatch:
-    """The resident memory of a process, looked at every so many seconds until it is stopped."""
+class MemorySampler:
+    """Samples the resident memory of a process at an interval, until it is stopped."""
 
     def __init__(self, pid: int, interval: float) -> None:
         self.samples: list[tuple[float, int]] = []
@@ -111,11 +117,11 @@ class MemoryWatch:
 
 
 def main() -> None:
-    """Run the command in argv, after the interval of samples, and print what it took."""
+    """Run the command in argv, which follows the sampling interval, and print the measurements."""
     interval, command = float(sys.argv[1]), sys.argv[2:]
     begin = time.perf_counter()
     process = subprocess.Popen(command, stdout=sys.stderr)
-    callbacks = MemoryWatch(process.pid, interval) if interval else None
+    callbacks = MemorySampler(process.pid, interval) if interval else None
     # Waited for, but not yet taken: until then its files in /proc stay.
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     if callbacks is not None:

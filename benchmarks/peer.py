@@ -1,10 +1,10 @@
-"""The peers: other code that makes what a format holds, whole in memory.
+"""The peers: other code that converts to a format, with the whole model in memory.
 
     python benchmarks/peer.py transformer-lens SOURCE OUTPUT
 
-`transformer-lens`: transformers dequantises, TransformerLens 3.9 converts, safetensors saves.
-`transformers`: transformers dequantises and saves. `gpt-oss`: the reader of OpenAI's own package
-dequantises each tensor of its own format, safetensors saves them all.
+`transformer-lens`: transformers dequantizes, TransformerLens 3.9 converts, safetensors saves.
+`transformers`: transformers dequantizes and saves. `gpt-oss`: the reader of OpenAI's package
+dequantizes each tensor of its own format, safetensors saves them all.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def load_model(source: Path, dtype: str = "bfloat16") -> Any:
-    """The Hugging Face model in a dtype, dequantised where it is not."""
+    """Load the Hugging Face model in a dtype, dequantized if it is in MXFP4."""
     from transformers import AutoModelForCausalLM, Mxfp4Config
 
     return AutoModelForCausalLM.from_pretrained(
@@ -32,7 +32,7 @@ def load_model(source: Path, dtype: str = "bfloat16") -> Any:
 
 
 def converted(source: Path, dtype: str = "bfloat16") -> dict[str, torch.Tensor]:
-    """Every tensor of the HookedTransformer; the tests' oracle too."""
+    """Return every tensor of the HookedTransformer; the tests use it as their oracle."""
     import torch
     from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
     from transformer_lens.pretrained.weight_conversions.openai import convert_gpt_oss_weights
@@ -98,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("peer", choices=PEERS)
     parser.add_argument("source", type=Path)
-    parser.add_argument("output", type=Path, help="a folder to make")
+    parser.add_argument("output", type=Path, help="a folder to create")
     arguments = parser.parse_args()
     PEERS[arguments.peer](arguments.source, arguments.output)
 

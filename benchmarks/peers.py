@@ -1,18 +1,18 @@
-"""Conversions against the peers that make the same, in one run.
+"""Conversions against other tools that convert to the same format, in one run.
 
     python benchmarks/peers.py --preset 20b --layers 2 --folder /some/disk
 
-Makes random checkpoints and then, `--runs` times in turn and each from a cold page cache, converts
-to each format and runs the peers (`peer.py`): TransformerLens for `transformer-lens`, transformers
-for `hf`, and OpenAI's own reader, from its own format, for what `hf` holds under other names.
+Writes random checkpoints. Then, `--runs` times in turn and each from a cold page cache, converts to
+each format and runs the peers (`peer.py`): TransformerLens for `transformer-lens`, transformers for
+`hf`, and OpenAI's own reader, from its own format, for the tensors of `hf` under other names.
 Prints medians, and medians of the ratios within each turn to the conversion from the same source.
-In the first turn it holds what a peer wrote against what the conversion wrote: every tensor's name,
-dtype, shape and bytes, or for other names how many bytes there are.
+In the first turn the tensors of a peer are compared with those of the conversion: name, dtype,
+shape and bytes, or for other names the number of bytes.
 
-The peers do not wait for the disk at the end; the conversions do. A peer that is not installed, or
-that fails, is left out with a note. OpenAI's package asks for Python 3.12 but its reader does
-without, and needs no more than torch and safetensors: `pip install --no-deps
---ignore-requires-python gpt-oss`. Needs root, for cold caches, memory for what the peers hold (8 GB
+The peers do not sync to the disk at the end; the conversions do. A peer that is not installed or
+that fails is left out with a note. OpenAI's package asks for Python 3.12, but its reader works
+without it and needs only torch and safetensors: `pip install --no-deps --ignore-requires-python
+gpt-oss`. Needs root, for cold caches, memory for the peers (8 GB
 for one layer of 20b's shapes, 4 GB for each further one), and disk for two sources and two outputs.
 """
 
@@ -38,7 +38,7 @@ PIECE = 64 << 20
 
 @dataclass(frozen=True)
 class Peer:
-    """A peer of `peer.py`, the packages it needs, and the conversion that makes the same."""
+    """A peer of `peer.py`, the packages that it needs, and the conversion to the same format."""
 
     name: str
     title: str
@@ -49,7 +49,7 @@ class Peer:
 
     @property
     def missing(self) -> list[str]:
-        """What is not installed of it."""
+        """Return its packages that are not installed."""
         return [package for package in self.packages if find_spec(package) is None]
 
 
@@ -68,7 +68,7 @@ PEERS = (
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: what the header says, and where its bytes are."""
+    """A tensor in a file: its header entry, and the range of its bytes."""
 
     file: Path
     dtype: str
@@ -78,7 +78,7 @@ class Stored:
 
 
 def stored(folder: Path) -> dict[str, Stored]:
-    """The tensors of a folder's safetensors files, by name."""
+    """Return the tensors of the safetensors files in a folder, by name."""
     found: dict[str, Stored] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as f:
@@ -92,12 +92,12 @@ def stored(folder: Path) -> dict[str, Stored]:
 
 
 def total(tensors: dict[str, Stored]) -> int:
-    """Bytes of all."""
+    """Return the bytes of all tensors."""
     return sum(t.end - t.begin for t in tensors.values())
 
 
 def differences(ours: dict[str, Stored], theirs: dict[str, Stored]) -> list[str]:
-    """The names of tensors that only one has, or that are not the same in both."""
+    """Return the names of tensors that only one side has, or that differ."""
     return sorted(
         name
         for name in ours.keys() | theirs.keys()
@@ -123,7 +123,7 @@ def _are_equal(one: Stored, other: Stored) -> bool:
 
 
 def compared(ours: Path, theirs: Path, has_our_names: bool) -> str:
-    """What a peer wrote, held against what the conversion wrote."""
+    """Compare the tensors of a peer with those of the conversion."""
     a, b = stored(ours), stored(theirs)
     if not has_our_names:
         same = "as many bytes as ours" if total(a) == total(b) else f"ours {total(a):,} bytes"
@@ -135,15 +135,14 @@ def compared(ours: Path, theirs: Path, has_our_names: bool) -> str:
 
 
 def peer_command(peer: str, source: Path, output: Path) -> list[str]:
-    """The command of a peer."""
+    """Return the command that runs a peer."""
     return [sys.executable, str(trials.HERE / "peer.py"), peer, str(source), str(output)]
 
 
 def one_turn(
     case: trials.Case, peers: Sequence[Peer], notes: dict[str, str]
 ) -> dict[str, Measured]:
-    """The conversion and the peers that do not fail, once each; what each peer came to is noted
-    once."""
+    """Run the conversion and the peers that do not fail, once each; note how each peer ended."""
     theirs = case.output.with_name("peer")
     turn: dict[str, Measured] = {}
     try:
@@ -166,7 +165,7 @@ def one_turn(
 
 
 def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The summary of each conversion with its peers."""
+    """Return the summary of each conversion with its peers."""
     peers = [peer for peer in PEERS if not peer.missing]
     pairs = [(trials.DEFAULT_SOURCE, target) for target in ("hf", "transformer-lens")]
     pairs += [(p.source_format, p.target) for p in peers if p.source_format != pairs[0][0]]
@@ -198,7 +197,7 @@ def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """The summary for people."""
+    """Return the summary as a table."""
     titles = {peer.name: peer.title for peer in PEERS}
     lines = []
     for result in results:

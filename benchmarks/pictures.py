@@ -1,4 +1,4 @@
-"""Two pictures: memory over time beside the peer, and speed against the floor.
+"""Two pictures: memory over time beside the peer, and throughput beside the floor.
 
     python benchmarks/pictures.py --preset 20b --layers 2 --folder /some/disk
     python benchmarks/pictures.py --preset 20b --layers 2 --throughput formats.json
@@ -7,8 +7,8 @@
 Measures and writes `pictures.json` into `--to` (docs/ of the repository), then draws `memory` and
 `throughput` there, each as SVG and PNG; `--draw` only draws, and the same numbers give the same
 bytes again. Memory is the resident memory of a conversion to `transformer-lens` and of
-TransformerLens (`peer.py`), looked at every 50 ms in one run of each; speed is what `formats.py`
-measures in `--runs` turns, or has measured already (`--throughput`, what it wrote with `--json`).
+TransformerLens (`peer.py`), sampled every 50 ms in one run of each. Throughput is measured as by
+`formats.py` in `--runs` turns, or taken from its JSON (`--throughput`).
 Needs root, matplotlib and the peer, as `peers.py` does.
 
 The background is transparent and every colour a mid-tone that stands out on white and on a dark
@@ -56,7 +56,7 @@ STYLE: dict[Any, Any] = {
 
 
 def measured(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What both pictures show, as JSON types."""
+    """Measure what both pictures show; returns JSON types."""
     return {
         "preset": arguments.preset,
         "layers": arguments.layers,
@@ -68,7 +68,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def memory(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Memory over time of the conversion and of the peer, once each."""
+    """Sample the memory of the conversion and of the peer over time, once each."""
     folder, preset, layers = arguments.folder, arguments.preset, arguments.layers
     with trials.checkpoint(folder, preset, layers, PEER.source_format) as source:
         case = trials.case(source, PEER.target)
@@ -83,7 +83,7 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _course(measured: Measured) -> dict[str, Any]:
-    """Samples in hundredths of seconds and in MB, which is all that can be seen."""
+    """Return samples rounded to hundredths of seconds and to MB, the resolution of the picture."""
     times, sizes = zip(*measured.memory, strict=True)
     return {
         "wall": round(measured.wall, 2),
@@ -94,7 +94,7 @@ def _course(measured: Measured) -> dict[str, Any]:
 
 
 def draw(results: Mapping[str, Any], folder: Path) -> None:
-    """Both pictures, as SVG and PNG."""
+    """Draw both pictures, as SVG and PNG."""
     what = f"gpt-oss-{results['preset']}'s shapes, {results['layers']} "
     what += "layer" if results["layers"] == 1 else "layers"
     with _picture(folder / "memory", 8, 3.9) as axes:
@@ -107,7 +107,7 @@ def draw(results: Mapping[str, Any], folder: Path) -> None:
 
 @contextmanager
 def _picture(path: Path, width: float, height: float) -> Iterator[Axes]:
-    """Axes to draw in; a picture of that many inches, of which a README shows 100 pixels each."""
+    """Return axes to draw in; the size is in inches, each of which is 100 pixels in a README."""
     with rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure.add_subplot()

@@ -2,11 +2,11 @@
 
     python benchmarks/remote.py --preset 120b
 
-A server on loopback (the tests' stand-in for the Hub, in a process of its own) makes the source's
-bytes as they are asked for, and hashes what it gets, keeping none of it: neither the source nor
-the output lies on a disk. The conversion is the command that a user runs. In the end some of the
-shards are made again, from the same random numbers and without any network, and their SHA-256 are
-held against what the server got.
+A server on loopback (the tests' stand-in for the Hub, in its own process) generates the bytes of
+the source on request, and hashes what it receives without keeping it: neither the source nor the
+output is on a disk. The conversion is the command that a user runs. In the end some shards are
+written again, from the same random numbers and without any network, and their SHA-256 are
+compared with those of the server.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ SOURCE, TARGET = "openai/random", "someone/converted"
 
 
 @dataclass(frozen=True)
-class MadeAsAsked:
-    """A shard for the server."""
+class GeneratedShard:
+    """A shard whose bytes are generated on request."""
 
     checkpoint: RandomCheckpoint
     shard: PlannedShard
@@ -51,14 +51,14 @@ class MadeAsAsked:
 
     @property
     def sha256(self) -> str:
-        return f"{abs(hash((self.shard.name, self.nbytes))):064x}"  # made up: it is a name
+        return f"{abs(hash((self.shard.name, self.nbytes))):064x}"  # only a name
 
     def read(self, begin: int, end: int) -> bytes:
         return self.checkpoint.read(self.shard, begin, end)
 
 
 def serve(preset: str, layers: int | None) -> None:
-    """Be the server: print the endpoint, then, for each line on stdin, what was counted."""
+    """Run the server: print the endpoint and then, for each line on stdin, its counts."""
     from stand_in_hub import StandInHub  # type: ignore[import-not-found]
 
     made = random_checkpoint(preset, layers=layers)
@@ -69,7 +69,7 @@ def serve(preset: str, layers: int | None) -> None:
             {
                 **made.files,
                 "model.safetensors.index.json": index,
-                **{shard.name: MadeAsAsked(made, shard) for shard in made.shards},
+                **{shard.name: GeneratedShard(made, shard) for shard in made.shards},
             },
         )
         hub.reset_counts()
@@ -83,8 +83,8 @@ def serve(preset: str, layers: int | None) -> None:
             print(json.dumps(counted), flush=True)
 
 
-class DiskWatch:
-    """The most bytes that a folder has held, looked at every so often."""
+class DiskSampler:
+    """Samples the size of a folder twice a second, and keeps the largest."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -107,7 +107,7 @@ class DiskWatch:
 
 
 def remade(preset: str, layers: int | None, names: list[str], folder: Path) -> dict[str, str]:
-    """The SHA-256 of some of the output's shards, made here without any network."""
+    """Write some of the output's shards without any network, and return their SHA-256."""
     made = random_checkpoint(preset, layers=layers)
     planned = gptoss_stream.plan(f"hf://{SOURCE}")
     sums: dict[str, str] = {}
@@ -134,9 +134,9 @@ def main() -> None:
     parser.add_argument("--preset", default="120b")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--max-staged", type=int, default=2)
-    parser.add_argument("--limit", type=int, help="bytes of memory, the page cache's included")
+    parser.add_argument("--limit", type=int, help="bytes of memory, page cache included")
     parser.add_argument("--folder", type=Path, default=Path("benchmark-data"))
-    parser.add_argument("--check", type=int, default=3, help="shards that are made again")
+    parser.add_argument("--check", type=int, default=3, help="the number of shards to write again")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -159,7 +159,7 @@ def main() -> None:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HOME": str(folder / "home"),
         }
-        disk = DiskWatch(folder / "staging")
+        disk = DiskSampler(folder / "staging")
         try:
             result = converted(arguments, folder)
             server.stdin.write("\n")
@@ -191,7 +191,7 @@ def main() -> None:
 
 
 def converted(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Run the command; its times and sizes."""
+    """Run the command, and return its times and sizes."""
     planned = gptoss_stream.plan(f"hf://{SOURCE}")
     command = [sys.executable, "-m", "gptoss_stream", "convert", f"hf://{SOURCE}", f"hf://{TARGET}"]
     staging = ["--staging", str(folder / "staging"), "--max-staged", str(arguments.max_staged)]
@@ -210,7 +210,7 @@ def converted(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def check(
     arguments: argparse.Namespace, files: dict[str, tuple[int, str]], folder: Path
 ) -> list[str]:
-    """Hold some shards, evenly chosen, against what the server got; raises `RuntimeError`."""
+    """Compare some shards, evenly chosen, with those of the server; raises `RuntimeError`."""
     shards = sorted(name for name in files if name.endswith(".safetensors"))
     step = max(1, len(shards) // max(1, arguments.check))
     names = [*dict.fromkeys([*shards[::step][: arguments.check - 1], shards[-1]])]

@@ -1,22 +1,22 @@
-"""How a conversion scales over worker processes: measured here, and simulated for a cluster.
+"""How a conversion scales over worker processes: measured on this machine, simulated for a cluster.
 
     python benchmarks/scaling.py --preset 20b --layers 4 --folder /some/disk
 
 Measured, `--runs` times in turn from a cold page cache: one process with threads, `local:N` for
-each of `--workers`, and a job array of three tasks side by side. Time is the conversion's own, for
-workers without the start of their processes. All share two things here, the processors and the
+each of `--workers`, and an array of three tasks at the same time. Time is that of the conversion,
+without the start of worker processes. On this machine all workers share the processors and the
 disk; a cluster shares neither, or only the storage.
 
 Simulated, for the whole of `--simulate` and 1 to 64 workers, by this model:
 
-    cost of a shard   bytes written for it, those of a large transpose included (`share.cost`)
-    time of a shard   its cost / the rate of one worker here, alone
+    cost of a shard   bytes written for it, spilled bytes included (`write_nbytes`)
+    time of a shard   its cost / the rate of a single worker on this machine
     a worker          takes the costliest shard that is left when it has finished one
-    storage           moves at most B bytes a second, read and written, whoever asks
+    storage           reads and writes at most B bytes a second for all workers
     time              start + max(the last worker's end, (bytes read + written) / B)
 
-`start` (planning, looking at the workers, the index) is what a tiny checkpoint takes here.
-Needs root, for cold caches.
+`start` (planning, registering workers, the index) is the time for a tiny checkpoint. Needs root,
+for cold caches.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ BANDWIDTHS = (2e9, 10e9)
 
 
 def converted(source: Path, *options: str, size: str) -> dict[str, Any]:
-    """The report of a conversion from a cold page cache."""
+    """Convert from a cold page cache, and return the report."""
     output = source.parent / f"{source.name}-scaled"
     command = [sys.executable, "-m", "gptoss_stream", "convert", str(source), str(output)]
     drop_caches()
@@ -65,7 +65,7 @@ def converted(source: Path, *options: str, size: str) -> dict[str, Any]:
 
 
 def array(source: Path, tasks: int, size: str) -> float:
-    """The seconds that tasks take side by side, from the first's start to the last's end."""
+    """Run array tasks at the same time; returns seconds from the first start to the last end."""
     output = source.parent / f"{source.name}-scaled"
     command = [sys.executable, "-m", "gptoss_stream", "convert", str(source), str(output)]
     command += ["--quiet", "--max-shard-size", size, "--num-tasks", str(tasks), "--task-index"]
@@ -82,7 +82,7 @@ def array(source: Path, tasks: int, size: str) -> float:
 
 
 def measured(arguments: argparse.Namespace, source: Path) -> dict[str, Any]:
-    """Medians of the seconds that each way takes, and the largest memory of a process."""
+    """Return the median time of each way to run, and the largest memory of a process."""
     ways: dict[str, list[str]] = {"threads": []}
     counts = dict.fromkeys([1, *arguments.workers])  # the model takes the cost of one
     ways |= {f"local:{n}": ["--scheduler", f"local:{n}"] for n in counts}
@@ -106,12 +106,12 @@ def measured(arguments: argparse.Namespace, source: Path) -> dict[str, Any]:
 
 
 def sparse(folder: Path, preset: str) -> Path:
-    """A checkpoint of which only the headers are there: enough for a plan."""
+    """Write a checkpoint with headers and no data, which is enough for a plan."""
     made = random_checkpoint(preset)
     for name, data in made.files.items():
         (folder / name).write_bytes(data)
-    contents = OutputSpec(made.identity, made.shards, made.files)
-    (folder / "model.safetensors.index.json").write_bytes(contents.index)
+    spec = OutputSpec(made.identity, made.shards, made.files)
+    (folder / "model.safetensors.index.json").write_bytes(spec.index)
     for shard in made.shards:
         with open(folder / shard.name, "wb") as file:
             file.write(shard.header)
@@ -120,7 +120,7 @@ def sparse(folder: Path, preset: str) -> Path:
 
 
 def last_end(seconds: Iterable[float], workers: int) -> float:
-    """When the last of some workers ends, who take the longest task that is left, one by one."""
+    """Return when the last worker ends, if each takes the longest task that is left."""
     ends = [0.0] * workers
     for task in sorted(seconds, reverse=True):
         heapq.heappush(ends, heapq.heappop(ends) + task)
@@ -128,7 +128,7 @@ def last_end(seconds: Iterable[float], workers: int) -> float:
 
 
 def simulated(preset: str, rate: float, start: float, sizes: Sequence[str]) -> list[dict[str, Any]]:
-    """Seconds for the whole of a preset, for each number of workers."""
+    """Simulate a whole preset; returns seconds for each number of workers."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         source = sparse(Path(folder), preset)
@@ -147,7 +147,7 @@ def simulated(preset: str, rate: float, start: float, sizes: Sequence[str]) -> l
 
 
 def tables(found: dict[str, Any]) -> str:
-    """All of it for people."""
+    """Return all results as tables."""
     lines = [f"{'':12} {'seconds':>8} {'to local:1':>11} {'peak RSS MB':>12}"]
     first = found["measured"]["local:1"]["seconds"]
     for name, row in found["measured"].items():

@@ -1,8 +1,8 @@
-"""What the benchmarks share: their options, the checkpoints that they make, what they run.
+"""What the benchmarks share: options, checkpoints and commands.
 
-Each thing that is compared is a command of its own and runs from a cold page cache, or, `warm`,
-with the source in it. A turn runs all of them one after the other, so that ratios within a turn
-compare what ran under the same conditions.
+Everything that is compared is a command in its own process. It runs from a cold page cache or,
+`warm`, with the source in the cache. A turn runs all commands one after another, so that ratios
+within a turn compare runs under the same conditions.
 """
 
 from __future__ import annotations
@@ -42,33 +42,39 @@ def options(doc: str | None, *, runs: int = 5, reports: bool = True) -> argparse
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--preset", default="20b", help="whose shapes: 20b, 120b or tiny")
-    parser.add_argument("--runs", type=int, default=runs, help="turns; medians are printed")
-    parser.add_argument("--folder", type=Path, default=Path("benchmark-data"), help="for the data")
+    parser.add_argument("--preset", default="20b", help="shapes of the model: 20b, 120b or tiny")
+    parser.add_argument(
+        "--runs", type=int, default=runs, help="number of turns; medians are printed"
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=Path("benchmark-data"), help="folder for the data"
+    )
     if reports:
         parser.add_argument(
             "--json",
             nargs="?",
             const="-",
             metavar="FILE",
-            help="to FILE, or instead of tables",
+            help="write JSON to FILE, or print it instead of tables",
         )
     return parser
 
 
 def add_turn_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `one_turn`."""
-    parser.add_argument("--limit", default="256MB", help="of memory; 0 for none")
-    parser.add_argument("--warm", action="store_true", help="also with the source in the cache")
+    """Add the options of `one_turn`."""
+    parser.add_argument("--limit", default="256MB", help="limit of memory; 0 for none")
+    parser.add_argument(
+        "--warm", action="store_true", help="measure also with the source in the page cache"
+    )
 
 
 def limit_nbytes(text: str) -> int | None:
-    """Bytes of a limit; None for "0", and where none can be set."""
+    """Return a limit in bytes; None for "0", and if limits cannot be set."""
     return parse_size(text) if text != "0" and can_limit() else None
 
 
 def report(results: Any, text: str, to: str | None) -> None:
-    """Print a table and write the results as JSON, or print these alone (see `options`)."""
+    """Print a table and write the results as JSON, or print only the JSON (see `options`)."""
     found = json.dumps(results, indent=2)
     if to == "-":
         print(found)
@@ -79,12 +85,12 @@ def report(results: Any, text: str, to: str | None) -> None:
 
 
 def say(text: str) -> None:
-    """Tell of progress."""
+    """Print progress to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def layers_text(preset: str, layers: int) -> str:
-    """A size for people."""
+    """Return a number of layers as text."""
     return f"{preset}, {layers} layer{'' if layers == 1 else 's'}"
 
 
@@ -92,7 +98,7 @@ def layers_text(preset: str, layers: int) -> str:
 def checkpoint(
     folder: Path, preset: str, layers: int, source_format: str = DEFAULT_SOURCE
 ) -> Iterator[Path]:
-    """A random checkpoint on the disk, for as long as the block lasts."""
+    """Write a random checkpoint to the disk; deletes it afterwards."""
     source = folder / f"{preset}-{layers}-{source_format}"
     source.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -105,7 +111,7 @@ def checkpoint(
 
 @dataclass(frozen=True)
 class Case:
-    """A checkpoint on the disk and what it is to become, beside it."""
+    """A checkpoint on the disk, and the conversion of it."""
 
     source: Path
     target: str
@@ -113,22 +119,22 @@ class Case:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Bytes that are read and bytes that are written."""
+        """Return the bytes that are read and the bytes that are written."""
         return {"bytes_in": self.planned.source_nbytes, "bytes_out": self.planned.nbytes}
 
     @property
     def output(self) -> Path:
-        """Where it is written to."""
+        """The folder of the output."""
         return self.source.parent / f"{self.source.name}-to-{self.target}"
 
 
 def case(source: Path, target: str = DEFAULT_FORMAT) -> Case:
-    """The conversion of a checkpoint to a format."""
+    """Return the conversion of a checkpoint to a format."""
     return Case(source, target, gptoss_stream.plan(source, to=target))
 
 
 def pairs() -> list[tuple[str, str]]:
-    """Every source and target format but those that would need floats quantised."""
+    """Return all pairs of formats except those that would quantize floats."""
     formats = gptoss_stream.formats
     packed = {name for name in formats.names() if mxfp4_tensors(formats.load(name).TABLE)}
     return [
@@ -140,7 +146,7 @@ def pairs() -> list[tuple[str, str]]:
 
 
 def reads(planned: Plan) -> list[tuple[str, int, int]]:
-    """What a conversion reads of its source, each byte once: file, begin, end."""
+    """Return what a conversion reads of its source, each byte once: (file, begin, end)."""
     spans = {
         (element_range.raw.shard, *element_range.byte_range)
         for shard in planned.shards
@@ -158,7 +164,7 @@ def reads(planned: Plan) -> list[tuple[str, int, int]]:
 
 
 def floor(case: Case, *arguments: str, warm: bool = False) -> Measured:
-    """The floor of a conversion, with these options of floor.py."""
+    """Run the floor of a conversion, with options of floor.py."""
     listed, output = case.output.with_suffix(".reads"), case.output.with_suffix(".floor")
     spans = [(str(case.source / file), *span) for file, *span in reads(case.planned)]
     listed.write_text(json.dumps(spans))
@@ -172,7 +178,7 @@ def floor(case: Case, *arguments: str, warm: bool = False) -> Measured:
 
 
 def convert_command(case: Case) -> list[str]:
-    """The conversion as a user runs it."""
+    """Return the command that converts, as a user runs it."""
     command = [sys.executable, "-m", "gptoss_stream", "convert", str(case.source)]
     return [*command, str(case.output), "--to", case.target]
 
@@ -180,7 +186,7 @@ def convert_command(case: Case) -> list[str]:
 def conversion(
     case: Case, *, warm: bool = False, limit: int | None = None, sample: float = 0
 ) -> Measured:
-    """Convert, and delete what was made."""
+    """Convert, and delete the output."""
     try:
         source = case.source if warm else None
         return run(convert_command(case), warm=source, limit=limit, sample=sample)
@@ -189,7 +195,7 @@ def conversion(
 
 
 def one_turn(case: Case, *, limit: int | None = None, warm: bool = False) -> Turn:
-    """The floors and the conversion once each, also from a warm page cache and under a limit."""
+    """Run the floors and the conversion once each, also from a warm cache and under a limit."""
     turn: dict[str, Measured] = {}
     for cache in ("", WARM) if warm else ("",):
         is_warm = cache == WARM
@@ -204,7 +210,7 @@ def one_turn(case: Case, *, limit: int | None = None, warm: bool = False) -> Tur
 
 
 def medians(runs: Sequence[Measured]) -> dict[str, Any]:
-    """What several runs of one thing took: medians, and the largest peak."""
+    """Return the medians of several runs, and the largest peak memory."""
     return {
         "wall": statistics.median(r.wall for r in runs),
         "walls": [round(r.wall, 2) for r in runs],
@@ -214,7 +220,7 @@ def medians(runs: Sequence[Measured]) -> dict[str, Any]:
 
 
 def ratio(runs: Sequence[Measured], others: Sequence[Measured]) -> float:
-    """The median of the ratios of wall times within each turn."""
+    """Return the median of the ratios of wall times within each turn."""
     return statistics.median(a.wall / b.wall for a, b in zip(runs, others, strict=True))
 
 
