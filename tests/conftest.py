@@ -1,4 +1,4 @@
-"""Random checkpoints, made once each."""
+"""Random checkpoints, each written once per session."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
-    """Give the folder of a random checkpoint with these options; do not change what is in it."""
-    made: dict[tuple, Path] = {}
+    """A function from options of `synth` to a folder with that checkpoint; tests must not change
+    its files."""
+    folders: dict[tuple, Path] = {}
 
     def checkpoint(**options) -> Path:
         key = tuple(sorted(options.items()))
-        if key not in made:
+        if key not in folders:
             folder = tmp_path_factory.mktemp("checkpoint")
-            made[key] = gptoss_stream.synth(folder, **options)
-        return made[key]
+            folders[key] = gptoss_stream.synth(folder, **options)
+        return folders[key]
 
     return checkpoint
 
 
 @pytest.fixture
 def tiny(checkpoints, tmp_path) -> Path:
-    """A tiny checkpoint of one's own, to damage."""
+    """A tiny checkpoint that the test may damage."""
     return Path(shutil.copytree(checkpoints(layers=2), tmp_path / "source"))
 
 
 @pytest.fixture
 def several(checkpoints, tmp_path) -> Path:
-    """A tiny checkpoint of four shards, to damage."""
+    """A tiny checkpoint of four shards that the test may damage."""
     source = checkpoints(layers=2, max_shard_size="200KB")
     return Path(shutil.copytree(source, tmp_path / "source"))

@@ -23,10 +23,10 @@ from runs import (
     assert_nothing_half_written,
     convert_command,
     digests,
+    disturb,
     interrupted,
     run,
     seconds_of_writing,
-    strike,
 )
 
 SHARD = "model.safetensors"
@@ -94,7 +94,7 @@ def test_a_shard_that_changes_during_the_run(change, count, checkpoints, tmp_pat
         victim = chance.choice(sorted(source.glob("*.safetensors")))
         files = chance.randrange(len(whole) // 2)  # later on, most has been read
         pause = chance.uniform(0, seconds / len(whole))
-        done, running = strike(command, output, partial(change, victim), files, pause)
+        done, running = disturb(command, output, partial(change, victim), files, pause)
         live += running
         if done.returncode == 0:
             assert digests(output) == whole, victim.name

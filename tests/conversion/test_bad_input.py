@@ -28,14 +28,14 @@ from damages import (
     header,
     header_text,
     index,
-    instead,
     length,
-    lies,
     link,
     listen,
+    mapped,
     only,
     poke,
     renamed,
+    replaced,
     scale,
     shard,
     tensor,
@@ -43,7 +43,7 @@ from damages import (
     without,
     yarn,
 )
-from runs import assert_clean_error, digests, run_here
+from runs import assert_clean_error, digests, run_in_process
 
 U8 = {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}
 DEEP = b'{"a":' * 10_000 + b"1" + b"}" * 10_000
@@ -80,13 +80,13 @@ SHARDS = {
     "a zip archive": (shard(lambda d: b"PK\3\4\x14\0\0\0\x08\0" + bytes(99)), SHARD, "zip archive"),
     "a GGUF file": (shard(lambda d: b"GGUF\3\0\0\0\xff" + bytes(99)), SHARD, "GGUF"),
     "an HDF5 file": (shard(lambda d: b"\x89HDF\r\n\x1a\n" + bytes(99)), SHARD, "HDF5"),
-    "a pipe": (instead(SHARD, os.mkfifo), SHARD, "not a regular file"),
-    "a folder": (instead(SHARD, Path.mkdir), SHARD, "not a regular file"),
-    "a socket": (instead(SHARD, listen), SHARD),
-    "a link to a device": (instead(SHARD, link("/dev/zero")), SHARD, "leads out of the folder"),
-    "a link out": (instead(SHARD, link("../elsewhere.safetensors")), SHARD, "a link that leads"),
-    "a link to nowhere": (instead(SHARD, link("nowhere")), SHARD),
-    "a link to itself": (instead(SHARD, link(SHARD)), SHARD),
+    "a pipe": (replaced(SHARD, os.mkfifo), SHARD, "not a regular file"),
+    "a folder": (replaced(SHARD, Path.mkdir), SHARD, "not a regular file"),
+    "a socket": (replaced(SHARD, listen), SHARD),
+    "a link to a device": (replaced(SHARD, link("/dev/zero")), SHARD, "leads out of the folder"),
+    "a link out": (replaced(SHARD, link("../elsewhere.safetensors")), SHARD, "a link that leads"),
+    "a link to nowhere": (replaced(SHARD, link("nowhere")), SHARD),
+    "a link to itself": (replaced(SHARD, link(SHARD)), SHARD),
 }
 
 # One row for each class of damage; the parser's own table is in `test_safetensors_format`.
@@ -123,24 +123,24 @@ INDEXES = {
     "no weight_map": (index(lambda i: i.pop("weight_map")), INDEX, "weight_map"),
     "a weight_map that is none": (index(lambda i: i.update(weight_map=[1])), INDEX, "weight_map"),
     "an empty weight_map": (index(lambda i: i["weight_map"].clear()), INDEX, "weight_map"),
-    "a number for a shard": (lies(NORM, 3), INDEX, NORM, "'3'"),
-    "an array for a shard": (lies(NORM, [SHARD]), INDEX, NORM),
-    "an absolute path": (lies(NORM, "/etc/x.safetensors"), INDEX, NORM, "/etc/x.safetensors"),
-    "a path that goes up": (lies(NORM, f"../{SHARD}"), INDEX, NORM, f"../{SHARD}"),
-    "a path into a folder": (lies(NORM, f"a/{SHARD}"), INDEX, NORM, f"a/{SHARD}"),
-    "a path with a backslash": (lies(NORM, f"..\\{SHARD}"), INDEX, NORM),
-    "a name that looks alike": (lies(NORM, SHARD.replace("o", "о")), INDEX, NORM),
-    "a name of 300 letters": (lies(NORM, "a" * 300 + ".safetensors"), INDEX, NORM),
-    "another kind of file": (lies(NORM, "pytorch_model.bin"), INDEX, NORM, "pytorch_model.bin"),
-    "an empty name": (lies(NORM, ""), INDEX, NORM),
-    "a shard that is not there": (lies(NORM, "x.safetensors"), INDEX, "x.safetensors"),
-    "a tensor in another shard": (lies(NORM, LAST), INDEX, NORM, LAST, SHARD),
-    "a tensor in none": (lies("model.extra", SHARD), INDEX, "model.extra", "none of the shards"),
+    "a number for a shard": (mapped(NORM, 3), INDEX, NORM, "'3'"),
+    "an array for a shard": (mapped(NORM, [SHARD]), INDEX, NORM),
+    "an absolute path": (mapped(NORM, "/etc/x.safetensors"), INDEX, NORM, "/etc/x.safetensors"),
+    "a path that goes up": (mapped(NORM, f"../{SHARD}"), INDEX, NORM, f"../{SHARD}"),
+    "a path into a folder": (mapped(NORM, f"a/{SHARD}"), INDEX, NORM, f"a/{SHARD}"),
+    "a path with a backslash": (mapped(NORM, f"..\\{SHARD}"), INDEX, NORM),
+    "a name that looks alike": (mapped(NORM, SHARD.replace("o", "о")), INDEX, NORM),
+    "a name of 300 letters": (mapped(NORM, "a" * 300 + ".safetensors"), INDEX, NORM),
+    "another kind of file": (mapped(NORM, "pytorch_model.bin"), INDEX, NORM, "pytorch_model.bin"),
+    "an empty name": (mapped(NORM, ""), INDEX, NORM),
+    "a shard that is not there": (mapped(NORM, "x.safetensors"), INDEX, "x.safetensors"),
+    "a tensor in another shard": (mapped(NORM, LAST), INDEX, NORM, LAST, SHARD),
+    "a tensor in none": (mapped("model.extra", SHARD), INDEX, "model.extra", "none of the shards"),
     "a tensor too few": (index(lambda i: i["weight_map"].pop(NORM)), INDEX, NORM, SHARD),
     "a tensor in two shards": (lambda f: shutil.copy(f / SHARD, f / LAST) and None,
                                LAST, SHARD, "too"),
-    "a pipe for an index": (instead(INDEX, os.mkfifo), INDEX, "not a regular file"),
-    "a folder for an index": (instead(INDEX, Path.mkdir), INDEX, "not a regular file"),
+    "a pipe for an index": (replaced(INDEX, os.mkfifo), INDEX, "not a regular file"),
+    "a folder for an index": (replaced(INDEX, Path.mkdir), INDEX, "not a regular file"),
     "no index and a shard twice": (
         both(gone(INDEX), lambda f: shutil.copy(f / SHARD, f / "copy.safetensors")),
         SHARD, "copy.safetensors", "too"),
@@ -157,8 +157,8 @@ CONFIGS = {
     "nested deep": (text(CONFIG, DEEP), CONFIG, "nested too deeply"),
     "a key twice": (text(CONFIG, b'{"a": 1, "a": 2}'), CONFIG, "'a'", "twice"),
     "a megabyte of it": (text(CONFIG, b"{}" + b" " * 10**6), CONFIG, "1000000"),
-    "a pipe": (instead(CONFIG, os.mkfifo), CONFIG, "not a regular file"),
-    "a folder": (instead(CONFIG, Path.mkdir), CONFIG, "not a regular file"),
+    "a pipe": (replaced(CONFIG, os.mkfifo), CONFIG, "not a regular file"),
+    "a folder": (replaced(CONFIG, Path.mkdir), CONFIG, "not a regular file"),
     "another model": (config(model_type="llama", quantization_config=...), CONFIG, "'llama'"),
     "no model type": (config(model_type=...), CONFIG, "model type"),
     "another quantisation": (config(quantization_config={"quant_method": "gptq"}), CONFIG, "gptq"),
@@ -279,7 +279,7 @@ def test_bad_input_is_refused_in_one_line(name, several, tmp_path):
     damage, words, options = ROWS[name]
     source, output = damage(several) or several, tmp_path / "out"
     before = digests(several)
-    done = run_here("convert", source, output, *options)
+    done = run_in_process("convert", source, output, *options)
     assert_clean_error(done, 2)
     assert [word for word in words if word not in done.stderr] == [], done.stderr
     assert len(done.stderr) < 1500
@@ -295,6 +295,6 @@ def test_bad_input_is_refused_in_one_line(name, several, tmp_path):
 def test_an_output_that_cannot_be_is_refused_in_one_line(make, code, words, several, tmp_path):
     output = tmp_path / "out"
     made = make(output)
-    done = run_here("convert", several, made if isinstance(made, Path) else output)
+    done = run_in_process("convert", several, made if isinstance(made, Path) else output)
     assert_clean_error(done, code)
     assert words in done.stderr

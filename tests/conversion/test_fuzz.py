@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from mutants import Header, files, in_pairs, json_files
-from runs import Hung, at_most, run_here
+from runs import TimeLimitExceeded, run_in_process, time_limit
 from safetensors import SafetensorError, deserialize
 from shards import INDEX_NAME, read_shard
 
@@ -132,9 +132,9 @@ def test_headers_are_read_as_safetensors_reads_them(seed, count):
     for file in files(seed, count):
         begun = time.perf_counter()
         try:
-            with at_most(5):
+            with time_limit(5):
                 mine, why = ours(file)
-        except (Exception, Hung) as error:  # any but HeaderError is what this test is about
+        except (Exception, TimeLimitExceeded) as error:  # any but HeaderError is what this test is about
             failures.add(f"raised {error!r}", file)
             continue
         slowest = max(slowest, time.perf_counter() - begun)
@@ -193,7 +193,7 @@ def test_a_damaged_shard_in_a_checkpoint(seed, count, small):
         for mutant in files(seed, count, lambda rng: Header(in_pairs(header), data)):
             shard.write_bytes(mutant)
             read = ours(mutant)[0]
-            done = run_here("inspect", small, "--json")
+            done = run_in_process("inspect", small, "--json")
             codes[done.returncode] += 1
             names = shard.name, INDEX_NAME
             if done.returncode == 2 and done.stdout == "" and is_a_line(done.stderr, *names):
@@ -242,12 +242,12 @@ def test_a_damaged_configuration_or_index(name, seed, count, small):
             file.write_bytes(mutant)
             begun = time.perf_counter()
             try:
-                with at_most(5), little_memory(300_000_000):
+                with time_limit(5), little_memory(300_000_000):
                     found = gptoss_stream.plan(small)
             except GptOssStreamError as error:
                 if not is_a_line(str(error), str(file), *(str(small / s) for s in shards(plan))):
                     failures.add(f"not a line that names the file: {error}", mutant)
-            except (Exception, Hung) as error:  # any other is what this test is about
+            except (Exception, TimeLimitExceeded) as error:  # any other is what this test is about
                 failures.add(f"raised {error!r}", mutant)
             else:
                 accepted += 1

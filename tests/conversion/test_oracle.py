@@ -65,7 +65,7 @@ def test_every_shard_limit(limit, checkpoints, tmp_path):
 @pytest.mark.parametrize("tied", [True, False])
 def test_missing_biases_are_zeros_and_tied_embeddings_serve_twice(bias, tied, tmp_path):
     """A checkpoint that transformers itself made and packed by hand."""
-    source = oracle.make_packed(tmp_path / "source", attention_bias=bias, tie_word_embeddings=tied)
+    source = oracle.save_mxfp4(tmp_path / "source", attention_bias=bias, tie_word_embeddings=tied)
     gptoss_stream.convert(source, tmp_path / "out")
     found, expected = load_output(tmp_path / "out"), oracle.state_dict(source)
     assert set(found) == set(expected)

@@ -17,11 +17,11 @@ from runs import (
     assert_clean_error,
     assert_nothing_half_written,
     assert_resumes,
-    at_most,
     convert_command,
     digests,
     limit_file_size,
     run,
+    time_limit,
 )
 from safetensors.torch import save_file
 
@@ -326,7 +326,7 @@ def test_who_writes_unfused_experts_is_warned(sources, tmp_path, capsys):
 
 def test_a_stored_head_counts(tmp_path):
     """Whatever the configuration says; by names alone, so also where it equals the embedding."""
-    source = oracle.make_dense(tmp_path / "source", tie_word_embeddings=True)
+    source = oracle.save_dense(tmp_path / "source", tie_word_embeddings=True)
     tensors = independent.load_folder(source)
     assert "lm_head.weight" not in tensors
     for head in (tensors["model.embed_tokens.weight"] * 2, tensors["model.embed_tokens.weight"]):
@@ -338,7 +338,7 @@ def test_a_stored_head_counts(tmp_path):
 
 
 def test_stored_biases_count(tmp_path):
-    source = oracle.make_dense(tmp_path / "source")
+    source = oracle.save_dense(tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"attention_bias": False}))
     gptoss_stream.convert(source, tmp_path / "out", to="hf")
@@ -407,7 +407,7 @@ def test_a_configuration_for_millions_of_tensors_is_refused_at_once(source, sour
     config |= {"layer_types": None, "attn_types": ["local"] * 1024}
     file.write_text(json.dumps(config))
     with (
-        at_most(10),
+        time_limit(10),
         pytest.raises(CheckpointError, match=r"calls for \d{3},\d{3},\d{3} tensors, and there are"),
     ):
         gptoss_stream.plan(folder, to="hf")

@@ -1,4 +1,4 @@
-"""A checkpoint, what one process makes of it, and a Dask cluster."""
+"""A checkpoint, its conversion by one process, and a Dask cluster."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def source(checkpoints):
 
 @pytest.fixture(scope="module")
 def whole(source, tmp_path_factory):
-    """What one process makes of the source."""
+    """The checksums of an output that one process wrote."""
     output = tmp_path_factory.mktemp("whole") / "out"
     assert run(convert_command(source, output, "--checksums")).returncode == 0
     return digests(output)
@@ -22,6 +22,6 @@ def whole(source, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """A cluster of two workers, which no test ends."""
-    with cluster(tmp_path_factory.mktemp("cluster"), 2) as made:
-        yield made
+    """A cluster of two workers. No test may end them."""
+    with cluster(tmp_path_factory.mktemp("cluster"), 2) as running:
+        yield running

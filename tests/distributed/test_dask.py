@@ -11,7 +11,7 @@ from pathlib import Path
 
 import distributed
 import pytest
-from clusters import SIZE, assert_done, cluster, over
+from clusters import SIZE, assert_done, cluster, convert_on
 from runs import (
     ROOT,
     assert_clean_error,
@@ -33,12 +33,14 @@ only_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")
 
 
 def test_any_number_of_workers_gives_the_same_bytes(source, whole, tmp_path):
-    with cluster(tmp_path / "cluster", 1) as made:
+    with cluster(tmp_path / "cluster", 1) as running:
         for workers in (1, 2, 4):
-            if len(made.client.nthreads()) < workers:
-                made.add(workers - len(made.client.nthreads()))
+            if len(running.client.nthreads()) < workers:
+                running.add(workers - len(running.client.nthreads()))
             output = tmp_path / str(workers)
-            assert_done(over(made.file if workers == 2 else made.address, source, output))
+            assert_done(
+                convert_on(running.file if workers == 2 else running.address, source, output)
+            )
             assert digests(output) == whole
 
 
@@ -50,12 +52,12 @@ def test_other_formats(source_format, target, two, checkpoints, tmp_path):
     options = ("--to", target)
     done = run(convert_command(folder, tmp_path / "one", "--checksums", *options))
     assert done.returncode == 0
-    assert_done(over(two.address, folder, tmp_path / "two", *options))
+    assert_done(convert_on(two.address, folder, tmp_path / "two", *options))
     assert digests(tmp_path / "two") == digests(tmp_path / "one")
 
 
 def test_local_workers(source, whole, tmp_path):
-    assert_done(over("local:2", source, tmp_path / "out"))
+    assert_done(convert_on("local:2", source, tmp_path / "out"))
     assert digests(tmp_path / "out") == whole
 
 
@@ -92,11 +94,11 @@ def test_a_client_that_does_not_wait_is_refused(two, source, tmp_path):
 
 def test_only_what_is_missing_is_made(two, source, whole, tmp_path):
     output = tmp_path / "out"
-    assert_done(over(two.address, source, output))
+    assert_done(convert_on(two.address, source, output))
     gone = sorted(output.glob("*.safetensors"))[2]
     gone.unlink()
     before = stamps(output)
-    assert_done(over(two.address, source, output))
+    assert_done(convert_on(two.address, source, output))
     assert digests(output) == whole
     assert before.items() <= stamps(output).items()
 
@@ -104,7 +106,9 @@ def test_only_what_is_missing_is_made(two, source, whole, tmp_path):
 def test_to_a_store(two, source, whole, tmp_path):
     """Each worker sends what it makes; nothing stays in its folder."""
     store = tmp_path / "store"
-    assert_done(over(two.address, source, f"file://{store}", "--staging", str(tmp_path / "here")))
+    assert_done(
+        convert_on(two.address, source, f"file://{store}", "--staging", str(tmp_path / "here"))
+    )
     assert digests(store) == whole
     assert [p for p in (tmp_path / "here").rglob("*") if p.is_file()] == []
 
@@ -116,7 +120,7 @@ def test_a_damaged_tensor_is_named_with_its_worker(two, source, tmp_path):
     with open(damaged / raw.shard, "r+b") as file:
         file.seek(raw.offset + raw.nbytes - 1)
         file.write(b"\xff")
-    done = over(two.address, damaged, tmp_path / "out")
+    done = convert_on(two.address, damaged, tmp_path / "out")
     assert_clean_error(done, 2)
     assert "error: worker tcp://127.0.0.1:" in done.stderr
     assert f"{raw.shard}: tensor {raw.name!r} holds the scale 255" in done.stderr
@@ -131,9 +135,9 @@ def test_what_a_worker_does_not_see(source, tmp_path, hidden):
     (tmp_path / "parent").mkdir()
     mount = source if hidden == "source" else tmp_path / "parent"
     before = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none "{mount}"; exec "$@"', "sh"]
-    with cluster(tmp_path / "cluster", 1) as made:
-        made.add(1, prefix=before)
-        done = over(made.address, source, tmp_path / "parent/out")
+    with cluster(tmp_path / "cluster", 1) as running:
+        running.add(1, prefix=before)
+        done = convert_on(running.address, source, tmp_path / "parent/out")
     assert_clean_error(done, 2)
     assert "error: worker tcp://127.0.0.1:" in done.stderr
     assert str(mount) in done.stderr
@@ -163,9 +167,9 @@ def test_a_worker_of_another_version_is_refused(source, tmp_path, has):
     assert '__version__ = "' in text
     other = text.replace('__version__ = "', '__version__ = "9.') if has != "none" else "import nix"
     (package / "__init__.py").write_text(other)
-    with cluster(tmp_path / "cluster", 1) as made:
-        made.add(1, PYTHONPATH=str(tmp_path / "other"))
-        done = over(made.address, source, tmp_path / "out")
+    with cluster(tmp_path / "cluster", 1) as running:
+        running.add(1, PYTHONPATH=str(tmp_path / "other"))
+        done = convert_on(running.address, source, tmp_path / "out")
         assert_clean_error(done, 2)
         assert "error: worker tcp://127.0.0.1:" in done.stderr
         expected = "it has gptoss_stream 9." if has != "none" else "cannot be imported there"
@@ -177,8 +181,8 @@ def test_a_scheduler_without_the_tool_is_refused(source, tmp_path):
     package = tmp_path / "other/gptoss_stream"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("import nix")
-    with cluster(tmp_path / "cluster", PYTHONPATH=str(tmp_path / "other")) as made:
-        done = over(made.address, source, tmp_path / "out")
+    with cluster(tmp_path / "cluster", PYTHONPATH=str(tmp_path / "other")) as running:
+        done = convert_on(running.address, source, tmp_path / "out")
     assert_clean_error(done, 2)
     assert "error: scheduler tcp://127.0.0.1:" in done.stderr
     assert "cannot be imported" in done.stderr
@@ -190,21 +194,21 @@ def test_a_worker_that_comes_later_with_another_version_gets_nothing(source, who
     text = (package / "__init__.py").read_text()
     (package / "__init__.py").write_text(text.replace('__version__ = "', '__version__ = "9.'))
     output = tmp_path / "out"
-    with cluster(tmp_path / "cluster", 1) as made:
-        (stopped,) = made.pids().values()
+    with cluster(tmp_path / "cluster", 1) as running:
+        (stopped,) = running.pids().values()
         os.kill(stopped, signal.SIGSTOP)
         try:
-            made.add(1, PYTHONPATH=str(tmp_path / "other"))
+            running.add(1, PYTHONPATH=str(tmp_path / "other"))
         finally:
             os.kill(stopped, signal.SIGCONT)
-        done = over(made.address, source, output)
+        done = convert_on(running.address, source, output)
         assert_clean_error(done, 2)
         assert not output.exists()
 
 
 def test_a_worker_without_the_memory_is_refused(source, tmp_path):
-    with cluster(tmp_path / "cluster", 1, "--no-nanny", "--memory-limit", "50MB") as made:
-        done = over(made.address, source, tmp_path / "out")
+    with cluster(tmp_path / "cluster", 1, "--no-nanny", "--memory-limit", "50MB") as running:
+        done = convert_on(running.address, source, tmp_path / "out")
     assert_clean_error(done, 2)
     assert "it may use 50.0 MB of memory and writing a shard takes" in done.stderr
     assert not (tmp_path / "out").exists()
@@ -224,7 +228,7 @@ def test_a_worker_without_the_memory_is_refused(source, tmp_path):
 )
 def test_no_scheduler(source, tmp_path, monkeypatch, scheduler, code, words):
     monkeypatch.setenv("DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT", "1s")
-    done = over(scheduler, source, tmp_path / "out")
+    done = convert_on(scheduler, source, tmp_path / "out")
     assert_clean_error(done, code)
     assert words in done.stderr
     assert not (tmp_path / "out").exists()
@@ -232,7 +236,7 @@ def test_no_scheduler(source, tmp_path, monkeypatch, scheduler, code, words):
 
 def test_what_does_not_travel_is_refused(source, tmp_path):
     for option in (["--token", "hf_secret"], ["--download"], ["--task-index=0", "--num-tasks=2"]):
-        done = over("local:1", source, tmp_path / "out", *option)
+        done = convert_on("local:1", source, tmp_path / "out", *option)
         assert_clean_error(done, 2)
         assert "hf_secret" not in done.stderr
 

@@ -19,11 +19,11 @@ from runs import (
     ROOT,
     WORK_NAME,
     assert_clean_error,
-    at_most,
     convert_command,
     digests,
     run,
     stamps,
+    time_limit,
 )
 
 import gptoss_stream
@@ -58,18 +58,18 @@ def kill_workers(larger, folder: Path, workers: int, times: int, seed: int) -> N
     """Kill workers at random moments of runs; the same bytes come of every run."""
     source, whole = larger
     chance, killed, runs = random.Random(seed), 0, 0
-    with cluster(folder / "cluster", workers) as made:
+    with cluster(folder / "cluster", workers) as running:
         while killed < times:
             output = folder / f"out-{runs}"
             runs += 1
             assert runs < 4 * times
-            process = begin(made.address, source, output)
+            process = begin(running.address, source, output)
             with process:
                 try:
                     while process.poll() is None and not (output / WORK_NAME / "run.json").exists():
                         time.sleep(0.005)
                     time.sleep(chance.random() * 1.5)
-                    pids = sorted(made.pids().values())
+                    pids = sorted(running.pids().values())
                     if process.poll() is None and pids:
                         os.kill(chance.choice(pids), signal.SIGKILL)
                         killed += 1
@@ -79,7 +79,7 @@ def kill_workers(larger, folder: Path, workers: int, times: int, seed: int) -> N
             assert (process.returncode, err) == (0, "")
             assert digests(output) == whole
             shutil.rmtree(output)
-            made.wait_for(workers)
+            running.wait_for(workers)
 
 
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 3])
@@ -96,10 +96,10 @@ def strike_clients(larger, folder: Path, blows: list[signal.Signals], seed: int)
     """End clients at random moments; what was finished stays, and the same command goes on."""
     source, whole = larger
     chance = random.Random(seed)
-    with cluster(folder / "cluster", 2) as made:
+    with cluster(folder / "cluster", 2) as running:
         for turn, blow in enumerate(blows):
             output = folder / f"out-{turn}"
-            process = begin(made.address, source, output)
+            process = begin(running.address, source, output)
             with process:
                 try:
                     while process.poll() is None and not (output / WORK_NAME / "run.json").exists():
@@ -117,7 +117,7 @@ def strike_clients(larger, folder: Path, blows: list[signal.Signals], seed: int)
             found = {n: d for n, d in digests(output).items() if not n.startswith(WORK_NAME)}
             assert found.items() <= whole.items()
             before = stamps(output)
-            with begin(made.address, source, output) as again:
+            with begin(running.address, source, output) as again:
                 assert (again.communicate(timeout=60)[1], again.returncode) == ("", 0)
             assert digests(output) == whole
             # A worker may finish its shard once more for the client that was killed.
@@ -139,17 +139,17 @@ def test_many_clients_ended_at_random(larger, tmp_path):
 def test_a_scheduler_that_dies(larger, tmp_path):
     source, whole = larger
     output = tmp_path / "out"
-    with cluster(tmp_path / "one", 2) as made:
-        with begin(made.address, source, output) as process:
+    with cluster(tmp_path / "one", 2) as running:
+        with begin(running.address, source, output) as process:
             while process.poll() is None and not (output / WORK_NAME / "run.json").exists():
                 time.sleep(0.005)
             time.sleep(0.3)
-            made.end(made.scheduler)
+            running.end(running.scheduler)
             _, err = process.communicate(timeout=60)
         done = subprocess.CompletedProcess("", process.returncode, "", err)
     assert_clean_error(done, 3)
     assert "the scheduler is lost" in err
-    with cluster(tmp_path / "two", 1) as made, begin(made.address, source, output) as process:
+    with cluster(tmp_path / "two", 1) as running, begin(running.address, source, output) as process:
         assert (process.communicate(timeout=60)[1], process.returncode) == ("", 0)
     assert digests(output) == whole
 
@@ -159,9 +159,9 @@ def test_a_worker_that_hangs_costs_its_shard(larger, tmp_path, monkeypatch):
     source, whole = larger
     output = tmp_path / "out"
     monkeypatch.setattr(dask_executor, "STALL_TIMEOUT", 1.0)
-    with cluster(tmp_path / "cluster", 2) as made:
-        pids = sorted(made.pids().values())
-        client = made.client
+    with cluster(tmp_path / "cluster", 2) as running:
+        pids = sorted(running.pids().values())
+        client = running.client
 
         def stop():
             while not (output / WORK_NAME / "run.json").exists():
@@ -186,14 +186,14 @@ def test_a_worker_that_hangs_costs_its_shard(larger, tmp_path, monkeypatch):
 
 def test_a_worker_that_hangs_from_the_start(source, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(worker_pool, "SETUP_TIMEOUT", 1.0)
-    with cluster(tmp_path / "cluster", 2) as made:
-        stopped = next(iter(made.pids().values()))
+    with cluster(tmp_path / "cluster", 2) as running:
+        stopped = next(iter(running.pids().values()))
         os.kill(stopped, signal.SIGSTOP)
         try:
-            with at_most(40):
+            with time_limit(40):
                 gptoss_stream.convert(
                     source, tmp_path / "out", max_shard_size=SIZE, checksums=True,
-                    client=made.client,
+                    client=running.client,
                 )  # fmt: skip
         finally:
             os.kill(stopped, signal.SIGCONT)
@@ -263,11 +263,11 @@ def test_many_make_one_shard_at_once(source, whole, tmp_path):
 
 def test_a_shard_that_kills_its_workers_ends_the_run(source, tmp_path, monkeypatch):
     """As one does for which they have too little memory."""
-    with cluster(tmp_path / "cluster", 1) as made:
+    with cluster(tmp_path / "cluster", 1) as running:
         monkeypatch.setattr(_die, "__module__", "__main__")  # so that it travels itself
         monkeypatch.setattr(dask_executor, "write_shard_on_worker", _die)
         with pytest.raises(MachineError, match="4 workers died while they wrote it"):
-            gptoss_stream.convert(source, tmp_path / "out", client=made.client)
+            gptoss_stream.convert(source, tmp_path / "out", client=running.client)
 
 
 def _die(*arguments: object) -> None:
@@ -286,12 +286,12 @@ def test_a_worker_that_dies_with_what_it_has_made(source, whole, tmp_path, monke
             time.sleep(pause)
         end(self, future, in_flight, callbacks)
 
-    with cluster(tmp_path / "cluster", 1) as made:
-        pids = made.pids()
+    with cluster(tmp_path / "cluster", 1) as running:
+        pids = running.pids()
         monkeypatch.setattr(dask_executor.DaskExecutor, "_end", kill_first)
-        with at_most(40):
+        with time_limit(40):
             gptoss_stream.convert(
-                source, tmp_path / "out", max_shard_size=SIZE, checksums=True, client=made.client
+                source, tmp_path / "out", max_shard_size=SIZE, checksums=True, client=running.client
             )
     assert killed
     assert digests(tmp_path / "out") == whole

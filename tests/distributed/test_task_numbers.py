@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from runs import (
     assert_clean_error,
-    run_here,
+    run_in_process,
 )
 
 import gptoss_stream
@@ -29,7 +29,7 @@ def source(checkpoints):
 def task(source: Path, output: object, index: int | None = None, count: int = 3, *options: str):
     """One task, or all in one, in this process."""
     numbers = () if index is None else ("--task-index", index, "--num-tasks", count)
-    return run_here(
+    return run_in_process(
         "convert", source, output, "--max-shard-size", SIZE, "--checksums", *numbers, *options
     )
 
@@ -63,7 +63,7 @@ def test_numbers_that_no_task_has(source, tmp_path, numbers):
 
 @pytest.mark.parametrize("options", [("--task-index", 0), ("--num-tasks", 2)])
 def test_one_number_without_the_other(source, tmp_path, options):
-    assert_clean_error(run_here("convert", source, tmp_path / "out", *options), 2)
+    assert_clean_error(run_in_process("convert", source, tmp_path / "out", *options), 2)
 
 
 SLURM = "SLURM_ARRAY_TASK_"
@@ -89,7 +89,7 @@ def test_slurm_says_which_task_it_is(source, tmp_path, monkeypatch, environment,
         monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(SLURM + name, value)
-    done = run_here("convert", source, tmp_path / "out", "--slurm-array")
+    done = run_in_process("convert", source, tmp_path / "out", "--slurm-array")
     if isinstance(expected, str):
         assert_clean_error(done, 2)
         assert expected in done.stderr
@@ -97,5 +97,5 @@ def test_slurm_says_which_task_it_is(source, tmp_path, monkeypatch, environment,
         assert done.returncode == 0, done.stderr
         assert f"task {expected[0]} of {expected[1]} is done" in done.stdout
     assert_clean_error(
-        run_here("convert", source, tmp_path / "out", "--slurm-array", "--task-index", 0), 2
+        run_in_process("convert", source, tmp_path / "out", "--slurm-array", "--task-index", 0), 2
     )

@@ -24,7 +24,7 @@ from runs import (
     convert_command,
     digests,
     run,
-    run_here,
+    run_in_process,
     stamps,
 )
 
@@ -61,7 +61,7 @@ def whole(source, tmp_path_factory):
 def task(source: Path, output: object, index: int | None = None, count: int = 3, *options: str):
     """One task, or all in one, in this process."""
     numbers = () if index is None else ("--task-index", index, "--num-tasks", count)
-    return run_here(
+    return run_in_process(
         "convert", source, output, "--max-shard-size", SIZE, "--checksums", *numbers, *options
     )
 
@@ -74,10 +74,10 @@ def command(source: Path, output: object, index: int, count: int = 3) -> list[st
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
 def test_one_after_another_in_any_order(source, whole, tmp_path, order):
     output = tmp_path / "out"
-    for location, index in enumerate(order):
+    for position, index in enumerate(order):
         done = task(source, output, index)
         assert done.returncode == 0, done.stderr
-        last = location == 2
+        last = position == 2
         assert f"task {index} of 3 is done" in done.stdout
         assert ("the output is complete" in done.stdout) == last
         assert (output / INDEX_NAME).exists() == last
@@ -345,10 +345,10 @@ def test_what_a_dead_run_is_still_writing_gets_no_name(source, checkpoints, tmp_
     worker = threading.Thread(target=make)
     worker.start()
     assert began.wait(20)
-    assert run_here("convert", other, output, *others).returncode == 0
+    assert run_in_process("convert", other, output, *others).returncode == 0
     worker.join()
     assert deleting.is_set()
-    assert run_here("convert", other, tmp_path / "alone", *others).returncode == 0
+    assert run_in_process("convert", other, tmp_path / "alone", *others).returncode == 0
     assert digests(output) == digests(tmp_path / "alone")
 
 

@@ -118,7 +118,7 @@ def test_settings_that_openais_configuration_has_are_written(values, checkpoints
 def test_a_stored_unembedding_and_biases_are_in_the_configuration(tmp_path):
     """If a format always stores them, they are tensors of the model after that."""
     settings = {"tie_word_embeddings": True, "attention_bias": False}
-    source = oracle.make_dense(tmp_path / "source", torch.float32, **settings)
+    source = oracle.save_dense(tmp_path / "source", torch.float32, **settings)
     gptoss_stream.convert(source, tmp_path / "tl", dtype="keep")
     gptoss_stream.convert(tmp_path / "tl", tmp_path / "back", to="hf")
     config = json.loads((tmp_path / "back/config.json").read_text())

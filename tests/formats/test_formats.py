@@ -111,7 +111,7 @@ def test_unquantized_checkpoints_of_other_dtypes(target, stored, checkpoints, tm
 @pytest.mark.parametrize("tied", [True, False])
 def test_tensors_that_the_model_lacks_are_not_in_the_hf_format(bias, tied, tmp_path):
     """Attention biases, and the unembedding if the embeddings are tied."""
-    source = oracle.make_packed(tmp_path / "source", attention_bias=bias, tie_word_embeddings=tied)
+    source = oracle.save_mxfp4(tmp_path / "source", attention_bias=bias, tie_word_embeddings=tied)
     gptoss_stream.convert(source, tmp_path / "out", to="hf")
     found = load_output(tmp_path / "out")
     assert ("model.layers.0.self_attn.q_proj.bias" in found) == bias

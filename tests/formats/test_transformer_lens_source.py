@@ -21,7 +21,7 @@ TOKENS = torch.arange(40)[None] * 25 % 101
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
     """Return an unquantized model that transformers wrote, in float32."""
-    return oracle.make_dense(tmp_path_factory.mktemp("hf") / "hf", torch.float32)
+    return oracle.save_dense(tmp_path_factory.mktemp("hf") / "hf", torch.float32)
 
 
 @pytest.fixture
@@ -270,7 +270,7 @@ def test_fields_that_mean_the_same(values, converted, tmp_path):
 def test_local_attention_without_a_local_layer(tmp_path):
     """TransformerLens's own configuration has it for a model whose layers have no window."""
     kinds = ["full_attention"] * 2
-    source = oracle.make_dense(
+    source = oracle.save_dense(
         tmp_path / "hf", torch.float32, layer_types=kinds, sliding_window=None
     )
     gptoss_stream.convert(source, tmp_path / "tl", dtype="keep")

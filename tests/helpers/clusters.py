@@ -1,4 +1,4 @@
-"""Real schedulers and workers of Dask, as processes on loopback."""
+"""Real Dask schedulers and workers, as processes on the loopback interface."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import distributed
 from runs import ROOT, convert_command, run
 
 SIZE = "300KB"
-QUICKLY = {
+SHORT_TIMEOUTS = {
     "DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "5s",
     "DASK_DISTRIBUTED__COMM__RETRY__COUNT": "0",
 }
@@ -27,7 +27,7 @@ def _die_with_the_tests() -> None:
 
 
 class Cluster:
-    """A scheduler, and workers that come and go."""
+    """A scheduler, and workers that can be added and ended."""
 
     def __init__(self, folder: Path, **environment: str) -> None:
         self.folder = folder
@@ -52,7 +52,7 @@ class Cluster:
                 stdout=log,
                 stderr=log,
                 cwd=self.folder,
-                env={**os.environ, "PYTHONPATH": str(ROOT), **QUICKLY, **environment},
+                env={**os.environ, "PYTHONPATH": str(ROOT), **SHORT_TIMEOUTS, **environment},
                 start_new_session=True,
                 preexec_fn=_die_with_the_tests,
             )
@@ -62,30 +62,28 @@ class Cluster:
     def add(
         self, workers: int = 1, *options: str, prefix: Sequence[str] = (), **environment: str
     ) -> subprocess.Popen[bytes]:
-        """Start worker processes, with one that starts them anew, and wait for them."""
+        """Start worker processes with a nanny, which restarts them, and wait for them."""
         before = len(self.client.nthreads())
         command = ["worker", self.address, "--nworkers", str(workers), "--nthreads", "1"]
-        location = ["--local-directory", str(self.folder / f"place-{len(self._processes)}")]
-        process = self._start(
-            [*command, *location, "--no-dashboard", *options], prefix, **environment
-        )
+        local = ["--local-directory", str(self.folder / f"worker-{len(self._processes)}")]
+        process = self._start([*command, *local, "--no-dashboard", *options], prefix, **environment)
         self.wait_for(before + workers)
         return process
 
     def wait_for(self, workers: int) -> None:
-        """Wait until there are so many workers."""
+        """Wait until the scheduler has this number of workers."""
         deadline = time.monotonic() + 60
         while len(self.client.nthreads()) != workers:
-            assert time.monotonic() < deadline, "the workers do not come, or do not go"
+            assert time.monotonic() < deadline, "the workers have not started, or have not ended"
             time.sleep(0.02)
 
     def pids(self) -> dict[str, int]:
-        """The processes of the workers, by address."""
+        """Return the process ids of the workers, by address."""
         found = self.client.run(os.getpid, on_error="return")
         return {address: pid for address, pid in found.items() if isinstance(pid, int)}
 
     def end(self, process: subprocess.Popen[bytes]) -> None:
-        """End what was started, and the processes that it started."""
+        """End a process that this cluster started, and its child processes."""
         for number in (signal.SIGTERM, signal.SIGKILL):
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
@@ -96,7 +94,7 @@ class Cluster:
             os.killpg(process.pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """End everything."""
+        """End all workers and the scheduler."""
         with suppress(Exception):
             self.client.close(timeout=2)
         for process in reversed(self._processes):
@@ -105,19 +103,19 @@ class Cluster:
 
 @contextmanager
 def cluster(folder: Path, workers: int = 0, *options: str, **environment: str) -> Iterator[Cluster]:
-    """A cluster for a while."""
+    """Start a cluster, and end it with the block."""
     folder.mkdir(parents=True, exist_ok=True)
-    made = Cluster(folder, **environment)
+    running = Cluster(folder, **environment)
     try:
         if workers:
-            made.add(workers, *options)
-        yield made
+            running.add(workers, *options)
+        yield running
     finally:
-        made.close()
+        running.close()
 
 
-def over(address: object, source: Path, output: object, *options: str):
-    """A conversion on the workers of a scheduler, from the command line."""
+def convert_on(address: object, source: Path, output: object, *options: str):
+    """Convert on the workers of a scheduler, with the command line."""
     command = convert_command(source, output, "--checksums", "--scheduler", str(address), *options)
     return run(command)
 

@@ -1,6 +1,6 @@
-"""File systems of the tests' own, mounted for a while: of a chosen size, and able to lose power.
+"""Temporary file systems: of a chosen size, and with simulated power losses.
 
-All of this needs Linux and root with the right to mount; tests are skipped where that is missing.
+They need Linux and root with the right to mount. Without it, tests are skipped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _FS_IOC_SHUTDOWN = 0x8004587D  # _IOR('X', 125, __u32)
 
 
 def tool(name: str) -> str:
-    """The path of a system's program."""
+    """Return the path of a program of the system; skip the test if it is missing."""
     found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
     if found is None:
         pytest.skip(f"needs {name}")
@@ -29,10 +29,10 @@ def tool(name: str) -> str:
 
 
 @contextmanager
-def mounted(folder: Path, *what: str) -> Iterator[Path]:
-    """`mount` with the arguments `what` on a folder, until the block ends."""
+def mounted(folder: Path, *arguments: str) -> Iterator[Path]:
+    """Mount with these arguments of `mount` on a folder, and unmount at the end of the block."""
     folder.mkdir(exist_ok=True)
-    done = subprocess.run([tool("mount"), *what, str(folder)], capture_output=True, text=True)
+    done = subprocess.run([tool("mount"), *arguments, str(folder)], capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"needs the right to mount: {done.stderr.splitlines()[0]}")
     try:
@@ -43,7 +43,7 @@ def mounted(folder: Path, *what: str) -> Iterator[Path]:
 
 @contextmanager
 def tmpfs(folder: Path, nbytes: int) -> Iterator[Path]:
-    """A file system in memory, of a size."""
+    """Mount a file system in memory, of `nbytes` bytes."""
     with mounted(folder, "-t", "tmpfs", "-o", f"size={nbytes}", "tmpfs"):
         yield folder
 
@@ -54,26 +54,28 @@ def remount(folder: Path, options: str) -> None:
 
 
 def ext4_image(file: Path, nbytes: int) -> Path:
-    """A file that holds an empty ext4 file system, complete at once."""
+    """Create a file with an empty, fully initialised ext4 file system."""
     with open(file, "wb") as opened:
         opened.truncate(nbytes)
-    now = "lazy_itable_init=0,lazy_journal_init=0"
-    subprocess.run([tool("mkfs.ext4"), "-q", "-F", "-m", "0", "-E", now, str(file)], check=True)
+    not_lazy = "lazy_itable_init=0,lazy_journal_init=0"
+    subprocess.run(
+        [tool("mkfs.ext4"), "-q", "-F", "-m", "0", "-E", not_lazy, str(file)], check=True
+    )
     return file
 
 
 @contextmanager
 def ext4(image: Path, folder: Path, options: str = "") -> Iterator[Path]:
-    """The file system of an image; what a loss of power left of it is mended by its journal."""
+    """Mount the file system of an image; after a power loss its journal is replayed."""
     with mounted(folder, "-o", ",".join(filter(None, ("loop", options))), str(image)):
         yield folder
 
 
 def lose_power(folder: Path, journal: int) -> None:
-    """Cut a mounted ext4 off: what is not on the disk by now never will be.
+    """Shut a mounted ext4 down as a power loss does: what is not on the disk yet is lost.
 
-    `JOURNAL_FLUSHED` lets all changes of names and sizes reach the disk before that, but no data;
-    `JOURNAL_LOST` lets nothing.
+    With `JOURNAL_FLUSHED` all changes of names and sizes reach the disk before that, but no data.
+    With `JOURNAL_LOST` nothing does.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:

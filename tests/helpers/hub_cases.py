@@ -45,13 +45,13 @@ COMPANIONS = {
 
 
 def finished(output: Path) -> dict[str, str]:
-    """What stands under its name in an output, but for the record."""
+    """Return the finished files of an output, without the record."""
     found = digests(output)
     return {n: d for n, d in found.items() if n != RECORD and not n.startswith(f"{WORK_NAME}/")}
 
 
 def assert_nothing_wrong(output: Path, whole: Mapping[str, str]) -> None:
-    """Whatever stands under a final name is as in the whole output; with an index, all is there."""
+    """Check that finished files are right, and that all exist if there is an index."""
     found = finished(output)
     assert found.items() <= whole.items(), sorted(n for n in found if found[n] != whole.get(n))
     if INDEX_NAME in found:
@@ -59,7 +59,7 @@ def assert_nothing_wrong(output: Path, whole: Mapping[str, str]) -> None:
 
 
 def python(hub: StandInHub, home: Path, *words: str, **more: str):
-    """A command of a fresh interpreter, for what it reads when it starts."""
+    """Run a command in a new interpreter, for what it reads at its start."""
     return subprocess.run(
         [sys.executable, *words],
         capture_output=True,
@@ -78,7 +78,7 @@ NOW = {"Retry-After": "0"}
 
 
 def named(name: str) -> str:
-    """A repository for a case of a table."""
+    """Return the name of the repository for a case."""
     return "openai/" + re.sub(r"\W+", "-", name)
 
 
@@ -134,7 +134,7 @@ WRONG = "hf_" + "Wrong" * 7
 
 
 def assert_no_secret(done: subprocess.CompletedProcess[str], *folders: Path) -> None:
-    """No token and no signature, in what was said or in a file."""
+    """Check that no token and no signature is in the output or in a file."""
     files = [f for folder in folders for f in folder.rglob("*") if f.is_file()]
     assert not folders or files
     for text in (done.stdout.encode(), done.stderr.encode(), *(f.read_bytes() for f in files)):
@@ -161,26 +161,27 @@ NOT_THERE = [
 
 
 def contents(hub: StandInHub, name: str = OUT) -> dict[str, str]:
-    """What is in a repository, by its SHA-256, but for the record and what every repository has."""
+    """Return the SHA-256 of each file of a repository, without the record and the Hub's own
+    files."""
     found = {path: content.sha256 for path, content in hub.files(name).items()}
     return {path: digest for path, digest in found.items() if path not in (RECORD, *OWN)}
 
 
 def commits(hub: StandInHub, name: str = OUT) -> list[tuple[set[str], set[str]]]:
-    """What each commit added and what it deleted."""
+    """Return the files that each commit added and deleted."""
     states = [set(files) for files in hub.repos[name].commits.values()]
     return [(now - before, before - now) for before, now in itertools.pairwise(states)]
 
 
 def shards(hub: StandInHub, name: str = OUT) -> dict[str, int]:
-    """The shards that are there, with their sizes."""
+    """Return the shards of a repository, with their sizes."""
     with hub.lock:
         found = hub.files(name) if name in hub.repos else {}
     return {n: content.nbytes for n, content in found.items() if n.endswith(".safetensors")}
 
 
 def staged(tmp_path: Path, machine: str = "this") -> list[Path]:
-    """The files in the staging folder of a machine."""
+    """Return the files in the staging folder of a machine."""
     return [f for f in (tmp_path / machine).rglob("*") if f.is_file()]
 
 

@@ -37,7 +37,7 @@ KINDS = {
 
 @dataclass
 class Request:
-    """What a client asked for; `path` is as it came, without the query."""
+    """A request of a client; `path` is as it was sent, without the query."""
 
     method: str
     path: str
@@ -83,7 +83,7 @@ def _matches(match: Any, request: Request) -> bool:
 
 
 class FileContent:
-    """The content of a file on disk; `sha256` saves its being read for it."""
+    """The content of a file on the disk; with `sha256` it is not read to compute the checksum."""
 
     def __init__(self, path: Path, sha256: str | None = None) -> None:
         self.path = path
@@ -98,13 +98,13 @@ class FileContent:
         return digest.hexdigest()
 
     def read(self, begin: int, end: int) -> bytes:
-        """Bytes of it."""
+        """Return a range of bytes."""
         with open(self.path, "rb") as file:
             file.seek(begin)
             return file.read(end - begin)
 
     def send(self, connection: socket.socket, begin: int, end: int) -> None:
-        """Send bytes of it without a copy through this process."""
+        """Send a range of bytes without copying it through this process."""
         with open(self.path, "rb") as file:
             while begin < end:
                 sent = os.sendfile(connection.fileno(), file.fileno(), begin, end - begin)
@@ -128,7 +128,7 @@ class BytesContent:
 
 @dataclass
 class ForgottenContent:
-    """What was uploaded with `keep` off: only its size and sum are known."""
+    """A file that was uploaded with `keep` off: only its size and checksum are known."""
 
     nbytes: int
     sha256: str

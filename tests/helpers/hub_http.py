@@ -123,7 +123,7 @@ class BaseHandler(BaseHTTPRequestHandler):
         return bytes(data)
 
     def _check_token(self) -> tuple[str, bool]:
-        """The token, and whether it opens what is closed."""
+        """Return the token, and whether it gives access to gated repositories."""
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         is_good = not self.hub.tokens or token in self.hub.tokens
         if token and not is_good:
@@ -192,7 +192,7 @@ class BaseHandler(BaseHTTPRequestHandler):
         end: int | None = None,
         counted: bool = False,
     ) -> None:
-        """Answer with bytes of a content, as wrong as the fault wants it."""
+        """Reply with a range of a content, with the fault."""
         if self.kind == "lose_reply":
             self._hang_up()
             return
@@ -236,12 +236,12 @@ class BaseHandler(BaseHTTPRequestHandler):
             begin += nbytes
 
     def _hang_up(self) -> None:
-        """Read no more; the connection is closed when this request has been dealt with."""
+        """Stop reading; the connection is closed after this request."""
         self.unread = 0
         self.close_connection = True
 
     def _pieces(self, nbytes: int, most: int = BLOCK_NBYTES) -> Iterator[int]:
-        """The sizes of pieces to send or receive, at the pace that the fault wants."""
+        """Yield the sizes of blocks to send or receive, at the speed of the fault."""
         value = self.fault.value if self.fault else 0
         most = min(most, max(1, int(value / 20))) if self.kind == "slow" else most
         done, half = 0, nbytes // 2 if self.kind == "stall" else -1

@@ -206,7 +206,7 @@ class Handler(BaseHandler):
     def _operate(
         self, repo: Repo, head: str, files: dict[str, Entry], kind: str, value: dict[str, Any]
     ) -> None:
-        """Do one line of a commit to the files."""
+        """Apply one line of a commit to the files."""
         path = value.get("path", "")
         if kind == "header":
             if not head.startswith(value.get("parentCommit", "")):

@@ -78,7 +78,7 @@ def environment(endpoint: str, home: Path, **more: str) -> dict[str, str]:
 
 
 class Job:
-    """A run that was begun."""
+    """A run that was started."""
 
     def __init__(self, name: Path, arguments: list[str]) -> None:
         self._name = name
@@ -95,13 +95,13 @@ class Job:
         return self._read("code") is not None
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        """Send it a signal."""
+        """Send the run a signal."""
         wait_for(lambda: self._read("pid"))
         if not self.is_over:
             os.kill(int(str(self._read("pid"))), number)
 
     def done(self, seconds: float = 60) -> subprocess.CompletedProcess[str]:
-        """Its end."""
+        """Wait for its end, and return the result."""
         try:
             wait_for(lambda: self.is_over, seconds)
         except BaseException:
@@ -112,7 +112,7 @@ class Job:
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 30) -> None:
-    """Wait until something is so."""
+    """Wait until a condition holds."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it took too long"
@@ -120,7 +120,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 30) -> None:
 
 
 class Launcher:
-    """Begins runs against one endpoint."""
+    """Starts runs against one endpoint."""
 
     def __init__(self, endpoint: str, home: Path) -> None:
         self.home = home
@@ -134,7 +134,7 @@ class Launcher:
         self._count = 0
 
     def begin(self, here: Path, *arguments: object, **more: str) -> Job:
-        """Begin a run in a folder, with more in its environment."""
+        """Start a run in a folder, with additions to its environment."""
         self._count += 1
         name = self.home / f"run-{self._count}"
         words = [str(argument) for argument in arguments]
@@ -162,8 +162,7 @@ def after(n: int, fault: Fault, match: str) -> Spoiling:
 
 
 def at_first(faults: list[Fault], match: str) -> Spoiling:
-    """One of the faults, each in its turn, of everything that is asked for, when it is asked for
-    the first time."""
+    """Return a fault for the first request for each path, one fault after another."""
     turns, known = cycle(faults), set()
 
     def spoil(request: Request) -> Fault | None:

@@ -1,7 +1,7 @@
-"""Each format written and read by other code than this package's, or by a few lines of its own.
+"""Writers and readers of each format, independent of the package: they import nothing of it.
 
-A model is a dict of the names that transformers' GptOssForCausalLM has, all unquantised. Imports
-nothing of gptoss_stream.
+They are those of transformers, or a few lines here. A model is a state dict with the names of
+transformers' GptOssForCausalLM, unquantised.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ EXPERTS = "model.layers.{}.mlp.experts."
 
 
 def load_folder(folder: Path) -> Tensors:
-    """Every tensor of a folder as it is stored; none twice."""
+    """Return every tensor of a folder as it is stored; no name may occur twice."""
     found: Tensors = {}
     for file in sorted(folder.glob("*.safetensors")):
         loaded = load_file(file)
@@ -30,9 +30,9 @@ def load_folder(folder: Path) -> Tensors:
 
 
 def save(folder: Path, tensors: Tensors, **configs: dict) -> Path:
-    """Write tensors into one file, and configuration files beside it."""
+    """Write tensors to one file, and configuration files next to it."""
     folder.mkdir(parents=True)
-    # Contiguous and each in memory of its own, as save_file wants them.
+    # save_file needs tensors that are contiguous and share no memory.
     contiguous = {
         name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()
     }
@@ -43,13 +43,13 @@ def save(folder: Path, tensors: Tensors, **configs: dict) -> Path:
 
 
 def config_of(folder: Path) -> dict:
-    """The config.json of a folder, unquantised."""
+    """Return the config.json of a folder, without its quantization."""
     config = json.loads((folder / "config.json").read_text())
     config.pop("quantization_config", None)
     return config
 
 
-# Unfused: rows alternate between gate and up, as in the MXFP4 blocks.
+# hf-unfused: rows alternate between gate and up, as in the MXFP4 blocks.
 
 
 def to_unfused(model: Tensors) -> Tensors:
@@ -81,7 +81,7 @@ def from_unfused(stored: Tensors) -> Tensors:
     return out
 
 
-# OpenAI's: q, k and v in one, experts in MXFP4 under other names.
+# openai: q, k and v in one tensor, experts in MXFP4 under other names.
 
 RENAMED = {
     "model.embed_tokens.weight": "embedding.weight",
@@ -103,23 +103,23 @@ RENAMED = {
 }
 
 
-def to_openai(packed: Tensors, layers: int) -> Tensors:
-    """From Hugging Face's names, experts in MXFP4."""
+def to_openai(stored: Tensors, layers: int) -> Tensors:
+    """Return hf-mxfp4's tensors as openai's."""
     out = {}
-    for name, tensor in packed.items():
+    for name, tensor in stored.items():
         if name in RENAMED:
             out[RENAMED[name]] = tensor
         elif (rest := name.split(".", 3)[3]) in RENAMED:
             out[f"block.{name.split('.')[2]}.{RENAMED[rest]}"] = tensor
     for layer in range(layers):
         for kind in ("weight", "bias"):
-            qkv = [packed[f"model.layers.{layer}.self_attn.{x}_proj.{kind}"] for x in "qkv"]
+            qkv = [stored[f"model.layers.{layer}.self_attn.{x}_proj.{kind}"] for x in "qkv"]
             out[f"block.{layer}.attn.qkv.{kind}"] = torch.cat(qkv)
     return out
 
 
 def from_openai(stored: Tensors, config: dict) -> Tensors:
-    """To Hugging Face's names, experts in MXFP4."""
+    """Return openai's tensors as hf-mxfp4's."""
     back = {theirs: ours for ours, theirs in RENAMED.items()}
     nh, nk = (config[f"num_{kind}_heads"] for kind in ("attention", "key_value"))
     rows = [heads * config["head_dim"] for heads in (nh, nk, nk)]
@@ -127,22 +127,22 @@ def from_openai(stored: Tensors, config: dict) -> Tensors:
     for name, tensor in stored.items():
         _, layer, rest = name.split(".", 2) if name.startswith("block.") else ("", "", name)
         if rest.startswith("attn.qkv."):
-            for x, part in zip("qkv", tensor.split(rows), strict=True):
+            for x, tensor_rows in zip("qkv", tensor.split(rows), strict=True):
                 kind = rest.rsplit(".", 1)[1]
-                out[f"model.layers.{layer}.self_attn.{x}_proj.{kind}"] = part
+                out[f"model.layers.{layer}.self_attn.{x}_proj.{kind}"] = tensor_rows
         else:
             out[f"model.layers.{layer}.{back[rest]}" if layer else back[rest]] = tensor
     return out
 
 
-def dequantised(packed: Tensors) -> Tensors:
-    """Hugging Face's names with the experts in MXFP4, unquantised by transformers' own function."""
+def dequantised(stored: Tensors) -> Tensors:
+    """Return hf-mxfp4's tensors, dequantised by the function of transformers."""
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-    out = {n: t for n, t in packed.items() if not n.endswith(("_blocks", "_scales"))}
-    for name, blocks in packed.items():
+    out = {n: t for n, t in stored.items() if not n.endswith(("_blocks", "_scales"))}
+    for name, blocks in stored.items():
         if name.endswith("_blocks"):
-            scales = packed[name.replace("_blocks", "_scales")]
+            scales = stored[name.replace("_blocks", "_scales")]
             out[name.removesuffix("_blocks")] = convert_moe_packed_tensors(blocks, scales)
     return out
 
@@ -163,7 +163,7 @@ OPENAI_CONFIG = {
 
 
 def openai_config(config: dict) -> dict:
-    """OpenAI's configuration for one of Hugging Face's."""
+    """Return openai's configuration for one of hf's."""
     rope = config["rope_parameters"]
     return {
         **{theirs: config.get(ours, 7.0) for ours, theirs in OPENAI_CONFIG.items()},
@@ -176,7 +176,7 @@ def openai_config(config: dict) -> dict:
 
 
 def complete(model: Tensors) -> Tensors:
-    """The model with the head and the biases that some formats always store."""
+    """Return the model with the head and the biases that some formats always store."""
     zeros = {
         name.replace(".weight", ".bias"): tensor.new_zeros(len(tensor))
         for name, tensor in model.items()
@@ -185,22 +185,22 @@ def complete(model: Tensors) -> Tensors:
     return {"lm_head.weight": model["model.embed_tokens.weight"], **zeros, **model}
 
 
-# The sources: a random model written in each format.
+# Writers: a random model in each format.
 
 
-def write_hf(folder: Path, packed: bool, dtype: torch.dtype, **settings) -> Path:
-    """By transformers: unquantised, or with its experts replaced by random MXFP4 blocks."""
-    if packed:
-        return oracle.make_packed(folder, dtype=dtype, **settings)
-    return oracle.make_dense(folder, dtype=dtype, **settings)
+def write_hf(folder: Path, mxfp4: bool, dtype: torch.dtype, **settings) -> Path:
+    """Write a model with transformers, dense or with its experts replaced by random MXFP4."""
+    if mxfp4:
+        return oracle.save_mxfp4(folder, dtype=dtype, **settings)
+    return oracle.save_dense(folder, dtype=dtype, **settings)
 
 
 def write_source(name: str, folder: Path, dtype: torch.dtype, **settings) -> tuple[Path, Tensors]:
-    """A random model in a format, and what it is."""
-    packed = name in ("hf-mxfp4", "openai")
-    base = write_hf(folder / "hf", packed, dtype, **settings)
+    """Write a random model in a format; return its folder and the model."""
+    mxfp4 = name in ("hf-mxfp4", "openai")
+    base = write_hf(folder / "hf", mxfp4, dtype, **settings)
     stored, config = load_folder(base), config_of(base)
-    model = dequantised(stored) if packed else stored
+    model = dequantised(stored) if mxfp4 else stored
     if name in ("hf", "hf-mxfp4"):
         return base, model
     if name == "hf-unfused":
@@ -214,18 +214,18 @@ def write_source(name: str, folder: Path, dtype: torch.dtype, **settings) -> tup
     return save(folder / name, hooked.state_dict(), tl_config=fields), model
 
 
-# The readers: what a written folder is, as a model.
+# Readers: the model in a folder of each format.
 
 
 def read_hf(folder: Path) -> Tensors:
-    """transformers loads it without a word about how, and finds all that it needs."""
+    """Load a folder with transformers, which must detect the format and find every tensor."""
     model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values())
     return {name: tensor.detach() for name, tensor in model.state_dict().items()}
 
 
 def read_hf_mxfp4(folder: Path) -> Tensors:
-    """transformers loads and dequantises it."""
+    """Load and dequantise a folder with transformers."""
     dtype = getattr(torch, json.loads((folder / "config.json").read_text())["dtype"])
     return {n: t.detach() for n, t in oracle.load_model(folder, dtype).state_dict().items()}
 

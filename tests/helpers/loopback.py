@@ -169,7 +169,7 @@ class Server:
         self._spoilt.append(_Spoilt(pattern, how, times, itertools.count(-skip)))
 
     def mend(self) -> None:
-        """Answer right from now on."""
+        """Remove all faults."""
         self._spoilt = []
 
     def asked(self, pattern: str) -> list[Request]:
@@ -177,7 +177,7 @@ class Server:
         return [r for r in list(self.requests) if re.search(pattern, _line(r))]
 
     def respond(self, request: Request) -> Reply:
-        """The answer, right or spoilt."""
+        """Return the reply, with its fault if there is one."""
         with self._looking:
             self.requests.append(request)
             answer: Answer = self.answer
@@ -189,7 +189,7 @@ class Server:
         return reply
 
     def answer(self, request: Request) -> Reply:
-        """The right answer."""
+        """Return the right reply."""
         raise NotImplementedError
 
 
@@ -205,14 +205,14 @@ class _Spoilt:
     turns: Iterator[int]
 
     def by(self, answer: Answer) -> Answer:
-        """This answer, spoilt if it is its turn."""
+        """Return this reply, with a fault if it is its turn."""
         if 0 <= next(self.turns) < self.times:
             return lambda request: self.how(request, answer)
         return answer
 
 
 class FileServer(Server):
-    """Gives the files of a folder, by range where that is asked for."""
+    """Serves the files of a folder, also by range."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -235,7 +235,7 @@ class FileServer(Server):
 
 
 class Proxy(Server):
-    """Asks another server, of which it gives the answers."""
+    """Forwards requests to another server."""
 
     def __init__(self, upstream: str) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ from gptoss_stream.storage.location import FileInfo
 
 
 class Memory:
-    """A store that keeps files in memory, and can be slow or fail."""
+    """A remote location in memory, which can be slow or fail."""
 
     is_local = False
     identity = "memory of a test"

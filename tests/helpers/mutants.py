@@ -1,4 +1,4 @@
-"""Random damage to headers and JSON files: endless, seeded, and often none at all."""
+"""Random safetensors files and JSON files from a seed: valid, nearly valid, and damaged."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ SPACES = ("", " ", "\t", "\n", "\r\n", "  \n ", " " * 64)
 
 
 class Text(str):
-    """JSON as it stands, or what is not quite JSON."""
+    """Text that is written as it is: JSON, or nearly JSON."""
 
 
 class Pairs(list):
-    """A JSON object as [key, value] pairs: a key can stand twice, and in another spelling."""
+    """A JSON object as [key, value] pairs: a key can occur twice, and be spelled with escapes."""
 
 
-# What may stand where something else should.
+# Values to put in place of others.
 ODD = (
     *map(Text, ("-1", "-0", "0.0", "4.0", "4e0", "1e999", "-1e999", "04", "+4", "0x4", "4,", "٤")),
     *map(Text, ("NaN", "Infinity", "-Infinity", "null", "True", "'a'", "9" * 5000, "1" * 20)),
@@ -34,7 +34,7 @@ ODD = (
 
 
 def spelled(name: str, rng: random.Random) -> Text:
-    """A name as JSON, one of its letters perhaps escaped."""
+    """Return a name as JSON, sometimes with one letter escaped."""
     text = json.dumps(name, ensure_ascii=rng.random() < 0.5)
     if name and rng.random() < 0.5 and name.isalnum():
         at = rng.randrange(len(name))
@@ -42,51 +42,51 @@ def spelled(name: str, rng: random.Random) -> Text:
     return Text(text)
 
 
-def written(value, between: str = "") -> str:
-    """The JSON text of a value, with white space between its parts."""
+def json_text(value, between: str = "") -> str:
+    """Return the JSON text of a value, with white space between its tokens."""
     if isinstance(value, Text):
         return str(value)
     if isinstance(value, Pairs):
-        parts = (f"{written(k)}{between}:{between}{written(v, between)}" for k, v in value)
-        return "{" + between + f",{between}".join(parts) + between + "}"
+        members = (f"{json_text(k)}{between}:{between}{json_text(v, between)}" for k, v in value)
+        return "{" + between + f",{between}".join(members) + between + "}"
     if isinstance(value, list):
-        return "[" + f",{between}".join(written(v, between) for v in value) + "]"
+        return "[" + f",{between}".join(json_text(v, between) for v in value) + "]"
     return json.dumps(value)
 
 
 def in_pairs(value):
-    """A JSON value with its objects as `Pairs`."""
+    """Return a JSON value with its objects as `Pairs`."""
     if isinstance(value, dict):
         return Pairs([key, in_pairs(v)] for key, v in value.items())
     return [in_pairs(v) for v in value] if isinstance(value, list) else value
 
 
-def places(value) -> Iterator[tuple[list, int]]:
-    """Where the values of a JSON value stand: each as a list and a place in it."""
+def positions(value) -> Iterator[tuple[list, int]]:
+    """Yield the position of every value in a JSON value, as a list and an index in it."""
     for at, item in enumerate(value if isinstance(value, list) else ()):
         inner = (item, 1) if isinstance(value, Pairs) else (value, at)
         yield inner
-        yield from places(inner[0][inner[1]])
+        yield from positions(inner[0][inner[1]])
 
 
 def damage_value(tree, rng: random.Random) -> None:
-    """Something else, nothing, or the same twice, anywhere in a JSON value."""
-    holder, at = rng.choice(list(places(tree)))
+    """Change, remove or duplicate something anywhere in a JSON value."""
+    parent, at = rng.choice(list(positions(tree)))
     kind = rng.randrange(7)
-    if kind == 0 and isinstance(holder[at], int):
-        holder[at] = rng.choice((holder[at] + 1, holder[at] - 1, holder[at] * 2, -holder[at]))
+    if kind == 0 and isinstance(parent[at], int):
+        parent[at] = rng.choice((parent[at] + 1, parent[at] - 1, parent[at] * 2, -parent[at]))
     elif kind == 1:
-        other, there = rng.choice(list(places(tree)))
-        holder[at] = Text(written(other[there]))  # by value: nothing may come to hold itself
+        other, index = rng.choice(list(positions(tree)))
+        parent[at] = Text(json_text(other[index]))  # a copy: no value may contain itself
     elif kind <= 4:
-        holder[at] = rng.choice(ODD)
+        parent[at] = rng.choice(ODD)
     else:
-        objects = [tree] + [h[i] for h, i in places(tree) if isinstance(h[i], Pairs)]
+        objects = [tree] + [p[i] for p, i in positions(tree) if isinstance(p[i], Pairs)]
         damage_keys(rng.choice(objects), rng)
 
 
 def damage_keys(pairs: Pairs, rng: random.Random) -> None:
-    """A key gone, there twice, under another name, or new."""
+    """Remove, duplicate, rename or add a key."""
     pair = rng.choice(pairs) if pairs else ["a", 1]
     kind = rng.randrange(4)
     if kind == 0 and pairs:
@@ -101,14 +101,14 @@ def damage_keys(pairs: Pairs, rng: random.Random) -> None:
 
 
 def damage_bytes(data: bytes, rng: random.Random, other: bytes) -> bytes:
-    """Bytes flipped, inserted, deleted, cut off, added, or spliced with another file's."""
-    near = min(len(data), 400) if rng.random() < 0.8 else len(data)
-    at = rng.randrange(near + 1)
+    """Flip, insert, delete, cut or append bytes, or continue with those of another file."""
+    limit = min(len(data), 400) if rng.random() < 0.8 else len(data)
+    at = rng.randrange(limit + 1)
     some = rng.choice((b"\0", b" ", b'"', b"{", b"}", b",", b"\xff", b"\xef\xbb\xbf", b"0", b"1"))
     count = rng.choice((1, 1, 1, 2, 8, 100))
     kind = rng.randrange(7)
     if kind <= 1 and data:
-        at = rng.randrange(near)
+        at = rng.randrange(limit)
         return data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :]
     if kind == 2:
         return data[:at] + some * count + data[at:]
@@ -128,7 +128,7 @@ _SHAPES = ((), (1,), (8,), (4, 2), (3, 8), (2, 2, 4), (0,), (0, 3), (1, 1, 8), (
 
 @dataclass
 class Header:
-    """A safetensors file in the making, sound to begin with."""
+    """A safetensors file to be written; valid until it is changed."""
 
     entries: Pairs
     data: bytes
@@ -136,10 +136,10 @@ class Header:
     after: str = ""
     between: str = ""
     encoding: str = "utf-8"
-    longer: int = 0  # what its length field says beyond the truth
+    longer: int = 0  # added to its length field
 
     def __bytes__(self) -> bytes:
-        text = (self.before + written(self.entries, self.between) + self.after).encode(
+        text = (self.before + json_text(self.entries, self.between) + self.after).encode(
             self.encoding, "surrogatepass"
         )
         whole = shard_bytes(text, self.data)
@@ -147,8 +147,9 @@ class Header:
         return length.to_bytes(8, "little") + whole[8:]
 
 
-def sound_header(rng: random.Random) -> Header:
-    """A few tensors of several dtypes, with data that tells every place from every other."""
+def valid_header(rng: random.Random) -> Header:
+    """Return a valid file: a few tensors of several dtypes, with random data, so that data read
+    from a wrong offset differs."""
     entries, at = [], 0
     for number in range(rng.randrange(1, 6)):
         dtype, shape = rng.choice(list(_BITS)), rng.choice(_SHAPES)
@@ -163,7 +164,7 @@ def sound_header(rng: random.Random) -> Header:
     return Header(Pairs(entries), rng.randbytes(at))
 
 
-# Sound headers that another writer might have written.
+# Changes after which a header is still valid, as another writer might write it.
 
 
 def _in_another_order(h: Header, rng: random.Random) -> None:
@@ -191,9 +192,9 @@ def _spelled_otherwise(h: Header, rng: random.Random) -> None:
 
 
 def _with_an_empty_tensor(h: Header, rng: random.Random) -> None:
-    location = rng.choice((0, len(h.data), *_boundaries(h)))
+    offset = rng.choice((0, len(h.data), *_boundaries(h)))
     entry = in_pairs({"dtype": "F32", "shape": [rng.choice((0, 0, 3)), 0], "data_offsets": []})
-    entry[2][1] = [location, location]
+    entry[2][1] = [offset, offset]
     h.entries.append([f"empty{rng.randrange(10**6)}", entry])
 
 
@@ -205,7 +206,7 @@ def _boundaries(h: Header) -> list[int]:
 HARMLESS = (_in_another_order, _with_spaces, _with_metadata, _spelled_otherwise)
 HARMLESS += (_with_an_empty_tensor,)
 
-# Headers that break, or nearly break, a rule.
+# Changes that break a rule of the format, or nearly do.
 
 
 def _entry(h: Header, rng: random.Random) -> list:
@@ -294,12 +295,12 @@ HARMFUL += (_padding, _data, _anything, _anything)
 
 
 def files(
-    seed: int, count: int, sound: Callable[[random.Random], Header] = sound_header
+    seed: int, count: int, valid: Callable[[random.Random], Header] = valid_header
 ) -> Iterator[bytes]:
-    """So many safetensors files, a third of them sound or nearly so."""
+    """Yield `count` safetensors files, about a third of them valid or nearly valid."""
     rng = random.Random(seed)
     for _ in range(count):
-        header = sound(rng)
+        header = valid(rng)
         for change in rng.choices(HARMLESS, k=rng.randrange(3)):
             change(header, rng)
         kind = rng.random()
@@ -308,12 +309,12 @@ def files(
         file = bytes(header)
         if 0.2 < kind < 0.4:
             for _ in range(rng.choice((1, 1, 2, 4))):
-                file = damage_bytes(file, rng, bytes(sound(rng)))
+                file = damage_bytes(file, rng, bytes(valid(rng)))
         yield file
 
 
 def json_files(seed: int, count: int, values: list) -> Iterator[bytes]:
-    """So many JSON files, each made from one of these values."""
+    """Yield `count` JSON files, each from one of these values."""
     rng = random.Random(seed)
     for _ in range(count):
         tree = in_pairs(rng.choice(values))
@@ -323,7 +324,7 @@ def json_files(seed: int, count: int, values: list) -> Iterator[bytes]:
                 damage_value(tree, rng)
         between = rng.choice(SPACES)
         encoding = "utf-8" if kind < 0.9 else rng.choice(("utf-8-sig", "utf-16", "utf-32"))
-        file = written(tree, between).encode(encoding, "surrogatepass")
+        file = json_text(tree, between).encode(encoding, "surrogatepass")
         if 0.1 < kind < 0.25:
             file = damage_bytes(file, rng, file[::-1])
         yield file

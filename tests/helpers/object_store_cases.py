@@ -15,7 +15,7 @@ from runs import (
     ROOT,
     WORK_NAME,
     convert_command,
-    run_here,
+    run_in_process,
 )
 
 RECORD, SUMS, RUN = "gptoss_stream.json", "SHA256SUMS", f"{WORK_NAME}/run.json"
@@ -64,7 +64,7 @@ class Store:
         self.client.put_object(Bucket=self.bucket, Key=key, Body=data)
 
     def fill(self, source: Path, folder: str = "source") -> str:
-        """Copy a folder into it; gives its URL."""
+        """Copy a folder to the bucket; returns its URL."""
         for file in source.iterdir():
             self.write(f"{folder}/{file.name}", file.read_bytes())
         return self.url(folder)
@@ -85,14 +85,14 @@ class Store:
         }
 
     def puts(self) -> list[str]:
-        """The names of the objects that were written, one after another."""
+        """Return the names of the objects that were written, in order."""
         return [r.path.removeprefix(f"/{self.bucket}/out/") for r in self.proxy.asked("^PUT ")]
 
 
 def convert(source, output, *options):
-    """A conversion in this process."""
+    """Convert in this process."""
     size = ("--max-shard-size", "300KB", "--quiet")
-    return run_here("convert", source, output, *size, *options)
+    return run_in_process("convert", source, output, *size, *options)
 
 
 def assert_done(done) -> None:
@@ -100,12 +100,12 @@ def assert_done(done) -> None:
 
 
 def data_of(sums: dict[str, str]) -> dict[str, str]:
-    """Without what tells of the source and the options."""
+    """Return the files that do not name the source and the options."""
     return {name: sums[name] for name in sums if name not in (RECORD, SUMS)}
 
 
 def assert_nothing_wrong(s3: Store, whole: dict[str, str]) -> None:
-    """What is there is right, and with an index all is."""
+    """Check that the files are right, and that all exist if there is an index."""
     found = s3.digests()
     found = {n: d for n, d in found.items() if not n.startswith(f"{WORK_NAME}/")}
     assert found.items() <= whole.items()
@@ -118,7 +118,7 @@ def staged(tmp_path: Path) -> list[Path]:
 
 @contextmanager
 def process(source: Path, url: str, *options: str):
-    """A conversion in a process of its own, which is killed in the end."""
+    """Convert in another process, which is killed in the end."""
     command = convert_command(source, url, *options)
     pipe = subprocess.PIPE
     running = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
@@ -152,10 +152,10 @@ def killed(s3: Store, source: Path, pattern: str, skip: int, is_done: bool) -> b
 
 
 def assert_written_once(s3: Store) -> None:
-    """A shard that had arrived was never sent again."""
+    """Check that no uploaded shard was uploaded again."""
     arrived = [r.path for r in s3.proxy.asked("PUT .*safetensors$") if r.status == 200]
     assert len(arrived) == len({*arrived})
 
 
 def nothing(s3: Store, monkeypatch) -> None:
-    """As it is."""
+    """Change nothing."""

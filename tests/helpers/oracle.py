@@ -1,6 +1,6 @@
-"""The peer, whole and slow: transformers dequantises, TransformerLens 3.9 converts.
+"""The expected output: transformers dequantises, TransformerLens 3.9 converts, all in memory.
 
-Imports nothing of gptoss_stream: what it says is what the package is held to.
+The package is checked against it, so it imports nothing of gptoss_stream.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from transformers import (
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """The Hugging Face model, dequantised."""
+    """Return transformers' model of a folder, dequantised."""
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, quantization_config=Mxfp4Config(dequantize=True)
     )
 
 
 def hooked_config(folder: Path) -> dict[str, Any]:
-    """TransformerLens's own configuration of the model in a folder."""
+    """Return TransformerLens's configuration of the model in a folder."""
     return convert_hf_model_config(str(folder), hf_cfg=AutoConfig.from_pretrained(folder).to_dict())
 
 
 def state_dict(folder: Path, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
-    """Every tensor of the HookedTransformer, converted by TransformerLens from the bfloat16
-    model, then cast."""
+    """Return the HookedTransformer's tensors, which TransformerLens converts from the bfloat16
+    model, cast to a dtype."""
     tensors = peer.converted(folder)
     return {name: tensor.detach().to(dtype) for name, tensor in tensors.items()}
 
@@ -51,7 +51,7 @@ def state_dict(folder: Path, dtype: torch.dtype = torch.bfloat16) -> dict[str, t
 def hooked_model(
     folder: Path, dtype: torch.dtype = torch.bfloat16, **settings: Any
 ) -> HookedTransformer:
-    """TransformerLens's own model of a folder, nothing processed, with some other settings."""
+    """Return TransformerLens's model of a folder, without weight processing."""
     fields = {k: v for k, v in hooked_config(folder).items() if v is not None} | settings
     fields |= {"dtype": dtype, "init_weights": False, "device": "cpu", "tokenizer_name": None}
     with warnings.catch_warnings():
@@ -65,7 +65,7 @@ def hooked_model(
 
 
 def save_tokenizer(folder: Path) -> None:
-    """A tokenizer of the tiny model's vocabulary: `w7` is token 7."""
+    """Save a tokenizer with the vocabulary of the tiny model, in which `w7` is token 7."""
     words = {"<unk>": 0, "<|return|>": 1, **{f"w{i}": i for i in range(2, 1009)}}
     tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
@@ -88,11 +88,11 @@ SMALL = {
     "sliding_window": 8,
     "max_position_embeddings": 4096,
 }
-"""Sizes of which no two are equal, and an odd vocabulary."""
+"""Sizes that differ from each other, and a vocabulary of odd size."""
 
 
-def make_dense(folder: Path, dtype: torch.dtype = torch.bfloat16, **settings: Any) -> Path:
-    """Save a small random model of transformers' own; biases, norms and sinks too are random."""
+def save_dense(folder: Path, dtype: torch.dtype = torch.bfloat16, **settings: Any) -> Path:
+    """Save a small random model with transformers; biases, norms and sinks are random too."""
     torch.manual_seed(0)
     model = GptOssForCausalLM(GptOssConfig(**SMALL | settings))
     with torch.no_grad():
@@ -103,9 +103,9 @@ def make_dense(folder: Path, dtype: torch.dtype = torch.bfloat16, **settings: An
     return folder
 
 
-def make_packed(folder: Path, dtype: torch.dtype = torch.bfloat16, **settings: Any) -> Path:
-    """Save such a model with its experts replaced by MXFP4 blocks."""
-    make_dense(folder, dtype, **settings)
+def save_mxfp4(folder: Path, dtype: torch.dtype = torch.bfloat16, **settings: Any) -> Path:
+    """Save the same model with its experts replaced by random MXFP4 blocks and scales."""
+    save_dense(folder, dtype, **settings)
     tensors = load_file(folder / "model.safetensors")
     for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
         experts, columns, rows = tensors.pop(name).shape

@@ -1,4 +1,4 @@
-"""Outputs as torch tensors, compared bit for bit."""
+"""Load outputs as torch tensors and compare them bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of the command line as users start it: ended, hindered, and held to a whole one."""
+"""Run the command line as users do, disturb runs, and compare outputs with undisturbed ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OPTIONS = ("--max-shard-size", "300KB", "--quiet")
 
 
 def digests(folder: Path, pattern: str = "*") -> dict[str, str]:
-    """SHA-256 of every file in a folder whose name fits, by its path in the folder."""
+    """Return the SHA-256 of the files in a folder that match a pattern, by path in the folder."""
     return {
         str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest()
         for f in sorted(folder.rglob(pattern))
@@ -33,34 +33,36 @@ def digests(folder: Path, pattern: str = "*") -> dict[str, str]:
     }
 
 
-def shards_there(folder: Path) -> set[str]:
-    """The shards in a folder, in the making or finished, all of them at one moment: looking takes
-    a while, in which one goes and another comes."""
-    looks = [{name for _, _, names in os.walk(folder) for name in names} for _ in range(2)]
-    return {name for name in looks[0] & looks[1] if name.endswith(".safetensors")}
+def shards_in(folder: Path) -> set[str]:
+    """Return the shards that a folder has at one moment, partial or finished.
+
+    Listing takes time, in which files are created and deleted: only files in two listings count.
+    """
+    listings = [{name for _, _, names in os.walk(folder) for name in names} for _ in range(2)]
+    return {name for name in listings[0] & listings[1] if name.endswith(".safetensors")}
 
 
 def convert_command(source: Path, output: Path, *options: str) -> list[str]:
-    """The command line of a conversion into several shards."""
+    """Return the command line of a conversion into several shards."""
     command = [sys.executable, "-m", "gptoss_stream", "convert", str(source), str(output)]
     return [*command, *OPTIONS, *options]
 
 
 def run(command: list[str], **options) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end, in a minute at most."""
+    """Run a command, for one minute at most."""
     return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, **options)
 
 
-class Hung(BaseException):
-    """Something took too long; nothing takes this for an error that it knows."""
+class TimeLimitExceeded(BaseException):
+    """A block exceeded its time limit. No `Exception`, so that tested code cannot catch it."""
 
 
 @contextmanager
-def at_most(seconds: float) -> Iterator[None]:
-    """Raise `Hung` in what takes longer."""
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise `TimeLimitExceeded` in a block that takes longer."""
 
     def stop(signum, frame):
-        raise Hung(f"more than {seconds} s")
+        raise TimeLimitExceeded(f"more than {seconds} s")
 
     handler = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -71,13 +73,13 @@ def at_most(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, handler)
 
 
-def run_here(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run a command line in this process: for runs by the hundred. In 20 seconds at most."""
+def run_in_process(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a command line in this process, which is faster, for 20 seconds at most."""
     out, err = io.StringIO(), io.StringIO()
     command = [str(argument) for argument in arguments]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with redirect_stdout(out), redirect_stderr(err), at_most(20):
+        with redirect_stdout(out), redirect_stderr(err), time_limit(20):
             code = main(command)
     finally:
         for number, handler in handlers.items():
@@ -86,7 +88,7 @@ def run_here(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def assert_clean_error(done: subprocess.CompletedProcess[str], *codes: int) -> None:
-    """An error as the user must see it: one line, and an exit code that was meant."""
+    """Assert an error as users must see it: one line on stderr and one of these exit codes."""
     assert done.returncode in codes, (done.returncode, done.stderr)
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1, done.stderr
@@ -94,7 +96,8 @@ def assert_clean_error(done: subprocess.CompletedProcess[str], *codes: int) -> N
 
 
 def assert_nothing_half_written(output: Path, whole: dict[str, str]) -> None:
-    """Whatever stands under a final name is as in the whole output; with an index, all is there."""
+    """Assert that each file with a final name is as in the undisturbed output, and that no file is
+    missing if there is an index."""
     found = {n: d for n, d in digests(output).items() if not n.startswith(f"{WORK_NAME}/")}
     assert found.items() <= whole.items(), sorted(found.keys() - whole.keys()) or sorted(
         name for name in found if found[name] != whole[name]
@@ -104,31 +107,43 @@ def assert_nothing_half_written(output: Path, whole: dict[str, str]) -> None:
 
 
 def assert_resumes(source: Path, output: Path, whole: dict[str, str], *options: str) -> None:
-    """The same command again, with nothing done by hand, gives the whole output."""
+    """Assert that running the same command again gives the undisturbed output."""
     done = run(convert_command(source, output, *options))
     assert done.returncode == 0, done.stderr
     assert digests(output) == whole
 
 
 def limit_file_size(nbytes: int) -> Callable[[], None]:
-    """What a new process does so that none of its files can grow beyond a size."""
+    """Return a `preexec_fn` that limits the size of each file of a process."""
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, nbytes))
 
 
 def interrupted(source: Path, output: Path) -> None:
-    """Begin a conversion, and let it fail at its first shard."""
+    """Run a conversion that fails at its first shard."""
     done = run(convert_command(source, output), preexec_fn=limit_file_size(150_000))
     assert_clean_error(done, 3)
     assert (output / WORK_NAME).exists()
 
 
-def strike(
-    command: list[str], output: Path, blow: Callable[[], None], files: int | None, pause: float = 0
+def disturb(
+    command: list[str],
+    output: Path,
+    disturbance: Callable[[], None],
+    files: int | None,
+    pause: float = 0,
 ) -> tuple[subprocess.CompletedProcess[str], bool]:
-    """Run a conversion and deal it a blow in the midst of it, or (`files` None) when it has ended.
+    """Run a conversion and call `disturbance` while it runs.
 
-    The midst is some seconds, `pause`, after it began to write and so many files of the output
-    stood under their names. Gives the ended process, and whether it ran when the blow fell.
+    Args:
+        command: The conversion.
+        output: Its output folder.
+        disturbance: What to do meanwhile.
+        files: Wait until this number of output files have their final names; None waits until the
+            conversion has ended.
+        pause: Then wait this many seconds more.
+
+    Returns:
+        The ended process, and whether it was running when `disturbance` was called.
     """
     work = output / WORK_NAME
     before = _changed(work)
@@ -146,7 +161,7 @@ def strike(
                     time.sleep(0.0003)
                 time.sleep(pause)
             running = process.poll() is None
-            blow()
+            disturbance()
             stdout, stderr = process.communicate(timeout=60)
         finally:
             process.kill()
@@ -154,9 +169,9 @@ def strike(
 
 
 def seconds_of_writing(command: list[str], output: Path) -> float:
-    """How long a conversion runs from when it begins to write."""
+    """Return how long a conversion runs after it begins to write."""
     began: list[float] = []
-    done, _ = strike(command, output, lambda: began.append(time.perf_counter()), files=0)
+    done, _ = disturb(command, output, lambda: began.append(time.perf_counter()), files=0)
     assert done.returncode == 0, done.stderr
     return time.perf_counter() - began[0]
 
@@ -169,14 +184,14 @@ def _changed(folder: Path) -> int | None:
 
 
 def stamps(output: Path) -> dict[str, tuple[int, int]]:
-    """What tells a finished shard from one that was made again."""
+    """Return inode and modification time of each shard, which change if it is written again."""
     found = {file.name: file.stat() for file in output.glob("*.safetensors")}
     return {name: (status.st_ino, status.st_mtime_ns) for name, status in found.items()}
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """A conversion that has been done undisturbed: what it gives, and how long it takes."""
+    """A conversion that has run undisturbed: its output's checksums, and how long it takes."""
 
     source: Path
     options: tuple[str, ...]
@@ -185,7 +200,7 @@ class Conversion:
 
     @classmethod
     def done(cls, source: Path, output: Path, *options: str) -> Conversion:
-        """Do it, several times for the least time."""
+        """Run it three times, and keep the shortest time."""
         seconds = []
         for _ in range(3):
             shutil.rmtree(output, ignore_errors=True)
@@ -195,12 +210,12 @@ class Conversion:
         return cls(source, options, digests(output), min(seconds))
 
     def command(self, output: Path, *options: str) -> list[str]:
-        """The same conversion into another folder."""
+        """Return the command line of the same conversion into another folder."""
         return convert_command(self.source, output, *self.options, *options)
 
     @contextmanager
     def running(self, output: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
-        """A process that does it, and is killed in the end."""
+        """Start it in a process, which is killed at the end of the block."""
         pipe, command = subprocess.PIPE, self.command(output, *options)
         process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
         try:
@@ -210,7 +225,8 @@ class Conversion:
             process.communicate()
 
     def assert_sound(self, output: Path) -> None:
-        """As any end must leave it: nothing half-written, nothing to do by hand or twice."""
+        """Assert what must hold after any end of a run: no partial file has a final name, the same
+        command completes the output, and it writes no finished shard again."""
         assert_nothing_half_written(output, self.whole)
         finished = stamps(output)
         assert_resumes(self.source, output, self.whole, *self.options)
@@ -218,7 +234,7 @@ class Conversion:
 
 
 def wait_until(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
-    """Wait until a process has come so far, or is at its end."""
+    """Wait until a condition is true, or the process has ended."""
     deadline = time.monotonic() + 30
     while process.poll() is None and not condition():
         assert time.monotonic() < deadline
@@ -226,17 +242,17 @@ def wait_until(condition: Callable[[], object], process: subprocess.Popen[str]) 
 
 
 def finish(process: subprocess.Popen[str], seconds: float) -> subprocess.CompletedProcess[str]:
-    """The end of a process that has so much time left."""
+    """Wait for the end of a process, for this many seconds at most."""
     out, err = process.communicate(timeout=seconds)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def status(process: subprocess.Popen[str], field: str) -> str:
-    """What Linux says of a process in /proc."""
+    """Return a field of a process's status in /proc."""
     lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
     return next(line for line in lines if line.startswith(f"{field}:")).split()[1]
 
 
 def catches(process: subprocess.Popen[str], signum: int) -> bool:
-    """Whether a process has come to handling a signal; before, Python itself is starting."""
+    """Return whether a process handles a signal yet; it does not while Python is starting."""
     return bool(int(status(process, "SigCgt"), 16) >> (signum - 1) & 1)

@@ -1,6 +1,6 @@
-"""safetensors files and JSON files, taken apart and put together with struct and json alone.
+"""Read and write safetensors and JSON files with struct and json only.
 
-Nothing here is checked: these functions make what is sound and what is not alike.
+Nothing is checked, so that invalid files can be written too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ INDEX_NAME = "model.safetensors.index.json"
 
 
 class Stored(NamedTuple):
-    """A tensor as it lies in a file."""
+    """A tensor as it is stored in a file."""
 
     dtype: str
     shape: list[int]
@@ -23,25 +23,25 @@ class Stored(NamedTuple):
 
 
 def read_shard(file: Path) -> tuple[dict, bytes]:
-    """A file's header and what follows it."""
+    """Return a file's header, and the bytes after it."""
     raw = file.read_bytes()
     (length,) = struct.unpack_from("<Q", raw)
     return json.loads(raw[8 : 8 + length]), raw[8 + length :]
 
 
 def shard_bytes(header: dict | bytes, data: bytes) -> bytes:
-    """A file of this header, or header text, and this data."""
+    """Return the bytes of a file with this header, or header text, and this data."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data
 
 
 def write_shard(file: Path, header: dict | bytes, data: bytes) -> None:
-    """Write a file of this header, or header text, and this data."""
+    """Write a file with this header, or header text, and this data."""
     file.write_bytes(shard_bytes(header, data))
 
 
 def edit_header(file: Path, change) -> None:
-    """Change a file's header, its data staying where it is."""
+    """Change a file's header, and keep its data."""
     header, data = read_shard(file)
     change(header)
     write_shard(file, header, data)
@@ -55,7 +55,7 @@ def edit_json(file: Path, change) -> None:
 
 
 def read_tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a folder's shards."""
+    """Return every tensor of a folder's shards."""
     tensors = {}
     for file in sorted(folder.glob("*.safetensors")):
         header, data = read_shard(file)
@@ -67,7 +67,7 @@ def read_tensors(folder: Path) -> dict[str, Stored]:
 
 
 def edit_tensors(folder: Path, change) -> None:
-    """Change a folder's tensors, and write its shards and its index anew, all of them sound."""
+    """Change a folder's tensors, and rewrite its shards and index; all of them are valid."""
     tensors = read_tensors(folder)
     shards = {tensor.shard for tensor in tensors.values()}
     change(tensors)

@@ -123,7 +123,7 @@ class StandInHub:
         return {path: entry.content for path, entry in commit.items()}
 
     def expire_links(self) -> None:
-        """End all signed addresses that were given so far."""
+        """Let all signed addresses expire."""
         self._key = secrets.token_bytes(16)
 
     def reset_counts(self) -> None:
@@ -142,14 +142,14 @@ class StandInHub:
             self.bytes_received += received
 
     def note(self, request: Request) -> Fault | None:
-        """Record a request; returns what is to go wrong with it."""
+        """Record a request; returns its fault."""
         if self.log:
             with self.lock:
                 self.requests.append(request)
         return next(filter(None, (fault(request) for fault in list(self.faults))), None)
 
     def sign(self, origin: str, method: str, path: str) -> str:
-        """A signed address, good for a while."""
+        """Return a signed address that expires."""
         until = f"{time.time() + self.link_seconds:.3f}"
         query = {
             "X-Amz-Algorithm": "AWS4-HMAC-SHA256",
@@ -159,7 +159,7 @@ class StandInHub:
         return f"{origin}{path}?{urlencode(query)}"
 
     def signature(self, method: str, path: str, until: str) -> str:
-        """What only the Hub can know of an address."""
+        """Return the signature of an address."""
         return hmac.new(self._key, f"{method} {path} {until}".encode(), "sha256").hexdigest()
 
     def upload(self, repo: Repo, oid: str, nbytes: int) -> dict[str, Any]:
@@ -177,7 +177,7 @@ class StandInHub:
         return {"href": self.sign(self.endpoint, "POST", f"/complete/{name}"), "header": header}
 
     def finish(self, upload: Upload) -> None:
-        """Take an object whose parts are here, if it is the one that was announced."""
+        """Store an object whose parts have arrived, if it is the one that was announced."""
         nparts, found = -(-upload.nbytes // upload.part_nbytes), upload.sums[-1].hexdigest()
         if len(upload.sums) != nparts + 1 or found != upload.oid:
             raise Refusal(400, f"the object has the SHA-256 {found}, not {upload.oid}")

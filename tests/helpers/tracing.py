@@ -1,8 +1,8 @@
-"""The system calls of a run, by strace: seen in order, stopped after, made to fail.
+"""List a run's system calls with strace, stop a run after any of them, or let any of them fail.
 
-strace counts its `when=` for every thread apart, so that "the tenth call of the run" has no name
-in it. But a run can be stopped after each of its calls, and counted by who looks on; and a tracer
-that comes to a stopped run counts from there.
+The option `when=` of strace counts the calls of each thread separately, so it cannot select "the
+tenth call of the run". Therefore a run is stopped after each call, and the calls are counted here.
+A tracer that attaches to the stopped run counts from that call on.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ CALLS = (
     "openat,?mkdir,mkdirat,write,pwrite64,?pwritev,ftruncate,fsync,fdatasync,?rename,?renameat,"
     "renameat2,?link,linkat,?unlink,unlinkat,?rmdir,flock,close"
 )
-"""Those that change a folder, or say whether a change was made; `?` where not every machine has
-them."""
+"""Calls that change a folder, or report errors of earlier changes. `?` marks those that not every
+machine has."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """A system call on files of a folder: their paths in it, and the log's lines that it spans."""
+    """A system call on files of a folder: their paths in the folder, and its first and last line in
+    the log."""
 
     thread: str
     name: str
@@ -38,7 +39,8 @@ class Call:
 
 
 def parse(log: Iterable[str], folder: Path) -> list[Call]:
-    """The calls of a log that name something in a folder, or the folder, in order of their end."""
+    """Return the calls in a log that name a folder or a file in it, in the order in which they
+    ended."""
     calls, unfinished = [], {}
     within = re.compile(rf'[<"]{re.escape(str(folder))}(?:/([^">]*))?[">]')
     for end, line in enumerate(log):
@@ -51,14 +53,14 @@ def parse(log: Iterable[str], folder: Path) -> list[Call]:
             begin, text = unfinished.pop(thread)
         name = re.match(r"(\w+)\(", text)
         if name and within.search(text):
-            arguments = text.partition(") = ")[0]  # an opened file is named again as the result
+            arguments = text.partition(") = ")[0]  # the result names an opened file again
             paths = tuple(path or "." for path in within.findall(arguments))
             calls.append(Call(thread, name[1], paths, begin, end))
     return calls
 
 
 def trace(command: Sequence[str], folder: Path, log: Path) -> list[Call]:
-    """Run a command to its good end; the calls it made on a folder."""
+    """Run a command that must succeed; return its calls on a folder."""
     strace = ["strace", "-f", "-qq", "-y", "-s0", "-o", str(log), "-e", f"trace={CALLS}"]
     subprocess.run([*strace, *command], cwd=ROOT, check=True, timeout=60)
     with log.open(errors="replace") as lines:
@@ -66,8 +68,9 @@ def trace(command: Sequence[str], folder: Path, log: Path) -> list[Call]:
 
 
 @contextmanager
-def held(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
-    """A process that stands before its first instruction until SIGCONT; killed in the end."""
+def paused(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    """Start a process that waits for SIGCONT before its first instruction, and kill it at the end
+    of the block."""
     process = subprocess.Popen(
         ["sh", "-c", 'kill -STOP $$; exec "$@"', "sh", *command],
         stdout=subprocess.PIPE,
@@ -87,9 +90,9 @@ def held(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
 def attached(
     process: subprocess.Popen[str], *options: str, paths: Iterable[Path] = (), **popen
 ) -> Iterator[None]:
-    """strace at a held process, which goes on; when strace leaves, the process is as it is then.
+    """Attach strace to a paused process and continue it; detach at the end of the block.
 
-    Of all calls only those on exactly these `paths` count, if any are given.
+    If `paths` are given, only calls on exactly these are traced.
     """
     only = [option for path in paths for option in ("-P", str(path))]
     tracer = subprocess.Popen(
@@ -99,10 +102,10 @@ def attached(
         **popen,
     )
     try:
-        said = ""
-        while "attached" not in said:
-            if not (said := tracer.stderr.readline()):
-                raise RuntimeError("strace cannot attach to a process here")
+        line = ""
+        while "attached" not in line:
+            if not (line := tracer.stderr.readline()):
+                raise RuntimeError("strace cannot attach to processes on this machine")
         process.send_signal(signal.SIGCONT)
         yield
     finally:
@@ -111,9 +114,10 @@ def attached(
 
 
 def stop_after(process: subprocess.Popen[str], number: int, paths: Iterable[Path]) -> list[str]:
-    """Let a held process make so many of `CALLS` on `paths`, then hold it again.
+    """Continue a paused process for `number` of the `CALLS` on `paths`, and pause it again.
 
-    Returns the calls' names: fewer, if the process came to its end.
+    Returns:
+        The names of these calls; fewer if the process ended.
     """
     names: list[str] = []
     if number == 0:
@@ -134,8 +138,8 @@ def stop_after(process: subprocess.Popen[str], number: int, paths: Iterable[Path
             elif text.startswith("--- SIGSTOP {"):
                 caller = thread
             elif text.startswith("--- stopped by SIGSTOP") and thread == caller:
-                # Every thread says so. The caller's own word means that all will stop, and that
-                # a SIGCONT now does not come before what it is to undo.
+                # Every thread reports this. Once the calling thread does, all threads will stop,
+                # and a SIGCONT does not arrive before the stop that it must end.
                 caller = None
                 names.append(begun[thread])
                 if len(names) == number:
@@ -153,8 +157,8 @@ def end_failing(
     *,
     lasting: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Let a held process go on to its end, with an error as its next such call on `paths`, or,
-    where the fault is `lasting`, as that and all later ones."""
+    """Continue a paused process to its end, and let its next such call on `paths` fail with an
+    error; if `lasting`, all later ones too."""
     fault = f"inject={calls}:error={error}:when={'1+' if lasting else '1'}"
     with attached(process, "-e", f"trace={calls}", "-e", fault, "-o", str(log), paths=paths):
         done = finish(process, 60)

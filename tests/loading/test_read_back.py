@@ -13,7 +13,7 @@ from math import prod
 
 import pytest
 import torch
-from mutants import Header, files, in_pairs, written
+from mutants import Header, files, in_pairs, json_text
 from runs import INDEX_NAME
 from safetensors import deserialize, safe_open
 from safetensors.torch import load_file
@@ -121,7 +121,7 @@ def test_the_checker_accepts_nothing_that_safetensors_refuses():
     header = {"__metadata__": {"format": "pt"}}
     header["a"] = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
     header["b"] = {"dtype": "BF16", "shape": [4], "data_offsets": [24, 32]}
-    spaces = " " * (-len(written(in_pairs(header))) % 8)
+    spaces = " " * (-len(json_text(in_pairs(header))) % 8)
     accepted = 0
     for file in files(6, 5000, lambda rng: Header(in_pairs(header), bytes(32), after=spaces)):
         try:

@@ -1,4 +1,5 @@
-"""A web server as the source: its replies are doubted, and secrets in its address stay so."""
+"""An HTTP server as the source: its replies are checked, and secrets in its address are not
+shown."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from loopback import (
     status,
     without,
 )
-from runs import assert_clean_error, digests, run_here
+from runs import assert_clean_error, digests, run_in_process
 
 from gptoss_stream.storage import retries
 
@@ -39,13 +40,13 @@ def _online(monkeypatch):
 
 @pytest.fixture
 def hasty(monkeypatch):
-    """No long waits before another try."""
+    """Retry without long waits."""
     monkeypatch.setattr(retries, "FIRST_DELAY", 0.001)
 
 
 @pytest.fixture(scope="module")
 def whole(checkpoints, tmp_path_factory) -> dict[str, str]:
-    """What a conversion on this machine gives, but for the record."""
+    """The output of a local conversion, without the record."""
     output = tmp_path_factory.mktemp("whole") / "out"
     assert convert(checkpoints(layers=2), output).returncode == 0
     return but_for_the_record(output)
@@ -59,9 +60,9 @@ def server(several):
 
 
 def convert(source, output, *options):
-    """A conversion in this process."""
+    """Convert in this process."""
     size = ("--max-shard-size", "300KB", "--quiet")
-    return run_here("convert", source, output, *size, *options)
+    return run_in_process("convert", source, output, *size, *options)
 
 
 def but_for_the_record(output: Path) -> dict[str, str]:
@@ -101,7 +102,7 @@ def test_only_what_is_needed_is_read(server, tmp_path):
 
 
 def shifted(request, answer):
-    """Other bytes than were asked for, and it says so."""
+    """Other bytes than were requested, and the headers say so."""
     first, last = map(int, re.findall(r"\d+", request.headers["range"]))
     request.headers["range"] = f"bytes={first + 1}-{last + 1}"
     return answer(request)
@@ -154,8 +155,8 @@ def test_bad_replies_for_a_while(server, hasty, whole, tmp_path, how):
 
 
 @pytest.mark.parametrize("how", BAD_REPLIES)
-def test_bad_replies_for_ever(server, hasty, whole, tmp_path, how):
-    """One line, nothing wrong that looks right; and when the server is well, the run goes on."""
+def test_bad_replies_that_last(server, hasty, whole, tmp_path, how):
+    """One line, and nothing wrong that looks right; the run resumes when the server works again."""
     server.spoil(LATER, BAD_REPLIES[how], skip=2)  # its header is read
     done = convert(server.url, tmp_path / "out")
     assert_clean_error(done, 2, 3)
@@ -171,7 +172,7 @@ def under_way(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("how", [without_length, without("ETag"), without("Accept-Ranges")])
-def test_what_a_server_need_not_say(server, whole, tmp_path, how):
+def test_headers_that_a_server_may_omit(server, whole, tmp_path, how):
     server.spoil("^GET" if how is without_length else "", how)
     assert_right(convert(server.url, tmp_path / "out"), tmp_path / "out", whole)
 
@@ -213,7 +214,7 @@ def loop(request, answer):
     ],
 )
 def test_one_clear_line(server, tmp_path, pattern, how, code, words):
-    """As soon as it is clear."""
+    """As soon as the cause is clear."""
     server.spoil(pattern, how)
     begun = time.monotonic()
     done = convert(f"{server.url}?key={SECRET}", tmp_path / "out")
@@ -245,7 +246,7 @@ def test_the_offline_mode_of_the_hub(server, monkeypatch, tmp_path):
 # -------------------------------------------------------------------------- a source that changes
 
 
-def test_a_file_that_changes_meanwhile(server, hasty, whole, tmp_path):
+def test_a_file_that_changes_during_the_run(server, hasty, whole, tmp_path):
     victim = sorted(server.folder.glob("*.safetensors"))[2]
 
     def change(request, answer):
@@ -265,8 +266,8 @@ def test_a_file_that_changes_meanwhile(server, hasty, whole, tmp_path):
 
 
 @pytest.mark.parametrize("header", ["ETag", "Last-Modified"])
-def test_a_file_that_has_changed_when_all_of_it_is_read(server, hasty, whole, tmp_path, header):
-    """What tells of it is asked for before a shard gets its name."""
+def test_a_file_that_has_changed_after_it_was_read(server, hasty, whole, tmp_path, header):
+    """The server is asked again before a shard gets its final name."""
 
     def dated(request, answer):
         reply = answer(request)
@@ -295,8 +296,8 @@ def test_a_file_that_has_changed_when_all_of_it_is_read(server, hasty, whole, tm
 # -------------------------------------------------------------------------------------- secrets
 
 
-def test_what_an_address_holds_is_used_and_kept_secret(server, hasty, whole, tmp_path):
-    """The query and the password go with each request, and nowhere else."""
+def test_secrets_in_an_address_are_used_and_not_shown(server, hasty, whole, tmp_path):
+    """Query and password are sent with each request, and are in no output."""
 
     def guarded(request, answer):
         if request.query != f"key={SECRET}" or not request.headers.get("authorization"):
@@ -306,13 +307,13 @@ def test_what_an_address_holds_is_used_and_kept_secret(server, hasty, whole, tmp
     server.spoil("", guarded)
     url = f"{server.url}?key={SECRET}".replace("://", f"://me:{SECRET}@")
     for options in (("--json",), ("--overwrite",)):
-        done = run_here("convert", url, tmp_path / "out", *options)
+        done = run_in_process("convert", url, tmp_path / "out", *options)
         assert done.returncode == 0, done.stderr
         assert f"reading {server.url}" in done.stderr
         assert SECRET not in done.stdout + done.stderr
     assert not [f for f in (tmp_path / "out").rglob("*") if SECRET.encode() in f.read_bytes()]
     for command in ("plan", "inspect"):
-        done = run_here(command, url, *(["--json"] if command == "inspect" else []))
+        done = run_in_process(command, url, *(["--json"] if command == "inspect" else []))
         assert done.returncode == 0, done.stderr
         assert SECRET not in done.stdout + done.stderr
     refused = convert(url.replace("key=", "kex="), tmp_path / "other")
@@ -320,7 +321,7 @@ def test_what_an_address_holds_is_used_and_kept_secret(server, hasty, whole, tmp
     assert SECRET not in refused.stderr
 
 
-def test_a_web_server_cannot_be_written_to(server, checkpoints, tmp_path):
+def test_an_http_server_cannot_be_written_to(server, checkpoints, tmp_path):
     done = convert(checkpoints(), f"{server.url}?key={SECRET}")
     assert_clean_error(done, 2)
     assert "an HTTP server cannot be written to" in done.stderr

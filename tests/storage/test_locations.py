@@ -1,4 +1,4 @@
-"""What a name means, and how the waiting for a server ends."""
+"""The location that a name means, and how retries end."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def test_the_address_of_a_page_is_its_repository(url, name):
 
 
 @pytest.mark.parametrize("name", ["a", "a/b/c", "./a/b", "/a/b", "~/b", "a/", "-a/b", "a b/c"])
-def test_a_path_is_no_repository(name):
+def test_a_path_is_not_a_repository(name):
     assert not is_repository_name(name)
     assert isinstance(open_location(name), LocalFolder)
 
 
-def test_a_folder_here_wins_over_a_repository(tmp_path, monkeypatch):
+def test_a_local_folder_has_priority_over_a_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "openai" / "gpt-oss-20b").mkdir(parents=True)
     assert is_repository_name("openai/gpt-oss-20b")
@@ -59,7 +59,7 @@ def test_a_subfolder_of_a_folder(tmp_path):
         ("nosuch://bucket/x", {}),
     ],
 )
-def test_what_cannot_be_meant_is_refused(name, options):
+def test_invalid_names_are_refused(name, options):
     with pytest.raises(OptionError) as refusal:
         open_location(name, **options)
     assert "hf_secret" not in str(refusal.value)
@@ -72,17 +72,17 @@ def test_what_cannot_be_written_to_is_refused(name):
         open_writable_location(name)
 
 
-def test_what_must_be_here_is_said_to_be(tmp_path):
+def test_a_url_is_refused_where_a_local_folder_is_needed(tmp_path):
     with pytest.raises(OptionError, match="must be a local folder"):
         verify(tmp_path, "s3://bucket/x")
 
 
-def test_a_place_is_a_source_of_a_plan(checkpoints):
+def test_a_location_is_a_source_of_a_plan(checkpoints):
     named, opened = plan(checkpoints()), plan(open_location(checkpoints()))
     assert [s.header for s in opened.shards] == [s.header for s in named.shards]
 
 
-def test_offline_only_the_cache_is_asked(tmp_path, monkeypatch):
+def test_offline_only_the_cache_is_used(tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -91,7 +91,7 @@ def test_offline_only_the_cache_is_asked(tmp_path, monkeypatch):
         open_location("openai/gpt-oss-20b")
 
 
-def test_patience_ends_and_progress_renews_it(monkeypatch):
+def test_retries_end_and_progress_starts_them_again(monkeypatch):
     monkeypatch.setattr(retries, "FIRST_DELAY", 0.0)
     error = MachineError("the server fails")
     patience = retries.RetryPolicy(threading.Event(), tries=3)
@@ -120,5 +120,5 @@ def test_a_stop_ends_the_waiting():
         ({}, None),
     ],
 )
-def test_how_long_a_server_asks_to_wait(headers, seconds):
+def test_retry_after(headers, seconds):
     assert retries.retry_after(headers) == seconds

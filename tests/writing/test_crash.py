@@ -30,7 +30,7 @@ from runs import (
     status,
     wait_until,
 )
-from tracing import CALLS, Call, attached, end_failing, held, stop_after, trace
+from tracing import CALLS, Call, attached, end_failing, paused, stop_after, trace
 
 slow = pytest.mark.slow
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -57,7 +57,7 @@ def strace() -> None:
     if shutil.which("strace") is None:
         pytest.skip("strace is not installed")
     try:
-        with held(["true"]) as process, attached(process):
+        with paused(["true"]) as process, attached(process):
             process.wait(10)
     except RuntimeError as reason:
         pytest.skip(str(reason))
@@ -82,7 +82,7 @@ def test_a_kill_after_any_system_call(which, small, calls, tmp_path):
         points = [point for point in points if calls[point - 1].name.startswith("rename")][::2]
     for point in points:
         output = tmp_path / f"{point}"
-        with held(small.command(output)) as process:
+        with paused(small.command(output)) as process:
             names = stop_after(process, point, paths(calls, output))
             assert names == [call.name for call in calls[:point]]
             process.kill()
@@ -161,7 +161,7 @@ def test_a_new_output_folder_is_durable_itself(strace, small, tmp_path):
 def fault(number, error, small, calls, output, *, lasting=False) -> None:
     """Let one call of a run fail, or all from one on, and hold the run to what it may do then."""
     call, within = calls[number], paths(calls, output)
-    with held(small.command(output)) as process:
+    with paused(small.command(output)) as process:
         stop_after(process, number, within)
         names, within = (CALLS, within) if lasting else (call.name, paths([call], output))
         log = output.with_suffix(".log")
@@ -257,7 +257,7 @@ def test_a_signal_while_modules_load(part, strace, small, tmp_path):
     for number, file in enumerate(opened):
         signum = (signal.SIGINT, signal.SIGTERM)[number % 2]
         output = tmp_path / f"{number}"
-        with held(small.command(output)) as process:
+        with paused(small.command(output)) as process:
             stop_after(process, 1, [file])
             if not catches(process, signal.SIGTERM):
                 continue
@@ -276,7 +276,7 @@ def test_a_second_signal_does_not_wait(strace, small, tmp_path):
     """On a disk that takes two seconds for a write, the second SIGINT ends the run at once."""
     output = tmp_path / "out"
     slowly = ["-e", "trace=pwrite64", "-e", "inject=pwrite64:delay_enter=2000000"]
-    with held(small.command(output)) as process, attached(process, *slowly, "-o", os.devnull):
+    with paused(small.command(output)) as process, attached(process, *slowly, "-o", os.devnull):
         wait_until(lambda: [*output.glob(f"{WORK_NAME}/*.safetensors")], process)
         for _ in range(2):
             time.sleep(0.3)
@@ -331,7 +331,7 @@ def test_a_run_beside_one_that_stands_still(which, small, calls, tmp_path):
         ]
     for point in points:
         output = tmp_path / f"{point}"
-        with held(small.command(output, "--json")) as first:
+        with paused(small.command(output, "--json")) as first:
             stop_after(first, point, paths(calls, output))
             second = run(small.command(output, "--json"))
             first.send_signal(signal.SIGCONT)
@@ -346,7 +346,7 @@ def test_a_lock_that_was_deleted_locks_nothing(small, calls, tmp_path):
     no less than any other."""
     output = tmp_path / "out"
     locking = next(number for number, call in enumerate(calls) if call.name == "flock")
-    with held(small.command(output)) as first, held(small.command(output, "--overwrite")) as third:
+    with paused(small.command(output)) as first, paused(small.command(output, "--overwrite")) as third:
         stop_after(first, locking, paths(calls, output))
         assert run(small.command(output)).returncode == 0
         stop_after(third, len(calls) // 2, paths(calls, output))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from memory_location import Memory
-from runs import digests, shards_there
+from runs import digests, shards_in
 
 from gptoss_stream import convert
 from gptoss_stream.errors import MachineError, OptionError, OutputError
@@ -44,7 +44,7 @@ def test_few_shards_are_here_at_a_time(checkpoints, near, tmp_path, monkeypatch,
 
     def callbacks():
         while not over.wait(0.002):
-            seen.append(len(shards_there(tmp_path / "staging")))
+            seen.append(len(shards_in(tmp_path / "staging")))
 
     watcher = threading.Thread(target=callbacks)
     watcher.start()

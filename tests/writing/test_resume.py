@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import pytest
 from damages import CONFIG, INDEX, LAST, SHARD, Damage, config, gone, header_text, text
-from runs import ROOT, WORK_NAME, assert_clean_error, digests, run_here
+from runs import ROOT, WORK_NAME, assert_clean_error, digests, run_in_process
 from shards import edit_json, write_shard
 
 import gptoss_stream
@@ -73,13 +73,13 @@ def run(kept) -> Interrupted:
 
 def resume(run: Interrupted, *options: str) -> subprocess.CompletedProcess[str]:
     """The same command again, but for these options."""
-    return run_here("convert", *run, *SIZE, "--quiet", *options)
+    return run_in_process("convert", *run, *SIZE, "--quiet", *options)
 
 
 def whole(run: Interrupted, *options: str) -> dict[str, str]:
     """What a run that nothing interrupts makes of the source as it is now."""
     fresh = run.output.with_name("fresh")
-    assert run_here("convert", run.source, fresh, *SIZE, "--quiet", *options).returncode == 0
+    assert run_in_process("convert", run.source, fresh, *SIZE, "--quiet", *options).returncode == 0
     made = digests(fresh)
     shutil.rmtree(fresh)
     return made

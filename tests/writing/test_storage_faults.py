@@ -34,11 +34,11 @@ from runs import (
     assert_resumes,
     convert_command,
     digests,
+    disturb,
     interrupted,
     limit_file_size,
     run,
     seconds_of_writing,
-    strike,
 )
 
 MB = 1_000_000
@@ -101,7 +101,7 @@ def survive_power_losses(
         files = None if number % 10 < 2 else chance.randrange(len(whole))
         with ext4(image, disk, options):
             blow = partial(lose_power, disk, journal)
-            done, running = strike(command, output, blow, files, chance.uniform(0, pause))
+            done, running = disturb(command, output, blow, files, chance.uniform(0, pause))
         live += running
         with ext4(image, disk, options):
             assert_nothing_half_written(output, whole)

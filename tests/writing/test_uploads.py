@@ -10,7 +10,7 @@ import time
 
 import pytest
 from memory_location import Memory
-from runs import at_most, digests
+from runs import digests, time_limit
 
 from gptoss_stream import convert
 from gptoss_stream.errors import MachineError
@@ -144,7 +144,7 @@ def test_one_shard_here_and_everything_through_scratch_files(
     options = {"to": to, "max_shard_size": "60KB", "workers": workers}
     store = Memory()
     store.pause = 0.002
-    with at_most(20):
+    with time_limit(20):
         convert(checkpoints(), tmp_path / "near", **options)
         convert(checkpoints(), store, staging=tmp_path / "here", max_staged=1, **options)
     assert store.sums == digests(tmp_path / "near")
@@ -177,7 +177,7 @@ def interrupt(checkpoints, store: Gated, staging, **options) -> None:
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=press, daemon=True).start()
     try:
-        with at_most(8), pytest.raises(KeyboardInterrupt):
+        with time_limit(8), pytest.raises(KeyboardInterrupt):
             convert(checkpoints(), store, max_shard_size="150KB", staging=staging, **options)
     finally:
         signal.signal(signal.SIGINT, handler)

@@ -21,20 +21,20 @@ from hub_cases import (
     named,
 )
 from hub_runs import Job, Launcher, after
-from runs import INDEX_NAME, run_here, stamps
+from runs import INDEX_NAME, run_in_process, stamps
 from stand_in_hub import Request, StandInHub, every, first
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """The stand-in, and what begins runs against it."""
+    """The stand-in Hub, and a launcher of runs against it."""
     with StandInHub() as hub, Launcher(hub.endpoint, tmp_path_factory.mktemp("home")) as launcher:
         yield hub, launcher
 
 
 @pytest.fixture(scope="module")
 def released(checkpoints, tmp_path_factory) -> Path:
-    """A folder as OpenAI releases them: of several shards, with companions and `original/`."""
+    """A folder as OpenAI releases it: several shards, auxiliary files and `original/`."""
     folder = tmp_path_factory.mktemp("released") / "source"
     shutil.copytree(checkpoints(layers=2, max_shard_size="200KB"), folder)
     for name, data in COMPANIONS.items():
@@ -47,13 +47,13 @@ def released(checkpoints, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def another(checkpoints) -> Path:
-    """Another state of the same model: the same names and sizes, other weights."""
+    """Another commit of the same model: the same names and sizes, other weights."""
     return checkpoints(layers=2, max_shard_size="200KB", seed=1)
 
 
 @pytest.fixture
 def hub(served) -> StandInHub:
-    """The stand-in with nothing in it, and nothing wrong with it."""
+    """The stand-in Hub, empty and without faults."""
     hub = served[0]
     hub.repos.clear()
     hub.faults.clear()
@@ -65,7 +65,7 @@ def hub(served) -> StandInHub:
 
 @pytest.fixture
 def begin(served, tmp_path):
-    """Begin a run in the folder of the test, on some machine: one has one cache."""
+    """Start a run in the test's folder; each machine has its own cache."""
 
     def begin(*arguments: object, machine: str = "this", **more: str) -> Job:
         cache = str(tmp_path / machine)
@@ -86,7 +86,7 @@ def cli(begin):
 
 @pytest.fixture
 def convert(cli):
-    """Convert into several shards, without a word where all goes well."""
+    """Convert to several shards, quietly."""
 
     def convert(source: object, output: object, *options: object, **more: str):
         return cli("convert", source, output, *SIZE, "--quiet", *options, **more)
@@ -96,15 +96,18 @@ def convert(cli):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The files that a conversion of a local folder gives, by their SHA-256; but its record, which
-    says where the source was."""
+    """The SHA-256 of each file that a conversion of a local folder writes, without the record,
+    which names the source."""
     made: dict[tuple[object, ...], dict[str, str]] = {}
 
     def whole(source: Path, *options: str) -> dict[str, str]:
         key = (source, *options)
         if key not in made:
             output = tmp_path_factory.mktemp("whole") / "out"
-            assert run_here("convert", source, output, *SIZE, "--quiet", *options).returncode == 0
+            assert (
+                run_in_process("convert", source, output, *SIZE, "--quiet", *options).returncode
+                == 0
+            )
             made[key] = finished(output)
         return made[key]
 
@@ -113,8 +116,8 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ended(served, released, whole, tmp_path_factory):
-    """Runs that each ended by one kind of fault, all at the same time, and what came of it when the
-    same commands were run again after it."""
+    """Runs that each ended by one kind of fault, run at the same time, and the results of running
+    the same commands again afterwards."""
     hub, launcher = served
     folder = tmp_path_factory.mktemp("ended")
 
@@ -137,7 +140,7 @@ def ended(served, released, whole, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def refused(served, released, tmp_path_factory):
-    """The ends of these runs, which are done at the same time."""
+    """The results of these runs, which are run at the same time."""
     hub, launcher = served
     folder = tmp_path_factory.mktemp("refused")
     hub.add_folder(NAME, released)
@@ -151,13 +154,13 @@ def refused(served, released, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sent(served, released, tmp_path_factory):
-    """Runs that each had to do with one kind of fault, all at the same time: what was said, and
-    what is in the repository then."""
+    """Runs that each meet one kind of fault, run at the same time: their messages, and what is in
+    the repository afterwards."""
     hub, launcher = served
     folder, jobs = tmp_path_factory.mktemp("sent"), {}
 
     def repository_of(request: Request) -> str:
-        """Of an upload the address does not tell."""
+        """Return the repository of a request; the address of an upload does not name it."""
         upload = hub.uploads.get(request.path.split("/")[2])
         whose = [name for name, repo in hub.repos.items() if upload and upload.repo is repo]
         return whose[0] if whose else request.path

@@ -28,7 +28,7 @@ from stand_in_hub import Fault, StandInHub, first
 
 @pytest.mark.parametrize("way", ["option", "variable"])
 def test_a_private_repository_is_read_with_a_token(way, hub, cli, released, whole, tmp_path):
-    """Which only the Hub sees, and which is written nowhere."""
+    """Only the Hub sees the token, and it is written nowhere."""
     hub.tokens.add(TOKEN)
     hub.add_folder(NAME, released, private=True)
     options = ["--token", TOKEN] if way == "option" else []
@@ -57,7 +57,7 @@ def test_a_private_repository_is_read_with_a_token(way, hub, cli, released, whol
         (["--token", WRONG], "log in with `hf auth login`, or give another --token"),
     ],
 )
-def test_without_the_right_token_it_is_said_what_to_do(
+def test_without_the_right_token_the_error_says_what_to_do(
     options, word, hub, convert, released, tmp_path
 ):
     hub.tokens.add(TOKEN)
@@ -80,7 +80,7 @@ def test_a_gated_repository_is_opened_with_a_token(hub, convert, released, whole
 
 
 def test_warnings_of_the_client_hold_no_secret(hub, begin, released, whole, tmp_path, served):
-    """It warns of a download that broke off, and names the address."""
+    """The client warns of an interrupted download, and names the address."""
     hub.tokens.add(TOKEN)
     faults = [Fault("drop_after", 0), Fault("drop_after", 50_000), Fault("status", 429, NOW)]
     jobs = {}
@@ -100,7 +100,7 @@ def test_warnings_of_the_client_hold_no_secret(hub, begin, released, whole, tmp_
 
 
 def shards_asked_for(hub: StandInHub) -> list[str]:
-    """The CDN's files of which data was sent whole."""
+    """Return the files of the CDN that were sent completely."""
     return [r.path for r in hub.requests if r.origin == "cdn" and r.range is None]
 
 
@@ -124,7 +124,7 @@ def test_offline_the_cache_is_read(hub, released, another, whole, tmp_path):
     assert "HF_HUB_OFFLINE is set" in written.stderr
 
 
-def test_a_download_is_done_once(hub, cli, convert, released, whole, tmp_path):
+def test_a_file_is_downloaded_once(hub, cli, convert, released, whole, tmp_path):
     name = "openai/downloaded"
     hub.add_folder(name, released)
     done = convert(name, "out", "--download")
@@ -149,7 +149,7 @@ def test_only_what_is_needed_is_downloaded(hub, convert, released, whole, tmp_pa
     assert len(shards_asked_for(hub)) == 1
 
 
-def test_what_is_not_whole_in_the_cache_is_not_used(
+def test_incomplete_files_in_the_cache_are_not_used(
     hub, convert, released, whole, served, tmp_path
 ):
     name = "openai/downloaded-badly"
@@ -167,7 +167,7 @@ def test_what_is_not_whole_in_the_cache_is_not_used(
 
 
 @pytest.mark.parametrize("number", range(len(NOT_THERE)))
-def test_what_is_not_there_is_said(number, refused):
+def test_a_missing_source_is_named(number, refused):
     done, output = refused[0][number], refused[1]
     assert_clean_error(done, 2)
     assert NOT_THERE[number][2] in done.stderr
@@ -176,14 +176,14 @@ def test_what_is_not_there_is_said(number, refused):
 
 @pytest.fixture
 def closed() -> str:
-    """An address at which nobody listens."""
+    """An address at which no server listens."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{listening.getsockname()[1]}"
 
 
-def test_a_hub_that_is_down_is_soon_given_up(closed, released, tmp_path):
-    """Though a user starts it with nothing changed."""
+def test_a_hub_that_is_down_is_reported_soon(closed, released, tmp_path):
+    """Also with the default settings of a user."""
     start = time.monotonic()
     runs = [
         subprocess.Popen(
@@ -203,7 +203,7 @@ def test_a_hub_that_is_down_is_soon_given_up(closed, released, tmp_path):
 
 
 @pytest.mark.parametrize(("source", "output"), [(NAME, "out"), ("here", "hf://tester/out")])
-def test_a_server_that_is_no_hub_is_seen(source, output, hub, convert, released, tmp_path):
+def test_a_server_that_is_not_a_hub_is_detected(source, output, hub, convert, released, tmp_path):
     (tmp_path / "here").symlink_to(released)
     hub.add_folder(NAME, released)
     hub.faults.append(after(0, Fault("html"), ""))

@@ -22,8 +22,8 @@ from runs import assert_clean_error
 from stand_in_hub import Fault
 
 
-def test_an_output_is_replaced_when_that_is_wanted(hub, convert, released, another, whole):
-    """By other options or another source; of what is there only what the tool made."""
+def test_overwrite_replaces_an_output(hub, convert, released, another, whole):
+    """By other options or another source; only what the tool wrote is deleted."""
     assert convert(released, f"hf://{OUT}").returncode == 0
     card = {"README.md": b"# Mine", ".gitattributes": b"* text\n"}
     hub.add_repo(OUT, {**hub.files(OUT), **card})
@@ -60,8 +60,8 @@ def test_an_unfinished_output_of_another_run_is_refused(hub, convert, released, 
     assert contents(hub) == whole(released, "--dtype", "float32")
 
 
-def test_files_of_somebody_else_are_left_alone(hub, convert, released, whole):
-    """With or without --overwrite; so is the source itself."""
+def test_foreign_files_are_kept(hub, convert, released, whole):
+    """With or without --overwrite; so are those of the source."""
     hub.add_repo(OUT, {"weights.bin": b"mine", "README.md": b"# Mine"})
     hub.add_folder(NAME, released)
     for output, word in ((OUT, "weights.bin"), (NAME, "")):
@@ -80,8 +80,8 @@ def test_files_of_somebody_else_are_left_alone(hub, convert, released, whole):
     assert found.items() >= whole(released).items()
 
 
-def test_a_listing_that_is_refused_is_not_an_empty_repository(hub, convert, released):
-    """Or files would be written among somebody else's."""
+def test_a_refused_listing_is_not_an_empty_repository(hub, convert, released):
+    """Otherwise files would be written among foreign files."""
     hub.add_repo(OUT, {"weights.bin": b"mine"})
     for status in (400, 403):
         hub.faults.append(after(0, Fault("status", status), r"GET .*/tree/"))
@@ -104,7 +104,7 @@ def test_writing_needs_the_right_token(options, hub, convert, released, tmp_path
     assert hub.repos[OUT].private
 
 
-def test_what_was_deleted_there_is_made_again(hub, convert, released, whole):
+def test_deleted_shards_are_written_again(hub, convert, released, whole):
     assert convert(released, f"hf://{OUT}").returncode == 0
     files = dict(hub.files(OUT))
     lost = sorted(shards(hub))[2]

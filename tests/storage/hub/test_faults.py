@@ -69,8 +69,8 @@ PASSING = {
 
 @pytest.fixture(scope="module")
 def passed(served, released, tmp_path_factory):
-    """Runs that each had to do with one kind of fault: whatever they ask for fails at first. They
-    are done at the same time."""
+    """Runs that each meet one kind of fault: every request fails at first. They are run at the same
+    time."""
     hub, launcher = served
     folder = tmp_path_factory.mktemp("passed")
     jobs = {}
@@ -84,15 +84,15 @@ def passed(served, released, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", PASSING)
-def test_what_passes_does_no_harm(name, passed, released, whole):
+def test_a_passing_fault_does_no_harm(name, passed, released, whole):
     done, output = passed[name]
     assert done.returncode == 0, done.stderr
     assert finished(output) == whole(released)
 
 
 @pytest.mark.parametrize("name", LASTING)
-def test_what_lasts_ends_the_run(name, ended, released, whole):
-    """With one line that says what; and the same command again, when it is over, goes on."""
+def test_a_lasting_fault_ends_the_run(name, ended, released, whole):
+    """With one line that names the fault; the same command resumes afterwards."""
     done, before, again, output = ended[name]
     _, _, code, word = LASTING[name]
     assert_clean_error(done, code)
@@ -103,11 +103,11 @@ def test_what_lasts_ends_the_run(name, ended, released, whole):
     assert before.items() <= stamps(output).items()
 
 
-def test_some_had_finished_shards(ended):
+def test_some_runs_had_finished_shards(ended):
     assert sum(bool(before) for _, before, _, _ in ended.values()) >= 5
 
 
-def test_a_server_is_left_alone_for_as_long_as_it_asks(hub, convert, released, tmp_path):
+def test_retry_after_is_respected(hub, convert, released, tmp_path):
     hub.add_folder(NAME, released)
     hub.faults.append(first(1, Fault("status", 429, {"Retry-After": "1"}), DATA))
     begin = time.monotonic()
@@ -120,10 +120,10 @@ def test_a_server_is_left_alone_for_as_long_as_it_asks(hub, convert, released, t
     [("reading", signal.SIGINT, 130), ("writing", signal.SIGTERM, 143)],
     ids=["reading", "writing"],
 )
-def test_a_run_that_waits_for_the_network_is_interrupted_at_once(
+def test_a_run_that_waits_for_the_network_can_be_interrupted(
     where, number, code, hub, begin, convert, released, whole, tmp_path
 ):
-    """And goes on later."""
+    """It resumes later."""
     hub.add_folder(NAME, released)
     output = "out" if where == "reading" else f"hf://{OUT}"
     kind, most = ("cdn GET", 12) if where == "reading" else ("cdn PUT", 1)
@@ -143,9 +143,9 @@ def test_a_run_that_waits_for_the_network_is_interrupted_at_once(
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_all_of_it_at_random(seed, hub, convert, released, whole, tmp_path):
-    """One request in five goes wrong, each in its own way. Only a bit that was flipped ends a run,
-    which is then run again."""
+def test_faults_at_random(seed, hub, convert, released, whole, tmp_path):
+    """One request in five fails, each in its own way. Only a flipped bit ends a run, which is then
+    run again."""
     hub.add_folder(NAME, released)
     chance = random.Random(seed)
 
@@ -173,7 +173,7 @@ def test_all_of_it_at_random(seed, hub, convert, released, whole, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["config.json", INDEX_NAME, "chat_template.jinja"])
-def test_a_flipped_bit_of_a_small_file_is_seen(name, hub, convert, released, whole, tmp_path):
+def test_a_flipped_bit_of_a_small_file_is_detected(name, hub, convert, released, whole, tmp_path):
     hub.add_folder(NAME, released)
     hub.faults.append(after(0, Fault("flip"), rf"hub GET .*/{name}"))
     done = convert(NAME, "out")
@@ -186,8 +186,8 @@ def test_a_flipped_bit_of_a_small_file_is_seen(name, hub, convert, released, who
     assert finished(tmp_path / "out") == whole(released)
 
 
-def test_a_flipped_bit_of_a_large_tokenizer_is_seen(hub, convert, released, tmp_path):
-    """It is read in parts, from the CDN: 28 MB in the released models."""
+def test_a_flipped_bit_of_a_large_tokenizer_is_detected(hub, convert, released, tmp_path):
+    """It is read in blocks, from the CDN: 28 MB in the released models."""
     tokenizer = random.Random(0).randbytes(11_000_000)
     (tmp_path / "files").mkdir()
     files = {f.name: f for f in released.glob("*.*") if f.is_file()}
@@ -206,7 +206,7 @@ def test_a_flipped_bit_of_a_large_tokenizer_is_seen(hub, convert, released, tmp_
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == tokenizer
 
 
-def test_addresses_that_run_out_are_asked_for_again(hub, convert, released, whole, tmp_path):
+def test_expired_links_are_renewed(hub, convert, released, whole, tmp_path):
     hub.add_folder(NAME, released)
     hub.link_seconds = 0.1
     hub.faults.append(every(3, Fault("stall", 0.1), DATA))
@@ -215,7 +215,7 @@ def test_addresses_that_run_out_are_asked_for_again(hub, convert, released, whol
     assert finished(tmp_path / "out") == whole(released)
 
 
-def test_addresses_that_are_all_withdrawn_are_asked_for_again(
+def test_withdrawn_links_are_renewed(
     hub, convert, released, whole, tmp_path
 ):
     hub.add_folder(NAME, released)

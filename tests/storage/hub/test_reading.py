@@ -29,7 +29,7 @@ def lines(done: subprocess.CompletedProcess[str]) -> list[str]:
         (f"hf://{NAME}@COMMIT/in/it", [], "in it", "/in/it"),
     ],
 )
-def test_the_output_is_that_of_the_local_folder(
+def test_the_output_is_the_same_as_from_a_local_folder(
     source, options, folder, at, hub, cli, released, another, whole, tmp_path
 ):
     first_commit = hub.add_folder(NAME, released)
@@ -48,7 +48,7 @@ def test_the_output_is_that_of_the_local_folder(
     assert record["source"] == f"hf://{NAME}@{commit}{at}"
 
 
-def test_as_a_user_starts_it(hub, released, whole, tmp_path):
+def test_the_command_as_a_user_runs_it(hub, released, whole, tmp_path):
     """From a fresh interpreter, with no setting changed."""
     commit = hub.add_folder(NAME, released)
     from_hub = f"gptoss_stream: reading hf://{NAME}@{commit[:12]}\n"
@@ -63,7 +63,7 @@ def test_as_a_user_starts_it(hub, released, whole, tmp_path):
     assert finished(tmp_path / "out") == whole(released)
 
 
-def test_a_folder_of_this_machine_comes_first(hub, cli, another, released, whole, tmp_path):
+def test_a_local_folder_has_priority(hub, cli, another, released, whole, tmp_path):
     hub.add_folder(NAME, released)
     shutil.copytree(another, tmp_path / NAME)
     done = cli("convert", NAME, "out", *SIZE)
@@ -93,7 +93,7 @@ def header_nbytes(folder: Path) -> int:
         (["--only", "router", "--only", "norms"], 0.02),
     ],
 )
-def test_what_is_needed_is_sent_once(options, share, hub, cli, released, tmp_path):
+def test_needed_bytes_are_read_once(options, share, hub, cli, released, tmp_path):
     hub.add_folder(NAME, released)
     done = cli("convert", NAME, "out", *SIZE, *options, "--json")
     assert done.returncode == 0
@@ -106,7 +106,7 @@ def test_what_is_needed_is_sent_once(options, share, hub, cli, released, tmp_pat
 
 
 def assert_no_byte_twice(hub: StandInHub, folder: Path) -> None:
-    """But the first of each file, in which the length of its header stands."""
+    """Except the first bytes of each file, which hold the length of its header."""
     ranges: dict[str, list[tuple[int, int]]] = {}
     for request in hub.requests:
         if request.origin == "cdn":
@@ -123,13 +123,13 @@ def assert_no_byte_twice(hub: StandInHub, folder: Path) -> None:
 
 
 def is_of_a_block(request: Request) -> bool:
-    """Whether data was asked for, and not a header."""
+    """Return whether data was requested, and not a header."""
     return request.origin == "cdn" and len(request.range or "") > len("bytes=8-99999")
 
 
-def test_large_blocks_are_sent_once(hub, tmp_path, checkpoints, whole):
-    """As they are without the settings of these tests: of up to 16 MiB. One that breaks off goes
-    on where it was, but for less than a MiB."""
+def test_large_blocks_are_read_once(hub, tmp_path, checkpoints, whole):
+    """Blocks of the default size, up to 16 MiB. A block that breaks off is resumed, and less than a
+    MiB is sent twice."""
     source = checkpoints(layers=1, vocab_size=160_000, hidden_size=64)
     hub.add_folder(NAME, source)
     breaks = 2

@@ -11,14 +11,14 @@ from stand_in_hub import Fault, StandInHub
 
 
 def stop_midway(hub: StandInHub, convert, source: str, *options: str, n: int = 20):
-    """Begin a conversion, and let its source fail for good."""
+    """Start a conversion, and let its source fail permanently."""
     hub.faults.append(after(n, Fault("status", 500), DATA))
     done = convert(source, "out", "--workers", "1", *options)
     assert_clean_error(done, 3)
     hub.faults.clear()
 
 
-def test_a_resumed_run_reads_the_state_that_it_began_with(
+def test_a_resumed_run_reads_the_commit_that_it_began_with(
     hub, convert, cli, released, another, whole, tmp_path
 ):
     began = hub.add_folder(NAME, released)
@@ -32,7 +32,7 @@ def test_a_resumed_run_reads_the_state_that_it_began_with(
     assert json.loads((tmp_path / "out" / RECORD).read_text())["source"] == f"hf://{NAME}@{began}"
 
 
-def test_a_new_run_reads_the_state_of_now(hub, convert, released, another, whole, tmp_path):
+def test_a_new_run_reads_the_newest_commit(hub, convert, released, another, whole, tmp_path):
     hub.add_folder(NAME, released)
     assert convert(NAME, "before").returncode == 0
     hub.add_folder(NAME, another)
@@ -45,7 +45,7 @@ def test_a_new_run_reads_the_state_of_now(hub, convert, released, another, whole
     assert finished(tmp_path / "before") == whole(another)
 
 
-def test_a_state_that_moves_during_the_run_is_not_seen(
+def test_a_commit_during_the_run_changes_nothing(
     hub, convert, released, another, whole, tmp_path
 ):
     hub.add_folder(NAME, released)
@@ -83,8 +83,8 @@ def test_another_revision_is_refused(hub, convert, released, another, tmp_path):
     assert {n: d for n, d in before.items() if n != f"{WORK_NAME}/lock"}.items() <= after.items()
 
 
-def test_a_state_that_is_gone_is_said(hub, convert, released, another, whole, tmp_path):
-    """A branch that was rewritten, and its old commit deleted."""
+def test_a_deleted_commit_is_reported(hub, convert, released, another, whole, tmp_path):
+    """A branch was rewritten, and its old commit deleted."""
     began = hub.add_folder(NAME, released)
     stop_midway(hub, convert, NAME)
     hub.add_folder(NAME, another)
@@ -96,7 +96,7 @@ def test_a_state_that_is_gone_is_said(hub, convert, released, another, whole, tm
     assert finished(tmp_path / "out") == whole(another)
 
 
-def test_a_run_that_replaces_another_reads_the_state_of_now(
+def test_a_run_that_overwrites_reads_the_newest_commit(
     hub, convert, released, another, whole, tmp_path
 ):
     hub.add_folder(NAME, released)

@@ -32,10 +32,10 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("fault", "match", "code", "word"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_the_hub_does_not_take_ends_the_run(
+def test_a_refused_upload_ends_the_run(
     fault, match, code, word, hub, convert, released, whole, tmp_path
 ):
-    """With one line, and nothing lost: the same command goes on with what has not arrived."""
+    """With one line, and nothing is lost: the same command uploads what is missing."""
     hub.faults.append(after(3, fault, match))
     done = convert(released, f"hf://{OUT}")
     assert_clean_error(done, code)
@@ -53,8 +53,8 @@ def test_what_the_hub_does_not_take_ends_the_run(
 
 
 @pytest.mark.parametrize("name", SENDING)
-def test_an_upload_goes_on_after_what_passes(name, sent, released, whole):
-    """Whether the Hub has done what it was asked to, or not."""
+def test_an_upload_survives_passing_faults(name, sent, released, whole):
+    """Whether the Hub has carried out the request or not."""
     ends, found, left = sent
     done, (_, match) = ends[name], SENDING[name]
     assert done.returncode == 0, done.stderr
@@ -64,17 +64,17 @@ def test_an_upload_goes_on_after_what_passes(name, sent, released, whole):
     assert ("?…" in done.stderr) == (match == PUT)  # of these the client warns, with the address
 
 
-def test_a_repository_is_made_though_the_hub_does_not_say_so(hub, convert, released, whole):
+def test_a_repository_is_created_although_the_reply_is_lost(hub, convert, released, whole):
     hub.faults.append(first(1, Fault("lose_reply"), "POST .*/create"))
     assert convert(released, f"hf://{OUT}").returncode == 0
     assert contents(hub) == whole(released)
 
 
 @pytest.mark.parametrize("nbytes", [None, 1000], ids=["other bytes", "another size"])
-def test_what_has_arrived_is_held_against_what_was_sent(
+def test_uploaded_files_are_checked(
     nbytes, hub, convert, released, whole, tmp_path
 ):
-    """And what is known to be wrong there is made and sent again."""
+    """A shard that is known to be damaged is written and uploaded again."""
 
     def spoil(request):
         if "/tree/" in request.path and len(shards(hub)) == 3:

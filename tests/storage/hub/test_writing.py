@@ -21,12 +21,12 @@ from hub_cases import (
     told,
 )
 from hub_runs import after, wait_for
-from runs import INDEX_NAME, WORK_NAME, shards_there
+from runs import INDEX_NAME, WORK_NAME, shards_in
 from stand_in_hub import Fault
 
 
 @pytest.mark.parametrize("part_nbytes", [None, 64_000], ids=["in one piece", "in parts"])
-def test_a_repository_is_made_and_filled(part_nbytes, hub, cli, released, whole, tmp_path):
+def test_a_repository_is_created_and_filled(part_nbytes, hub, cli, released, whole, tmp_path):
     hub.part_nbytes = part_nbytes
     done = cli("convert", released, f"hf://{OUT}", *SIZE)
     assert (done.returncode, done.stderr) == (0, "")
@@ -67,14 +67,14 @@ def test_from_repository_to_repository(hub, convert, released, whole, tmp_path):
 
 @pytest.mark.parametrize("most", [1, 2])
 def test_few_shards_are_staged_at_a_time(most, hub, begin, released, whole, tmp_path):
-    """Though the Hub is slow to take them."""
+    """Also if uploads are slow."""
     hub.faults.append(after(0, Fault("slow", 1_500_000), PUT))
     here = tmp_path / "here"
     options = ["--max-staged", most, "--staging", here, "--workers", 3]
     job = begin("convert", released, f"hf://{OUT}", *SIZE, "--quiet", *options)
     counts = set()
     while not job.is_over:
-        counts.add(len(shards_there(here)))
+        counts.add(len(shards_in(here)))
     assert job.done().returncode == 0
     assert contents(hub) == whole(released)
     assert max(counts) == most
@@ -83,8 +83,8 @@ def test_few_shards_are_staged_at_a_time(most, hub, begin, released, whole, tmp_
 
 
 @pytest.mark.parametrize(("n", "machine"), [(0, "another"), (2, "this"), (4, "another")])
-def test_a_killed_run_goes_on_where_it_was(n, machine, hub, begin, cli, released, whole, tmp_path):
-    """What has arrived is neither made nor sent again, from whatever machine."""
+def test_a_killed_run_resumes(n, machine, hub, begin, cli, released, whole, tmp_path):
+    """Uploaded shards are neither written nor uploaded again, from any machine."""
     hub.add_folder(NAME, released)
     hub.faults.append(after(n, Fault("slow", 20_000), PUT))
     job = begin("convert", NAME, f"hf://{OUT}", *SIZE, "--quiet")
@@ -109,10 +109,10 @@ def test_a_killed_run_goes_on_where_it_was(n, machine, hub, begin, cli, released
         assert hub.bytes_sent < 0.7 * weights + small_nbytes(released)
 
 
-def test_a_source_that_moves_is_pinned_by_what_is_there(
+def test_the_remote_state_pins_the_source(
     hub, begin, convert, released, another, whole
 ):
-    """Also where another machine goes on: the far end says which commit was read."""
+    """Also if another machine resumes: the state in the output names the commit that was read."""
     hub.add_folder(NAME, released)
     hub.faults.append(after(2, Fault("status", 403), PUT))
     assert convert(NAME, f"hf://{OUT}").returncode == 2

@@ -38,7 +38,7 @@ def moto():
 
 @pytest.fixture
 def s3(moto, monkeypatch, tmp_path):
-    """A bucket of one's own, in an environment that leads to it."""
+    """A new bucket, and an environment with its endpoint and keys."""
     client, proxy = moto
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
@@ -64,7 +64,7 @@ def s3(moto, monkeypatch, tmp_path):
 
 @pytest.fixture
 def new_clients():
-    """None that an earlier test has made, and none of these for a later one."""
+    """Clear the cached clients, before and after the test."""
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     yield
     fsspec.get_filesystem_class("s3").clear_instance_cache()
@@ -72,7 +72,7 @@ def new_clients():
 
 @pytest.fixture(scope="module")
 def whole(checkpoints, tmp_path_factory) -> dict[str, str]:
-    """What a conversion on this machine gives, with checksums."""
+    """The output of a local conversion, with checksums."""
     output = tmp_path_factory.mktemp("whole") / "out"
     assert convert(checkpoints(), output, "--checksums").returncode == 0
     return digests(output)

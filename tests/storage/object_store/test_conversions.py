@@ -9,13 +9,13 @@ from object_store_cases import RECORD, RUN, Store, assert_done, convert, data_of
 from runs import (
     INDEX_NAME,
     digests,
-    run_here,
+    run_in_process,
 )
 
 
 def test_from_a_folder_to_a_bucket(s3, checkpoints, whole, tmp_path):
-    """The same files, the record too; what says that a run is under way is first and last to
-    change, and of the files the index is the last."""
+    """The same files, the record included. The state of the run is written first and deleted last,
+    and the index is the last file."""
     under_way = []
 
     def look(request, answer):
@@ -51,7 +51,7 @@ def test_from_the_root_of_a_bucket_to_that_of_another(s3, checkpoints, whole):
     assert data_of(s3.digests("")) == data_of(whole)
 
 
-def test_neighbours_and_empty_folders_are_none_of_its_business(s3, checkpoints, whole):
+def test_other_folders_are_ignored(s3, checkpoints, whole):
     for key in ("out2/x", "out.json", "out/", "other/out/x"):
         s3.write(key, b"")
     assert_done(convert(checkpoints(), s3.url(), "--checksums"))
@@ -60,21 +60,21 @@ def test_neighbours_and_empty_folders_are_none_of_its_business(s3, checkpoints, 
     assert {"out2/x", "out.json", "other/out/x"} <= {*s3.objects()}
 
 
-def test_a_finished_run_is_not_done_again(s3, checkpoints, tmp_path):
+def test_a_finished_run_is_not_repeated(s3, checkpoints, tmp_path):
     assert_done(convert(checkpoints(), s3.url()))
     s3.proxy.requests.clear()
-    done = run_here("convert", checkpoints(), s3.url(), "--max-shard-size", "300KB")
+    done = run_in_process("convert", checkpoints(), s3.url(), "--max-shard-size", "300KB")
     assert "nothing to do: all shards were already written" in done.stdout
     assert s3.proxy.asked("^(PUT|POST|DELETE)") == []
     assert staged(tmp_path) == []
 
 
 def test_parts_of_a_large_shard(s3, checkpoints, tmp_path):
-    """A shard that goes in several parts, of which one is wrong at first."""
+    """A shard is uploaded in several parts, one of which is damaged at first."""
     large = checkpoints(layers=1, experts=2, hidden_size=1440, vocab_size=6000)
-    assert_done(run_here("convert", large, tmp_path / "near", "--quiet"))
+    assert_done(run_in_process("convert", large, tmp_path / "near", "--quiet"))
     s3.proxy.spoil("PUT .*partNumber=2", flipped, times=1)
-    assert_done(run_here("convert", large, s3.url(), "--quiet"))
+    assert_done(run_in_process("convert", large, s3.url(), "--quiet"))
     assert s3.digests() == digests(tmp_path / "near")
     shard = s3.client.head_object(Bucket=s3.bucket, Key="out/model.safetensors")
     assert shard["ContentLength"] > 2 * (16 << 20)

@@ -38,7 +38,7 @@ INTERNAL = status(500, error("InternalError"))
 
 
 def test_kills_in_a_chain(s3, checkpoints, whole, tmp_path):
-    """Each at another request, seldom where the last one was."""
+    """Each kill at another request."""
     chance = random.Random(5)
     kills = 0
     while kills < 4 and killed(
@@ -71,7 +71,7 @@ def test_a_kill_at_any_request(s3, checkpoints, whole, tmp_path, is_done):
 
 
 def test_a_kill_right_before_the_end(s3, checkpoints, whole, tmp_path):
-    """All has arrived, and what is left here is deleted all the same."""
+    """Everything is uploaded, and the local files are deleted nevertheless."""
     assert killed(s3, checkpoints(), f"DELETE .*{RUN}", 0, is_done=True)
     assert s3.digests() == whole
     assert staged(tmp_path) != []
@@ -80,7 +80,7 @@ def test_a_kill_right_before_the_end(s3, checkpoints, whole, tmp_path):
     assert staged(tmp_path) == []
 
 
-def test_ctrl_c_while_a_slow_store_is_waited_for(s3, checkpoints, whole):
+def test_ctrl_c_during_a_slow_upload(s3, checkpoints, whole):
     until = threading.Event()
 
     def hold(request, answer):
@@ -135,7 +135,7 @@ def test_a_server_that_fails_for_a_while(s3, checkpoints, whole, tmp_path, how):
     ("how", "times"),
     [(no_answer, 2), (short, 2), (halved, 2), (SLOW_DOWN, 2), (short, inf), (INTERNAL, inf)],
 )
-def test_a_source_that_is_badly_read(s3, checkpoints, whole, tmp_path, how, times):
+def test_bad_replies_of_the_source(s3, checkpoints, whole, tmp_path, how, times):
     source = s3.fill(checkpoints(max_shard_size="200KB"))
     s3.proxy.spoil("GET .*safetensors$", how, times=times, skip=13)
     done = convert(source, tmp_path / "out")

@@ -22,7 +22,7 @@ from object_store_cases import (
 from runs import (
     assert_clean_error,
     digests,
-    run_here,
+    run_in_process,
 )
 
 import gptoss_stream
@@ -89,8 +89,8 @@ def test_one_clear_line(
 
 
 @pytest.mark.slow
-def test_a_server_that_is_down_is_soon_given_up(s3, checkpoints, monkeypatch):
-    """With all patience that the client and the tool have."""
+def test_a_server_that_is_down_is_reported_soon(s3, checkpoints, monkeypatch):
+    """With all retries of the client and the tool."""
     server_down(s3, monkeypatch)
     monkeypatch.delenv("AWS_MAX_ATTEMPTS")
     begun = time.monotonic()
@@ -101,7 +101,7 @@ def test_a_server_that_is_down_is_soon_given_up(s3, checkpoints, monkeypatch):
 
 
 def test_secrets_stay_secret(s3, checkpoints, tmp_path):
-    """In what is printed and written, and with words on everything."""
+    """In everything that is printed and written, with debug logging."""
     source = s3.fill(checkpoints())
     kept = []
 
@@ -110,7 +110,7 @@ def test_secrets_stay_secret(s3, checkpoints, tmp_path):
         return answer(request)
 
     s3.proxy.spoil("PUT .*json", keep)
-    done = run_here("convert", source, s3.url(), "--json")
+    done = run_in_process("convert", source, s3.url(), "--json")
     assert done.returncode == 0, done.stderr
     texts = [done.stdout, done.stderr, *map(bytes.decode, kept)]
     assert len(texts) > 6
@@ -120,7 +120,7 @@ def test_secrets_stay_secret(s3, checkpoints, tmp_path):
 
 
 def test_memory(checkpoints, tmp_path):
-    """Through the library, from and to a store in memory."""
+    """With the library, from and to a store in memory."""
     near = tmp_path / "near"
     gptoss_stream.convert(checkpoints(), near, max_shard_size="300KB")
     url = f"memory://{tmp_path.name}"
@@ -138,9 +138,9 @@ class Died(BaseException):
     pass
 
 
-def test_where_files_are_there_before_all_of_them_is(checkpoints, tmp_path, monkeypatch):
-    """They get their names when they are whole, and what a run that died has left of one is not
-    taken for somebody else's."""
+def test_stores_in_which_files_appear_before_they_are_complete(checkpoints, tmp_path, monkeypatch):
+    """They get their final names when they are complete, and the partial file of a killed run is
+    not a foreign file."""
     near, far = tmp_path / "near", tmp_path / "far"
     gptoss_stream.convert(checkpoints(), near, max_shard_size="300KB")
     local = fsspec.get_filesystem_class("file")

@@ -23,21 +23,21 @@ from runs import (
     INDEX_NAME,
     assert_clean_error,
     digests,
-    shards_there,
+    shards_in,
 )
 
 from gptoss_stream.errors import MachineError
 from gptoss_stream.storage.object_store import ObjectStore
 
 
-def test_what_arrives_wrong_is_sent_again(s3, checkpoints, whole):
+def test_a_damaged_upload_is_repeated(s3, checkpoints, whole):
     s3.proxy.spoil("PUT .*safetensors$", flipped, times=2)
     assert_done(convert(checkpoints(), s3.url(), "--checksums"))
     assert s3.digests() == whole
 
 
-def test_what_arrives_wrong_for_ever_does_not_stay(s3, checkpoints, whole):
-    """Or the next run would take it for finished."""
+def test_an_upload_that_is_always_damaged_is_deleted(s3, checkpoints, whole):
+    """Otherwise the next run would consider it finished."""
     s3.proxy.spoil(f"PUT .*{SHARDS[2]}$", flipped)
     done = convert(checkpoints(), s3.url(), "--checksums")
     assert_clean_error(done, 3)
@@ -48,8 +48,8 @@ def test_what_arrives_wrong_for_ever_does_not_stay(s3, checkpoints, whole):
     assert s3.digests() == whole
 
 
-def test_etags_that_only_look_like_sums(s3, checkpoints, whole):
-    """As of objects that are encrypted: one is read back, which shows it."""
+def test_etags_that_only_look_like_checksums(s3, checkpoints, whole):
+    """For example of encrypted objects: one is read back to find out."""
 
     def other_etag(request, answer):
         reply = answer(request)
@@ -64,7 +64,7 @@ def test_etags_that_only_look_like_sums(s3, checkpoints, whole):
     assert_written_once(s3)
 
 
-def test_a_wrong_file_is_told_from_an_etag_that_is_no_sum(s3):
+def test_a_damaged_file_is_distinguished_from_another_kind_of_etag(s3):
     bucket = ObjectStore(s3.url())
     s3.proxy.spoil("PUT", flipped)
     with pytest.raises(MachineError, match=f"{s3.url()}/x: "):
@@ -75,7 +75,7 @@ def test_a_wrong_file_is_told_from_an_etag_that_is_no_sum(s3):
     assert s3.read("out/x") == b"some bytes"
 
 
-def test_overwriting_deletes_what_the_tool_made(s3, checkpoints, whole):
+def test_overwrite_deletes_only_what_the_tool_wrote(s3, checkpoints, whole):
     assert_done(convert(checkpoints(), s3.url(), "--checksums", "--max-shard-size", "150KB"))
     before = {*s3.digests()}
     assert_done(convert(checkpoints(), s3.url(), "--overwrite"))
@@ -112,15 +112,15 @@ def test_foreign_objects_are_refused(s3, checkpoints, tmp_path):
 
 
 @pytest.mark.parametrize("most", [1, 2])
-def test_few_shards_are_here_at_a_time(s3, checkpoints, whole, tmp_path, monkeypatch, most):
-    """Also where the store is slow, and a large transpose goes through a scratch file."""
+def test_few_shards_are_on_the_disk_at_a_time(s3, checkpoints, whole, tmp_path, monkeypatch, most):
+    """Also if the store is slow, and with a spilled transposition."""
     monkeypatch.setattr("gptoss_stream.planning.shards.SPILL_NBYTES", 100_000)
     s3.proxy.rate = 3e6
     seen, over = Counter(), threading.Event()
 
     def callbacks():
         while not over.wait(0.002):
-            seen[len(shards_there(tmp_path / "cache"))] += 1
+            seen[len(shards_in(tmp_path / "cache"))] += 1
 
     watcher = threading.Thread(target=callbacks)
     watcher.start()
@@ -135,7 +135,7 @@ def test_few_shards_are_here_at_a_time(s3, checkpoints, whole, tmp_path, monkeyp
     assert staged(tmp_path) == []
 
 
-def test_a_source_that_changes_meanwhile(s3, checkpoints, whole, tmp_path):
+def test_a_source_that_changes_during_the_run(s3, checkpoints, whole, tmp_path):
     source = s3.fill(checkpoints(max_shard_size="200KB"))
     victim = sorted(key for key in s3.objects() if key.endswith("safetensors"))[2]
 
@@ -156,7 +156,7 @@ def test_a_source_that_changes_meanwhile(s3, checkpoints, whole, tmp_path):
     assert "source_files" in again.stderr
 
 
-def test_a_source_that_is_deleted_meanwhile(s3, checkpoints, tmp_path):
+def test_a_source_that_is_deleted_during_the_run(s3, checkpoints, tmp_path):
     source = s3.fill(checkpoints())
 
     def delete(request, answer):
