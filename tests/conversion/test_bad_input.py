@@ -1,7 +1,7 @@
-"""Every bad input that is known, and what `convert` says of it: one line, exit code 2, no output.
+"""All known invalid inputs: `convert` reports one line, exits with code 2, and writes no output.
 
-Each row: what is done to a checkpoint (`damages`), and what the line must hold: first of all the
-file at fault and, where there is one, the tensor.
+Each row has a damage to a checkpoint and what the line must contain: the invalid file, the tensor
+if it is about one, and words of the reason.
 """
 
 from __future__ import annotations
@@ -57,17 +57,17 @@ SHARDS = {
     "no shard at all": (both(gone(INDEX), lambda f: [x.unlink() for x in f.glob("*.safetensors")]),
                         "no .safetensors file"),
     "a shard of no bytes": (shard(lambda d: b""), SHARD, "0 bytes are too few"),
-    "of one byte": (shard(lambda d: d[:1]), SHARD, "1 bytes are too few"),
-    "of seven bytes": (shard(lambda d: d[:7]), SHARD, "7 bytes are too few"),
-    "its length field alone": (shard(lambda d: d[:8]), SHARD, "truncated: a header of"),
+    "a shard of one byte": (shard(lambda d: d[:1]), SHARD, "1 bytes are too few"),
+    "a shard of seven bytes": (shard(lambda d: d[:7]), SHARD, "7 bytes are too few"),
+    "only the length field": (shard(lambda d: d[:8]), SHARD, "truncated: a header of"),
     "cut in its header": (cut_header(0.5), SHARD, "truncated: a header of"),
     "cut after its header": (cut_header(1), SHARD, "truncated: 0 bytes of tensor data"),
     "a byte short": (shard(lambda d: d[:-1]), SHARD, "1 are missing"),
     "a page short": (shard(lambda d: d[:-4096]), SHARD, "4096 are missing"),
-    "half of it": (shard(lambda d: d[: len(d) // 2]), SHARD, "truncated", "are missing"),
+    "half of the shard": (shard(lambda d: d[: len(d) // 2]), SHARD, "truncated", "are missing"),
     "a byte too long": (shard(lambda d: d + b"\0"), SHARD, "1 bytes follow the last tensor"),
     "a page too long": (shard(lambda d: d + bytes(4096)), SHARD, "4096 bytes follow"),
-    "nothing but zeros": (shard(lambda d: bytes(len(d))), SHARD, "not JSON"),
+    "only zeros": (shard(lambda d: bytes(len(d))), SHARD, "not JSON"),
     "a header longer than the file": (length(10_000_000), SHARD, "a header of 10000000 bytes"),
     "a header above the limit": (length(100_000_001), SHARD, "100000001"),
     "a header of 2^63 bytes": (length(2**63), SHARD, str(2**63)),
@@ -84,89 +84,92 @@ SHARDS = {
     "a folder": (replaced(SHARD, Path.mkdir), SHARD, "not a regular file"),
     "a socket": (replaced(SHARD, listen), SHARD),
     "a link to a device": (replaced(SHARD, link("/dev/zero")), SHARD, "leads out of the folder"),
-    "a link out": (replaced(SHARD, link("../elsewhere.safetensors")), SHARD, "a link that leads"),
+    "a link out of the folder": (replaced(SHARD, link("../elsewhere.safetensors")),
+                                 SHARD, "a link that leads"),
     "a link to nowhere": (replaced(SHARD, link("nowhere")), SHARD),
     "a link to itself": (replaced(SHARD, link(SHARD)), SHARD),
 }
 
-# One row for each class of damage; the parser's own table is in `test_safetensors_format`.
+# One row for each class of damage; the parser's own table is in `test_safetensors_header`.
 HEADERS = {
-    "no UTF-8": (header_text(lambda t: t.decode().encode("utf-16")), SHARD, "not UTF-8"),
-    "no JSON": (header_text(lambda t: t.replace(b":", b"=", 1)), SHARD, "not JSON"),
-    "nested deep": (header_text(lambda t: DEEP), SHARD, "nested too deeply"),
+    "not UTF-8": (header_text(lambda t: t.decode().encode("utf-16")), SHARD, "not UTF-8"),
+    "not JSON": (header_text(lambda t: t.replace(b":", b"=", 1)), SHARD, "not JSON"),
+    "nested too deeply": (header_text(lambda t: DEEP), SHARD, "nested too deeply"),
     "a number of 5,000 digits": (header_text(lambda t: b'{"a":' + b"9" * 5000 + b"}"), SHARD),
-    "no object": (header_text(lambda t: b"[]"), SHARD, "not a JSON object"),
+    "an array": (header_text(lambda t: b"[]"), SHARD, "not a JSON object"),
     "a name twice": (header_text(lambda t: t.replace(b"q_proj", b"k_proj")), SHARD, "twice"),
     "a name that cannot be printed": (header(lambda h: h.update({"a\x1b[2J": U8})), SHARD),
     "a name of a megabyte": (header(lambda h: h.update({"a" * 10**6: {}})), SHARD, "aaaa"),
     "a field missing": (header(lambda h: h[NORM].pop("dtype")), SHARD, NORM, "exactly"),
-    "a field too many": (entry(NORM, offset=0), SHARD, NORM, "exactly"),
-    "metadata that is none": (header(lambda h: h.update(__metadata__={"a": 1})), SHARD),
+    "an unknown field": (entry(NORM, offset=0), SHARD, NORM, "exactly"),
+    "invalid metadata": (header(lambda h: h.update(__metadata__={"a": 1})), SHARD),
     "an unknown dtype": (entry(NORM, dtype="BF17"), SHARD, NORM, "'BF17'"),
     "a negative size": (entry(NORM, shape=[-96]), SHARD, NORM, "non-negative"),
     "a size too large": (entry(NORM, shape=[2**62, 4]), SHARD, NORM, "overflows"),
-    "a size that is not the data's": (entry(NORM, shape=[95]), SHARD, NORM, "takes 190 bytes"),
+    "a size that the data does not have": (entry(NORM, shape=[95]), SHARD, NORM, "takes 190 bytes"),
     "offsets backwards": (entry(NORM, data_offsets=[192, 0]), SHARD, NORM, "backwards"),
-    "an offset that is no integer": (entry(NORM, data_offsets=[0.0, 192]), SHARD, NORM),
-    "a hole": (header(lambda h: h.pop(NORM)), SHARD, "hole"),
-    "one tensor over another": (header(lambda h: h.update(a=U8)), SHARD, "overlaps"),
+    "an offset that is not an integer": (entry(NORM, data_offsets=[0.0, 192]), SHARD, NORM),
+    "bytes of no tensor": (header(lambda h: h.pop(NORM)), SHARD, "hole"),
+    "overlapping tensors": (header(lambda h: h.update(a=U8)), SHARD, "overlaps"),
 }
 
 INDEXES = {
-    "no JSON": (text(INDEX, b"x"), INDEX, "not JSON"),
-    "no bytes": (text(INDEX, b""), INDEX, "not JSON"),
-    "nested deep": (text(INDEX, DEEP), INDEX, "nested too deeply"),
+    "not JSON": (text(INDEX, b"x"), INDEX, "not JSON"),
+    "an empty file": (text(INDEX, b""), INDEX, "not JSON"),
+    "nested too deeply": (text(INDEX, DEEP), INDEX, "nested too deeply"),
     "UTF-16": (text(INDEX, '{"weight_map": {}}'.encode("utf-16")), INDEX, "not UTF-8"),
     "a byte order mark": (text(INDEX, b"\xef\xbb\xbf{}"), INDEX, "byte order mark"),
     "NaN": (text(INDEX, b'{"metadata": NaN}'), INDEX, "NaN"),
     "an array": (text(INDEX, b"[]"), INDEX, "weight_map"),
     "no weight_map": (index(lambda i: i.pop("weight_map")), INDEX, "weight_map"),
-    "a weight_map that is none": (index(lambda i: i.update(weight_map=[1])), INDEX, "weight_map"),
+    "an array for a weight_map": (index(lambda i: i.update(weight_map=[1])), INDEX, "weight_map"),
     "an empty weight_map": (index(lambda i: i["weight_map"].clear()), INDEX, "weight_map"),
     "a number for a shard": (mapped(NORM, 3), INDEX, NORM, "'3'"),
     "an array for a shard": (mapped(NORM, [SHARD]), INDEX, NORM),
     "an absolute path": (mapped(NORM, "/etc/x.safetensors"), INDEX, NORM, "/etc/x.safetensors"),
-    "a path that goes up": (mapped(NORM, f"../{SHARD}"), INDEX, NORM, f"../{SHARD}"),
+    "a path to the parent folder": (mapped(NORM, f"../{SHARD}"), INDEX, NORM, f"../{SHARD}"),
     "a path into a folder": (mapped(NORM, f"a/{SHARD}"), INDEX, NORM, f"a/{SHARD}"),
     "a path with a backslash": (mapped(NORM, f"..\\{SHARD}"), INDEX, NORM),
-    "a name that looks alike": (mapped(NORM, SHARD.replace("o", "о")), INDEX, NORM),
+    "a name with a Cyrillic letter": (mapped(NORM, SHARD.replace("o", "о")), INDEX, NORM),
     "a name of 300 letters": (mapped(NORM, "a" * 300 + ".safetensors"), INDEX, NORM),
     "another kind of file": (mapped(NORM, "pytorch_model.bin"), INDEX, NORM, "pytorch_model.bin"),
     "an empty name": (mapped(NORM, ""), INDEX, NORM),
     "a shard that is not there": (mapped(NORM, "x.safetensors"), INDEX, "x.safetensors"),
     "a tensor in another shard": (mapped(NORM, LAST), INDEX, NORM, LAST, SHARD),
-    "a tensor in none": (mapped("model.extra", SHARD), INDEX, "model.extra", "none of the shards"),
-    "a tensor too few": (index(lambda i: i["weight_map"].pop(NORM)), INDEX, NORM, SHARD),
+    "a tensor in no shard": (mapped("model.extra", SHARD),
+                             INDEX, "model.extra", "none of the shards"),
+    "a tensor that is not in the index": (index(lambda i: i["weight_map"].pop(NORM)),
+                                           INDEX, NORM, SHARD),
     "a tensor in two shards": (lambda f: shutil.copy(f / SHARD, f / LAST) and None,
                                LAST, SHARD, "too"),
     "a pipe for an index": (replaced(INDEX, os.mkfifo), INDEX, "not a regular file"),
     "a folder for an index": (replaced(INDEX, Path.mkdir), INDEX, "not a regular file"),
-    "no index and a shard twice": (
+    "no index and a copy of a shard": (
         both(gone(INDEX), lambda f: shutil.copy(f / SHARD, f / "copy.safetensors")),
         SHARD, "copy.safetensors", "too"),
 }
 
 CONFIGS = {
     "missing": (gone(CONFIG), CONFIG, "missing"),
-    "no bytes": (text(CONFIG, b""), CONFIG, "not JSON"),
-    "cut": (text(CONFIG, b'{"model_type": "gpt_o'), CONFIG, "not JSON"),
+    "an empty file": (text(CONFIG, b""), CONFIG, "not JSON"),
+    "truncated": (text(CONFIG, b'{"model_type": "gpt_o'), CONFIG, "not JSON"),
     "an array": (text(CONFIG, b"[]"), CONFIG, "not a JSON object"),
-    "no UTF-8": (text(CONFIG, b'{"a": "\xff"}'), CONFIG, "not UTF-8"),
+    "not UTF-8": (text(CONFIG, b'{"a": "\xff"}'), CONFIG, "not UTF-8"),
     "NaN": (text(CONFIG, b'{"a": NaN}'), CONFIG, "NaN"),
-    "infinite": (text(CONFIG, b'{"a": 1e999}'), CONFIG, "too large a number"),
-    "nested deep": (text(CONFIG, DEEP), CONFIG, "nested too deeply"),
+    "an infinite number": (text(CONFIG, b'{"a": 1e999}'), CONFIG, "too large a number"),
+    "nested too deeply": (text(CONFIG, DEEP), CONFIG, "nested too deeply"),
     "a key twice": (text(CONFIG, b'{"a": 1, "a": 2}'), CONFIG, "'a'", "twice"),
-    "a megabyte of it": (text(CONFIG, b"{}" + b" " * 10**6), CONFIG, "1000000"),
+    "a file of a megabyte": (text(CONFIG, b"{}" + b" " * 10**6), CONFIG, "1000000"),
     "a pipe": (replaced(CONFIG, os.mkfifo), CONFIG, "not a regular file"),
     "a folder": (replaced(CONFIG, Path.mkdir), CONFIG, "not a regular file"),
     "another model": (config(model_type="llama", quantization_config=...), CONFIG, "'llama'"),
     "no model type": (config(model_type=...), CONFIG, "model type"),
     "another quantisation": (config(quantization_config={"quant_method": "gptq"}), CONFIG, "gptq"),
-    "a quantisation that is no object": (config(quantization_config=[]), CONFIG, "quantization_"),
+    "an array for a quantisation": (config(quantization_config=[]), CONFIG, "quantization_"),
     "no layers": (config(num_hidden_layers=0), CONFIG, "num_layers is 0"),
     "a billion layers": (config(num_hidden_layers=10**9, layer_types=...), CONFIG, "1000000000"),
     "10^12 experts": (config(num_local_experts=10**12), CONFIG, "num_experts is 1000000000000"),
-    "as many as may be": (config(num_local_experts=65_536), CONFIG),
+    "65,536 experts": (config(num_local_experts=65_536), CONFIG),
     "an integer of 400 digits": (config(vocab_size=10**400), CONFIG, "vocab_size"),
     "a negative size": (config(hidden_size=-96), CONFIG, "hidden_size is -96"),
     "a float": (config(vocab_size=1009.0), CONFIG, "vocab_size is '1009.0'"),
@@ -175,36 +178,36 @@ CONFIGS = {
     "null": (config(head_dim=None), CONFIG, "head_dim is missing"),
     "absent": (config(intermediate_size=...), CONFIG, "intermediate_size is missing"),
     "heads that do not divide": (config(num_key_value_heads=3), CONFIG, "cannot share 3"),
-    "more experts for a token": (config(num_experts_per_tok=6), CONFIG, "6 experts per token"),
+    "too many experts per token": (config(num_experts_per_tok=6), CONFIG, "6 experts per token"),
     "layer_types too short": (config(layer_types=["full_attention"]), CONFIG, "1 layer_types"),
-    "layer_types of another kind": (config(layer_types=[["x"], {}]), CONFIG, "layer_types must"),
+    "layer_types of other types": (config(layer_types=[["x"], {}]), CONFIG, "layer_types must"),
     "no window for a sliding layer": (config(sliding_window=None), CONFIG, "sliding_window"),
-    "a window of nothing": (config(sliding_window=0), CONFIG, "sliding_window"),
-    "a context of less than nothing": (config(max_position_embeddings=-1), CONFIG, "max_position"),
+    "a sliding window of 0": (config(sliding_window=0), CONFIG, "sliding_window"),
+    "a negative context length": (config(max_position_embeddings=-1), CONFIG, "max_position"),
     "another clamp": (config(swiglu_limit=5.0), CONFIG, "swiglu_limit is 5.0"),
     "another activation": (config(hidden_act="gelu"), CONFIG, "hidden_act is gelu"),
     "an epsilon of 400 digits": (config(rms_norm_eps=10**400), CONFIG, "rms_norm_eps is"),
     "a negative epsilon": (config(rms_norm_eps=-1e-5), CONFIG, "rms_norm_eps"),
-    "no rotary base": (config(rope_theta=0), CONFIG, "rope_theta"),
-    "bias neither true nor false": (config(attention_bias=1), CONFIG, "attention_bias is neither"),
+    "a rotary base of 0": (config(rope_theta=0), CONFIG, "rope_theta"),
+    "1 for a bias": (config(attention_bias=1), CONFIG, "attention_bias is neither"),
     "another rotary embedding": (yarn(rope_type="linear"), CONFIG, "'linear'"),
-    "rotary settings that are none": (config(rope_scaling="yarn"), CONFIG, "not an object"),
+    "a string for rotary settings": (config(rope_scaling="yarn"), CONFIG, "not an object"),
     "YaRN without its factor": (yarn(factor=...), CONFIG, "YaRN needs factor"),
-    "YaRN with a word for a number": (yarn(beta_fast="abc"), CONFIG, "beta_fast is 'abc'"),
+    "YaRN with a string for a number": (yarn(beta_fast="abc"), CONFIG, "beta_fast is 'abc'"),
 }
 
 TENSORS = {
     "a layer missing": (without(".layers.1."), "19 tensors missing that config.json calls for"),
-    "a layer too many": (config(num_hidden_layers=1, layer_types=["full_attention"]),
+    "one layer too many": (config(num_hidden_layers=1, layer_types=["full_attention"]),
                          CONFIG, "model.layers.1."),
-    "a layer left out": (renamed(lambda n: n.replace("layers.1.", "layers.2.")),
+    "a gap in the layers": (renamed(lambda n: n.replace("layers.1.", "layers.2.")),
                          "model.layers.2.", "layer"),
     "a tensor missing": (without(HEAD), f"'{HEAD}'"),
     "a bias missing": (without("0.self_attn.q_proj.bias"), "layers.0.self_attn.q_proj.bias'"),
     "blocks without scales": (without(SCALES), f"'{SCALES}'", "missing"),
     "scales without blocks": (without(BLOCKS), f"'{BLOCKS}'", "missing"),
-    "packed experts and plain ones": (tensor(GATE_UP, "BF16", 5, 96, 128), f"'{GATE_UP}'"),
-    "plain experts in one layer": (both(without(GATE_UP + "_blocks", GATE_UP + "_scales"),
+    "MXFP4 experts and dense ones": (tensor(GATE_UP, "BF16", 5, 96, 128), f"'{GATE_UP}'"),
+    "dense experts in one layer": (both(without(GATE_UP + "_blocks", GATE_UP + "_scales"),
                                         tensor(GATE_UP, "BF16", 5, 96, 128)), f"{GATE_UP}_blocks"),
     "another shape": (tensor(NORM, "BF16", 95), LAST, NORM, "BF16 [95]", "[96]"),
     "another rank": (tensor(NORM, "BF16", 96, 1), LAST, NORM, "[96, 1]"),
@@ -218,41 +221,41 @@ TENSORS = {
     "scales as floats": (tensor(SCALES, "F8_E8M0", 5, 96, 2), LAST, SCALES, "F8_E8M0"),
     "one scale for two rows": (tensor(SCALES, "U8", 5, 48, 2), LAST, SCALES, "[5, 48, 2]"),
     "a vocabulary of another size": (config(vocab_size=1008), CONFIG, "[1009, 96]", "[1008, 96]"),
-    "rows that are no whole blocks": (config(hidden_size=100), CONFIG),
+    "rows of incomplete blocks": (config(hidden_size=100), CONFIG),
 }
 
 FOLDERS = {
     "no such folder": (lambda f: f / "nowhere", "nowhere: there is no such folder"),
-    "a name of two lines": (lambda f: f / "no\nwhere", "no where: there is no such folder"),
+    "a name with a line break": (lambda f: f / "no\nwhere", "no where: there is no such folder"),
     "a file": (lambda f: f / CONFIG, "not a folder"),
     "an empty folder": (only({}), CONFIG, "missing"),
-    "nobody's": (lambda f: Path("~nobody-of-that-name/x"), "~nobody-of-that-name/x"),
-    "OpenAI's for Metal": (only({"model.bin": b"GPT-OSS v1.0\0"}), "the folder above"),
+    "the home of an unknown user": (lambda f: Path("~nobody-of-that-name/x"),
+                                    "~nobody-of-that-name/x"),
+    "OpenAI's files for Metal": (only({"model.bin": b"GPT-OSS v1.0\0"}), "the folder above"),
     "unfused experts": (both(config(quantization_config=...),
                              renamed(lambda n: n.replace("proj_blocks", "projs.0.weight"))),
                         "beside those of hf-unfused"),
-    "a checkpoint of PyTorch's": (only({CONFIG: b"{}", "pytorch_model.bin": b"PK\3\4"}),
+    "a PyTorch checkpoint": (only({CONFIG: b"{}", "pytorch_model.bin": b"PK\3\4"}),
                                   "no .safetensors file"),
 }
 
-# Found in the data, when the output has been begun.
+# Found in the data, after writing has begun.
 VALUES = {
     "a scale that is NaN": (scale(255), f"{SHARD}: ", SCALES, "scale 255"),
     "a scale too large": (scale(254), "'blocks.1.mlp.experts.2.W_out.weight'", "exceed BF16"),
 }
 FLOAT16 = {
-    "a scale that float16 cannot hold": (scale(141), "'blocks.1.mlp.experts.2.W_out.weight'",
-                                         "exceed F16"),
-    "a weight that float16 cannot hold": (poke(O_PROJ, 778, b"\x88\x47"), "'blocks.1.attn.W_O'",
-                                          "1 values are too large"),
+    "a scale beyond float16": (scale(141), "'blocks.1.mlp.experts.2.W_out.weight'", "exceed F16"),
+    "a weight beyond float16": (poke(O_PROJ, 778, b"\x88\x47"), "'blocks.1.attn.W_O'",
+                                "1 values are too large"),
 }
 
 OUTPUTS = {
     "a file": (lambda o: o.write_bytes(b""), 2, "a file, not a folder"),
-    "under a file": (lambda o: (o.write_bytes(b""), o / "x")[1], 3, "Not a directory"),
-    "a name too long": (lambda o: o / ("x" * 300), 3, "File name too long"),
+    "a folder in a file": (lambda o: (o.write_bytes(b""), o / "x")[1], 3, "Not a directory"),
+    "a name that is too long": (lambda o: o / ("x" * 300), 3, "File name too long"),
     "a loop of links": (lambda o: o.symlink_to(o), 3, "Too many levels of symbolic links"),
-    "a file system of the kernel's": (lambda o: Path("/proc/x"), 3, "/proc/x"),
+    "a folder in /proc": (lambda o: Path("/proc/x"), 3, "/proc/x"),
 }
 # fmt: on
 
@@ -275,7 +278,8 @@ ROWS = {
 
 @pytest.mark.parametrize("name", ROWS)
 def test_bad_input_is_refused_in_one_line(name, several, tmp_path):
-    """It says which file, which tensor and what is wrong; nothing is written, nothing hangs."""
+    """The line says which file, which tensor and what is wrong. Nothing is written and the command
+    does not hang."""
     damage, words, options = ROWS[name]
     source, output = damage(several) or several, tmp_path / "out"
     before = digests(several)
@@ -291,10 +295,12 @@ def test_bad_input_is_refused_in_one_line(name, several, tmp_path):
         assert not output.exists()
 
 
-@pytest.mark.parametrize(("make", "code", "words"), OUTPUTS.values(), ids=OUTPUTS.keys())
-def test_an_output_that_cannot_be_is_refused_in_one_line(make, code, words, several, tmp_path):
+@pytest.mark.parametrize(("create", "code", "words"), OUTPUTS.values(), ids=OUTPUTS.keys())
+def test_an_output_that_cannot_be_created_is_refused_in_one_line(
+    create, code, words, several, tmp_path
+):
     output = tmp_path / "out"
-    made = make(output)
-    done = run_in_process("convert", several, made if isinstance(made, Path) else output)
+    created = create(output)
+    done = run_in_process("convert", several, created if isinstance(created, Path) else output)
     assert_clean_error(done, code)
     assert words in done.stderr

@@ -1,4 +1,4 @@
-"""What a conversion leaves in its folder, and what it refuses."""
+"""What a conversion writes to its folder, and what it refuses."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def rewrite(folder, change) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-def test_the_bytes_depend_on_nothing_but_source_and_options(checkpoints, tmp_path, monkeypatch):
-    """Neither on the threads, nor on the size of chunks, nor on what is spilled."""
+def test_the_bytes_depend_only_on_source_and_options(checkpoints, tmp_path, monkeypatch):
+    """Not on the number of threads, the size of chunks, or what is spilled."""
     source = checkpoints()
     gptoss_stream.convert(source, tmp_path / "a", max_shard_size="300KB", workers=1)
     expected = digests(tmp_path / "a")
@@ -48,8 +48,9 @@ def test_the_bytes_depend_on_nothing_but_source_and_options(checkpoints, tmp_pat
         assert digests(out) == expected
 
 
-def test_what_lies_beside_the_weights(tiny, tmp_path):
-    carried = {
+def test_files_other_than_weights(tiny, tmp_path):
+    """Auxiliary files are copied unchanged; configurations, record and report describe the output."""
+    copied = {
         "tokenizer.json": b'{"version": "1.0"}\r\n',
         "tokenizer_config.json": b"{}",
         "special_tokens_map.json": b"{ }",
@@ -57,15 +58,15 @@ def test_what_lies_beside_the_weights(tiny, tmp_path):
         "generation_config.json": b'{"eos_token_id": [1, 2]}',
         "additional_chat_templates/tool.jinja": b"{{ tools }}",
     }
-    for name, data in carried.items():
+    for name, data in copied.items():
         (tiny / name).parent.mkdir(exist_ok=True)
         (tiny / name).write_bytes(data)
-    (tiny / "README.md").write_text("a model card, which speaks of the source")
+    (tiny / "README.md").write_text("a model card, which describes the source")
     out = tmp_path / "out"
     report = gptoss_stream.convert(tiny, out)
-    for name, data in carried.items():
+    for name, data in copied.items():
         assert (out / name).read_bytes() == data
-    assert not (out / "config.json").exists()  # AutoModel would fill the model at random
+    assert not (out / "config.json").exists()  # AutoModel would load a model with random weights
     assert not (out / "README.md").exists()
     source_config = json.loads((out / "source_config.json").read_text())
     assert source_config == json.loads((tiny / "config.json").read_text())
@@ -80,7 +81,7 @@ def test_what_lies_beside_the_weights(tiny, tmp_path):
     assert report.bytes_out == sum(report.shards.values())
 
 
-def test_what_is_not_used_is_said(tiny, tmp_path):
+def test_unmapped_tensors_are_reported(tiny, tmp_path):
     rewrite(
         tiny, lambda t: t.update({"model.layers.0.rotary.inv_freq": t["model.norm.weight"].clone()})
     )
@@ -89,10 +90,10 @@ def test_what_is_not_used_is_said(tiny, tmp_path):
     assert gptoss_stream.plan(tiny).unmapped == report.unmapped
 
 
-def test_overwrite_replaces_what_the_tool_made_and_nothing_else(checkpoints, tmp_path):
+def test_overwrite_replaces_only_files_of_the_tool(checkpoints, tmp_path):
     source, out = checkpoints(layers=1), tmp_path / "out"
     gptoss_stream.convert(source, out, max_shard_size="100KB")
-    with pytest.raises(OutputError, match=r"that differs in max_shard_size \(100000 there"):
+    with pytest.raises(OutputError, match=r"that differs in max_shard_size \(was 100000"):
         gptoss_stream.convert(source, out)
     assert not (out / ".gptoss_stream").exists()
     gptoss_stream.convert(source, out, overwrite=True)
@@ -105,14 +106,14 @@ def test_overwrite_replaces_what_the_tool_made_and_nothing_else(checkpoints, tmp
 
 
 def test_a_folder_with_foreign_files_is_refused(checkpoints, tmp_path):
-    (tmp_path / "model.safetensors").write_text("somebody's")
+    (tmp_path / "model.safetensors").write_text("mine")
     with pytest.raises(OutputError, match=r"not this tool's \(model.safetensors\)"):
         gptoss_stream.convert(checkpoints(layers=1), tmp_path, overwrite=True)
     assert [f.name for f in tmp_path.iterdir()] == ["model.safetensors"]
 
 
 @pytest.mark.parametrize("where", [".", "inside", "..", "link"])
-def test_source_and_output_must_lie_apart(where, tiny):
+def test_source_and_output_must_not_contain_each_other(where, tiny):
     output = tiny / where
     if where == "link":
         output = tiny.parent / "link"
@@ -123,7 +124,7 @@ def test_source_and_output_must_lie_apart(where, tiny):
     assert digests(tiny) == before
 
 
-def test_too_little_room_is_said_with_the_numbers(checkpoints, tmp_path, monkeypatch):
+def test_too_little_disk_space_is_an_error_with_both_sizes(checkpoints, tmp_path, monkeypatch):
     monkeypatch.setattr("gptoss_stream.writing.disk_space.free_nbytes", lambda folder: 1_000_000)
     with pytest.raises(MachineError, match=r"1\.5 MB are needed and 1\.0 MB are free; free"):
         gptoss_stream.convert(checkpoints(), tmp_path / "out")
@@ -133,10 +134,10 @@ def test_too_little_room_is_said_with_the_numbers(checkpoints, tmp_path, monkeyp
 def test_large_transposes_of_one_shard_do_not_wait_for_each_other(
     checkpoints, tmp_path, monkeypatch
 ):
-    """Three of them, with their blocks taken long before or right before they are needed: those of
-    `W_O` are spilled too for once, by its axis of heads."""
+    """Three transpositions of a shard go through spill files, with few and with many chunks ahead:
+    in this test the `W_O` are spilled too, by their axis of heads."""
     source = checkpoints(layers=2)
-    gptoss_stream.convert(source, tmp_path / "plain")
+    gptoss_stream.convert(source, tmp_path / "direct")
     monkeypatch.setattr("gptoss_stream.planning.shards.SPILL_NBYTES", 20_000)
     monkeypatch.setattr("gptoss_stream.planning.shards.SPILLED_AXES", frozenset("vn"))
     assert len(list(gptoss_stream.plan(source).shards[0].spilled())) == 3
@@ -144,30 +145,31 @@ def test_large_transposes_of_one_shard_do_not_wait_for_each_other(
         monkeypatch.setattr("gptoss_stream.writing.executor.CHUNK_NBYTES", chunk)
         out = tmp_path / f"{chunk}"
         gptoss_stream.convert(source, out, workers=workers)
-        assert digests(out) == digests(tmp_path / "plain")
+        assert digests(out) == digests(tmp_path / "direct")
 
 
-def test_reads_that_give_less_than_was_asked_for(checkpoints, tmp_path, monkeypatch):
-    """Also of a spill file, of which one read fills many rows of a chunk."""
+def test_reads_that_return_fewer_bytes_than_requested(checkpoints, tmp_path, monkeypatch):
+    """Also reads of a spill file, where one read fills many rows of a chunk."""
     source = checkpoints()
     gptoss_stream.convert(source, tmp_path / "whole")
-    preadv, asked = os.preadv, []
+    preadv, requested = os.preadv, []
 
     def short(descriptor, views, offset):
-        asked.append(len(views))
-        *full, last = views[: 1 + len(asked) % 3]
+        requested.append(len(views))
+        *full, last = views[: 1 + len(requested) % 3]
         return preadv(descriptor, [*full, last[: max(1, len(last) // 2)]], offset)
 
     monkeypatch.setattr("gptoss_stream.planning.shards.SPILL_NBYTES", 20_000)
     monkeypatch.setattr("gptoss_stream.writing.spill_file._MAX_VIEWS", 5)
     monkeypatch.setattr(os, "preadv", short)
     gptoss_stream.convert(source, tmp_path / "short")
-    assert max(asked) == 5
+    assert max(requested) == 5
     assert digests(tmp_path / "short") == digests(tmp_path / "whole")
 
 
 def test_a_file_system_that_refuses_direct_writes_late(checkpoints, tmp_path, monkeypatch):
-    """It takes the flag and then answers EINVAL to every thread: the run goes on, buffered."""
+    """The file system accepts O_DIRECT, then refuses each write with EINVAL: the run continues with
+    buffered writing."""
     gptoss_stream.convert(checkpoints(), tmp_path / "direct")
     pwrite = os.pwrite
 
@@ -199,15 +201,15 @@ def test_overwrite_deletes_nothing_for_a_run_that_cannot_succeed(
     ("value", "dtype"), [(252, "bfloat16"), (0, "bfloat16"), (140, "float16"), (141, "bfloat16")]
 )
 def test_the_last_scales_that_fit_are_converted(value, dtype, several, tmp_path):
-    """Beneath the largest code; one more is refused (`test_bad_input`)."""
+    """With the largest code. The next larger scale is refused: see `test_bad_input`."""
     scale(value)(several)
     gptoss_stream.convert(several, tmp_path / "out", dtype=dtype)
     found = load_file(tmp_path / "out/model.safetensors")["blocks.1.mlp.experts.2.W_out.weight"]
     assert found[7, 38:40].tolist() == [6 * 2.0 ** (value - 127)] * 2
 
 
-def test_infinities_and_nans_of_the_source_stay(tiny, tmp_path):
-    """They are the source's own; a cast must not take them for its overflow."""
+def test_infinities_and_nans_of_the_source_are_kept(tiny, tmp_path):
+    """A cast must not report them as an overflow."""
 
     def change(tensors):
         tensors["model.norm.weight"][:3] = np.inf
@@ -233,14 +235,14 @@ def test_infinities_and_nans_of_the_source_stay(tiny, tmp_path):
         {"workers": 100_000},
     ],
 )
-def test_options_that_are_none(options, checkpoints, tmp_path):
+def test_invalid_options_are_refused(options, checkpoints, tmp_path):
     with pytest.raises(OptionError):
         gptoss_stream.convert(checkpoints(layers=1), tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
 def test_names_with_spaces_letters_and_links(tiny, tmp_path, monkeypatch):
-    """And the Hub's cache, whose snapshots are links to blobs."""
+    """Including the Hub's cache, whose snapshots are links to blobs."""
     snapshot = tmp_path / "models--öpen ai/snapshots/abc"
     blobs = tmp_path / "models--öpen ai/blobs"
     snapshot.mkdir(parents=True)
@@ -252,13 +254,13 @@ def test_names_with_spaces_letters_and_links(tiny, tmp_path, monkeypatch):
     link.symlink_to(snapshot)
     monkeypatch.chdir(tmp_path)
     gptoss_stream.convert("link to it", "a  ü")
-    gptoss_stream.convert(tiny, tmp_path / "plain")
+    gptoss_stream.convert(tiny, tmp_path / "ascii")
     assert (tmp_path / "a  ü/model.safetensors").read_bytes() == (
-        tmp_path / "plain/model.safetensors"
+        tmp_path / "ascii/model.safetensors"
     ).read_bytes()
 
 
-def test_a_second_run_into_a_folder_is_refused_at_once(checkpoints, tmp_path):
+def test_a_second_run_into_the_same_folder_is_refused_at_once(checkpoints, tmp_path):
     def meanwhile(plan):
         with pytest.raises(OutputError, match=r"another run \(process \d+\) is writing to it"):
             gptoss_stream.convert(checkpoints(), tmp_path / "out")
@@ -267,8 +269,8 @@ def test_a_second_run_into_a_folder_is_refused_at_once(checkpoints, tmp_path):
     assert (tmp_path / "out/model.safetensors").exists()
 
 
-def test_an_interrupted_call_ends_when_its_threads_have(checkpoints, tmp_path):
-    """In a notebook, say: nothing may still be written when the exception arrives."""
+def test_an_interrupted_call_ends_after_its_threads(checkpoints, tmp_path):
+    """For example in a notebook: nothing may be written any more when the exception is raised."""
     code = (
         "import os, signal, sys, threading, time\n"
         "from gptoss_stream._utils.thread_pool import run_steps\n"

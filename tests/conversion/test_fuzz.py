@@ -1,7 +1,7 @@
-"""Random damage by the thousand: each file is read as safetensors reads it, or refused in a line.
+"""Thousands of damaged files: each is read as safetensors reads it, or refused in one line.
 
-The mutants are random but the same each time. Whatever goes wrong is collected by kind, so that
-one failure does not hide another, and one mutant of each kind is shown.
+The files are random, but the same in each run. Failures are collected by kind, so that none hides
+another, and one example of each kind is shown.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from gptoss_stream.errors import GptOssStreamError, HeaderError
 from gptoss_stream.storage.local_folder import LocalFolder
 from gptoss_stream.tensors.safetensors_header import LENGTH_NBYTES, header_nbytes, parse_header
 
-# Why a file may be refused that safetensors reads (the module's docstring gives the reasons): the
-# words of the line, and what must then be true of the header's entries.
+# Reasons to refuse a file that safetensors reads (the docstring of the module under test explains
+# them): a fragment of the message, and what must then be true of the header.
 STRICTER = {
-    "stands twice": lambda h: h.twice,
+    "occurs twice": lambda h: h.twice,
     "must hold exactly dtype, shape and data_offsets": lambda h: any(
         isinstance(e, list) or e.keys() - {"dtype", "shape", "data_offsets"} for e in h.entries
     ),
@@ -46,7 +46,7 @@ STRICTER = {
 
 
 class Loose:
-    """A header as Python's json reads it, which lets most things pass."""
+    """A header as Python's json reads it, which accepts most input."""
 
     def __init__(self, file: bytes) -> None:
         self.twice = False
@@ -75,8 +75,8 @@ class Failures(dict):
 
 
 @contextmanager
-def little_memory(nbytes: int):
-    """Let this process take so much more memory, and fail what takes yet more."""
+def memory_limit(nbytes: int):
+    """Let allocations in this process fail beyond `nbytes` more than it uses now."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limits = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + nbytes, limits[1]))
@@ -87,7 +87,7 @@ def little_memory(nbytes: int):
 
 
 def ours(file: bytes) -> tuple[dict | None, str]:
-    """What this package reads, as name to (dtype, shape, data); or why it refuses."""
+    """Return what this package reads, as name to (dtype, shape, data), or why it refuses."""
     try:
         length = header_nbytes(file[:64], len(file), "x.safetensors")
         start = LENGTH_NBYTES + length
@@ -105,7 +105,7 @@ def ours(file: bytes) -> tuple[dict | None, str]:
 
 
 def theirs(file: bytes) -> tuple[dict | None, str]:
-    """What safetensors reads; data that is random tells that it lies in the same place."""
+    """Return what safetensors reads. The data is random, so equal data is from the same offset."""
     try:
         read = deserialize(file)
     except SafetensorError as error:
@@ -113,7 +113,8 @@ def theirs(file: bytes) -> tuple[dict | None, str]:
     return {name: (t["dtype"], list(t["shape"]), bytes(t["data"])) for name, t in read}, ""
 
 
-def is_a_line(message: str, *names: str) -> bool:
+def is_one_line(message: str, *names: str) -> bool:
+    """Return whether a message is one short line that contains one of these names."""
     return (
         len(message.splitlines()) == 1 and len(message) < 1500 and any(n in message for n in names)
     )
@@ -123,10 +124,10 @@ def is_a_line(message: str, *names: str) -> bool:
     ("seed", "count"), [(0, 10_000), pytest.param(1, 100_000, marks=pytest.mark.slow)]
 )
 def test_headers_are_read_as_safetensors_reads_them(seed, count):
-    """What we accept, safetensors accepts, and both see the same names, dtypes, shapes and bytes.
+    """safetensors accepts every file that we accept, with the same names, dtypes, shapes and bytes.
 
-    What safetensors accepts and we refuse, we refuse for one of the reasons that we state. No
-    other exception, no range outside the file, and nothing takes 5 seconds.
+    A file that only safetensors accepts is refused for one of our stated reasons. No other
+    exception is raised, no byte range is outside the file, and no file takes 5 seconds.
     """
     failures, outcomes, reasons, slowest = Failures(), Counter(), Counter(), 0.0
     for file in files(seed, count):
@@ -134,40 +135,40 @@ def test_headers_are_read_as_safetensors_reads_them(seed, count):
         try:
             with time_limit(5):
                 mine, why = ours(file)
-        except (Exception, TimeLimitExceeded) as error:  # any but HeaderError is what this test is about
+        except (Exception, TimeLimitExceeded) as error:  # any other than HeaderError is a failure
             failures.add(f"raised {error!r}", file)
             continue
         slowest = max(slowest, time.perf_counter() - begun)
         other, their_why = theirs(file)
         outcomes[mine is not None, other is not None] += 1
         if mine is None:
-            if not is_a_line(why, "x.safetensors: "):
-                failures.add(f"not a line: {why}", file)
+            if not is_one_line(why, "x.safetensors: "):
+                failures.add(f"not one line: {why}", file)
             if other is not None:
                 reason = next((text for text in STRICTER if text in why), None)
                 reasons[reason] += 1
                 if reason is None or not STRICTER[reason](Loose(file)):
                     failures.add(f"refused without a stated reason: {why}", file)
         elif mine != other:
-            failures.add(f"accepted alone: {their_why}" if their_why else "read otherwise", file)
-    shares = {
+            failures.add(f"accepted alone: {their_why}" if their_why else "read differently", file)
+    rates = {
         "both accept": outcomes[True, True] / count,
         "both refuse": outcomes[False, False] / count,
         "only safetensors accepts": outcomes[False, True] / count,
         "only we accept": outcomes[True, False] / count,
     }
-    print({name: f"{share:.2%}" for name, share in shares.items()}, f"slowest {slowest:.3f} s")
+    print({name: f"{rate:.2%}" for name, rate in rates.items()}, f"slowest {slowest:.3f} s")
     print(dict(reasons))
     failures.report()
-    assert shares["both accept"] > 0.15
-    assert shares["both refuse"] > 0.3
-    assert 0.01 < shares["only safetensors accepts"] < 0.2
-    assert reasons.keys() == STRICTER.keys()  # so that each of them stays true
+    assert rates["both accept"] > 0.15
+    assert rates["both refuse"] > 0.3
+    assert 0.01 < rates["only safetensors accepts"] < 0.2
+    assert reasons.keys() == STRICTER.keys()  # each reason is still needed
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
-    """A checkpoint with little in it, in three shards, to be damaged and mended."""
+    """A very small checkpoint of three shards; tests damage its files and restore them."""
     sizes = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 64, "head_dim": 8}
     folder = tmp_path_factory.mktemp("small") / "source"
     gptoss_stream.synth(folder, layers=2, experts=2, max_shard_size="12KB", **sizes)
@@ -183,9 +184,9 @@ def tensors_of(plan) -> dict:
     ("seed", "count"), [(2, 200), pytest.param(3, 5000, marks=pytest.mark.slow)]
 )
 def test_a_damaged_shard_in_a_checkpoint(seed, count, small):
-    """The whole way of a command: a plan, or one line that names the shard, and exit code 2."""
+    """A command succeeds, or fails with exit code 2 and one line that names shard or index."""
     shard = min(small.glob("*.safetensors"))
-    sound = shard.read_bytes()
+    original = shard.read_bytes()
     header, data = read_shard(shard)
     plan, expected = gptoss_stream.plan(small), 0
     failures, codes = Failures(), Counter()
@@ -196,7 +197,7 @@ def test_a_damaged_shard_in_a_checkpoint(seed, count, small):
             done = run_in_process("inspect", small, "--json")
             codes[done.returncode] += 1
             names = shard.name, INDEX_NAME
-            if done.returncode == 2 and done.stdout == "" and is_a_line(done.stderr, *names):
+            if done.returncode == 2 and done.stdout == "" and is_one_line(done.stderr, *names):
                 pass
             elif done.returncode != 0 or done.stderr or read is None:
                 failures.add(f"inspect: {done}", mutant)
@@ -208,10 +209,10 @@ def test_a_damaged_shard_in_a_checkpoint(seed, count, small):
             try:
                 expected += tensors_of(gptoss_stream.plan(small)) == tensors_of(plan)
             except GptOssStreamError as error:
-                if not is_a_line(str(error), *names):
-                    failures.add(f"not a line: {error}", mutant)
+                if not is_one_line(str(error), *names):
+                    failures.add(f"not one line: {error}", mutant)
     finally:
-        shard.write_bytes(sound)
+        shard.write_bytes(original)
     print(codes, f"{expected} planned as before")
     failures.report()
     assert codes.keys() == {0, 2}
@@ -223,16 +224,16 @@ def test_a_damaged_shard_in_a_checkpoint(seed, count, small):
     ("seed", "count"), [(4, 1000), pytest.param(5, 10_000, marks=pytest.mark.slow)]
 )
 def test_a_damaged_configuration_or_index(name, seed, count, small):
-    """A plan of the very same tensors, or one line that names the file; in little memory.
+    """The plan has the same tensors, or fails in one line that names the file; in limited memory.
 
-    A configuration that would give other shapes contradicts the headers, and an index that says
-    anything else than the shards contradicts them: neither may pass.
+    A configuration that leads to other shapes contradicts the headers, and so does an index that
+    differs from the shards: neither may be accepted.
     """
     file = small / name
-    sound = file.read_bytes()
-    value = json.loads(sound)
+    original = file.read_bytes()
+    value = json.loads(original)
     values = [value] * 20
-    if name == "config.json":  # what single changes do not lead to
+    if name == "config.json":  # no single change leads to these
         values.append({**value, "num_hidden_layers": 1, "layer_types": ["full_attention"]})
         values.append({**value, "num_hidden_layers": 10**9, "layer_types": None})
     plan = gptoss_stream.plan(small)
@@ -242,22 +243,22 @@ def test_a_damaged_configuration_or_index(name, seed, count, small):
             file.write_bytes(mutant)
             begun = time.perf_counter()
             try:
-                with time_limit(5), little_memory(300_000_000):
+                with time_limit(5), memory_limit(300_000_000):
                     found = gptoss_stream.plan(small)
             except GptOssStreamError as error:
-                if not is_a_line(str(error), str(file), *(str(small / s) for s in shards(plan))):
-                    failures.add(f"not a line that names the file: {error}", mutant)
-            except (Exception, TimeLimitExceeded) as error:  # any other is what this test is about
+                if not is_one_line(str(error), str(file), *(str(small / s) for s in shards(plan))):
+                    failures.add(f"not one line that names the file: {error}", mutant)
+            except (Exception, TimeLimitExceeded) as error:  # any other is a failure
                 failures.add(f"raised {error!r}", mutant)
             else:
                 accepted += 1
                 if tensors_of(found) != tensors_of(plan):
-                    failures.add("planned otherwise", mutant)
+                    failures.add("another plan", mutant)
                 if json.loads(mutant).get("weight_map") != value.get("weight_map"):
-                    failures.add("an index that says otherwise", mutant)
+                    failures.add("accepted an index that differs from the shards", mutant)
             slowest = max(slowest, time.perf_counter() - begun)
     finally:
-        file.write_bytes(sound)
+        file.write_bytes(original)
     print(f"{name}: {accepted} of {count} accepted, slowest {slowest:.3f} s")
     failures.report()
     assert 0.15 < accepted / count < 0.8

@@ -1,4 +1,4 @@
-"""Real sizes: peak memory, and a memory limit that counts the page cache. Slow."""
+"""Real sizes: peak memory, and a memory limit that includes the page cache. Slow."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 LIMIT = 160_000_000
 PAIR_LIMIT = 100_000_000  # with 3 threads
-WIDEST = [
+MOST_MEMORY = [  # these gather or scatter most
     ("hf-mxfp4", "transformer-lens"),
     ("hf", "transformer-lens"),
     ("transformer-lens", "hf"),
@@ -27,12 +27,12 @@ WIDEST = [
 GROUP = Path("/sys/fs/cgroup/memory/gptoss_stream_test")
 
 
-PACKED = {"hf-mxfp4", "openai"}
+MXFP4_FORMATS = {"hf-mxfp4", "openai"}
 PAIRS = [
     (source, target)
     for source in gptoss_stream.formats.names()
     for target in gptoss_stream.formats.names()
-    if target not in PACKED or source in PACKED  # floats are not quantised
+    if target not in MXFP4_FORMATS or source in MXFP4_FORMATS  # floats are not quantised
 ]
 
 
@@ -50,13 +50,13 @@ def test_peak_memory_is_the_same_for_every_model(preset, layers, tmp_path):
     report = convert(source, tmp_path / "out")
     assert report["bytes_out"] > 2e9
     assert report["peak_rss"] < LIMIT
-    # Each expert matrix is 17 MB, each embedding 1,158 MB: nothing large was ever held.
+    # Each expert matrix is 17 MB, each embedding 1,158 MB: no large tensor was in memory.
     assert report["peak_rss"] < gptoss_stream.plan(source).nbytes / 20
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """Give a random checkpoint of 20b's shapes with 2 layers in a format; made once each."""
+    """A function from a format to a random checkpoint of 20b's shapes with 2 layers, written once."""
     folder = tmp_path_factory.mktemp("sources")
     yield lambda name: gptoss_stream.synth(folder / name, "20b", layers=2, format=name)
     shutil.rmtree(folder)
@@ -69,9 +69,9 @@ def test_peak_memory_is_the_same_for_every_pair(source, target, sources, tmp_pat
     assert report["peak_rss"] < PAIR_LIMIT
 
 
-@pytest.mark.parametrize(("source", "target"), WIDEST)
-def test_peak_memory_of_the_widest_pairs(source, target, tmp_path):
-    """At 120b's shapes, with as many experts; those that gather or scatter most."""
+@pytest.mark.parametrize(("source", "target"), MOST_MEMORY)
+def test_peak_memory_with_the_experts_of_120b(source, target, tmp_path):
+    """Peak memory does not grow with the number of experts."""
     folder = gptoss_stream.synth(tmp_path / "source", "120b", layers=1, format=source)
     report = convert(folder, tmp_path / "out", "--to", target, "--workers", "3")
     assert report["bytes_out"] > 4e9
@@ -83,8 +83,9 @@ def test_peak_memory_of_the_widest_pairs(source, target, tmp_path):
     os.geteuid() != 0 or not (GROUP.parent / "memory.limit_in_bytes").exists(),
     reason="needs root and control groups of version 1",
 )
-def test_a_limit_that_counts_the_page_cache_is_kept(source, target, sources, tmp_path):
-    """256 MB, from a cold cache: what was cached before would not count against the limit."""
+def test_a_limit_that_includes_the_page_cache_is_kept(source, target, sources, tmp_path):
+    """The limit is 256 MB. The page cache is dropped before, since pages that are cached already do
+    not count."""
     folder = sources(source)
     GROUP.mkdir(exist_ok=True)
     (GROUP / "memory.limit_in_bytes").write_text(str(256_000_000))

@@ -1,4 +1,4 @@
-"""Random checkpoints: sound, deterministic, and never of impossible shapes."""
+"""Random checkpoints are valid and deterministic, and impossible shapes are refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import gptoss_stream
 from gptoss_stream.errors import OptionError
 
 
-def test_a_seed_gives_the_same_tensors_in_any_shards(tmp_path):
+def test_a_seed_gives_the_same_tensors_in_any_sharding(tmp_path):
     gptoss_stream.synth(tmp_path / "a", seed=3, workers=1)
     gptoss_stream.synth(tmp_path / "b", seed=3, max_shard_size="200KB", workers=4)
     gptoss_stream.synth(tmp_path / "c", seed=4)
@@ -24,7 +24,7 @@ def test_a_seed_gives_the_same_tensors_in_any_shards(tmp_path):
     assert not any(a[name].equal(c[name]) for name in a)
 
 
-def test_the_values_are_of_a_model(checkpoints):
+def test_the_values_are_like_those_of_a_model(checkpoints):
     tensors = load_file(checkpoints() / "model.safetensors")
     for name, tensor in tensors.items():
         if name.endswith("_scales"):
