@@ -9,8 +9,7 @@ from pathlib import Path
 
 __all__ = ["available_nbytes", "peak_rss_nbytes"]
 
-
-_UNKNOWN = 1 << 62
+_UNKNOWN = 1 << 62  # more than any system has
 
 
 def peak_rss_nbytes() -> int:

@@ -1,4 +1,4 @@
-"""Opens only regular files: a pipe would block for ever, a device would never end."""
+"""Opens regular files only: reading a pipe would block, and a device may never end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def open_regular(file: Path) -> int:
 
     Raises:
         NotRegularError: If it is not a regular file.
-        OSError: As the system does.
+        OSError: If opening fails.
     """
     if not stat.S_ISREG(os.stat(file).st_mode):
         raise NotRegularError(f"{file}: not a regular file")

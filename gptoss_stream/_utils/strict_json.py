@@ -15,11 +15,18 @@ from typing import Any, NoReturn
 __all__ = ["dumps", "loads"]
 
 
+def dumps(value: Mapping[str, Any]) -> bytes:
+    """Return the text of a JSON file, indented for users to read."""
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
 def _no_constant(name: str) -> NoReturn:
+    """Refuse NaN, Infinity and -Infinity."""
     raise ValueError(f"{name} is not JSON")
 
 
 def _finite(text: str) -> float:
+    """Parse a number with a fraction or an exponent."""
     value = float(text)
     if value in (float("inf"), float("-inf")):
         raise ValueError(f"{text[:40]} is too large a number")
@@ -27,10 +34,12 @@ def _finite(text: str) -> float:
 
 
 def _integer(text: str) -> int | float:
+    """Parse a number without fraction and exponent."""
     return -0.0 if text == "-0" else int(text)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the members of an object, whose names must differ."""
     result = dict(pairs)
     if len(result) != len(pairs):
         seen: set[str] = set()
@@ -41,16 +50,11 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def dumps(value: Mapping[str, Any]) -> bytes:
-    """Return the text of a JSON file, indented for users to read."""
-    return (json.dumps(value, indent=2) + "\n").encode()
-
-
 def loads(data: bytes) -> Any:
     """Parse a JSON text (RFC 8259) in UTF-8.
 
     Raises:
-        ValueError: Saying what is wrong.
+        ValueError: If it is not strict JSON; the message says what is wrong.
     """
     try:
         text = data.decode("utf-8")

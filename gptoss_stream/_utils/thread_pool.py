@@ -22,10 +22,10 @@ Step: TypeAlias = Callable[[Buffer], None]
 
 
 def count_workers(workers: int | None) -> int:
-    """Return the number of threads to use.
+    """Return the number of threads to use, checked.
 
     Args:
-        workers: The number that was asked for. None means one more than there are processors,
+        workers: The number that the user gave. None means one more than there are processors,
             since one thread is usually waiting for the disk, and at most 8.
 
     Raises:
@@ -45,14 +45,14 @@ def run_steps(
 ) -> None:
     """Run all steps in threads.
 
-    The first error stops the other threads after their current step, and is raised. So does an
-    exception in the calling thread, such as `KeyboardInterrupt`.
+    The first error stops the other threads after their current step, and is raised. An exception
+    in the calling thread, such as `KeyboardInterrupt`, does the same.
 
     Args:
         steps: The steps, which threads take in order.
         workers: The number of threads.
         buffer_nbytes: The size of each thread's page-aligned buffer.
-        stop: Is set when the threads must stop; it is always set in the end.
+        stop: Stops the threads when it is set. It is always set on return.
     """
     taking = threading.Lock()
     errors: list[BaseException] = []

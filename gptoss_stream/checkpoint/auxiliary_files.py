@@ -1,4 +1,7 @@
-"""The small files beside the weights that users of an output need."""
+"""Finds the auxiliary files of a checkpoint: tokenizer, chat templates, generation settings.
+
+They are copied to the output as they are, so that it can be used without the source.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ _BLOCK_NBYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class CopiedFile:
-    """A file that is copied byte for byte."""
+    """An auxiliary file, which is copied byte for byte."""
 
     location: Location
     name: str
@@ -52,12 +55,17 @@ class CopiedFile:
             file.check_unchanged()
 
     def check(self) -> None:
-        """Raise what reading the file would raise if it cannot be opened."""
+        """Check that the file can be opened.
+
+        Raises:
+            CheckpointError: If it does not exist any more.
+            MachineError: If opening fails.
+        """
         self.location.open(self.name).close()
 
 
 def find_auxiliary_files(location: Location) -> Iterator[CopiedFile]:
-    """Yield the files that are copied: tokenizer, chat templates and generation settings."""
+    """Yield the auxiliary files of a checkpoint that exist."""
     for name in _NAMES:
         if location.has(name):
             yield CopiedFile(location, name)

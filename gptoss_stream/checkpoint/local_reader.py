@@ -1,4 +1,4 @@
-"""Reads a checkpoint on this machine."""
+"""Reads the tensor data of a local checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from ..storage.local_folder import LocalFile
 from ..storage.location import NEVER_STOP
 from ..tensors.raw_tensor import RawTensor
 from .metadata import CheckpointInfo
-from .reader import OpenFiles, ReadSchedule
+from .open_files import OpenFiles
+from .reader import ReadSchedule
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,11 +25,12 @@ class LocalReader:
     """A `Reader` of a local checkpoint; a context manager.
 
     Each thread reuses the memory that it reads into. Methods raise `CheckpointError` if a file has
-    changed since it was described, and `MachineError` if reading fails.
+    changed since its header was read, and `MachineError` if reading fails.
 
     Args:
         info: The checkpoint.
-        ahead: The system reads ahead what the step this many steps later needs; 0 for none.
+        ahead: How many steps before it is read the system is asked to read data into its cache;
+            0 for never.
     """
 
     def __init__(self, info: CheckpointInfo, ahead: int = 0) -> None:
@@ -68,7 +70,7 @@ class LocalReader:
         free.append(memory)
 
     def set_schedule(self, schedule: ReadSchedule, stop: threading.Event) -> None:
-        """Take the schedule (see `Reader.set_schedule`)."""
+        """Keep the schedule (see `Reader.set_schedule`)."""
         self._schedule, self._stop = schedule, stop
 
     def begin_step(self, step: int) -> None:
@@ -81,7 +83,7 @@ class LocalReader:
                     file.prefetch(*element_range.byte_range)
 
     def end_step(self, step: int) -> None:
-        """Do nothing: the memory of a step is freed by `read`."""
+        """Do nothing: `read` frees its memory itself."""
 
     def check_unchanged(self) -> None:
         """Check that no file has changed since it was opened (see `Reader.check_unchanged`)."""

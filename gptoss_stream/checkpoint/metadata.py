@@ -1,6 +1,6 @@
-"""Reads what a checkpoint holds: configuration, index and headers, but no tensor data.
+"""Reads the metadata of a checkpoint: configuration files, index and safetensors headers.
 
-Every header is validated, and checked against the index, before any data is read.
+Every header is validated, and checked against the index, before any tensor data is read.
 """
 
 from __future__ import annotations
@@ -36,13 +36,16 @@ _FIRST_NBYTES = 64  # enough to recognize other kinds of files
 
 @dataclass(frozen=True, slots=True)
 class CheckpointInfo:
-    """What a checkpoint holds, with no file open."""
+    """The metadata of a checkpoint. No file is open."""
 
     location: Location
+    """Where it is, already opened: its data is read through this."""
     configs: Mapping[str, Mapping[str, Any]]
-    """Its configuration files by name: config.json, or those beside a converted model."""
+    """Its parsed configuration files by name: config.json, or those of a converted output."""
     shards: tuple[FileInfo, ...]
+    """Its safetensors files, sorted by name."""
     tensors: Mapping[str, RawTensor]
+    """Its tensors by name."""
 
     @property
     def config_name(self) -> str:
@@ -59,10 +62,10 @@ def read_metadata(location: Location) -> CheckpointInfo:
     """Read and check the configuration, the index and all headers of a checkpoint.
 
     Args:
-        location: Where the checkpoint is.
+        location: Where the checkpoint is, already opened.
 
     Raises:
-        CheckpointError: If the location holds no sound checkpoint.
+        CheckpointError: If the location has no checkpoint, or one that is incomplete or damaged.
         MachineError: If reading fails.
     """
     try:
@@ -124,6 +127,7 @@ def _read_configs(location: Location) -> Mapping[str, Mapping[str, Any]]:
 
 
 def _read_config(location: Location, name: str) -> Mapping[str, Any]:
+    """Read a JSON file whose value is an object."""
     try:
         config = strict_json.loads(read_small_file(location, name, _MAX_CONFIG_NBYTES))
     except ValueError as error:
@@ -139,6 +143,7 @@ def _read_shards(
     names: list[str],
     weight_map: Mapping[str, str] | None,
 ) -> CheckpointInfo:
+    """Read the headers of shards, and check them against the index if there is one."""
     shards: list[FileInfo] = []
     tensors: dict[str, RawTensor] = {}
     for name in names:
@@ -180,10 +185,10 @@ def read_header(
     """Read the header of a safetensors file.
 
     Returns:
-        The file, its tensors by name, and its metadata.
+        The file, its tensors by name, and the metadata of its header.
 
     Raises:
-        CheckpointError: If the file is not a sound safetensors file.
+        CheckpointError: If the file breaks a rule of the format.
         OSError: If reading fails.
     """
     where = location.display_path(name)

@@ -15,11 +15,11 @@ CheckpointReader: TypeAlias = "LocalReader | RemoteReader"
 
 
 def open_reader(info: CheckpointInfo, ahead: int = 0) -> AbstractContextManager[CheckpointReader]:
-    """Open a checkpoint for reading.
+    """Return the reader of a checkpoint: a `LocalReader` or a `RemoteReader`.
 
     Args:
         info: The checkpoint.
-        ahead: How far the system reads ahead in a local checkpoint (see `LocalReader`). A remote
-            checkpoint is always read ahead.
+        ahead: How many steps the system reads ahead in a local checkpoint (see `LocalReader`). A
+            remote checkpoint is always read ahead.
     """
     return LocalReader(info, ahead) if info.location.is_local else RemoteReader(info)

@@ -1,8 +1,8 @@
 """Divides what a run reads of remote files into blocks that are each fetched once.
 
-A block is a run of a file's bytes: large enough that few requests are needed, and small enough that
-the blocks which are needed at the same time fit into memory. The steps that read a block are known
-beforehand: it is fetched before the first of them and dropped after the last.
+A block is a range of a file's bytes: large enough that few requests are needed, and small enough
+that the blocks which are needed at the same time fit into memory. The steps that read a block are
+known beforehand: it is fetched before the first of them and dropped after the last.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ enough for 48 GB in blocks of this size."""
 _MAX_GAP_NBYTES = 4096
 """Unneeded bytes between two blocks that are merged, at most: they cost less than a request."""
 _MAX_STEPS_APART = 32
-"""A merged block is held as long as any part of it is needed, so neighbors whose steps are further
-apart than this are not merged."""
+"""A merged block stays in memory as long as any of it is needed. So neighbors whose steps are
+further apart than this are not merged."""
 
 
 @dataclass(slots=True, eq=False)
@@ -74,6 +74,7 @@ _Read = tuple[int, int, int]  # begin, end, step
 
 
 def _reads_by_tensor(schedule: ReadSchedule) -> dict[RawTensor, list[_Read]]:
+    """Return all reads of each tensor, in the order of their steps."""
     reads: dict[RawTensor, list[_Read]] = {}
     for step in range(schedule.num_steps):
         for element_range in schedule.element_ranges(step):
@@ -127,6 +128,7 @@ def _merge(blocks: list[FetchBlock], block_nbytes: int) -> list[FetchBlock]:
 
 
 def _can_merge(one: FetchBlock, other: FetchBlock, block_nbytes: int) -> bool:
+    """Return whether a block and the next one are close enough, in bytes and in steps."""
     if other.begin - one.end > _MAX_GAP_NBYTES or other.end - one.begin > block_nbytes:
         return False
     together = max(one.last, other.last) - min(one.first, other.first)

@@ -1,9 +1,9 @@
-"""Reads a remote checkpoint by a schedule: each block once, before it is needed, in bounded memory.
+"""Reads the tensor data of a remote checkpoint by a schedule: each block once, in bounded memory.
 
-The blocks (`read_ahead`) are fetched in the order in which they are needed, several at a time, as
-long as the memory budget allows. A block that is needed now is fetched even if it exceeds the
-budget. The reader thus holds the budget, or what the schedule needs at the same time if that is
-more.
+The blocks (`read_ahead`) are fetched before they are needed, in the order in which they are needed,
+several at a time, as long as the memory budget allows. A block that is needed now is fetched even
+if it exceeds the budget. The reader thus uses the budget, or more only where the schedule needs
+more at the same time.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from ..storage.location import NEVER_STOP
 from ..tensors.raw_tensor import RawTensor
 from .metadata import CheckpointInfo
+from .open_files import OpenFiles
 from .read_ahead import FETCH_NBYTES, FetchBlock, plan_fetches
-from .reader import OpenFiles, ReadSchedule
+from .reader import ReadSchedule
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
 __all__ = ["BUDGET_NBYTES", "RemoteReader"]
 
 BUDGET_NBYTES = 64 << 20
+"""Memory for blocks by default, in bytes."""
 _MAX_REQUESTS = 4  # at the same time
-_POLL_SECONDS = 0.1  # how soon a stop is seen
+_POLL_SECONDS = 0.1  # how often waiting threads look at the stop event
 
 
 class _StoppedError(Exception):
@@ -36,7 +38,7 @@ class _StoppedError(Exception):
 
 
 class _Fetch:
-    """A block that is to be fetched, is in memory, or was dropped again."""
+    """The state of a block: not fetched yet, in memory, or dropped."""
 
     def __init__(self, block: FetchBlock) -> None:
         self.block = block
@@ -49,7 +51,7 @@ class _Fetch:
 class RemoteReader:
     """A `Reader` of a remote checkpoint, from any thread; a context manager.
 
-    Methods raise `CheckpointError` if a file has changed since it was described, and
+    Methods raise `CheckpointError` if a file has changed since its header was read, and
     `MachineError` if reading fails.
 
     Args:
@@ -66,12 +68,12 @@ class RemoteReader:
     ) -> None:
         self.info = info
         self._files = OpenFiles(info)
-        self._budget = budget_nbytes
+        self._budget_nbytes = budget_nbytes
         self._block_nbytes = block_nbytes
         self._stop = NEVER_STOP
         self._fetches: list[_Fetch] = []
-        self._next = 0
-        self._held = 0
+        self._position = 0
+        self._used_nbytes = 0
         self._step = -1
         self._changed = threading.Condition()
         self._error: BaseException | None = None
@@ -107,7 +109,7 @@ class RemoteReader:
             threading.Thread(target=self._fetch_all, args=(finished,), daemon=True).start()
 
     def begin_step(self, step: int) -> None:
-        """Fetch what this step reads now, whatever the budget."""
+        """Fetch what this step reads now, even beyond the budget."""
         with self._changed:
             self._step = max(self._step, step)
             self._changed.notify_all()
@@ -119,7 +121,7 @@ class RemoteReader:
                 fetch.steps_left -= 1
                 if fetch.steps_left == 0:
                     fetch.memory = None
-                    self._held -= fetch.block.nbytes
+                    self._used_nbytes -= fetch.block.nbytes
             self._changed.notify_all()
 
     @contextmanager
@@ -133,12 +135,12 @@ class RemoteReader:
 
         begin = tensor.offset + first * tensor.dtype.itemsize
         end = begin + prod(shape) * tensor.dtype.itemsize
-        parts = list(self._parts(tensor.shard, begin, end))
-        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        ranges = list(self._wait_for(tensor.shard, begin, end))
+        whole = ranges[0] if len(ranges) == 1 else np.concatenate(ranges)
         yield whole.view(STORAGE[tensor.dtype]).reshape(shape)
 
-    def _parts(self, shard: str, begin: int, end: int) -> Iterator[np.ndarray[Any, Any]]:
-        """Yield the memory that holds bytes `begin … end` of a shard; waits for its blocks."""
+    def _wait_for(self, shard: str, begin: int, end: int) -> Iterator[np.ndarray[Any, Any]]:
+        """Yield the memory of bytes `begin` to `end` of a shard; wait for their blocks."""
         begins, fetches = self._by_shard[shard]
         while begin < end:
             fetch = fetches[bisect_right(begins, begin) - 1]
@@ -155,9 +157,9 @@ class RemoteReader:
             begin = until
 
     def _fetch_all(self, finished: threading.Event) -> None:
-        """Fetch one block after another, in a thread."""
+        """Fetch one block after another; run by each of the threads."""
         try:
-            while (fetch := self._take()) is not None:
+            while (fetch := self._next_fetch()) is not None:
                 memory = _releasable_memory(fetch.block.nbytes)
                 file = self._files.file(fetch.block.shard)
                 file.read_into(memory.data, fetch.block.begin, self._stop)
@@ -168,17 +170,19 @@ class RemoteReader:
         finally:
             finished.set()
 
-    def _take(self) -> _Fetch | None:
-        """Wait until the next block may be fetched; returns None when there is none left."""
+    def _next_fetch(self) -> _Fetch | None:
+        """Wait until the next block may be fetched, and return it; None after the last."""
         with self._changed:
             while (
-                not self._stop.is_set() and self._error is None and self._next < len(self._fetches)
+                not self._stop.is_set()
+                and self._error is None
+                and self._position < len(self._fetches)
             ):
-                fetch = self._fetches[self._next]
+                fetch = self._fetches[self._position]
                 is_needed_now = fetch.first <= self._step
-                if is_needed_now or self._held + fetch.block.nbytes <= self._budget:
-                    self._next += 1
-                    self._held += fetch.block.nbytes
+                if is_needed_now or self._used_nbytes + fetch.block.nbytes <= self._budget_nbytes:
+                    self._position += 1
+                    self._used_nbytes += fetch.block.nbytes
                     return fetch
                 self._changed.wait(_POLL_SECONDS)
         return None
@@ -189,7 +193,7 @@ class RemoteReader:
 
 
 def _releasable_memory(nbytes: int) -> np.ndarray[Any, Any]:
-    """Return memory that goes back to the system as soon as it is freed."""
+    """Return uint8 memory that the system gets back as soon as it is freed."""
     from .._utils.buffers import aligned_buffer
 
     return aligned_buffer(nbytes)[:nbytes]

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from .. import formats
 from ..checkpoint.metadata import CheckpointInfo
-from ..checkpoint.reader import is_zero
+from ..checkpoint.zero_check import is_zero
 from ..errors import OptionError, TensorError
 from ..formats import SourceModel, Table, mxfp4_tensors
 from ..model.selection import GROUPS, ResolvedSelection

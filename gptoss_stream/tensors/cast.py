@@ -1,7 +1,8 @@
 """Casts floats from one dtype to another, rounding as torch does.
 
-numpy has no bfloat16, so bfloat16 is held as its bits (uint16), the upper half of a float32. Its
-arithmetic is that of integers: exact, and independent of any flush-to-zero mode of the processor.
+numpy has no bfloat16, so a bfloat16 array is one of its bits (uint16): the upper half of a float32.
+bfloat16 is cast by integer arithmetic, which is exact and independent of any flush-to-zero mode of
+the processor.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ STORAGE: dict[DType, type[np.generic]] = {
 }
 """The numpy dtype of arrays that hold each dtype; safetensors is little-endian."""
 
-
 _Array = np.ndarray[Any, Any]
 
 # The unsigned integer for the bits of each dtype, and the bits of infinity.
@@ -35,21 +35,25 @@ _INFINITY: dict[DType, tuple[type, int]] = {
 
 
 def _widen(source: _Array, out: _Array) -> None:
+    """Cast bfloat16 to float32."""
     bits = out.view(np.uint32)
     bits[...] = source
     np.left_shift(bits, 16, out=bits)
 
 
 def _round(source: _Array, out: _Array) -> None:
+    """Cast float32 to bfloat16."""
     bits = np.ascontiguousarray(source).view(np.uint32)
-    # To nearest, ties to even: add half an ulp less one, and one more where the ulp is odd.
+    # To nearest, ties to even: add one less than half a unit in the last place, and one more where
+    # the last bit that stays is 1.
     rounded = bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))
     nan = (bits & 0x7FFF_FFFF) > 0x7F80_0000
     np.copyto(out, (rounded >> 16).astype(np.uint16))
     out[nan] = ((bits[nan] >> 16) | 0x40).astype(np.uint16)  # stays NaN, quiet
 
 
-def _narrow(source: _Array, out: _Array) -> None:
+def _between_numpy_dtypes(source: _Array, out: _Array) -> None:
+    """Cast float16 to float32 or back."""
     with np.errstate(over="ignore", invalid="ignore"):
         out[...] = source
 
@@ -57,7 +61,7 @@ def _narrow(source: _Array, out: _Array) -> None:
 def _bf16_to_f16(source: _Array, out: _Array) -> None:
     wide = np.empty(source.shape, np.float32)
     _widen(source, wide)
-    _narrow(wide, out)
+    _between_numpy_dtypes(wide, out)
 
 
 def _f16_to_bf16(source: _Array, out: _Array) -> None:
@@ -68,9 +72,9 @@ _CASTS: dict[tuple[DType, DType], Callable[[_Array, _Array], None]] = {
     (DType.BF16, DType.F32): _widen,
     (DType.BF16, DType.F16): _bf16_to_f16,
     (DType.F16, DType.BF16): _f16_to_bf16,
-    (DType.F16, DType.F32): _narrow,
+    (DType.F16, DType.F32): _between_numpy_dtypes,
     (DType.F32, DType.BF16): _round,
-    (DType.F32, DType.F16): _narrow,
+    (DType.F32, DType.F16): _between_numpy_dtypes,
 }
 
 _CAN_OVERFLOW = {
@@ -113,6 +117,6 @@ def cast(
         return
     _CASTS[source_dtype, dtype](source, out)
     if overflow == "error" and (source_dtype, dtype) in _CAN_OVERFLOW:
-        made = count_infinities(out, dtype)
-        if made and made > count_infinities(source, source_dtype):
-            raise OverflowError(f"{made} values are too large for {dtype}")
+        infinities = count_infinities(out, dtype)
+        if infinities and infinities > count_infinities(source, source_dtype):
+            raise OverflowError(f"{infinities} values are too large for {dtype}")

@@ -24,8 +24,9 @@ __all__ = [
 ]
 
 BLOCK_VALUES = 32
+"""Values of an MXFP4 block (OCP Microscaling Formats v1.0, section 5.1)."""
 BLOCK_NBYTES = 16
-"""Values of an MXFP4 block (OCP Microscaling Formats v1.0, 5.1); its bytes without the scale."""
+"""Bytes of an MXFP4 block, without its scale."""
 
 
 class DType(Enum):
@@ -70,7 +71,7 @@ class DType(Enum):
 OUTPUT_DTYPES = {"bfloat16": DType.BF16, "float16": DType.F16, "float32": DType.F32}
 """The dtypes that can be written, by torch's names."""
 KEEP = "keep"
-"""Stands for the dtype of the source, for each tensor."""
+"""The name that stands for each tensor's dtype in the source."""
 
 
 def output_dtype(name: str) -> DType:
@@ -95,7 +96,13 @@ _PRECISION = {DType.U8: 2, DType.BF16: 8, DType.F16: 11, DType.F32: 24}  # bits;
 
 
 def is_exact(source: DType, target: DType) -> bool:
-    """Return whether a cast keeps every value. U8 stands for MXFP4, whose range exceeds float16."""
+    """Return whether a cast keeps every value.
+
+    Args:
+        source: The dtype before the cast: a float dtype, or U8 for MXFP4 (whose range exceeds
+            that of float16).
+        target: The dtype after it.
+    """
     if source is target or target in (DType.F32, DType.U8):
         return True
     return target is DType.BF16 and _PRECISION[source] <= _PRECISION[target]

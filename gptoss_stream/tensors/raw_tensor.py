@@ -1,4 +1,4 @@
-"""A tensor in a safetensors file, as the file's header describes it."""
+"""The description of a tensor in a safetensors file, as the file's header gives it."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ __all__ = ["RawTensor"]
 
 @dataclass(frozen=True, slots=True)
 class RawTensor:
-    """A tensor as a file names and stores it."""
+    """The name, dtype, shape and bytes of a tensor in a safetensors file."""
 
     name: str
     dtype: DType
     shape: tuple[int, ...]
     shard: str
-    """The name of the file."""
+    """The name of the safetensors file."""
     offset: int
     """The first byte of its data in the file."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its data."""
+        """The size of its data in bytes."""
         return prod(self.shape) * self.dtype.bits // 8
 
     @property

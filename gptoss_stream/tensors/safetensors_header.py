@@ -37,8 +37,10 @@ __all__ = [
     "parse_header",
     "parse_index",
 ]
+
 INDEX_NAME = "model.safetensors.index.json"
 LENGTH_NBYTES = 8
+"""Bytes of the header's length, at the beginning of a file."""
 MAX_HEADER_NBYTES = 25_000_000  # huggingface_hub: SAFETENSORS_MAX_HEADER_LENGTH
 METADATA = {"format": "pt"}
 """The metadata of every shard that is written; transformers requires it."""
@@ -62,9 +64,10 @@ def header_nbytes(first_bytes: bytes, file_nbytes: int, file: str) -> int:
     """Return the length of the header's JSON text, before anything of that length is read.
 
     Args:
-        first_bytes: The file's first bytes, up to 64 of them.
+        first_bytes: The file's first bytes, at most 64. More than 8 are used to tell what a file
+            is that is not a safetensors file.
         file_nbytes: The size of the file.
-        file: What messages call the file.
+        file: The path or URL of the file, for messages.
 
     Raises:
         HeaderError: If the file is not a safetensors file or is truncated.
@@ -96,10 +99,10 @@ def parse_header(
     """Parse a header.
 
     Args:
-        header: The JSON text alone.
+        header: The JSON text, without its length.
         file_nbytes: The size of the file.
-        file: What messages call the file.
-        shard: The file's name, for the tensors.
+        file: The path or URL of the file, for messages.
+        shard: The name of the file in its folder, for `RawTensor.shard`.
 
     Returns:
         The tensors, in the order of their data, and the metadata.
@@ -110,7 +113,7 @@ def parse_header(
     try:
         entries = strict_json.loads(header)
     except ValueError as error:
-        raise HeaderError(f"{file}: the header is {_without_quotes(error)}") from None
+        raise HeaderError(f"{file}: the header is {_as_predicate(error)}") from None
     if not isinstance(entries, dict):
         raise HeaderError(f"{file}: the header is not a JSON object")
     metadata = entries.pop("__metadata__", {})
@@ -125,7 +128,8 @@ def parse_header(
     return tuple(tensors), metadata
 
 
-def _without_quotes(error: ValueError) -> str:
+def _as_predicate(error: ValueError) -> str:
+    """Return the message of an error of `strict_json` so that it can follow "the header is"."""
     text = str(error)
     return text if text.startswith("not ") else f"not valid: {text}"
 
@@ -193,13 +197,13 @@ def _check_coverage(tensors: list[RawTensor], start: int, data_nbytes: int, file
 
 
 def build_header(tensors: Iterable[tuple[str, DType, tuple[int, ...]]]) -> bytes:
-    """Build the first bytes of a shard: the length of the header, and the header.
+    """Return the first bytes of a shard: the length of the header, and the header.
 
     Args:
         tensors: Name, dtype and shape of each tensor, in the order of their data, without holes.
 
     Returns:
-        Bytes whose length is a multiple of 8; the metadata is `METADATA`.
+        The bytes, whose number is a multiple of 8. The metadata of the header is `METADATA`.
     """
     entries: dict[str, Any] = {"__metadata__": METADATA}
     begin = 0
@@ -231,7 +235,7 @@ def parse_index(text: bytes, file: str) -> dict[str, str]:
 
     Args:
         text: The text of the index.
-        file: What messages call it.
+        file: The path or URL of the index, for messages.
 
     Returns:
         The shard of each tensor, by name.

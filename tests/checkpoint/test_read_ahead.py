@@ -1,4 +1,4 @@
-"""What a run reads, cut into blocks: all of it, each byte once, in bounded memory."""
+"""Blocks of a run's reads: every byte is in exactly one, and few are needed at the same time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def schedule_of(steps: list[list[ElementRange]]) -> ReadSchedule:
 
 @st.composite
 def schedules(draw) -> list[list[ElementRange]]:
-    """Steps that read parts of a few tensors in two shards, some of them several times."""
+    """Steps that read ranges of a few tensors in two shards, some of them several times."""
     raws, ends = [], {"a": 8, "b": 8}
     for number in range(draw(st.integers(1, 5))):
         shard, size = draw(st.sampled_from("ab")), draw(st.integers(1, 300))
@@ -49,44 +49,46 @@ def overlapped(blocks: list[FetchBlock], element_range: ElementRange) -> list[Fe
 
 @settings(max_examples=300, deadline=None)
 @given(schedules())
-def test_every_byte_that_is_read_lies_in_one_block_and_its_step_is_known(steps):
+def test_every_byte_that_is_read_is_in_one_block_and_its_step_is_known(steps):
     blocks = plan_fetches(schedule_of(steps), BLOCK)
-    wanted = {
+    read = {
         (e.raw.shard, at)
         for step in steps
         for e in step
         for at in range(e.byte_range[0], sum(e.byte_range))
     }
-    held = [(b.shard, at) for b in blocks for at in range(b.begin, b.end)]
-    assert len(held) == len(set(held)), "a byte lies in two blocks"
-    assert wanted <= set(held)
+    fetched = [(b.shard, at) for b in blocks for at in range(b.begin, b.end)]
+    assert len(fetched) == len(set(fetched)), "a byte is in two blocks"
+    assert read <= set(fetched)
     assert all(0 < block.nbytes <= BLOCK for block in blocks)
     for number, step in enumerate(steps):
-        read = {id(block) for element_range in step for block in overlapped(blocks, element_range)}
-        assert read == {id(block) for block in blocks if number in block.steps}
+        needed = {
+            id(block) for element_range in step for block in overlapped(blocks, element_range)
+        }
+        assert needed == {id(block) for block in blocks if number in block.steps}
     assert [b.first for b in blocks] == sorted(b.first for b in blocks)
 
 
-def test_neighbours_become_one_only_when_they_are_needed_together():
+def test_neighbors_are_merged_only_if_they_are_needed_together():
     raws = [RawTensor(f"t{i}", DType.U8, (10,), "a", 10 * i) for i in range(3)]
     soon = plan_fetches(schedule_of([[ElementRange(raw, 0, 10)] for raw in raws]), BLOCK)
     assert [(b.begin, b.end) for b in soon] == [(0, 30)]
-    far: list[list[ElementRange]] = [[] for _ in range(1000)]
+    apart: list[list[ElementRange]] = [[] for _ in range(1000)]
     for number, raw in zip((0, 500, 501), raws, strict=True):
-        far[number] = [ElementRange(raw, 0, 10)]
-    apart = plan_fetches(schedule_of(far), BLOCK)
-    assert [(b.begin, b.end) for b in apart] == [(0, 10), (10, 30)]
+        apart[number] = [ElementRange(raw, 0, 10)]
+    blocks = plan_fetches(schedule_of(apart), BLOCK)
+    assert [(b.begin, b.end) for b in blocks] == [(0, 10), (10, 30)]
 
 
-def test_a_part_of_a_tensor_is_a_block_of_that_part():
+def test_only_the_elements_that_are_read_are_fetched():
     raw = RawTensor("t", DType.BF16, (100_000,), "a", 8)
     blocks = plan_fetches(schedule_of([[ElementRange(raw, 50, 5)], [ElementRange(raw, 90_000, 1)]]))
     assert [(b.begin, b.end) for b in blocks] == [(108, 118), (180_008, 180_010)]
 
 
 @pytest.mark.parametrize("to", ["transformer-lens", "hf"])
-def test_what_a_whole_conversion_needs_at_a_time_is_little(checkpoints, to):
-    """In blocks of a sixteenth of the file, a handful are needed at any step."""
+def test_a_conversion_needs_few_blocks_at_the_same_time(checkpoints, to):
+    """A block is a sixteenth of the file, and no step needs more than half of the file."""
     planned = plan(checkpoints(), to=to)
     tensors = [t for shard in planned.shards for t in shard.tensors]
     schedule = ReadSchedule(
@@ -96,5 +98,5 @@ def test_what_a_whole_conversion_needs_at_a_time_is_little(checkpoints, to):
     blocks = plan_fetches(schedule, total // 16)
     assert total <= sum(block.nbytes for block in blocks) <= 1.02 * total
     for step in range(schedule.num_steps):
-        held = sum(b.nbytes for b in blocks if b.first <= step <= b.last)
-        assert held <= total / 2
+        needed = sum(b.nbytes for b in blocks if b.first <= step <= b.last)
+        assert needed <= total / 2

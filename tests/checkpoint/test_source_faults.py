@@ -1,5 +1,6 @@
-"""A source that changes during the run, that is the output by another name, or that names files
-which are none of its own: the output is right or not there, and nothing is written to the source.
+"""A source that changes during the run, is also the output, or has an index with bad file names.
+
+The output is correct or absent, and the source is never written to.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from runs import (
 SHARD = "model.safetensors"
 
 
-# ----------------------------------------------------------------- a source that changes meanwhile
+# --- a source that changes during the run ---------------------------------------------------------
 
 
 def blanked(file: Path) -> bytes:
-    """A shard's bytes, the latter half of them zeros: sound numbers still, but others."""
+    """A shard's bytes with zeros in the second half: valid, with other values."""
     data = file.read_bytes()
     return data[: len(data) // 2] + bytes(len(data) - len(data) // 2)
 
@@ -72,8 +73,10 @@ QUICK = (truncate, overwrite, replace_by_one_of_the_same_age, Path.unlink)
     + [pytest.param(change, 50, marks=pytest.mark.slow) for change in (*QUICK, replace)],
 )
 def test_a_shard_that_changes_during_the_run(change, count, checkpoints, tmp_path):
-    """The run ends with the right output or with a clean error, by no signal; and what it leaves
-    under a final name was made of the old bytes alone."""
+    """The run ends with the correct output or with a clean error, and not by a signal.
+
+    Every finished file was written from the old bytes only.
+    """
     original = checkpoints(
         layers=3,
         experts=8,
@@ -92,7 +95,7 @@ def test_a_shard_that_changes_during_the_run(change, count, checkpoints, tmp_pat
     for _ in range(count):
         shutil.rmtree(output)
         victim = chance.choice(sorted(source.glob("*.safetensors")))
-        files = chance.randrange(len(whole) // 2)  # later on, most has been read
+        files = chance.randrange(len(whole) // 2)  # later, most of it has been read
         pause = chance.uniform(0, seconds / len(whole))
         done, running = disturb(command, output, partial(change, victim), files, pause)
         live += running
@@ -106,7 +109,7 @@ def test_a_shard_that_changes_during_the_run(change, count, checkpoints, tmp_pat
     assert live >= count / 2
 
 
-# --------------------------------------------------------------------- other names of the source
+# --- an output that is the source -----------------------------------------------------------------
 
 
 def link(source: Path) -> Path:
@@ -118,20 +121,20 @@ def link(source: Path) -> Path:
 ALIASES: dict[str, Callable[[Path], Path | str]] = {
     "the same folder": lambda source: source,
     "a folder inside": lambda source: source / "out",
-    "a folder far inside": lambda source: source / "a/b/../c",
+    "a folder deep inside": lambda source: source / "a/b/../c",
     "the folder around": lambda source: source.parent,
     "a link": link,
     "a folder behind a link": lambda source: link(source) / "out",
-    "a link to a folder to come inside": lambda source: link(source / "out"),
+    "a link to a folder inside, which does not exist yet": lambda source: link(source / "out"),
     "a slash at the end": lambda source: f"{source}/",
     "two dots": lambda source: f"{source}/../{source.name}",
     "a relative path": lambda source: os.path.relpath(source, ROOT),
-    "the home folder's": lambda source: f"~/{source.name}",
+    "in the home folder": lambda source: f"~/{source.name}",
 }
 
 
 def everything(folder: Path) -> dict[Path, tuple[int, int]]:
-    """Everything below a folder, with what changes when it is written to."""
+    """The size and time of change of everything below a folder."""
     return {
         path: (path.lstat().st_size, path.lstat().st_mtime_ns) for path in sorted(folder.rglob("*"))
     }
@@ -150,7 +153,7 @@ def assert_refused_before_any_write(source: Path, output: Path | str) -> None:
 
 @pytest.mark.parametrize("alias", ALIASES.values(), ids=ALIASES.keys())
 def test_an_output_that_is_the_source_by_another_name(alias, tiny):
-    """Is refused before anything is written, even with --overwrite."""
+    """It is refused before anything is written, even with --overwrite."""
     assert_refused_before_any_write(tiny, alias(tiny))
 
 
@@ -158,27 +161,27 @@ def test_an_output_that_is_the_source_by_another_name(alias, tiny):
     ("bound", "output"), [("source", ""), ("source", "out"), (".", ""), (".", "source/out")]
 )
 def test_an_output_on_another_mount_of_the_source(bound, output, tiny, tmp_path_factory):
-    """Likewise where the two paths have nothing in common."""
+    """It is refused although the two paths have nothing in common."""
     with mounted(tmp_path_factory.mktemp("mount"), "--bind", str(tiny.parent / bound)) as mount:
         assert_refused_before_any_write(tiny, mount / output)
 
 
 def test_an_output_whose_name_differs_in_case(tiny, tmp_path):
-    """Is another folder, or, where case does not count, the same, which is refused."""
+    """It is another folder, or on a case-insensitive file system the source, which is refused."""
     before = digests(tiny)
     done = run(convert_command(tiny, tiny.with_name("SOURCE")))
     assert done.returncode == (2 if (tmp_path / "Source").exists() else 0), done.stderr
     assert digests(tiny) == before
 
 
-def shard_is_the_sources(source: Path, output: Path) -> None:
+def link_shard(source: Path, output: Path) -> None:
     shard = next(output.glob("*.safetensors"))
     shard.unlink()
     shard.hardlink_to(source / SHARD)
 
 
-def leftovers_are_the_sources(source: Path, output: Path, make_link: Callable) -> None:
-    """Those of an unfinished run."""
+def link_leftovers(source: Path, output: Path, make_link: Callable) -> None:
+    """Link files of an unfinished run to the source."""
     shards = [shard.name for shard in output.glob("*.safetensors")]
     shutil.rmtree(output)
     interrupted(source, output)
@@ -186,7 +189,7 @@ def leftovers_are_the_sources(source: Path, output: Path, make_link: Callable) -
         make_link(source / SHARD, output / WORK_NAME / name)
 
 
-def folder_is_the_sources(source: Path, output: Path) -> None:
+def link_folder(source: Path, output: Path) -> None:
     templates = "additional_chat_templates"
     (source / templates).mkdir()
     (source / templates / "tool.jinja").write_text("{{ tools }}")
@@ -195,37 +198,37 @@ def folder_is_the_sources(source: Path, output: Path) -> None:
     (output / templates).symlink_to(source / templates)
 
 
-def work_folder_is_the_source(source: Path, output: Path) -> None:
+def link_work_folder(source: Path, output: Path) -> None:
     (output / WORK_NAME).symlink_to(source)
 
 
-def work_folder_of_a_new_output_is_the_source(source: Path, output: Path) -> None:
+def link_work_folder_of_a_new_output(source: Path, output: Path) -> None:
     shutil.rmtree(output)
     output.mkdir()
     (output / WORK_NAME).symlink_to(source)
 
 
-HARD = partial(leftovers_are_the_sources, make_link=os.link)
-SYMBOLIC = partial(leftovers_are_the_sources, make_link=os.symlink)
-ENTANGLEMENTS = {
-    "a shard": (shard_is_the_sources, "--overwrite"),
+HARD = partial(link_leftovers, make_link=os.link)
+SYMBOLIC = partial(link_leftovers, make_link=os.symlink)
+LINKS = {
+    "a shard": (link_shard, "--overwrite"),
     "hard links as leftovers": (HARD, "--quiet"),
     "hard links as leftovers, replaced": (HARD, "--overwrite"),
     "symbolic links as leftovers": (SYMBOLIC, "--quiet"),
     "symbolic links as leftovers, replaced": (SYMBOLIC, "--overwrite"),
-    "a folder": (folder_is_the_sources, "--overwrite"),
-    "the work folder": (work_folder_is_the_source, "--overwrite"),
-    "the work folder of a new output": (work_folder_of_a_new_output_is_the_source, "--quiet"),
+    "a folder": (link_folder, "--overwrite"),
+    "the work folder": (link_work_folder, "--overwrite"),
+    "the work folder of a new output": (link_work_folder_of_a_new_output, "--quiet"),
 }
 
 
-@pytest.mark.parametrize(("entangle", "option"), ENTANGLEMENTS.values(), ids=ENTANGLEMENTS.keys())
-def test_an_output_in_which_something_is_the_sources(entangle, option, tiny, tmp_path):
-    """Is resumed or replaced without the source, or refused; the source stays as it is."""
+@pytest.mark.parametrize(("make_links", "option"), LINKS.values(), ids=LINKS.keys())
+def test_an_output_that_has_links_to_the_source(make_links, option, tiny, tmp_path):
+    """It is resumed, replaced or refused, and the source stays as it is."""
     output = tmp_path / "out"
     assert run(convert_command(tiny, output)).returncode == 0
     shards = digests(output, "*.safetensors")
-    entangle(tiny, output)
+    make_links(tiny, output)
     before = digests(tiny)
     done = run(convert_command(tiny, output, option))
     assert digests(tiny) == before
@@ -235,15 +238,15 @@ def test_an_output_in_which_something_is_the_sources(entangle, option, tiny, tmp
         assert digests(output, "*.safetensors") == shards
 
 
-# --------------------------------------------------------------------- names in the source's index
+# --- names in an index ----------------------------------------------------------------------------
 
 
 Put = Callable[[Path], object]
-"""Puts something into a checkpoint's folder, and gives what its index is to name."""
+"""Puts something into a checkpoint's folder, and returns the name for its index."""
 
 
 def copied_to(name: str) -> Put:
-    """The real shard, which would do were it not for its name."""
+    """The real shard, whose only fault is its name."""
 
     def put(source: Path) -> str:
         (source / name).parent.mkdir(exist_ok=True)
@@ -253,9 +256,9 @@ def copied_to(name: str) -> Put:
     return put
 
 
-def made(name: str, make: Callable[[Path], object]) -> Put:
+def created(name: str, create: Callable[[Path], object]) -> Put:
     def put(source: Path) -> str:
-        make(source / name)
+        create(source / name)
         return name
 
     return put
@@ -277,7 +280,7 @@ INDEX_NAMES: dict[str, Put] = {
     "absolute": lambda source: str(source / SHARD),
     "outside": copied_to("../other.safetensors"),
     "in a folder": copied_to("sub/model.safetensors"),
-    "by way of a dot": lambda source: f"./{SHARD}",
+    "with a dot": lambda source: f"./{SHARD}",
     "a backslash": copied_to("..\\model.safetensors"),
     "NUL": lambda source: f"{SHARD}\0",
     "empty": lambda source: "",
@@ -285,25 +288,25 @@ INDEX_NAMES: dict[str, Put] = {
     "hidden": copied_to(".model.safetensors"),
     "another suffix": copied_to("model.bin"),
     "home": lambda source: f"~/{SHARD}",
-    "a pipe": made("pipe.safetensors", os.mkfifo),
-    "a device": made("zero.safetensors", device),
-    "a folder": made("folder.safetensors", Path.mkdir),
-    "a link out": made("link.safetensors", link_out),
-    "a link to itself": made("loop.safetensors", lambda file: file.symlink_to(file)),
-    "longer than names may be": lambda source: "m" * 244 + ".safetensors",
+    "a pipe": created("pipe.safetensors", os.mkfifo),
+    "a device": created("zero.safetensors", device),
+    "a folder": created("folder.safetensors", Path.mkdir),
+    "a link out": created("link.safetensors", link_out),
+    "a link to itself": created("loop.safetensors", lambda file: file.symlink_to(file)),
+    "one character too long": lambda source: "m" * 244 + ".safetensors",
     "much longer": lambda source: "m" * 100_000 + ".safetensors",
-    "a look-alike letter": copied_to("m\u043edel.safetensors"),
-    "a look-alike slash": copied_to("..\u2215model.safetensors"),
+    "a similar letter": copied_to("m\u043edel.safetensors"),
+    "a similar slash": copied_to("..\u2215model.safetensors"),
     "a line break": copied_to("model.safetensors\n"),
-    "a terminal's command": copied_to("\x1b[2J.safetensors"),
-    "half a character": lambda source: "\ud800.safetensors",
+    "an escape sequence": copied_to("\x1b[2J.safetensors"),
+    "a lone surrogate": lambda source: "\ud800.safetensors",
     "a number": lambda source: 7,
 }
 
 
 @pytest.mark.parametrize("put", INDEX_NAMES.values(), ids=INDEX_NAMES.keys())
-def test_a_name_in_the_index_that_is_none_of_a_shard(put, tiny, tmp_path):
-    """Is refused in a line of plain characters; nothing is written, and nothing waited for."""
+def test_a_name_in_the_index_that_is_not_the_name_of_a_shard(put, tiny, tmp_path):
+    """It is refused by one printable line; nothing is written, and the run does not block."""
     index = json.loads((tiny / INDEX_NAME).read_text())
     name = put(tiny)
     index["weight_map"] = dict.fromkeys(index["weight_map"], name)

@@ -1,4 +1,4 @@
-"""A part of a model: what is chosen, what is refused, what is read."""
+"""Selections of output tensors: which tensors they match, what is refused, what is read."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from gptoss_stream.model.selection import parse_numbers
 
 @pytest.fixture(scope="module")
 def whole(checkpoints, tmp_path_factory):
-    """The whole output of the tiny model (4 layers, 5 experts), for each layout."""
+    """The complete output for the tiny model (4 layers, 5 experts), by format."""
     outputs = {}
-    for layout in ("hf", "transformer-lens"):
-        out = tmp_path_factory.mktemp("whole") / layout
-        gptoss_stream.convert(checkpoints(), out, to=layout)
-        outputs[layout] = load_output(out)
+    for to in ("hf", "transformer-lens"):
+        out = tmp_path_factory.mktemp("whole") / to
+        gptoss_stream.convert(checkpoints(), out, to=to)
+        outputs[to] = load_output(out)
     return outputs
 
 
@@ -37,7 +37,7 @@ def expert(name: str) -> int | None:
     return int(parts[parts.index("experts") + 1]) if "experts" in parts else None
 
 
-CHOICES = {
+SELECTIONS = {
     "layers": (["--layers", "0-1,3"], lambda n: layer(n) in (None, 0, 1, 3)),
     "the last layer": (["--layers", "-1"], lambda n: layer(n) in (None, 3)),
     "experts": (["--experts", "0,3-4"], lambda n: expert(n) in (None, 0, 3, 4)),
@@ -51,7 +51,7 @@ CHOICES = {
         ["--include", "*.W_[QO]", "--include", "unembed*"],
         lambda n: n.endswith(("W_Q", "W_O")) or n.startswith("unembed"),
     ),
-    "names left out": (
+    "excluded names": (
         ["--exclude", "*.bias", "--exclude", "*embed*"],
         lambda n: not n.endswith(".bias") and "embed" not in n,
     ),
@@ -62,18 +62,20 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize(("options", "chosen"), CHOICES.values(), ids=CHOICES.keys())
+@pytest.mark.parametrize(("options", "matches"), SELECTIONS.values(), ids=SELECTIONS.keys())
 @pytest.mark.parametrize("source", ["hf-mxfp4", "hf", "openai"])
-def test_what_is_chosen(source, options, chosen, checkpoints, whole, tmp_path, capsys):
-    """Exactly that, bit for bit as in the whole, under the same names; the record says so, and
-    verify holds the output to it."""
+def test_a_selection_matches(source, options, matches, checkpoints, whole, tmp_path, capsys):
+    """The output has exactly these tensors, with the bits and names of the complete output.
+
+    The record has the selection, and verify checks the output against it.
+    """
     out = tmp_path / "out"
     command = [str(checkpoints(format=source)), str(out), *options]
     assert main(["convert", *command]) == 0
     assert ", part of the model" in capsys.readouterr().out
-    found, wanted = load_output(out), whole["transformer-lens"]
-    assert set(found) == {name for name in wanted if chosen(name)}
-    assert [name for name in found if not same_bits(found[name], wanted[name])] == []
+    found, expected = load_output(out), whole["transformer-lens"]
+    assert set(found) == {name for name in expected if matches(name)}
+    assert [name for name in found if not same_bits(found[name], expected[name])] == []
     record = json.loads((out / "gptoss_stream.json").read_text())
     assert record["partial"]
     assert len(record["selection"]) == len({option for option in options if option[:2] == "--"})
@@ -83,19 +85,19 @@ def test_what_is_chosen(source, options, chosen, checkpoints, whole, tmp_path, c
     assert main(["plan", *command, "--json"]) == 0
 
 
-def test_a_part_in_the_hf_layout(checkpoints, whole, tmp_path):
-    """It has no config.json: transformers would fill the rest of the model at random."""
+def test_a_partial_hf_output_has_no_config(checkpoints, whole, tmp_path):
+    """With a config.json, transformers would fill the missing tensors with random numbers."""
     out = tmp_path / "out"
     gptoss_stream.convert(checkpoints(), out, to="hf", selection=Selection(layers="1"))
-    found, wanted = load_output(out), whole["hf"]
-    assert set(found) == {n for n in wanted if ".layers." not in n or ".layers.1." in n}
-    assert all(same_bits(found[name], wanted[name]) for name in found)
+    found, expected = load_output(out), whole["hf"]
+    assert set(found) == {n for n in expected if ".layers." not in n or ".layers.1." in n}
+    assert all(same_bits(found[name], expected[name]) for name in found)
     assert not (out / "config.json").exists()
     assert (out / "source_config.json").exists()
 
 
-def test_choosing_all_is_the_whole(checkpoints, tmp_path):
-    """With the same bytes and a record that does not speak of a part."""
+def test_a_selection_of_everything_is_a_complete_output(checkpoints, tmp_path):
+    """It has the same bytes, and its record does not say partial."""
     gptoss_stream.convert(checkpoints(), tmp_path / "all", selection=Selection(layers="0-3"))
     gptoss_stream.convert(checkpoints(), tmp_path / "whole")
     assert (tmp_path / "all/model.safetensors").read_bytes() == (
@@ -104,10 +106,10 @@ def test_choosing_all_is_the_whole(checkpoints, tmp_path):
     assert not json.loads((tmp_path / "all/gptoss_stream.json").read_text())["partial"]
 
 
-def test_the_same_choice_in_other_words_resumes(checkpoints, tmp_path):
-    for words in ("1,2", "1-2", "-3--2", "2,1,1"):
+def test_the_same_selection_written_differently_resumes(checkpoints, tmp_path):
+    for layers in ("1,2", "1-2", "-3--2", "2,1,1"):
         report = gptoss_stream.convert(
-            checkpoints(), tmp_path / "out", selection=Selection(layers=words)
+            checkpoints(), tmp_path / "out", selection=Selection(layers=layers)
         )
     assert report.bytes_resumed == report.bytes_out
     with pytest.raises(gptoss_stream.GptOssStreamError, match="differs in selection"):
@@ -115,28 +117,34 @@ def test_the_same_choice_in_other_words_resumes(checkpoints, tmp_path):
 
 
 REFUSED = {
-    "a layer that is not there": (Selection(layers="4"), "layer 4: there are layers 0 to 3"),
+    "a layer that does not exist": (Selection(layers="4"), "layer 4: there are layers 0 to 3"),
     "before the first": (Selection(layers="-5"), "layer -5: there are layers 0 to 3"),
-    "an expert that is not there": (Selection(experts="0-5"), "expert 5: there are experts 0 to 4"),
+    "an expert that does not exist": (
+        Selection(experts="0-5"),
+        "expert 5: there are experts 0 to 4",
+    ),
     "backwards": (Selection(layers="3-1"), "'3-1': the first layer comes after the last"),
     "no numbers": (Selection(layers="a"), "'a' names no layers"),
     "nothing": (Selection(layers=""), "'' names no layers"),
     "an unknown group": (Selection(only=("mlp",)), "unknown group 'mlp'; choose among attention"),
-    "a glob for nothing": (Selection(include=("x*",)), "matches no tensor of transformer-lens"),
-    "all left out": (Selection(exclude=("*",)), "matches no tensor of transformer-lens"),
+    "a pattern without a match": (
+        Selection(include=("x*",)),
+        "matches no tensor of transformer-lens",
+    ),
+    "everything excluded": (Selection(exclude=("*",)), "matches no tensor of transformer-lens"),
 }
 
 
 @pytest.mark.parametrize(("selection", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_choices_that_are_refused(selection, message, checkpoints, tmp_path):
+def test_selections_that_are_refused(selection, message, checkpoints, tmp_path):
     with pytest.raises(OptionError) as refusal:
         gptoss_stream.convert(checkpoints(), tmp_path / "out", selection=selection)
     assert message in str(refusal.value)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_stack_of_experts_is_not_cut(checkpoints):
-    """In it experts have no numbers but their places."""
+def test_experts_of_a_stack_cannot_be_selected(checkpoints):
+    """In a stack, an expert's number is its index, which would change."""
     with pytest.raises(OptionError, match="stacks the experts in one tensor"):
         gptoss_stream.plan(checkpoints(), to="hf", selection=Selection(experts="0"))
     plan = gptoss_stream.plan(
@@ -146,23 +154,23 @@ def test_a_stack_of_experts_is_not_cut(checkpoints):
 
 
 @pytest.mark.parametrize("source", ["hf-mxfp4", "hf", "openai"])
-def test_only_what_is_chosen_is_read(source, checkpoints, tmp_path, monkeypatch):
-    """Every byte that is read is one that the choice needs, and the plan tells how many."""
+def test_only_what_is_selected_is_read(source, checkpoints, tmp_path, monkeypatch):
+    """Only bytes that the selection needs are read, as many as the plan says."""
     folder = checkpoints(format=source)
     selection = Selection(layers="2", experts="1", only=("experts",))
     plan = gptoss_stream.plan(folder, selection=selection)
     read = {}
     from gptoss_stream.checkpoint.local_reader import LocalReader
 
-    reading = LocalReader.read
+    original = LocalReader.read
 
-    def watching(self, tensor, first, shape):
+    def recording(self, tensor, first, shape):
         size = tensor.dtype.itemsize
         bytes_read = range(first * size, (first + prod(shape)) * size)
         read.setdefault(tensor.name, set()).update(bytes_read)
-        return reading(self, tensor, first, shape)
+        return original(self, tensor, first, shape)
 
-    monkeypatch.setattr(LocalReader, "read", watching)
+    monkeypatch.setattr(LocalReader, "read", recording)
     gptoss_stream.convert(folder, tmp_path / "out", selection=selection)
     assert sum(map(len, read.values())) == plan.source_nbytes
     raw = {name: plan.info.tensors[name].nbytes for name in read}

@@ -1,4 +1,4 @@
-"""Headers as large as the format allows, read in a process of their own with its memory counted."""
+"""Time and memory for headers as large as is allowed, each read in its own process."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ print(time.perf_counter() - begun, peak_rss_nbytes())
 
 
 def many(nbytes: int) -> bytes:
-    """A sound header of that many bytes that names as many tensors as it can."""
+    """A valid header of that size with as many tensors as possible."""
     entry = b'"%07d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
     names = b",".join(entry % number for number in range((nbytes - 2) // 65))
     return (b"{" + names + b"}").ljust(nbytes)
 
 
 def listing(item: bytes, nbytes: int) -> bytes:
-    """A header of that many bytes with an item over and over."""
+    """A header of that size that repeats one item."""
     count = (nbytes - 20) // (len(item) + 1)
     return (b'{"a":[' + b",".join([item] * count) + b"]}").ljust(nbytes)
 
@@ -54,7 +54,7 @@ HUGE = {
     [(4_000_000, 10, 200e6), pytest.param(25_000_000, 40, 0.75e9, marks=pytest.mark.slow)],
 )
 def test_a_huge_header_takes_little_time_and_memory(header, nbytes, seconds, memory, tmp_path):
-    """25 MB, just what is allowed: seconds, and 0.75 GB at the very most."""
+    """25 MB is the largest that is allowed: it takes seconds, and less than 0.75 GB."""
     with open(tmp_path / "x.safetensors", "wb") as file:
         file.write(nbytes.to_bytes(8, "little"))
         file.write(header(nbytes)[:nbytes])

@@ -1,4 +1,4 @@
-"""MXFP4, exhaustively: every byte with every scale, against the peer and against arithmetic."""
+"""Decoding of every byte with every scale, checked against transformers and exact arithmetic."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TORCH = {DType.BF16: torch.bfloat16, DType.F16: torch.float16, DType.F32: torch.
 
 
 def all_pairs() -> tuple[np.ndarray, np.ndarray]:
-    """255 rows, one for each scale but NaN's, of the 256 bytes: 16 blocks of 16 bytes."""
+    """255 rows, one for each scale except NaN; each row has all 256 bytes in 16 blocks of 16."""
     blocks = np.tile(np.arange(256, dtype=np.uint8).reshape(1, 16, 16), (255, 1, 1))
     scales = np.repeat(np.arange(255, dtype=np.uint8)[:, None], 16, axis=1)
     return blocks, scales
@@ -30,7 +30,7 @@ def decoded(blocks: np.ndarray, scales: np.ndarray, dtype: DType) -> np.ndarray:
     return out
 
 
-def test_every_byte_with_every_scale_is_the_peers():
+def test_every_byte_with_every_scale_is_decoded_as_in_transformers():
     blocks, scales = all_pairs()
     ours = decoded(blocks, scales, DType.BF16)
     theirs = convert_moe_packed_tensors(
@@ -41,7 +41,7 @@ def test_every_byte_with_every_scale_is_the_peers():
 
 
 @pytest.mark.parametrize("dtype", [DType.F16, DType.F32])
-def test_other_dtypes_are_the_peers_bfloat16_cast(dtype):
+def test_other_dtypes_are_casts_of_bfloat16(dtype):
     blocks, scales = all_pairs()
     halves = decoded(blocks, scales, DType.BF16).view(np.int16)
     cast = torch.from_numpy(halves).view(torch.bfloat16).to(TORCH[dtype]).numpy()
@@ -50,7 +50,7 @@ def test_other_dtypes_are_the_peers_bfloat16_cast(dtype):
     )
 
 
-def test_values_are_the_standards():
+def test_values_are_those_of_the_standard():
     """OCP MX v1.0: a code's value times 2^(scale - 127), exactly, the low nibble first."""
     blocks, scales = all_pairs()
     values = decoded(blocks, scales, DType.F32)
@@ -63,7 +63,7 @@ def test_values_are_the_standards():
 
 
 @pytest.mark.parametrize("dtype", list(TORCH))
-def test_the_largest_scale_is_finite_and_the_next_is_not(dtype):
+def test_the_largest_scale_gives_finite_values_and_the_next_does_not(dtype):
     blocks, scales = all_pairs()
     finite = torch.from_numpy(decoded(blocks, scales, DType.F32)).to(TORCH[dtype]).isfinite()
     largest = largest_scale(dtype)
@@ -72,7 +72,7 @@ def test_the_largest_scale_is_finite_and_the_next_is_not(dtype):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 127, 128, 129, 300])
-def test_tiles_meet_without_a_seam(rows):
+def test_rows_are_the_same_in_any_tile(rows):
     rng = np.random.default_rng(rows)
     blocks = rng.integers(256, size=(rows, 90, 16), dtype=np.uint8)
     scales = rng.integers(100, 130, size=(rows, 90), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""The header codec: one table of sound headers, both ways, and one of damaged ones."""
+"""Parsing and building headers and indexes: a table of valid headers and one of damaged ones."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def file_of(header, nbytes: int = 4) -> bytes:
     return len(text).to_bytes(8, "little") + text + bytes(nbytes)
 
 
-SOUND = {
+VALID = {
     "one tensor": file_of({"a": entry()}),
     "no tensor": file_of({}, 0),
     "empty tensor": file_of({"a": entry(shape=(0, 3), offsets=(0, 0))}, 0),
@@ -48,8 +48,8 @@ SOUND = {
 }
 
 
-@pytest.mark.parametrize("data", SOUND.values(), ids=SOUND.keys())
-def test_sound_headers_are_read_as_safetensors_reads_them(data, tmp_path):
+@pytest.mark.parametrize("data", VALID.values(), ids=VALID.keys())
+def test_valid_headers_are_read_as_safetensors_reads_them(data, tmp_path):
     (tmp_path / "x.safetensors").write_bytes(data)
     infos = parse(data)
     with safe_open(tmp_path / "x.safetensors", "np") as theirs:
@@ -114,7 +114,7 @@ DAMAGED = {
     ),
     "three offsets": (file_of({"a": entry(offsets=(0, 2, 4))}), "data_offsets", True),
     "shape and offsets disagree": (file_of({"a": entry(shape=(5,))}), "takes 5 bytes", True),
-    "bits that make no byte": (file_of({"a": entry("F4", (7,), (0, 4))}), "takes 3.5", True),
+    "bits that are not whole bytes": (file_of({"a": entry("F4", (7,), (0, 4))}), "takes 3.5", True),
     "shape overflows": (file_of({"a": entry(shape=(2**32, 2**32))}), "overflows", True),
     "shape overflows, then a zero": (
         file_of({"a": entry(shape=(2**32, 2**32, 0), offsets=(0, 0))}, 0),
@@ -131,13 +131,13 @@ DAMAGED = {
     "a hole": (file_of({"a": entry(), "b": entry(offsets=(6, 10))}, 10), "hole", True),
     "begins late": (file_of({"a": entry(offsets=(1, 5))}, 5), "hole", True),
     "truncated by one byte": (file_of({"a": entry()}, 3), "1 are missing", True),
-    "one byte more": (file_of({"a": entry()}, 5), "1 bytes follow", True),
+    "one byte too many": (file_of({"a": entry()}, 5), "1 bytes follow", True),
 }
 
 
 @pytest.mark.parametrize(("data", "message", "refused_too"), DAMAGED.values(), ids=DAMAGED.keys())
 def test_damaged_headers_are_refused(data, message, refused_too, tmp_path):
-    """By a message that names the file; and whatever safetensors refuses, this refuses."""
+    """The message names the file. Everything that safetensors refuses is refused."""
     with pytest.raises(HeaderError, match=r"x\.safetensors") as refusal:
         parse(data)
     assert message in str(refusal.value)
@@ -151,7 +151,7 @@ def test_damaged_headers_are_refused(data, message, refused_too, tmp_path):
             pass
     else:
         with safe_open(tmp_path / "x.safetensors", "np"):
-            pass  # stricter on purpose, as the module says: so that this stays true
+            pass  # documented as stricter than safetensors
 
 
 def test_a_huge_header_length_allocates_nothing():
