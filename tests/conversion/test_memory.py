@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from format_pairs import PAIRS
 
 import gptoss_stream
 
@@ -25,15 +26,6 @@ MOST_MEMORY = [  # these gather or scatter most
     ("hf-unfused", "hf"),
 ]
 GROUP = Path("/sys/fs/cgroup/memory/gptoss_stream_test")
-
-
-MXFP4_FORMATS = {"hf-mxfp4", "openai"}
-PAIRS = [
-    (source, target)
-    for source in gptoss_stream.formats.names()
-    for target in gptoss_stream.formats.names()
-    if target not in MXFP4_FORMATS or source in MXFP4_FORMATS  # floats are not quantised
-]
 
 
 def convert(source: Path, output: Path, *options: str, prefix=()) -> dict:
@@ -55,16 +47,16 @@ def test_peak_memory_is_the_same_for_every_model(preset, layers, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    """A function from a format to a random checkpoint of 20b's shapes with 2 layers, written once."""
+def large_sources(tmp_path_factory):
+    """A function from a format to a random checkpoint of 20b's shapes, with 2 layers."""
     folder = tmp_path_factory.mktemp("sources")
     yield lambda name: gptoss_stream.synth(folder / name, "20b", layers=2, format=name)
     shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
-def test_peak_memory_is_the_same_for_every_pair(source, target, sources, tmp_path):
-    report = convert(sources(source), tmp_path / "out", "--to", target, "--workers", "3")
+def test_peak_memory_is_the_same_for_every_pair(source, target, large_sources, tmp_path):
+    report = convert(large_sources(source), tmp_path / "out", "--to", target, "--workers", "3")
     assert report["bytes_out"] > 3e9
     assert report["peak_rss"] < PAIR_LIMIT
 
@@ -83,10 +75,10 @@ def test_peak_memory_with_the_experts_of_120b(source, target, tmp_path):
     os.geteuid() != 0 or not (GROUP.parent / "memory.limit_in_bytes").exists(),
     reason="needs root and control groups of version 1",
 )
-def test_a_limit_that_includes_the_page_cache_is_kept(source, target, sources, tmp_path):
+def test_a_limit_that_includes_the_page_cache_is_kept(source, target, large_sources, tmp_path):
     """The limit is 256 MB. The page cache is dropped before, since pages that are cached already do
     not count."""
-    folder = sources(source)
+    folder = large_sources(source)
     GROUP.mkdir(exist_ok=True)
     (GROUP / "memory.limit_in_bytes").write_text(str(256_000_000))
     os.sync()

@@ -1,4 +1,4 @@
-"""Every format to every format, against writers and readers that are not this package's."""
+"""Convert every format to every format; independent code writes sources and reads outputs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import oracle
 import peer
 import pytest
 import torch
+from format_pairs import ALWAYS_STORED, FORMATS, MXFP4_FORMATS, PAIRS, VARIANTS
 from outputs import same_bits
 from runs import (
     Conversion,
@@ -18,7 +19,6 @@ from runs import (
     assert_nothing_half_written,
     assert_resumes,
     convert_command,
-    digests,
     limit_file_size,
     run,
     time_limit,
@@ -28,41 +28,6 @@ from safetensors.torch import save_file
 import gptoss_stream
 from gptoss_stream.errors import CheckpointError, OptionError
 
-FORMATS = gptoss_stream.formats.names()
-PACKED = ("hf-mxfp4", "openai")
-ALWAYS_STORED = ("openai", "transformer-lens")  # heads and biases
-PAIRS = [(a, b) for a in FORMATS for b in FORMATS if b not in PACKED or a in PACKED]
-
-# Of each size another number but for the last: one expert, one key/value head, nh * hd = H.
-VARIANTS = {
-    "bf16": (torch.bfloat16, {}),
-    "f32, one expert": (torch.float32, {"num_local_experts": 1, "num_experts_per_tok": 1}),
-    "bf16, tied, no biases": (
-        torch.bfloat16,
-        {"tie_word_embeddings": True, "attention_bias": False},
-    ),
-    "f32, tied": (torch.float32, {"tie_word_embeddings": True}),
-    "bf16, no biases, H = I = nh * hd": (
-        torch.bfloat16,
-        {"attention_bias": False, "hidden_size": 96, "num_key_value_heads": 1},
-    ),
-}
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    """Give the folder of a random model in a format, and the model; made once each."""
-    made = {}
-
-    def source(name, variant):
-        if (name, variant) not in made:
-            dtype, settings = VARIANTS[variant]
-            folder = tmp_path_factory.mktemp("source")
-            made[name, variant] = independent.write_source(name, folder, dtype, **settings)
-        return made[name, variant]
-
-    return source
-
 
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
@@ -71,10 +36,10 @@ def name_of(dtype: torch.dtype) -> str:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_every_pair(source, target, variant, sources, tmp_path):
-    """Bit for bit, whole and in shards of their own; verify finds nothing."""
+    """The tensors are as expected bit for bit, in one shard or one shard each; verify agrees."""
     dtype, _ = VARIANTS[variant]
     folder, model = sources(source, variant)
-    kept = "keep" if source not in PACKED or target in PACKED else name_of(dtype)
+    kept = "keep" if source not in MXFP4_FORMATS or target in MXFP4_FORMATS else name_of(dtype)
     report = gptoss_stream.convert(folder, tmp_path / "out", to=target, dtype=kept)
     assert report.narrowed == {}
     assert report.unmapped == ()
@@ -88,7 +53,7 @@ def test_every_pair(source, target, variant, sources, tmp_path):
             assert "lm_head.weight" not in independent.load_folder(tmp_path / "out")
             expected = {**expected, "lm_head.weight": expected["model.embed_tokens.weight"]}
     assert set(found) == set(expected)
-    values = {n: t.to(found[n].dtype) for n, t in expected.items()}  # MXFP4 is bfloat16 here
+    values = {n: t.to(found[n].dtype) for n, t in expected.items()}  # dequantised to bfloat16
     assert [n for n in values if not same_bits(found[n], values[n])] == []
     assert all(t.dtype is dtype for n, t in found.items() if "experts" not in n)
     assert gptoss_stream.verify(folder, tmp_path / "out").equal
@@ -104,11 +69,11 @@ def test_every_pair(source, target, variant, sources, tmp_path):
 @pytest.mark.parametrize(
     ("source", "target"), [pair for pair in PAIRS if pair[0] != pair[1] and pair[::-1] in PAIRS]
 )
-def test_there_and_back(source, target, variant, sources, tmp_path):
-    """The source's own bits, and what the format in between always stores in addition."""
+def test_converting_back_restores_the_source(source, target, variant, sources, tmp_path):
+    """Bit for bit. Added tensors are only those that the intermediate format always stores."""
     folder, _ = sources(source, variant)
-    gptoss_stream.convert(folder, tmp_path / "there", to=target, dtype="keep")
-    gptoss_stream.convert(tmp_path / "there", tmp_path / "back", to=source, dtype="keep")
+    gptoss_stream.convert(folder, tmp_path / "between", to=target, dtype="keep")
+    gptoss_stream.convert(tmp_path / "between", tmp_path / "back", to=source, dtype="keep")
     before, after = (independent.load_folder(f) for f in (folder, tmp_path / "back"))
     ignored = {n for n in before if n.rsplit(".", 1)[1] in BUFFERS}
     assert [n for n in before.keys() - ignored if not torch.equal(before[n], after[n])] == []
@@ -122,48 +87,10 @@ def test_there_and_back(source, target, variant, sources, tmp_path):
 BUFFERS = ("mask", "IGNORE", "rotary_sin", "rotary_cos")
 
 
-@pytest.mark.parametrize(("source", "target"), PAIRS)
-def test_every_pair_in_pieces_of_any_size(source, target, checkpoints, tmp_path, monkeypatch):
-    """The bytes depend neither on chunks nor threads, nor on whether a transposition is spilled,
-    also if the dtype changes."""
-    folder = checkpoints(format=source, layers=2)
-    dtypes = ["keep"] if target in PACKED else ["keep", "float32"]
-    for dtype in dtypes:
-        options = {"to": target, "dtype": dtype, "max_shard_size": "300KB"}
-        gptoss_stream.convert(folder, tmp_path / f"{dtype}-whole", **options)
-        expected = digests(tmp_path / f"{dtype}-whole")
-        for workers, chunk, spilled in ((1, 4096, 1000), (3, 12_288, 1000), (2, 1 << 17, 10**8)):
-            with monkeypatch.context() as patch:
-                patch.setattr("gptoss_stream.writing.executor.CHUNK_NBYTES", chunk)
-                low = workers == 3
-                patch.setattr(
-                    "gptoss_stream.writing.spill_file.is_memory_low", lambda nbytes, low=low: low
-                )
-                patch.setattr("gptoss_stream.planning.shards.SPILL_NBYTES", spilled)
-                out = tmp_path / f"{dtype}-{workers}"
-                gptoss_stream.convert(folder, out, workers=workers, **options)
-                assert digests(out) == expected
-                assert gptoss_stream.verify(folder, out).equal
-
-
-@pytest.mark.parametrize(("source", "target"), PAIRS)
-def test_only_the_vocabulary_is_spilled(source, target, sources, monkeypatch):
-    """Experts never are, however large; and the vocabulary only where it is transposed."""
-    monkeypatch.setattr("gptoss_stream.planning.shards.SPILL_NBYTES", 0)
-    for variant in ("bf16", "f32, one expert"):
-        shards = gptoss_stream.plan(sources(source, variant)[0], to=target).shards
-        spilled = {segment for shard in shards for segment, _ in shard.spilled()}
-        names = [t.name for shard in shards for t in shard.tensors if spilled & {*t.segments}]
-        transposed = {"transformer-lens": "unembed.W_U", "openai": "unembedding.weight"}
-        head = transposed.get(target, "lm_head.weight")
-        is_turned = (source == "transformer-lens") != (target == "transformer-lens")
-        assert names == ([head] if is_turned else [])
-
-
 @pytest.mark.parametrize(
     ("source", "target"), [("transformer-lens", "hf"), ("hf-mxfp4", "openai"), ("hf", "hf-unfused")]
 )
-def test_an_interrupted_run_of_other_formats_goes_on(source, target, checkpoints, tmp_path):
+def test_an_interrupted_run_of_other_formats_resumes(source, target, checkpoints, tmp_path):
     folder, out = checkpoints(format=source), tmp_path / "out"
     options = ("--to", target)
     whole = Conversion.done(folder, tmp_path / "whole", *options)
@@ -173,9 +100,9 @@ def test_an_interrupted_run_of_other_formats_goes_on(source, target, checkpoints
     assert_resumes(folder, out, whole.whole, *options)
 
 
-@pytest.mark.parametrize("target", PACKED)
-@pytest.mark.parametrize("source", PACKED)
-def test_packed_bytes_are_moved_unchanged(source, target, sources, tmp_path):
+@pytest.mark.parametrize("target", MXFP4_FORMATS)
+@pytest.mark.parametrize("source", MXFP4_FORMATS)
+def test_mxfp4_bytes_are_copied_unchanged(source, target, sources, tmp_path):
     folder, _ = sources(source, "bf16")
     gptoss_stream.convert(folder, tmp_path / "out", to=target)
     before, after = independent.load_folder(folder), independent.load_folder(tmp_path / "out")
@@ -185,13 +112,13 @@ def test_packed_bytes_are_moved_unchanged(source, target, sources, tmp_path):
         for old, new in renamed.items():
             for name in [name for name in openai if old in name]:
                 openai[name.replace("block.", "model.layers.").replace(old, new)] = openai.pop(name)
-    packed = [name for name in before if name.endswith(("blocks", "scales"))]
-    assert len(packed) == 2 * 2 * 2
-    assert all(torch.equal(before[name], after[name]) for name in packed)
+    mxfp4 = [name for name in before if name.endswith(("blocks", "scales"))]
+    assert len(mxfp4) == 2 * 2 * 2
+    assert all(torch.equal(before[name], after[name]) for name in mxfp4)
 
 
-@pytest.mark.parametrize("target", PACKED)
-@pytest.mark.parametrize("source", [name for name in FORMATS if name not in PACKED])
+@pytest.mark.parametrize("target", MXFP4_FORMATS)
+@pytest.mark.parametrize("source", [name for name in FORMATS if name not in MXFP4_FORMATS])
 def test_floats_are_not_quantised(source, target, sources, tmp_path):
     with pytest.raises(
         OptionError, match=f"{source} to {target}: .* not quantized by this version"
@@ -201,9 +128,9 @@ def test_floats_are_not_quantised(source, target, sources, tmp_path):
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
-def test_the_dtype_that_is_not_asked_for(source, target, sources, tmp_path):
-    """The source's own to itself and from TransformerLens, else bfloat16, and what is narrowed is
-    said."""
+def test_the_default_dtype(source, target, sources, tmp_path):
+    """It is the source's for its own format and from TransformerLens, else bfloat16; the plan counts
+    tensors that lose precision."""
     plan = gptoss_stream.plan(sources(source, "f32, one expert")[0], to=target)
     kept = source in (target, "transformer-lens")
     assert plan.dtype == ("keep" if kept else "bfloat16")
@@ -216,7 +143,7 @@ def test_the_dtype_that_is_not_asked_for(source, target, sources, tmp_path):
         assert 20 < plan.narrowed["F32 to BF16"] <= len(dense)
 
 
-def test_a_narrowing_is_said(sources, tmp_path, capsys):
+def test_a_loss_of_precision_is_printed(sources, tmp_path, capsys):
     from gptoss_stream.cli.main import main
 
     source = str(sources("hf", "f32, one expert")[0])
@@ -227,15 +154,15 @@ def test_a_narrowing_is_said(sources, tmp_path, capsys):
         assert "precision lost" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("target", PACKED)
+@pytest.mark.parametrize("target", MXFP4_FORMATS)
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_dtypes_that_a_packed_target_has_not(target, dtype, sources):
+def test_dtypes_that_mxfp4_formats_do_not_have(target, dtype, sources):
     with pytest.raises(OptionError, match=f"{target} has its experts in MXFP4 and all else in bf"):
         gptoss_stream.plan(sources("openai", "bf16")[0], to=target, dtype=dtype)
 
 
-def test_dtypes_of_several_sources_of_one_tensor(sources, tmp_path):
-    """Kept, they become the one that holds all of them exactly."""
+def test_several_dtypes_of_the_sources_of_one_tensor(sources, tmp_path):
+    """With the dtype kept, the output has the dtype that represents all of them exactly."""
     folder, _ = sources("hf-unfused", "bf16")
     stored = independent.load_folder(folder)
     one = "model.layers.1.mlp.experts.gate_up_projs.1.weight"
@@ -256,8 +183,9 @@ def test_dtypes_of_several_sources_of_one_tensor(sources, tmp_path):
     assert gptoss_stream.verify(source, tmp_path / "out").equal
 
 
-def test_the_singular_spelling_is_read_where_it_is_told(sources, tmp_path, capsys):
-    """Some write halves under these names, others rows in turn."""
+def test_the_singular_spelling_is_read_if_the_format_is_given(sources, tmp_path, capsys):
+    """Without the format it is ambiguous: some tools store halves under these names, others
+    alternating rows."""
     from gptoss_stream.cli.main import main
 
     folder, model = sources("hf-unfused", "bf16")
@@ -295,7 +223,7 @@ def test_two_spellings_of_one_tensor_are_refused(sources, tmp_path):
 
 
 def test_experts_of_two_formats_are_refused(sources, tmp_path):
-    """transformers would read the stacked ones, and leave the others."""
+    """transformers would read the stacked experts and ignore the others."""
     folder, model = sources("hf-unfused", "bf16")
     stored = independent.load_folder(folder)
     stored |= {name: tensor for name, tensor in model.items() if "experts" in name}
@@ -308,7 +236,7 @@ def test_experts_of_two_formats_are_refused(sources, tmp_path):
 @pytest.mark.parametrize("variant", ["bf16", "f32, one expert"])
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_verify_without_a_record(source, target, variant, sources, tmp_path):
-    """The tensors say which dtype they were made in."""
+    """The dtype of the conversion is found in the output's tensors."""
     folder, _ = sources(source, variant)
     gptoss_stream.convert(folder, tmp_path / "out", to=target, dtype="keep")
     (tmp_path / "out/gptoss_stream.json").unlink()
@@ -316,7 +244,7 @@ def test_verify_without_a_record(source, target, variant, sources, tmp_path):
     assert (difference.kind, difference.name) == ("missing", "gptoss_stream.json")
 
 
-def test_who_writes_unfused_experts_is_warned(sources, tmp_path, capsys):
+def test_writing_unfused_experts_prints_a_warning(sources, tmp_path, capsys):
     from gptoss_stream.cli.main import main
 
     source = str(sources("hf", "bf16")[0])
@@ -324,8 +252,8 @@ def test_who_writes_unfused_experts_is_warned(sources, tmp_path, capsys):
     assert "would leave the experts random" in capsys.readouterr().err
 
 
-def test_a_stored_head_counts(tmp_path):
-    """Whatever the configuration says; by names alone, so also where it equals the embedding."""
+def test_a_stored_head_is_kept(tmp_path):
+    """Even if the configuration ties the embeddings, or if the head equals the embedding."""
     source = oracle.save_dense(tmp_path / "source", tie_word_embeddings=True)
     tensors = independent.load_folder(source)
     assert "lm_head.weight" not in tensors
@@ -337,21 +265,22 @@ def test_a_stored_head_counts(tmp_path):
         assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
 
 
-def test_stored_biases_count(tmp_path):
+def test_stored_biases_are_kept(tmp_path):
+    """Even if the configuration has no biases."""
     source = oracle.save_dense(tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"attention_bias": False}))
     gptoss_stream.convert(source, tmp_path / "out", to="hf")
-    found, wanted = independent.read_hf(tmp_path / "out"), independent.load_folder(source)
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    found, expected = independent.read_hf(tmp_path / "out"), independent.load_folder(source)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def lose(tensors, name):
+def remove(tensors, name):
     del tensors[name]
 
 
-def turn(tensors, name):
+def reshape(tensors, name):
     tensors[name] = tensors[name].reshape(*tensors[name].shape, 1)
 
 
@@ -359,16 +288,16 @@ def widen(tensors, name):
     tensors[name] = tensors[name].double()
 
 
-def beyond(tensors, name):
-    """A tensor of a third layer, of which the configuration knows nothing."""
+def add_layer(tensors, name):
+    """Add a tensor of a third layer, which is not in the configuration."""
     tensors[re.sub(r"(layers|blocks?)\.1\.", r"\1.2.", name)] = tensors[name]
 
 
 NOT_CONVERTED = {
-    lose: "1 tensor missing that",
-    turn: "calls for",
+    remove: "1 tensor missing that",
+    reshape: "calls for",
     widen: "is F64",
-    beyond: "is of a layer that",
+    add_layer: "is of a layer that",
 }
 ONE_OF = {
     "hf": "model.layers.1.mlp.experts.down_proj",
@@ -384,21 +313,21 @@ ONE_OF = {
 def test_tensors_that_do_not_fit_are_named(source, damage, sources, tmp_path):
     folder, _ = sources(source, "bf16")
     stored, name = independent.load_folder(folder), ONE_OF[source]
-    if source in PACKED and damage is widen:
+    if source in MXFP4_FORMATS and damage is widen:
         name = name.replace("_scales", "_bias").replace("weight.scales", "bias")
     damage(stored, name)
     configs = {file.stem: json.loads(file.read_text()) for file in folder.glob("*config.json")}
     damaged = independent.save(tmp_path / "source", stored, **configs)
     with pytest.raises(CheckpointError, match=NOT_CONVERTED[damage]) as refusal:
         gptoss_stream.convert(damaged, tmp_path / "out", to=source)
-    word = re.sub(r"\.1\.", ".2.", name, count=1) if damage is beyond else name
-    assert repr(word) in str(refusal.value)
+    named = re.sub(r"\.1\.", ".2.", name, count=1) if damage is add_layer else name
+    assert repr(named) in str(refusal.value)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("source", ["hf-unfused", "transformer-lens"])
 def test_a_configuration_for_millions_of_tensors_is_refused_at_once(source, sources, tmp_path):
-    """Of a source that stores experts one by one; nothing is looked for 67 million times."""
+    """For formats that store experts one by one: not each of the 67 million names is looked up."""
     folder = shutil.copytree(sources(source, "bf16")[0], tmp_path / "source")
     file = folder / ("config.json" if source == "hf-unfused" else "tl_config.json")
     names = ("num_hidden_layers", "num_local_experts", "n_layers", "num_experts")
