@@ -129,8 +129,8 @@ def test_floats_are_not_quantised(source, target, sources, tmp_path):
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_the_default_dtype(source, target, sources, tmp_path):
-    """It is the source's for its own format and from TransformerLens, else bfloat16; the plan counts
-    tensors that lose precision."""
+    """It is the source's for its own format and from TransformerLens, else bfloat16; the plan
+    counts the tensors that lose precision."""
     plan = gptoss_stream.plan(sources(source, "f32, one expert")[0], to=target)
     kept = source in (target, "transformer-lens")
     assert plan.dtype == ("keep" if kept else "bfloat16")

@@ -1,4 +1,4 @@
-"""Conversions on a Dask cluster: real schedulers, workers and clients, on loopback."""
+"""Conversions on a Dask cluster, with real schedulers, workers and clients."""
 
 from __future__ import annotations
 
@@ -92,28 +92,26 @@ def test_a_client_that_does_not_wait_is_refused(two, source, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_only_what_is_missing_is_made(two, source, whole, tmp_path):
+def test_only_missing_shards_are_written(two, source, whole, tmp_path):
     output = tmp_path / "out"
     assert_done(convert_on(two.address, source, output))
-    gone = sorted(output.glob("*.safetensors"))[2]
-    gone.unlink()
+    missing = sorted(output.glob("*.safetensors"))[2]
+    missing.unlink()
     before = stamps(output)
     assert_done(convert_on(two.address, source, output))
     assert digests(output) == whole
     assert before.items() <= stamps(output).items()
 
 
-def test_to_a_store(two, source, whole, tmp_path):
-    """Each worker sends what it makes; nothing stays in its folder."""
-    store = tmp_path / "store"
-    assert_done(
-        convert_on(two.address, source, f"file://{store}", "--staging", str(tmp_path / "here"))
-    )
+def test_to_an_object_store(two, source, whole, tmp_path):
+    """Each worker uploads the shards that it writes, and nothing is left in its staging folder."""
+    store, staging = tmp_path / "store", tmp_path / "staging"
+    assert_done(convert_on(two.address, source, f"file://{store}", "--staging", str(staging)))
     assert digests(store) == whole
-    assert [p for p in (tmp_path / "here").rglob("*") if p.is_file()] == []
+    assert [p for p in staging.rglob("*") if p.is_file()] == []
 
 
-def test_a_damaged_tensor_is_named_with_its_worker(two, source, tmp_path):
+def test_an_error_names_the_damaged_tensor_and_the_worker(two, source, tmp_path):
     damaged = Path(shutil.copytree(source, tmp_path / "source"))
     info = gptoss_stream.plan(damaged).info
     raw = next(raw for name, raw in info.tensors.items() if name.endswith("gate_up_proj_scales"))
@@ -130,8 +128,8 @@ def test_a_damaged_tensor_is_named_with_its_worker(two, source, tmp_path):
 
 @only_root
 @pytest.mark.parametrize("hidden", [pytest.param("source", marks=pytest.mark.slow), "output"])
-def test_what_a_worker_does_not_see(source, tmp_path, hidden):
-    """One of two workers has something else mounted there."""
+def test_a_worker_that_cannot_see_a_folder(source, tmp_path, hidden):
+    """One of two workers has another file system mounted on the folder."""
     (tmp_path / "parent").mkdir()
     mount = source if hidden == "source" else tmp_path / "parent"
     before = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none "{mount}"; exec "$@"', "sh"]
@@ -144,9 +142,9 @@ def test_what_a_worker_does_not_see(source, tmp_path, hidden):
     assert list((tmp_path / "parent").iterdir()) == []
 
 
-def test_a_source_that_differs_on_a_worker(two, source, tmp_path):
+def test_a_source_that_differs_on_a_worker_is_refused(two, source, tmp_path):
     planned = plan(source, max_shard_size=SIZE)
-    job = TaskSpec(
+    spec = TaskSpec(
         str(source),
         str(tmp_path),
         ConversionOptions(max_shard_size=SIZE),
@@ -156,31 +154,37 @@ def test_a_source_that_differs_on_a_worker(two, source, tmp_path):
         staging=None,
     )
     with pytest.raises(gptoss_stream.GptOssStreamError, match="sees a source that differs in plan"):
-        two.client.submit(dask_worker.check_access, job, None).result()
+        two.client.submit(dask_worker.check_access, spec, None).result()
 
 
-@pytest.mark.parametrize("has", ["another version", pytest.param("none", marks=pytest.mark.slow)])
-def test_a_worker_of_another_version_is_refused(source, tmp_path, has):
+@pytest.mark.parametrize(
+    "package_is", ["another version", pytest.param("missing", marks=pytest.mark.slow)]
+)
+def test_a_worker_with_another_version_is_refused(source, tmp_path, package_is):
     package = tmp_path / "other/gptoss_stream"
     shutil.copytree(ROOT / "gptoss_stream", package)
     text = (package / "__init__.py").read_text()
     assert '__version__ = "' in text
-    other = text.replace('__version__ = "', '__version__ = "9.') if has != "none" else "import nix"
+    other = text.replace('__version__ = "', '__version__ = "9.')
+    if package_is == "missing":
+        other = "import missing_module"
     (package / "__init__.py").write_text(other)
     with cluster(tmp_path / "cluster", 1) as running:
         running.add(1, PYTHONPATH=str(tmp_path / "other"))
         done = convert_on(running.address, source, tmp_path / "out")
         assert_clean_error(done, 2)
         assert "error: worker tcp://127.0.0.1:" in done.stderr
-        expected = "it has gptoss_stream 9." if has != "none" else "cannot be imported there"
+        expected = (
+            "it has gptoss_stream 9." if package_is != "missing" else "cannot be imported there"
+        )
         assert expected in done.stderr
         assert not (tmp_path / "out").exists()
 
 
-def test_a_scheduler_without_the_tool_is_refused(source, tmp_path):
+def test_a_scheduler_that_cannot_import_the_package_is_refused(source, tmp_path):
     package = tmp_path / "other/gptoss_stream"
     package.mkdir(parents=True)
-    (package / "__init__.py").write_text("import nix")
+    (package / "__init__.py").write_text("import missing_module")
     with cluster(tmp_path / "cluster", PYTHONPATH=str(tmp_path / "other")) as running:
         done = convert_on(running.address, source, tmp_path / "out")
     assert_clean_error(done, 2)
@@ -188,7 +192,7 @@ def test_a_scheduler_without_the_tool_is_refused(source, tmp_path):
     assert "cannot be imported" in done.stderr
 
 
-def test_a_worker_that_comes_later_with_another_version_gets_nothing(source, whole, tmp_path):
+def test_a_worker_that_is_added_later_with_another_version_is_refused(source, whole, tmp_path):
     package = tmp_path / "other/gptoss_stream"
     shutil.copytree(ROOT / "gptoss_stream", package)
     text = (package / "__init__.py").read_text()
@@ -206,7 +210,7 @@ def test_a_worker_that_comes_later_with_another_version_gets_nothing(source, who
         assert not output.exists()
 
 
-def test_a_worker_without_the_memory_is_refused(source, tmp_path):
+def test_a_worker_with_too_little_memory_is_refused(source, tmp_path):
     with cluster(tmp_path / "cluster", 1, "--no-nanny", "--memory-limit", "50MB") as running:
         done = convert_on(running.address, source, tmp_path / "out")
     assert_clean_error(done, 2)
@@ -215,7 +219,7 @@ def test_a_worker_without_the_memory_is_refused(source, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "code", "words"),
+    ("scheduler", "code", "reason"),
     [
         ("tcp://127.0.0.1:1", 3, "no scheduler answers"),
         ("127.0.0.1:1", 3, "no scheduler answers"),
@@ -226,23 +230,23 @@ def test_a_worker_without_the_memory_is_refused(source, tmp_path):
         ("tls://127.0.0.1:1", 3, "no scheduler answers"),
     ],
 )
-def test_no_scheduler(source, tmp_path, monkeypatch, scheduler, code, words):
+def test_a_scheduler_that_cannot_be_reached(source, tmp_path, monkeypatch, scheduler, code, reason):
     monkeypatch.setenv("DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT", "1s")
     done = convert_on(scheduler, source, tmp_path / "out")
     assert_clean_error(done, code)
-    assert words in done.stderr
+    assert reason in done.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_what_does_not_travel_is_refused(source, tmp_path):
+def test_options_that_cannot_be_used_with_a_scheduler_are_refused(source, tmp_path):
     for option in (["--token", "hf_secret"], ["--download"], ["--task-index=0", "--num-tasks=2"]):
         done = convert_on("local:1", source, tmp_path / "out", *option)
         assert_clean_error(done, 2)
         assert "hf_secret" not in done.stderr
 
 
-def test_no_secret_travels(source, tmp_path, monkeypatch):
-    """Neither a token nor a key is in what goes to the workers."""
+def test_no_secret_is_sent_to_workers(source, tmp_path, monkeypatch):
+    """Neither a token nor a key is in the task specification."""
     sent = []
     client = distributed.Client(processes=False, n_workers=1, dashboard_address="127.0.0.1:0")
     with client:

@@ -1,4 +1,4 @@
-"""Workers, clients and schedulers that die or hang."""
+"""Workers, clients and schedulers that end or hang during a conversion."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from gptoss_stream.writing.run_state import fingerprint
 
 @pytest.fixture(scope="module")
 def larger(checkpoints, tmp_path_factory):
-    """A source that takes some seconds, and what one process makes of it."""
+    """A source that takes some seconds to convert, and the checksums of its output."""
     sizes = {"hidden_size": 448, "intermediate_size": 416, "experts": 16, "vocab_size": 5003}
     source = checkpoints(layers=8, **sizes)
     output = tmp_path_factory.mktemp("larger") / "out"
@@ -47,7 +47,8 @@ def larger(checkpoints, tmp_path_factory):
     return source, digests(output)
 
 
-def begin(address: str, source: Path, output: Path) -> subprocess.Popen[str]:
+def start(address: str, source: Path, output: Path) -> subprocess.Popen[str]:
+    """Start a conversion on a cluster, in a process."""
     command = convert_command(source, output, "--checksums", "--scheduler", address)
     command += ["--max-shard-size", "6MB"]
     pipe = subprocess.PIPE
@@ -55,7 +56,7 @@ def begin(address: str, source: Path, output: Path) -> subprocess.Popen[str]:
 
 
 def kill_workers(larger, folder: Path, workers: int, times: int, seed: int) -> None:
-    """Kill workers at random moments of runs; the same bytes come of every run."""
+    """Kill workers at random moments of runs; every run must write the same bytes."""
     source, whole = larger
     chance, killed, runs = random.Random(seed), 0, 0
     with cluster(folder / "cluster", workers) as running:
@@ -63,7 +64,7 @@ def kill_workers(larger, folder: Path, workers: int, times: int, seed: int) -> N
             output = folder / f"out-{runs}"
             runs += 1
             assert runs < 4 * times
-            process = begin(running.address, source, output)
+            process = start(running.address, source, output)
             with process:
                 try:
                     while process.poll() is None and not (output / WORK_NAME / "run.json").exists():
@@ -92,55 +93,56 @@ def test_many_workers_killed_at_random(larger, tmp_path):
     kill_workers(larger, tmp_path, workers=3, times=20, seed=1)
 
 
-def strike_clients(larger, folder: Path, blows: list[signal.Signals], seed: int) -> None:
-    """End clients at random moments; what was finished stays, and the same command goes on."""
+def end_clients(larger, folder: Path, signals: list[signal.Signals], seed: int) -> None:
+    """End clients at random moments; finished shards are kept, and the same command resumes."""
     source, whole = larger
     chance = random.Random(seed)
     with cluster(folder / "cluster", 2) as running:
-        for turn, blow in enumerate(blows):
-            output = folder / f"out-{turn}"
-            process = begin(running.address, source, output)
+        for number, signum in enumerate(signals):
+            output = folder / f"out-{number}"
+            process = start(running.address, source, output)
             with process:
                 try:
                     while process.poll() is None and not (output / WORK_NAME / "run.json").exists():
                         time.sleep(0.005)
                     time.sleep(chance.random() * 1.5)
-                    process.send_signal(blow)
+                    process.send_signal(signum)
                     _, err = process.communicate(timeout=60)
                 finally:
                     process.kill()
-            if process.returncode == -blow:  # also when it had done its work
-                assert blow == signal.SIGKILL or digests(output) == whole
+            if process.returncode == -signum:  # or the signal came after the end of the run
+                assert signum == signal.SIGKILL or digests(output) == whole
             elif process.returncode:
-                assert process.returncode == 128 + blow
+                assert process.returncode == 128 + signum
                 assert err.count("\n") == 1, err
             found = {n: d for n, d in digests(output).items() if not n.startswith(WORK_NAME)}
             assert found.items() <= whole.items()
             before = stamps(output)
-            with begin(running.address, source, output) as again:
+            with start(running.address, source, output) as again:
                 assert (again.communicate(timeout=60)[1], again.returncode) == ("", 0)
             assert digests(output) == whole
-            # A worker may finish its shard once more for the client that was killed.
+            # A worker may still finish a shard for the killed client, and write it a second time.
             assert len(before.items() - stamps(output).items()) <= 2
             time.sleep(0.3)
             assert digests(output) == whole
 
 
 def test_clients_ended_at_random(larger, tmp_path):
-    strike_clients(larger, tmp_path, [signal.SIGKILL, signal.SIGINT], seed=2)
+    end_clients(larger, tmp_path, [signal.SIGKILL, signal.SIGINT], seed=2)
 
 
 @pytest.mark.slow
 def test_many_clients_ended_at_random(larger, tmp_path):
-    blows = [signal.SIGKILL] * 12 + [signal.SIGINT] * 5 + [signal.SIGTERM] * 3
-    strike_clients(larger, tmp_path, blows, seed=3)
+    signals = [signal.SIGKILL] * 12 + [signal.SIGINT] * 5 + [signal.SIGTERM] * 3
+    end_clients(larger, tmp_path, signals, seed=3)
 
 
-def test_a_scheduler_that_dies(larger, tmp_path):
+def test_a_scheduler_that_ends(larger, tmp_path):
+    """The run fails in one line, and the same command resumes on another cluster."""
     source, whole = larger
     output = tmp_path / "out"
     with cluster(tmp_path / "one", 2) as running:
-        with begin(running.address, source, output) as process:
+        with start(running.address, source, output) as process:
             while process.poll() is None and not (output / WORK_NAME / "run.json").exists():
                 time.sleep(0.005)
             time.sleep(0.3)
@@ -149,13 +151,13 @@ def test_a_scheduler_that_dies(larger, tmp_path):
         done = subprocess.CompletedProcess("", process.returncode, "", err)
     assert_clean_error(done, 3)
     assert "the scheduler is lost" in err
-    with cluster(tmp_path / "two", 1) as running, begin(running.address, source, output) as process:
+    with cluster(tmp_path / "two", 1) as running, start(running.address, source, output) as process:
         assert (process.communicate(timeout=60)[1], process.returncode) == ("", 0)
     assert digests(output) == whole
 
 
-def test_a_worker_that_hangs_costs_its_shard(larger, tmp_path, monkeypatch):
-    """Another makes it; the one that hung goes on later, and harms nothing."""
+def test_a_shard_of_a_hanging_worker_is_written_by_another(larger, tmp_path, monkeypatch):
+    """When the first worker continues later, it changes nothing."""
     source, whole = larger
     output = tmp_path / "out"
     monkeypatch.setattr(dask_executor, "STALL_TIMEOUT", 1.0)
@@ -214,13 +216,14 @@ sys._current_frames()
 """
 
 
-def test_readers_are_collected_while_a_profiler_looks(source):
-    """Dask's does so in every worker; before Python 3.11.9 one with a threading.local hung."""
+def test_readers_are_collected_while_a_profiler_runs(source):
+    """Dask's profiler runs in each worker. Before Python 3.11.9 a reader with a `threading.local`
+    hung then."""
     assert run([sys.executable, "-c", PROFILED, str(source)]).returncode == 0
 
 
-def test_many_make_one_shard_at_once(source, whole, tmp_path):
-    """Dask may start a task twice; whoever is last gives the same file."""
+def test_several_threads_write_one_shard_at_once(source, whole, tmp_path):
+    """Dask may start a task twice: the last one to finish writes the same file."""
     output = tmp_path / "out"
     begun = run(
         convert_command(source, output, "--checksums", "--task-index", "0", "--num-tasks", "9")
@@ -228,7 +231,7 @@ def test_many_make_one_shard_at_once(source, whole, tmp_path):
     assert begun.returncode == 0
     planned = plan(source, max_shard_size=SIZE)
     state = json.loads((output / WORK_NAME / "run.json").read_text())
-    job = TaskSpec(
+    spec = TaskSpec(
         str(source),
         str(output),
         ConversionOptions(max_shard_size=SIZE),
@@ -240,17 +243,17 @@ def test_many_make_one_shard_at_once(source, whole, tmp_path):
     names = [shard.name for shard in planned.shards]
     errors = []
 
-    def make_all(seed: int) -> None:
+    def write_all(seed: int) -> None:
         for name in random.Random(seed).sample(names, len(names)):
             try:
-                made = write_shard(
-                    job, fingerprint(state), name, tmp_path, lambda n: None, lambda: None
+                written = write_shard(
+                    spec, fingerprint(state), name, tmp_path, lambda n: None, lambda: None
                 )
-                assert made.sha256 == whole[name]
+                assert written.sha256 == whole[name]
             except BaseException as error:
                 errors.append(error)
 
-    threads = [threading.Thread(target=make_all, args=(seed,)) for seed in range(6)]
+    threads = [threading.Thread(target=write_all, args=(seed,)) for seed in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -258,13 +261,15 @@ def test_many_make_one_shard_at_once(source, whole, tmp_path):
     assert errors == []
     assert {n: d for n, d in digests(output).items() if n in names} == {n: whole[n] for n in names}
     with pytest.raises(gptoss_stream.GptOssStreamError, match="is no longer active"):
-        write_shard(job, "another run", names[0], tmp_path, lambda n: None, lambda: None)
+        write_shard(spec, "another run", names[0], tmp_path, lambda n: None, lambda: None)
 
 
 def test_a_shard_that_kills_its_workers_ends_the_run(source, tmp_path, monkeypatch):
-    """As one does for which they have too little memory."""
+    """For example a shard that needs more memory than they have."""
     with cluster(tmp_path / "cluster", 1) as running:
-        monkeypatch.setattr(_die, "__module__", "__main__")  # so that it travels itself
+        monkeypatch.setattr(
+            _die, "__module__", "__main__"
+        )  # so that its code is sent to the workers
         monkeypatch.setattr(dask_executor, "write_shard_on_worker", _die)
         with pytest.raises(MachineError, match="4 workers died while they wrote it"):
             gptoss_stream.convert(source, tmp_path / "out", client=running.client)
@@ -275,8 +280,8 @@ def _die(*arguments: object) -> None:
 
 
 @pytest.mark.parametrize("pause", [0, 1])
-def test_a_worker_that_dies_with_what_it_has_made(source, whole, tmp_path, monkeypatch, pause):
-    """Before the client has taken in that it was made."""
+def test_a_worker_that_dies_after_its_shard(source, whole, tmp_path, monkeypatch, pause):
+    """The worker dies before the client has handled the result; the output is complete."""
     end, killed = dask_executor.DaskExecutor._end, []
 
     def kill_first(self, future, in_flight, callbacks):

@@ -1,4 +1,4 @@
-"""Which shards an array task writes, and the numbers that it takes."""
+"""Which shards an array task writes, and which task numbers are valid."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def source(checkpoints):
 
 
 def task(source: Path, output: object, index: int | None = None, count: int = 3, *options: str):
-    """One task, or all in one, in this process."""
+    """Run one task, or the whole conversion, in this process."""
     numbers = () if index is None else ("--task-index", index, "--num-tasks", count)
     return run_in_process(
         "convert", source, output, "--max-shard-size", SIZE, "--checksums", *numbers, *options
@@ -39,21 +39,22 @@ def task(source: Path, output: object, index: int | None = None, count: int = 3,
     sizes=st.lists(st.tuples(st.integers(1, 10**10), st.integers(0, 10**9)), max_size=60),
     count=st.integers(1, 12),
 )
-def test_shares_are_a_partition_and_even(sizes, count):
+def test_array_tasks_partition_the_shards_evenly(sizes, count):
+    """Each shard is in one task, and no two tasks differ by more than the largest shard."""
     shards = [
-        SimpleNamespace(name=f"{n}", nbytes=nbytes, spill_nbytes=scratch)
-        for n, (nbytes, scratch) in enumerate(sizes)
+        SimpleNamespace(name=f"{n}", nbytes=nbytes, spill_nbytes=spill_nbytes)
+        for n, (nbytes, spill_nbytes) in enumerate(sizes)
     ]
-    shares = [ArrayTask(index, count).select(shards) for index in range(count)]
-    assert sorted((s.name for share in shares for s in share), key=int) == [s.name for s in shards]
-    loads = [sum(map(write_nbytes, share)) for share in shares]
+    parts = [ArrayTask(index, count).select(shards) for index in range(count)]
+    assert sorted((s.name for part in parts for s in part), key=int) == [s.name for s in shards]
+    loads = [sum(map(write_nbytes, part)) for part in parts]
     assert max(loads) - min(loads) <= max(map(write_nbytes, shards), default=0)
 
 
 @pytest.mark.parametrize(
     "numbers", [(-1, 3), (3, 3), (0, 0), (0, -1), (0, 10_001), (5, 2)], ids=str
 )
-def test_numbers_that_no_task_has(source, tmp_path, numbers):
+def test_invalid_task_numbers_are_refused(source, tmp_path, numbers):
     with pytest.raises(OptionError):
         gptoss_stream.convert(source, tmp_path / "out", task=numbers)
     index, count = numbers
@@ -62,7 +63,7 @@ def test_numbers_that_no_task_has(source, tmp_path, numbers):
 
 
 @pytest.mark.parametrize("options", [("--task-index", 0), ("--num-tasks", 2)])
-def test_one_number_without_the_other(source, tmp_path, options):
+def test_one_number_without_the_other_is_refused(source, tmp_path, options):
     assert_clean_error(run_in_process("convert", source, tmp_path / "out", *options), 2)
 
 
@@ -84,7 +85,8 @@ SLURM = "SLURM_ARRAY_TASK_"
         ({"ID": "11", "COUNT": "3", "MIN": "10", "STEP": "2"}, "not in a contiguous array"),
     ],
 )
-def test_slurm_says_which_task_it_is(source, tmp_path, monkeypatch, environment, expected):
+def test_task_numbers_of_slurm(source, tmp_path, monkeypatch, environment, expected):
+    """They come from the environment of an array task, which may start at any number."""
     for name in [name for name in os.environ if name.startswith(SLURM)]:
         monkeypatch.delenv(name)
     for name, value in environment.items():

@@ -1,4 +1,4 @@
-"""Several tasks of a batch system that make one output side by side."""
+"""Array tasks of a batch system, which write one output together."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def source(checkpoints):
 
 @pytest.fixture(scope="module")
 def whole(source, tmp_path_factory):
-    """What one process makes of the source."""
+    """The checksums of an output that one process wrote."""
     output = tmp_path_factory.mktemp("whole") / "out"
     assert task(source, output).returncode == 0
     return digests(output)
 
 
 def task(source: Path, output: object, index: int | None = None, count: int = 3, *options: str):
-    """One task, or all in one, in this process."""
+    """Run one task, or the whole conversion, in this process."""
     numbers = () if index is None else ("--task-index", index, "--num-tasks", count)
     return run_in_process(
         "convert", source, output, "--max-shard-size", SIZE, "--checksums", *numbers, *options
@@ -67,12 +67,14 @@ def task(source: Path, output: object, index: int | None = None, count: int = 3,
 
 
 def command(source: Path, output: object, index: int, count: int = 3) -> list[str]:
+    """Return the command line of one task."""
     numbers = ("--task-index", str(index), "--num-tasks", str(count), "--max-shard-size", SIZE)
     return convert_command(source, Path(str(output)), "--checksums", *numbers)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
-def test_one_after_another_in_any_order(source, whole, tmp_path, order):
+def test_tasks_in_any_order(source, whole, tmp_path, order):
+    """The task that ends last completes the output; running any task again changes nothing."""
     output = tmp_path / "out"
     for position, index in enumerate(order):
         done = task(source, output, index)
@@ -90,8 +92,8 @@ def test_one_after_another_in_any_order(source, whole, tmp_path, order):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_side_by_side(source, whole, tmp_path, seed):
-    """Three processes begin at nearly the same moment; one of them a second time, too."""
+def test_tasks_at_the_same_time(source, whole, tmp_path, seed):
+    """Three processes start at nearly the same moment."""
     output = tmp_path / "out"
     chance = random.Random(seed)
     indices = chance.sample([0, 1, 2], 3)
@@ -115,7 +117,7 @@ def test_more_tasks_than_shards(source, whole, tmp_path):
     assert digests(tmp_path / "out") == whole
 
 
-def test_one_that_is_killed_is_run_again(source, whole, tmp_path):
+def test_a_killed_task_can_be_run_again(source, whole, tmp_path):
     output, chance = tmp_path / "out", random.Random(5)
     assert task(source, output, 0).returncode == 0
     for _ in range(4):
@@ -131,7 +133,7 @@ def test_one_that_is_killed_is_run_again(source, whole, tmp_path):
     assert before.items() <= stamps(output).items()
 
 
-def test_a_whole_run_finishes_what_tasks_began(source, whole, tmp_path):
+def test_a_run_without_tasks_finishes_what_tasks_began(source, whole, tmp_path):
     output = tmp_path / "out"
     assert task(source, output, 0).returncode == 0
     before = stamps(output)
@@ -141,7 +143,7 @@ def test_a_whole_run_finishes_what_tasks_began(source, whole, tmp_path):
 
 
 class Pausing:
-    """An executor that waits before it writes, so that others can try meanwhile."""
+    """An executor that calls a function before it writes."""
 
     def __init__(self, executor, pause):
         self.executor, self.pause, self.in_process = executor, pause, True
@@ -155,12 +157,12 @@ class Pausing:
 
 @pytest.fixture
 def at_work(source, tmp_path, monkeypatch):
-    """Call something while task 0 of 3 is at work in a folder; gives the folder."""
+    """`during` calls a function while task 0 of 3 is running in the folder `output`."""
     output = tmp_path / "out"
 
-    def during(what):
+    def during(action):
         def paused(folder, spec, executor, **options):
-            return write_output(folder, spec, Pausing(executor, what), **options)
+            return write_output(folder, spec, Pausing(executor, action), **options)
 
         with monkeypatch.context() as patch:
             patch.setattr("gptoss_stream.writing.output.write_output", paused)
@@ -169,33 +171,34 @@ def at_work(source, tmp_path, monkeypatch):
     return SimpleNamespace(during=during, output=output)
 
 
-def test_who_must_wait_while_a_task_is_at_work(source, whole, at_work):
-    output, seen = at_work.output, []
+def test_runs_that_are_refused_while_a_task_is_running(source, whole, at_work):
+    """Only other tasks of the same run may start."""
+    output, ends = at_work.output, []
 
     def others():
-        seen.append(run(command(source, output, 0)))  # itself
-        seen.append(run(convert_command(source, output, "--checksums", "--max-shard-size", SIZE)))
-        seen.append(run([*command(source, output, 1), "--dtype", "float32"]))
-        seen.append(run([*command(source, output, 1), "--overwrite"]))
-        seen.append(run(command(source, output, 1)))
-        seen.append(run(command(source, output, 2)))
+        ends.append(run(command(source, output, 0)))
+        ends.append(run(convert_command(source, output, "--checksums", "--max-shard-size", SIZE)))
+        ends.append(run([*command(source, output, 1), "--dtype", "float32"]))
+        ends.append(run([*command(source, output, 1), "--overwrite"]))
+        ends.append(run(command(source, output, 1)))
+        ends.append(run(command(source, output, 2)))
 
     at_work.during(others)
-    itself, all_of_it, other_options, overwriting, one, two = seen
-    for done, words in (
-        (itself, "task-0-of-3 is running in it"),
-        (all_of_it, "another run is writing to it"),
+    same_task, without_tasks, other_options, overwriting, one, two = ends
+    for done, reason in (
+        (same_task, "task-0-of-3 is running in it"),
+        (without_tasks, "another run is writing to it"),
         (other_options, "it holds an unfinished run that differs in dtype"),
         (overwriting, "would overwrite what the other tasks write"),
     ):
         assert_clean_error(done, 2)
-        assert words in done.stderr
+        assert reason in done.stderr
     assert (one.returncode, two.returncode) == (0, 0)
     assert digests(output) == whole
 
 
-def test_the_folder_of_another_run_is_not_written_to(source, at_work):
-    """Somebody deletes it and begins something else meanwhile."""
+def test_a_task_does_not_write_to_the_folder_of_another_run(source, at_work):
+    """A user deletes the folder and starts another run in it meanwhile."""
     output = at_work.output
 
     def others():
@@ -210,7 +213,7 @@ def test_the_folder_of_another_run_is_not_written_to(source, at_work):
     assert digests(output) == digests(alone)
 
 
-def test_leftovers_of_dead_tasks_go(source, whole, tmp_path):
+def test_partial_files_of_dead_tasks_are_deleted(source, whole, tmp_path):
     output = tmp_path / "out"
     assert task(source, output, 0).returncode == 0
     for name in ("task-0-of-3", "task-1-of-3", "worker-x"):
@@ -222,8 +225,8 @@ def test_leftovers_of_dead_tasks_go(source, whole, tmp_path):
     assert digests(output) == whole
 
 
-def test_to_a_store(source, whole, tmp_path):
-    """Each has a staging folder of its own; the sums of all come together."""
+def test_to_an_object_store(source, whole, tmp_path):
+    """Each task has its own staging folder; SHA256SUMS has the checksums of all tasks."""
     store, staging = tmp_path / "store", tmp_path / "staging"
     for index in (1, 2, 0):
         done = task(source, f"file://{store}", index, 3, "--staging", str(staging))
@@ -234,7 +237,7 @@ def test_to_a_store(source, whole, tmp_path):
     assert list(staging.iterdir()) == []
 
 
-def test_to_a_store_side_by_side(source, whole, tmp_path):
+def test_to_an_object_store_at_the_same_time(source, whole, tmp_path):
     store, pipe = tmp_path / "store", subprocess.PIPE
     commands = [command(source, "X", index) for index in range(3)]
     for arguments in commands:
@@ -251,8 +254,8 @@ def test_to_a_store_side_by_side(source, whole, tmp_path):
     assert digests(store) == whole
 
 
-def test_what_is_finished_in_a_store_stays(source, whole, tmp_path):
-    """A task that is run again finds nothing to do, and takes nothing away."""
+def test_a_finished_output_in_an_object_store_is_kept(source, whole, tmp_path):
+    """A task that is run again has nothing to do, and deletes nothing."""
     store = tmp_path / "store"
     for index in (0, 1, 2, 1, None, 0):
         done = task(source, f"file://{store}", index, 3, "--staging", str(tmp_path / "staging"))
@@ -262,8 +265,8 @@ def test_what_is_finished_in_a_store_stays(source, whole, tmp_path):
     assert (digests(store), stamps(store)) == (whole, before)
 
 
-def test_one_that_fails_leaves_what_another_has_begun(source, whole, at_work, monkeypatch):
-    """The other begins and ends between two looks of the first."""
+def test_a_failing_task_keeps_the_files_of_another(source, whole, at_work, monkeypatch):
+    """The other task starts and ends while the first checks whether it is the last."""
     output, is_last = at_work.output, FolderLock.is_last
 
     def late(lock):
@@ -272,7 +275,7 @@ def test_one_that_fails_leaves_what_another_has_begun(source, whole, at_work, mo
         return is_last(lock)
 
     def fail(*arguments):
-        raise MachineError("no room")
+        raise MachineError("no space")
 
     with monkeypatch.context() as patch:
         patch.setattr(FolderLock, "is_last", late)
@@ -283,8 +286,8 @@ def test_one_that_fails_leaves_what_another_has_begun(source, whole, at_work, mo
     assert digests(output) == whole
 
 
-def test_two_may_write_one_file_of_a_store(tmp_path, monkeypatch):
-    """Neither puts what the other is writing under the final name."""
+def test_two_uploads_of_one_file_at_the_same_time(tmp_path, monkeypatch):
+    """Neither gives the final name to the partial file of the other."""
     data = os.urandom(300_000)
     (tmp_path / "data").write_bytes(data)
     second = threading.Barrier(2)
@@ -310,8 +313,8 @@ def test_two_may_write_one_file_of_a_store(tmp_path, monkeypatch):
     assert [p.name for p in (tmp_path / "store").iterdir()] == ["x"]
 
 
-def test_what_a_dead_run_is_still_writing_gets_no_name(source, checkpoints, tmp_path, monkeypatch):
-    """A worker of it has all of a shard, and a run of another model overwrites it meanwhile."""
+def test_a_worker_of_a_replaced_run_writes_no_file(source, checkpoints, tmp_path, monkeypatch):
+    """A worker is about to commit a shard when a run of another model overwrites the output."""
     other = checkpoints(layers=3, seed=1)
     output, commit = tmp_path / "out", ShardFile.commit
     assert task(source, output, 0).returncode == 0
@@ -337,12 +340,12 @@ def test_what_a_dead_run_is_still_writing_gets_no_name(source, checkpoints, tmp_
     options = ConversionOptions(max_shard_size=SIZE)
     spec = TaskSpec(str(source), str(output), options, run_identity(planned), True, 1, None)
 
-    def make():
+    def write():
         with suppress(gptoss_stream.GptOssStreamError):
             write_shard(spec, fingerprint(state), missing, tmp_path, lambda n: None, lambda: None)
 
     monkeypatch.setattr(ShardFile, "commit", late)
-    worker = threading.Thread(target=make)
+    worker = threading.Thread(target=write)
     worker.start()
     assert began.wait(20)
     assert run_in_process("convert", other, output, *others).returncode == 0
@@ -352,7 +355,7 @@ def test_what_a_dead_run_is_still_writing_gets_no_name(source, checkpoints, tmp_
     assert digests(output) == digests(tmp_path / "alone")
 
 
-def test_what_a_dead_run_has_sent_is_taken_back(tmp_path):
+def test_an_upload_of_a_replaced_run_is_deleted(tmp_path):
     store = open_writable_location(f"file://{tmp_path}/store")
     states = [{"files": ["a", "b"], "run": n} for n in (1, 2)]
     old, new = RemoteFolder(store), RemoteFolder(store)
