@@ -13,9 +13,9 @@ from ._utils.memory import peak_rss_nbytes
 from ._utils.paths import user_path
 from .errors import OptionError, OutputError
 from .model.selection import Selection
+from .planning.array_task import ArrayTask
 from .planning.options import DEFAULT_FORMAT, ConversionOptions
 from .planning.output_files import output_files
-from .planning.partition import ArrayTask
 from .planning.plan import Plan, plan_conversion
 from .planning.run_identity import run_identity
 from .planning.shards import DEFAULT_SHARD_SIZE

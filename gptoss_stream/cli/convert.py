@@ -6,8 +6,8 @@ import argparse
 from typing import TYPE_CHECKING
 
 from .._utils.messages import counted, sized
-from .distributed_options import add_distributed_options, array_task, dask_client
-from .options import (
+from ._distributed_options import add_distributed_options, array_task, dask_client
+from ._options import (
     add_conversion_options,
     add_json,
     add_overwrite,
@@ -21,15 +21,15 @@ from .options import (
     open_source,
     parse_selection,
 )
-from .parser import Commands
-from .printing import (
+from ._parser import Commands
+from ._printing import (
     describe_format,
     print_json,
     print_message,
     print_narrowed,
     print_warnings,
 )
-from .progress import progress_bar
+from ._progress import progress_bar
 
 if TYPE_CHECKING:
     from ..conversion import Report

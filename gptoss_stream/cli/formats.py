@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from .options import add_json
-from .parser import Commands
-from .printing import print_json
+from ._options import add_json
+from ._parser import Commands
+from ._printing import print_json
 
 __all__ = ["add_parser", "run"]
 

@@ -6,9 +6,9 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from .._utils.messages import counted, listed, sized
-from .options import add_json, add_remote_source, add_source, add_source_format, open_source
-from .parser import Commands
-from .printing import (
+from ._options import add_json, add_remote_source, add_source, add_source_format, open_source
+from ._parser import Commands
+from ._printing import (
     describe_format,
     describe_model,
     describe_selection,

@@ -17,9 +17,9 @@ from .. import __version__
 from .._utils.failures import machine_error
 from ..errors import GptOssStreamError, MachineError
 from . import convert, formats, inspect, plan, synth, verify
-from .parser import Parser
-from .printing import print_message
-from .signals import Terminated, install_signal_handlers, reset_signal_handlers
+from ._parser import Parser
+from ._printing import print_message
+from ._signals import Terminated, install_signal_handlers, reset_signal_handlers
 
 __all__ = ["main"]
 

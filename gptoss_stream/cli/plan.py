@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._utils.messages import counted, sized
 from .._utils.paths import user_path
-from .options import (
+from ._options import (
     add_conversion_options,
     add_json,
     add_quiet,
@@ -20,8 +20,8 @@ from .options import (
     open_source,
     parse_selection,
 )
-from .parser import Commands
-from .printing import (
+from ._parser import Commands
+from ._printing import (
     describe_format,
     describe_model,
     describe_selection,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from .options import add_max_shard_size, add_overwrite, add_quiet, add_workers
-from .parser import Commands
-from .progress import progress_bar
+from ._options import add_max_shard_size, add_overwrite, add_quiet, add_workers
+from ._parser import Commands
+from ._progress import progress_bar
 
 __all__ = ["add_parser", "run"]
 

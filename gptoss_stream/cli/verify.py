@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from .._utils.messages import counted, sized
 from ..errors import OptionError
-from .options import (
+from ._options import (
     add_json,
     add_quiet,
     add_remote_source,
@@ -18,9 +18,9 @@ from .options import (
     open_source,
     parse_selection,
 )
-from .parser import Commands
-from .printing import describe_selection, print_json
-from .progress import progress_bar
+from ._parser import Commands
+from ._printing import describe_selection, print_json
+from ._progress import progress_bar
 
 if TYPE_CHECKING:
     from ..verification.differences import Verification

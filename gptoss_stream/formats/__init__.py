@@ -11,7 +11,7 @@ leading underscore are not formats.
 
 from __future__ import annotations
 
-from ._check import check_tensors
+from ._check_tensors import check_tensors
 from ._format import Format, default_dtype, ignored, warning
 from ._registry import load, names
 from ._source import SourceModel, naming_config, read_source

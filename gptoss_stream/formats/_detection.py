@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ..checkpoint.metadata import CheckpointInfo
 from ..errors import CheckpointError
-from ._check import names_present
+from ._check_tensors import names_present
 from ._format import Format
 
 __all__ = ["detect_format"]

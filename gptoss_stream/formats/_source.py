@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ..checkpoint.metadata import CheckpointInfo
 from ..errors import ConfigError
 from ..model.config import ModelConfig
-from ._check import read_table
+from ._check_tensors import read_table
 from ._detection import detect_format
 from ._format import Format
 from ._registry import load, names

@@ -13,7 +13,7 @@ from pathlib import Path
 from .._utils.failures import machine_error
 from ..checkpoint.auxiliary_files import CopiedFile
 from ..errors import OptionError, OutputError
-from ..planning.partition import ArrayTask
+from ..planning.array_task import ArrayTask
 from ..planning.shards import PlannedShard, write_nbytes
 from .disk_space import check_space, disk_full_error, is_disk_full, size_on_disk
 from .executor import Callbacks, Executor

@@ -25,8 +25,8 @@ from typing import Any
 
 from .._utils.regular_file import NotRegularError, open_regular
 from ..errors import OutputError
+from .durable_files import write_durably
 from .run_state import RECORD_NAME, RUN_NAME, WORK_NAME, fingerprint, parse_state
-from .small_files import write_durably
 
 __all__ = ["OutputFolder"]
 

@@ -14,12 +14,12 @@ from ..checkpoint.auxiliary_files import CopiedFile
 from ..errors import OutputError
 from ..tensors.safetensors_header import INDEX_NAME
 from .checksums import CHECKSUMS_NAME, build_checksums, parse_checksums
+from .durable_files import remove, write_durably
 from .folder_lock import LOCK_NAME, FolderLock
 from .output_folder import OutputFolder
 from .output_spec import OutputSpec
 from .run_state import RECORD_NAME, refuse_foreign_files, refuse_other_run
 from .shard_file import sync_folder
-from .small_files import remove, write_durably
 
 __all__ = ["OutputRun"]
 

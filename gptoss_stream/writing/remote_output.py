@@ -17,7 +17,7 @@ from pathlib import Path
 from .._utils.failures import machine_error
 from .._utils.paths import user_path
 from ..errors import OptionError, OutputError
-from ..planning.partition import ArrayTask
+from ..planning.array_task import ArrayTask
 from ..planning.shards import PlannedShard
 from ..storage.location import WritableLocation
 from ..tensors.safetensors_header import INDEX_NAME

@@ -15,7 +15,7 @@ from runs import (
 
 import gptoss_stream
 from gptoss_stream.errors import OptionError
-from gptoss_stream.planning.partition import ArrayTask
+from gptoss_stream.planning.array_task import ArrayTask
 from gptoss_stream.planning.shards import write_nbytes
 
 SIZE = "150KB"

@@ -1,4 +1,4 @@
-"""A writable location of the tests, in memory."""
+"""A remote, writable location in memory."""
 
 from __future__ import annotations
 
@@ -10,8 +10,15 @@ from gptoss_stream.errors import MachineError
 from gptoss_stream.storage.location import FileInfo
 
 
-class Memory:
-    """A remote location in memory, which can be slow or fail."""
+class MemoryLocation:
+    """A remote location in memory, which can be slow or fail.
+
+    Attributes:
+        files: The content of each file.
+        uploaded: The names of all uploads, in order.
+        pause: How long each upload takes, in seconds.
+        fails_at: The name of a file whose upload fails.
+    """
 
     is_local = False
     identity = "memory of a test"
@@ -19,7 +26,7 @@ class Memory:
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
-        self.puts: list[str] = []
+        self.uploaded: list[str] = []
         self.pause = 0.0
         self.fails_at: str | None = None
 
@@ -51,20 +58,21 @@ class Memory:
     def read(self, name):
         return self.files[name]
 
-    def put(self, files, sums):
+    def put(self, files, checksums):
         for name, data in files.items():
             time.sleep(self.pause)
             if name == self.fails_at:
-                raise MachineError(f"{name}: the store is gone")
+                raise MachineError(f"{name}: the connection is lost")
             self.files[name] = data if isinstance(data, bytes) else Path(data).read_bytes()
-            if name in sums:
-                assert hashlib.sha256(self.files[name]).hexdigest() == sums[name]
-            self.puts.append(name)
+            if name in checksums:
+                assert hashlib.sha256(self.files[name]).hexdigest() == checksums[name]
+            self.uploaded.append(name)
 
     def delete(self, names):
         for name in names:
             self.files.pop(name, None)
 
     @property
-    def sums(self) -> dict[str, str]:
+    def checksums(self) -> dict[str, str]:
+        """SHA-256 by name."""
         return {n: hashlib.sha256(d).hexdigest() for n, d in self.files.items()}

@@ -1,4 +1,4 @@
-"""Sums of an output's files: written while it is made, checked without its source."""
+"""Checksums of an output's files: computed while it is written, verified without its source."""
 
 from __future__ import annotations
 
@@ -23,31 +23,32 @@ SUMS = "SHA256SUMS"
 
 
 @pytest.fixture(scope="module")
-def summed(checkpoints, tmp_path_factory):
-    output = tmp_path_factory.mktemp("summed") / "out"
+def with_checksums(checkpoints, tmp_path_factory):
+    output = tmp_path_factory.mktemp("checksums") / "out"
     gptoss_stream.convert(checkpoints(), output, max_shard_size="300KB", checksums=True)
     return output
 
 
-def test_sha256sum_reads_the_sums_and_finds_every_file(summed):
+def test_sha256sum_verifies_every_file(with_checksums):
     done = subprocess.run(
-        ["sha256sum", "--strict", "-c", SUMS], cwd=summed, capture_output=True, text=True
+        ["sha256sum", "--strict", "-c", SUMS], cwd=with_checksums, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert set(parse_checksums((summed / SUMS).read_bytes())) == set(digests(summed)) - {SUMS}
+    assert set(parse_checksums((with_checksums / SUMS).read_bytes())) == set(
+        digests(with_checksums)
+    ) - {SUMS}
 
 
-def test_the_files_are_those_that_are_made_without_sums(summed, checkpoints, tmp_path):
+def test_checksums_do_not_change_the_shards(with_checksums, checkpoints, tmp_path):
     gptoss_stream.convert(checkpoints(), tmp_path / "out", max_shard_size="300KB")
-    plain = digests(tmp_path / "out")
-    assert {n: d for n, d in digests(summed).items() if n.endswith(".safetensors")}.items() <= (
-        plain.items()
-    )
+    without = digests(tmp_path / "out")
+    shards = digests(with_checksums, "*.safetensors")
+    assert shards.items() <= without.items()
 
 
 @pytest.mark.parametrize("workers", [1, 4])
-def test_an_interrupted_run_keeps_the_sums_of_what_was_finished(
-    workers, checkpoints, summed, tmp_path
+def test_an_interrupted_run_keeps_the_checksums_of_finished_shards(
+    workers, checkpoints, with_checksums, tmp_path
 ):
     out = tmp_path / "out"
     dying = (
@@ -66,17 +67,19 @@ def test_an_interrupted_run_keeps_the_sums_of_what_was_finished(
     killed = subprocess.run([sys.executable, "-c", dying, *command], cwd=ROOT)
     assert killed.returncode == -signal.SIGKILL
     kept = {file: file.stat().st_ino for file in out.glob("*.safetensors")}
-    assert len(kept) == 2 or (workers > 1 and 2 < len(kept) < 5)  # another thread was as far
+    assert len(kept) == 2 or (
+        workers > 1 and 2 < len(kept) < 5
+    )  # other threads had finished theirs
     assert main(command) == 0
     assert {file: file.stat().st_ino for file in kept} == kept
-    assert digests(out) == digests(summed)
+    assert digests(out) == digests(with_checksums)
 
 
-def test_verify_checksums_tells_every_change(summed, tmp_path, capsys):
-    assert main(["verify", "--checksums", str(summed)]) == 0
+def test_verify_checksums_reports_every_change(with_checksums, tmp_path, capsys):
+    assert main(["verify", "--checksums", str(with_checksums)]) == 0
     assert "equal" in capsys.readouterr().out
-    for name in sorted(digests(summed)):
-        copy = shutil.copytree(summed, tmp_path / "copy")
+    for name in sorted(digests(with_checksums)):
+        copy = shutil.copytree(with_checksums, tmp_path / "copy")
         data = bytearray((copy / name).read_bytes())
         data[len(data) // 2] ^= 4
         (copy / name).write_bytes(data)
@@ -95,15 +98,15 @@ def test_verify_checksums_tells_every_change(summed, tmp_path, capsys):
         shutil.rmtree(copy)
 
 
-def test_sums_without_form(summed, tmp_path, capsys):
-    copy = shutil.copytree(summed, tmp_path / "copy")
-    (copy / SUMS).write_text("no sum")
+def test_an_invalid_checksum_file_is_reported(with_checksums, tmp_path, capsys):
+    copy = shutil.copytree(with_checksums, tmp_path / "copy")
+    (copy / SUMS).write_text("no checksum")
     assert main(["verify", str(copy), "--checksums"]) == 1
     assert "expected a checksum on each line" in capsys.readouterr().out
 
 
-def test_a_shard_that_has_no_sum_is_unexpected(summed, tmp_path):
-    copy = shutil.copytree(summed, tmp_path / "copy")
+def test_a_shard_without_a_checksum_is_unexpected(with_checksums, tmp_path):
+    copy = shutil.copytree(with_checksums, tmp_path / "copy")
     shutil.copy(min(copy.glob("*.safetensors")), copy / "model-00009-of-00009.safetensors")
     (difference,) = gptoss_stream.verify_checksums(copy).differences
     assert (difference.kind, difference.name) == (
@@ -113,12 +116,12 @@ def test_a_shard_that_has_no_sum_is_unexpected(summed, tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [["out"], ["source", "out", "--checksums"]])
-def test_verify_takes_a_source_or_sums(arguments, capsys):
+def test_verify_takes_a_source_or_checksums(arguments, capsys):
     assert main(["verify", *arguments]) == 2
     assert "either SOURCE and OUTPUT, or OUTPUT and --checksums" in capsys.readouterr().err
 
 
-def test_segments_from_many_threads_are_added_in_order():
+def test_chunks_from_many_threads_are_added_in_order():
     data = np.frombuffer(os.urandom(1 << 20), np.uint8)
     total, stop = RunningChecksum(), threading.Event()
     starts = list(range(0, len(data), 1 << 16))
@@ -137,6 +140,6 @@ def test_segments_from_many_threads_are_added_in_order():
     "text",
     [b"", b"x\n", b"0" * 64 + b"  a", b"0" * 63 + b"  a\n", b"0" * 64 + b"  ../a\n", b"\xff\n"],
 )
-def test_sums_that_are_none(text):
+def test_invalid_checksums_are_refused(text):
     with pytest.raises(ValueError, match=r"line|ends|decode"):
         parse_checksums(text)

@@ -1,4 +1,4 @@
-"""Real runs that are killed, hindered, signalled and raced; each must end in the same bytes."""
+"""Runs that are killed, signalled or raced, or whose calls fail: all end in the same bytes."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ WRITES = {"write", "pwrite64", "pwritev", "ftruncate"}
 
 @pytest.fixture(scope="module")
 def small(checkpoints, tmp_path_factory) -> Conversion:
-    """Five shards, and no two calls of the run at once."""
+    """Five shards, written by one thread, so that system calls come in the same order each time."""
     return Conversion.done(checkpoints(), tmp_path_factory.mktemp("small") / "out", "--workers=1")
 
 
 @pytest.fixture(scope="module")
 def large(checkpoints, tmp_path_factory) -> Conversion:
-    """Most of its time goes into shards, three at once."""
+    """A conversion that spends most of its time writing shards, three at once."""
     source = checkpoints(layers=4, experts=5, hidden_size=352, intermediate_size=288)
     output = tmp_path_factory.mktemp("large") / "out"
     return Conversion.done(source, output, "--workers=3", "--max-shard-size=3MB")
@@ -65,18 +65,19 @@ def strace() -> None:
 
 @pytest.fixture(scope="module")
 def calls(strace, small, tmp_path_factory) -> list[Call]:
-    """What the small run does to its folder, undisturbed, call by call."""
+    """The system calls of the small conversion on its folder, when nothing disturbs it."""
     folder = tmp_path_factory.mktemp("calls")
     return trace(small.command(folder / "out"), folder / "out", folder / "log")
 
 
 def paths(calls: list[Call], output: Path) -> list[Path]:
+    """Return the paths of the calls, in another output folder."""
     return [output / path for path in sorted({path for call in calls for path in call.paths})]
 
 
 @pytest.mark.parametrize("which", ["some renames", pytest.param("all calls", marks=slow)])
 def test_a_kill_after_any_system_call(which, small, calls, tmp_path):
-    """The run dies after its first call on the output folder, after its second, and so on."""
+    """The run is killed after its first call on the output folder, after its second, and so on."""
     points = range(1, len(calls) + 1)
     if which == "some renames":
         points = [point for point in points if calls[point - 1].name.startswith("rename")][::2]
@@ -95,9 +96,9 @@ def test_a_kill_after_any_system_call(which, small, calls, tmp_path):
 
 @pytest.mark.parametrize("kills", [20, pytest.param(200, marks=slow)])
 def test_kills_at_any_time(kills, large, tmp_path):
-    """Also of a run that resumes a killed one, up to five times; no shard is made twice."""
+    """Also kill the runs that resume, up to five times; no finished shard is written again."""
     random = Random(kills)
-    done = at_work = 0
+    done = while_writing = 0
     while done < kills:
         output = tmp_path / f"{done}"
         for _ in range(min(random.randint(1, 6), kills - done)):
@@ -105,12 +106,12 @@ def test_kills_at_any_time(kills, large, tmp_path):
             with large.running(output) as process:
                 if done % 2:
                     time.sleep(random.uniform(0.05, 1.05 * large.seconds))
-                else:  # of a run that has begun its work, however long that took
-                    begun = stamps(output)
-                    while process.poll() is None and stamps(output) == begun:
+                else:  # after the run has finished its first shard, however long that took
+                    before = stamps(output)
+                    while process.poll() is None and stamps(output) == before:
                         time.sleep(0.001)
                     time.sleep(random.uniform(0, 0.2 * large.seconds))
-                at_work += process.poll() is None and (output / STATE_NAME).exists()
+                while_writing += process.poll() is None and (output / STATE_NAME).exists()
             done += 1
             assert_nothing_half_written(output, large.whole)
             assert finished.items() <= stamps(output).items()
@@ -118,23 +119,24 @@ def test_kills_at_any_time(kills, large, tmp_path):
                 break
         large.assert_sound(output)
         shutil.rmtree(output, ignore_errors=True)
-    print(f"{done} kills, {at_work} of them of a run at work")
-    assert at_work >= kills / 10
+    print(f"{done} kills, {while_writing} of them while a run was writing")
+    assert while_writing >= kills / 10
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_the_order_in_which_things_become_durable(workers, strace, small, tmp_path):
-    """The state; then of each shard its data, then its name; then, likewise, the index, last."""
+    """First the run's state; then, for each shard, its data before its name; last the index, data
+    before name."""
     command = small.command(tmp_path / "out", f"--workers={workers}")
     log = trace(command, tmp_path, tmp_path / "log")
     changes = [call for call in log if call.name in WRITES or call.name.startswith("rename")]
 
     def synced(path: str, after: int) -> float:
-        """When a file or folder was first on the disk as it had been after some line."""
+        """Return the line of the log after which a file or folder is on the disk as of `after`."""
         ends = (c.end for c in log if "sync" in c.name and path in c.paths and c.begin > after)
         return min(ends, default=inf)
 
-    named = {}  # when each final name was given, and when it was on the disk
+    named = {}  # final name to the line in which it was given, and that after which it is durable
     for call in changes:
         if call.name.startswith("rename"):
             partial, final = call.paths
@@ -151,15 +153,17 @@ def test_the_order_in_which_things_become_durable(workers, strace, small, tmp_pa
     assert all(durable < index_named for _, durable in named.values())
 
 
-def test_a_new_output_folder_is_durable_itself(strace, small, tmp_path):
-    """Its name, in the folder that it lies in, before the run says that it is done."""
+def test_a_new_output_folder_is_durable(strace, small, tmp_path):
+    """Its name in the parent folder is synced before the run ends."""
     log = trace(small.command(tmp_path / "out"), tmp_path, tmp_path / "log")
-    made = next(call.end for call in log if call.name.startswith("mkdir") and "out" in call.paths)
-    assert any("sync" in c.name and c.paths == (".",) and c.begin > made for c in log)
+    created = next(
+        call.end for call in log if call.name.startswith("mkdir") and "out" in call.paths
+    )
+    assert any("sync" in c.name and c.paths == (".",) and c.begin > created for c in log)
 
 
-def fault(number, error, small, calls, output, *, lasting=False) -> None:
-    """Let one call of a run fail, or all from one on, and hold the run to what it may do then."""
+def fail_call(number, error, small, calls, output, *, lasting=False) -> None:
+    """Let one call of a run fail, or all calls from it on, and assert that the run handles it."""
     call, within = calls[number], paths(calls, output)
     with paused(small.command(output)) as process:
         stop_after(process, number, within)
@@ -171,15 +175,19 @@ def fault(number, error, small, calls, output, *, lasting=False) -> None:
     file = final.get(call.paths[0])
     closed = [c.paths for c in calls[:number] if c.name == "close"]
     if call.name == "close" and call.paths in closed:
-        file = None  # all of it was on the disk before it was opened again, to be read
+        file = None  # opened again to be read: all of it is on the disk already
     if done.returncode == 0:
         assert (done.stdout, done.stderr) == ("", "")
         assert digests(output) == small.whole
-        assert error == "EINTR" or not (file or "sync" in call.name), "it was not heeded"
+        assert error == "EINTR" or not (file or "sync" in call.name), "the error was ignored"
     else:
         assert_clean_error(done, 2, 3)
-        assert not (file and (output / file).exists()), "it was given its name all the same"
-        assert not (file and error == "EINTR") or call.name in ("close", "rename"), "no second try"
+        assert not (file and (output / file).exists()), (
+            "the file has its final name in spite of the error"
+        )
+        assert not (file and error == "EINTR") or call.name in ("close", "rename"), (
+            "the call was not repeated"
+        )
     small.assert_sound(output)
     shutil.rmtree(output)
 
@@ -198,30 +206,30 @@ def fault(number, error, small, calls, output, *, lasting=False) -> None:
     ],
 )
 def test_a_call_that_fails(name, path, error, small, calls, tmp_path):
-    """The run says so in a line, or goes on; a file that could not be written gets no name."""
+    """The run fails with one line, or continues; a file that was not written gets no final name."""
     numbers = [n for n, c in enumerate(calls) if c.name == name and path in c.paths[0]]
-    fault(numbers[0], error, small, calls, tmp_path / "out")
+    fail_call(numbers[0], error, small, calls, tmp_path / "out")
 
 
 @slow
 @pytest.mark.parametrize("error", ["EIO", "ENOSPC", "EDQUOT", "EINTR", "EROFS", "EACCES"])
 def test_every_call_may_fail(error, small, calls, tmp_path):
-    """Each of the run's calls on its folder, one in each run."""
+    """In each run, another call on its folder fails."""
     for number in range(len(calls)):
-        fault(number, error, small, calls, tmp_path / f"{number}")
+        fail_call(number, error, small, calls, tmp_path / f"{number}")
 
 
 @pytest.mark.parametrize("every", [40, pytest.param(1, marks=slow)])
-def test_a_disk_that_dies(every, small, calls, tmp_path):
-    """From some call on all of them fail, those too by which the run would clean up."""
+def test_a_disk_that_fails(every, small, calls, tmp_path):
+    """From some call on all calls fail, including those that clean up."""
     for number in range(every - 1, len(calls), every):
-        fault(number, "EIO", small, calls, tmp_path / f"{number}", lasting=True)
+        fail_call(number, "EIO", small, calls, tmp_path / f"{number}", lasting=True)
 
 
 @linux
 @pytest.mark.parametrize("signals", [10, pytest.param(100, marks=slow)])
 def test_signals_at_any_time(signals, large, tmp_path):
-    """SIGINT and SIGTERM end a run in two seconds, with a line and the code that they call for."""
+    """SIGINT and SIGTERM end a run within two seconds, with one line and the signal's exit code."""
     random = Random(1000 + signals)
     ended = 0
     for number in range(signals):
@@ -234,7 +242,7 @@ def test_signals_at_any_time(signals, large, tmp_path):
             done = finish(process, 2)
         assert done.returncode in (0, 128 + signum, -signum), done.stderr
         ended += done.returncode != 0
-        # When all is done Python itself comes to its end, and has no words for a signal.
+        # When the run is complete and Python is exiting, a signal prints nothing.
         silent = done.returncode == 0 or (done.stderr == "" and digests(output) == large.whole)
         assert done.stderr.count("\n") == (not silent), done.stderr
         assert done.stdout == ""
@@ -244,13 +252,13 @@ def test_signals_at_any_time(signals, large, tmp_path):
     assert ended > signals / 2
 
 
-@pytest.mark.parametrize("part", ["datetime", pytest.param("", marks=slow)])
-def test_a_signal_while_modules_load(part, strace, small, tmp_path):
-    """It ends the run as at any time, though numpy makes its own of what is raised in an import."""
+@pytest.mark.parametrize("module", ["datetime", pytest.param("", marks=slow)])
+def test_a_signal_while_modules_load(module, strace, small, tmp_path):
+    """It ends the run as at any time, although numpy replaces exceptions raised in its import."""
     opened = {}
     for folder in (Path(os.__file__).parent, Path(numpy.__file__).parent):
         for call in trace(small.command(tmp_path / "traced"), folder, tmp_path / "log"):
-            if call.name == "openat" and part in call.paths[0]:
+            if call.name == "openat" and module in call.paths[0]:
                 opened[folder / call.paths[0]] = True
         shutil.rmtree(tmp_path / "traced")
     tried, wrong = 0, []
@@ -273,16 +281,18 @@ def test_a_signal_while_modules_load(part, strace, small, tmp_path):
 
 
 def test_a_second_signal_does_not_wait(strace, small, tmp_path):
-    """On a disk that takes two seconds for a write, the second SIGINT ends the run at once."""
+    """If a write takes two seconds, the second SIGINT ends the run at once."""
     output = tmp_path / "out"
-    slowly = ["-e", "trace=pwrite64", "-e", "inject=pwrite64:delay_enter=2000000"]
-    with paused(small.command(output)) as process, attached(process, *slowly, "-o", os.devnull):
+    delayed = ["-e", "trace=pwrite64", "-e", "inject=pwrite64:delay_enter=2000000"]
+    with paused(small.command(output)) as process, attached(process, *delayed, "-o", os.devnull):
         wait_until(lambda: [*output.glob(f"{WORK_NAME}/*.safetensors")], process)
         for _ in range(2):
             time.sleep(0.3)
             process.send_signal(signal.SIGINT)
         signalled = time.monotonic()
-        wait_until(lambda: status(process, "State") == "Z", process)  # all but the slow write
+        wait_until(
+            lambda: status(process, "State") == "Z", process
+        )  # only the slow write is pending
         assert time.monotonic() - signalled < 1
         done = finish(process, 30)
     assert done.returncode in (128 + signal.SIGINT, -signal.SIGINT)
@@ -290,8 +300,9 @@ def test_a_second_signal_does_not_wait(strace, small, tmp_path):
     small.assert_sound(output)
 
 
-def assert_one_worked(ends, output: Path, conversion: Conversion) -> None:
-    """Of runs with --json into one folder one did all of it; others were refused, or found it."""
+def assert_one_wrote(ends, output: Path, conversion: Conversion) -> None:
+    """Assert that of several runs with --json into one folder, one wrote all shards, and the others
+    were refused or found the output complete."""
     reports = [json.loads(end.stdout) for end in ends if end.returncode == 0]
     written = [report["bytes_out"] - report["bytes_resumed"] for report in reports]
     for end in ends:
@@ -304,7 +315,7 @@ def assert_one_worked(ends, output: Path, conversion: Conversion) -> None:
 
 @pytest.mark.parametrize("races", [5, pytest.param(50, marks=slow)])
 def test_races_for_one_output(races, small, tmp_path):
-    """Of some runs started at once, or nearly, one does the work and no other hinders it."""
+    """Of several runs that start at nearly the same time, one writes the output undisturbed."""
     random = Random(races)
     for number in range(races):
         output = tmp_path / f"{number}"
@@ -314,20 +325,20 @@ def test_races_for_one_output(races, small, tmp_path):
                 processes.append(stack.enter_context(small.running(output, "--json")))
                 time.sleep(random.choice((0, random.uniform(0, 1.2 * small.seconds))))
             ends = [finish(process, 30) for process in processes]
-        assert_one_worked(ends, output, small)
+        assert_one_wrote(ends, output, small)
         shutil.rmtree(output)
 
 
 @pytest.mark.parametrize("which", ["on the work folder", pytest.param("all calls", marks=slow)])
-def test_a_run_beside_one_that_stands_still(which, small, calls, tmp_path):
-    """Whatever call the one has come to, another does all of the work or none, and so does it."""
+def test_a_run_beside_a_stopped_one(which, small, calls, tmp_path):
+    """After whatever call the first run is stopped, one of both runs writes all shards."""
     points = range(1, len(calls) + 1)
     if which == "on the work folder":
-        telling = {"mkdir", "mkdirat", "unlinkat", "rmdir"}
+        names = {"mkdir", "mkdirat", "unlinkat", "rmdir"}
         points = [
             point
             for point in points
-            if calls[point - 1].name in telling and calls[point - 1].paths == (WORK_NAME,)
+            if calls[point - 1].name in names and calls[point - 1].paths == (WORK_NAME,)
         ]
     for point in points:
         output = tmp_path / f"{point}"
@@ -337,16 +348,17 @@ def test_a_run_beside_one_that_stands_still(which, small, calls, tmp_path):
             first.send_signal(signal.SIGCONT)
             ends = [finish(first, 60), second]
         print(point, *calls[point - 1].paths, *((end.returncode, end.stderr) for end in ends))
-        assert_one_worked(ends, output, small)
+        assert_one_wrote(ends, output, small)
         shutil.rmtree(output)
 
 
-def test_a_lock_that_was_deleted_locks_nothing(small, calls, tmp_path):
-    """A run stands before locking what it opened; another ends, a third begins: the first waits
-    no less than any other."""
+def test_a_lock_file_that_was_deleted_locks_nothing(small, calls, tmp_path):
+    """A run is stopped between opening and locking the lock file; then a second run ends and a
+    third one starts. The first must be refused like any other."""
     output = tmp_path / "out"
     locking = next(number for number, call in enumerate(calls) if call.name == "flock")
-    with paused(small.command(output)) as first, paused(small.command(output, "--overwrite")) as third:
+    overwrite = small.command(output, "--overwrite")
+    with paused(small.command(output)) as first, paused(overwrite) as third:
         stop_after(first, locking, paths(calls, output))
         assert run(small.command(output)).returncode == 0
         stop_after(third, len(calls) // 2, paths(calls, output))
@@ -358,8 +370,8 @@ def test_a_lock_that_was_deleted_locks_nothing(small, calls, tmp_path):
     assert digests(output) == small.whole
 
 
-def test_a_killed_run_holds_nothing(large, tmp_path):
-    """While a run lives, even stopped, others are refused at once; when it is dead, one goes on."""
+def test_a_killed_run_holds_no_lock(large, tmp_path):
+    """Others are refused while a run exists, even if it is stopped; after a kill, one resumes."""
     output = tmp_path / "out"
     with large.running(output) as process:
         wait_until((output / STATE_NAME).exists, process)
@@ -371,8 +383,8 @@ def test_a_killed_run_holds_nothing(large, tmp_path):
 @pytest.mark.parametrize(
     ("workers", "seeds"), [((4,), (1,)), pytest.param((1, 2, 3, 4), (0, 1, 2, 3, 4), marks=slow)]
 )
-def test_one_set_of_bytes(workers, seeds, large, tmp_path, monkeypatch):
-    """Whatever the number of threads and Python's hash seed, interrupted or not."""
+def test_the_bytes_are_always_the_same(workers, seeds, large, tmp_path, monkeypatch):
+    """With any number of threads and any hash seed of Python, interrupted or not."""
     for count, seed in product(workers, seeds):
         monkeypatch.setenv("PYTHONHASHSEED", str(seed))
         at_once, in_two = tmp_path / f"{count}-{seed}", tmp_path / f"{count}-{seed}-interrupted"

@@ -215,9 +215,7 @@ def test_expired_links_are_renewed(hub, convert, released, whole, tmp_path):
     assert finished(tmp_path / "out") == whole(released)
 
 
-def test_withdrawn_links_are_renewed(
-    hub, convert, released, whole, tmp_path
-):
+def test_withdrawn_links_are_renewed(hub, convert, released, whole, tmp_path):
     hub.add_folder(NAME, released)
     withdrawn = every(5, Fault("slow", 10**9), DATA)
     hub.faults.append(lambda request: withdrawn(request) and hub.expire_links())

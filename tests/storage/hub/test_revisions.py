@@ -45,9 +45,7 @@ def test_a_new_run_reads_the_newest_commit(hub, convert, released, another, whol
     assert finished(tmp_path / "before") == whole(another)
 
 
-def test_a_commit_during_the_run_changes_nothing(
-    hub, convert, released, another, whole, tmp_path
-):
+def test_a_commit_during_the_run_changes_nothing(hub, convert, released, another, whole, tmp_path):
     hub.add_folder(NAME, released)
     turns = iter(range(1000))
 

@@ -71,9 +71,7 @@ def test_a_repository_is_created_although_the_reply_is_lost(hub, convert, releas
 
 
 @pytest.mark.parametrize("nbytes", [None, 1000], ids=["other bytes", "another size"])
-def test_uploaded_files_are_checked(
-    nbytes, hub, convert, released, whole, tmp_path
-):
+def test_uploaded_files_are_checked(nbytes, hub, convert, released, whole, tmp_path):
     """A shard that is known to be damaged is written and uploaded again."""
 
     def spoil(request):

@@ -109,9 +109,7 @@ def test_a_killed_run_resumes(n, machine, hub, begin, cli, released, whole, tmp_
         assert hub.bytes_sent < 0.7 * weights + small_nbytes(released)
 
 
-def test_the_remote_state_pins_the_source(
-    hub, begin, convert, released, another, whole
-):
+def test_the_remote_state_pins_the_source(hub, begin, convert, released, another, whole):
     """Also if another machine resumes: the state in the output names the commit that was read."""
     hub.add_folder(NAME, released)
     hub.faults.append(after(2, Fault("status", 403), PUT))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from .printing import print_message
+from ._printing import print_message
 
 if TYPE_CHECKING:
     from ..model.selection import Selection

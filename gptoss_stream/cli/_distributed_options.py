@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..errors import OptionError
-from .printing import print_message
+from ._printing import print_message
 
 __all__ = ["add_distributed_options", "array_task", "dask_client"]
 
