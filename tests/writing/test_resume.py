@@ -1,8 +1,8 @@
 """What may change between an interrupted run and the next, and what must not.
 
-Each row changes one thing after a run into seven shards was killed at its second. The next run is
-refused, by a line that says what differs, and touches nothing; or, where the change is harmless,
-it makes the same bytes as a run that was never interrupted.
+Each row changes one thing after a run was killed at its second of seven shards. The next run is
+refused by one line that says what differs, and changes nothing. If the change is harmless, it
+writes the same bytes as a run that was never interrupted.
 """
 
 from __future__ import annotations
@@ -37,26 +37,28 @@ gptoss_stream.convert(sys.argv[1], sys.argv[2], max_shard_size="150KB", workers=
 """
 
 
-def die(source: Path, output: Path) -> None:
-    """Begin a conversion in a process that kills itself when two shards are finished."""
+def run_killed(source: Path, output: Path) -> None:
+    """Start a conversion in a process that kills itself when two shards are finished."""
     done = subprocess.run([sys.executable, "-c", KILLED, source, output], cwd=ROOT, timeout=60)
     assert done.returncode == -9
     assert len(list(output.glob("*.safetensors"))) == 2
 
 
 class Interrupted(NamedTuple):
+    """The folders of an interrupted run."""
+
     source: Path
     output: Path
 
 
 @pytest.fixture(scope="module")
 def kept(checkpoints, tmp_path_factory):
-    """An interrupted run, and copies of its folders to restore them from."""
+    """The folder of an interrupted run, with copies to restore it from."""
     folder = tmp_path_factory.mktemp("interrupted")
-    made = checkpoints(layers=2, max_shard_size="200KB")
-    source = Path(shutil.copytree(made, folder / "source"))
+    original = checkpoints(layers=2, max_shard_size="200KB")
+    source = Path(shutil.copytree(original, folder / "source"))
     (source / "tokenizer.json").write_text("{}")
-    die(source, folder / "out")
+    run_killed(source, folder / "out")
     for name in ("source", "out"):
         shutil.copytree(folder / name, folder / f"kept/{name}")
     return folder
@@ -64,7 +66,7 @@ def kept(checkpoints, tmp_path_factory):
 
 @pytest.fixture
 def run(kept) -> Interrupted:
-    """The interrupted run as it was left: the same paths, bytes and times of every file."""
+    """The interrupted run, restored: the same paths, bytes and times of every file."""
     for name in ("source", "out"):
         shutil.rmtree(kept / name, ignore_errors=True)
         shutil.copytree(kept / "kept" / name, kept / name, symlinks=True)
@@ -72,21 +74,21 @@ def run(kept) -> Interrupted:
 
 
 def resume(run: Interrupted, *options: str) -> subprocess.CompletedProcess[str]:
-    """The same command again, but for these options."""
+    """Run the same command again, with other options."""
     return run_in_process("convert", *run, *SIZE, "--quiet", *options)
 
 
 def whole(run: Interrupted, *options: str) -> dict[str, str]:
-    """What a run that nothing interrupts makes of the source as it is now."""
+    """Return the checksums of an uninterrupted run of the source as it is now."""
     fresh = run.output.with_name("fresh")
     assert run_in_process("convert", run.source, fresh, *SIZE, "--quiet", *options).returncode == 0
-    made = digests(fresh)
+    found = digests(fresh)
     shutil.rmtree(fresh)
-    return made
+    return found
 
 
 def at_the_same_time(change: Damage, name: str = SHARD) -> Damage:
-    """A change to a file that leaves its time as it was."""
+    """Change a file and restore its modification time."""
 
     def damage(folder: Path) -> None:
         before = (folder / name).stat()
@@ -97,35 +99,35 @@ def at_the_same_time(change: Damage, name: str = SHARD) -> Damage:
 
 
 def later(folder: Path) -> None:
-    """A shard of the same bytes, written a little later."""
+    """Set the modification time of a shard a little later."""
     after = (folder / SHARD).stat().st_mtime_ns + 1000
     os.utime(folder / SHARD, ns=(after, after))
 
 
-def swapped(names: bytes) -> bytes:
-    """A header in which two tensors of one shape have changed names: not a byte more or less."""
+def swapped(header: bytes) -> bytes:
+    """Swap the names of two tensors of one shape; the header keeps its length."""
     one, other = b"0.self_attn.k_proj", b"0.self_attn.v_proj"
-    return names.replace(one, b"\0").replace(other, one).replace(b"\0", other)
+    return header.replace(one, b"\0").replace(other, one).replace(b"\0", other)
 
 
-def under_another_name(folder: Path) -> None:
+def rename_shard(folder: Path) -> None:
     (folder / LAST).rename(folder / "last.safetensors")
-    edit_json(folder / INDEX, rename)
+    edit_json(folder / INDEX, rename_in_index)
 
 
-def rename(index: dict) -> None:
-    lasts = {name for name, shard in index["weight_map"].items() if shard == LAST}
-    index["weight_map"].update(dict.fromkeys(lasts, "last.safetensors"))
+def rename_in_index(index: dict) -> None:
+    names = {name for name, shard in index["weight_map"].items() if shard == LAST}
+    index["weight_map"].update(dict.fromkeys(names, "last.safetensors"))
 
 
-def one_more(folder: Path) -> None:
+def add_shard(folder: Path) -> None:
     entry = {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}
     write_shard(folder / "more.safetensors", {"extra": entry}, b"x")
     edit_json(folder / INDEX, lambda index: index["weight_map"].update(extra="more.safetensors"))
 
 
-def test_an_interrupted_run_goes_on_with_what_is_missing(run):
-    """Shards that were finished are not made again, and the bytes are those of one run."""
+def test_an_interrupted_run_resumes_with_the_missing_shards(run):
+    """Finished shards are not written again, and the bytes are those of an uninterrupted run."""
     finished = {file: file.stat().st_mtime_ns for file in run.output.glob("*.safetensors")}
     assert not (run.output / INDEX).exists()
     report = gptoss_stream.convert(*run, max_shard_size="150KB")
@@ -134,19 +136,19 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(run):
     assert digests(run.output) == whole(run)
 
 
-# What differs, and what the line says of it.
+# What differs, and what the line must contain.
 SOURCES = {
-    "a shard of another time": (later, "source_files"),
-    "a shard of another size": (
+    "another time of a shard": (later, "source_files"),
+    "another size of a shard": (
         at_the_same_time(header_text(lambda text: text + b" " * 8)),
         "source_files",
     ),
-    "a shard of another header": (at_the_same_time(header_text(swapped)), "differs in"),
-    "a shard of another name": (under_another_name, "source_files"),
-    "one shard more": (one_more, "source_files"),
+    "another header of a shard": (at_the_same_time(header_text(swapped)), "differs in"),
+    "another name of a shard": (rename_shard, "source_files"),
+    "one shard more": (add_shard, "source_files"),
     "another value in config.json": (config(rope_theta=10_000), "config"),
-    "a value that only config.json has": (config(note="another"), "config"),
-    "other weights by config.json": (config(attention_bias=False), "differs in"),
+    "a value of config.json that is not converted": (config(note="another"), "config"),
+    "other weights according to config.json": (config(attention_bias=False), "differs in"),
     "one shard less": (gone(INDEX, LAST), "tensors missing that config.json calls for"),
 }
 OPTIONS = {
@@ -158,7 +160,7 @@ OPTIONS = {
         ["--max-shard-size", "5GB", "--dtype", "float32"],
         "dtype (was bfloat16, now float32); max_shard_size (was 150000, now 5000000000)",
     ),
-    "sums": (["--checksums"], "checksums"),
+    "checksums": (["--checksums"], "checksums"),
     **{
         f"format {name}": (["--to", name], "format")
         for name in formats.names()
@@ -168,13 +170,14 @@ OPTIONS = {
 
 
 def contents(run: Interrupted) -> tuple[dict[str, str], dict[str, str]]:
-    """All files of both folders; but the lock, which says who was there last."""
+    """Return the checksums of all files of both folders, except the lock, which changes."""
     output = digests(run.output)
     output.pop(f"{WORK_NAME}/lock")
     return digests(run.source), output
 
 
 def assert_refused(run: Interrupted, options: list[str], *words: str) -> None:
+    """Assert that resuming fails with one line that contains these words, and changes nothing."""
     before = contents(run)
     done = resume(run, *options)
     assert_clean_error(done, 2)
@@ -182,34 +185,34 @@ def assert_refused(run: Interrupted, options: list[str], *words: str) -> None:
     assert contents(run) == before
 
 
-@pytest.mark.parametrize(("damage", "word"), SOURCES.values(), ids=SOURCES.keys())
-def test_another_source_is_refused(damage, word, run):
-    """It says what differs and how to begin anew, touches nothing, and does so when told to."""
+@pytest.mark.parametrize(("damage", "reason"), SOURCES.values(), ids=SOURCES.keys())
+def test_another_source_is_refused(damage, reason, run):
+    """The line says what differs, nothing is changed, and --overwrite starts from the beginning."""
     damage(run.source)
-    if "missing" in word:  # no source at all any more
-        assert_refused(run, [], word)
+    if "missing" in reason:  # not a valid source any more
+        assert_refused(run, [], reason)
         return
-    assert_refused(run, [], word, "unfinished run", "--overwrite")
+    assert_refused(run, [], reason, "unfinished run", "--overwrite")
     assert resume(run, "--overwrite").returncode == 0
     assert digests(run.output) == whole(run)
 
 
-@pytest.mark.parametrize(("options", "word"), OPTIONS.values(), ids=OPTIONS.keys())
-def test_other_options_are_refused(options, word, run):
-    """It says what differs and how to begin anew, touches nothing, and does so when told to."""
-    assert_refused(run, options, word, "unfinished run", "--overwrite")
+@pytest.mark.parametrize(("options", "reason"), OPTIONS.values(), ids=OPTIONS.keys())
+def test_other_options_are_refused(options, reason, run):
+    """The line says what differs, nothing is changed, and --overwrite starts from the beginning."""
+    assert_refused(run, options, reason, "unfinished run", "--overwrite")
     assert resume(run, *options, "--overwrite").returncode == 0
     assert digests(run.output) == whole(run, *options)
     assert resume(run, *options, "--overwrite").returncode == 0
 
 
-def test_the_same_source_elsewhere_is_resumed(run):
-    """Its files by name, size, time and header: a disk may be mounted at another place."""
-    made = whole(run)
+def test_a_source_at_another_path_is_resumed(run):
+    """Files are compared by name, size, time and header: a disk may be mounted at another path."""
+    expected = whole(run)
     other = Interrupted(run.source.rename(run.source.with_name("moved")), run.output)
     try:
         assert resume(other).returncode == 0
-        assert digests(run.output) == made
+        assert digests(run.output) == expected
     finally:
         other.source.rename(run.source)
 
@@ -220,15 +223,24 @@ STATES = {
     "of another format": (lambda s: s.update(source_format="another"), "source_format"),
     "without its source": (lambda s: s.pop("source_files"), "source_files"),
     "without its files": (lambda s: s.pop("files"), "damaged"),
-    "with files that are none": (lambda s: s.update(files=5), "damaged"),
-    "with files of another kind": (lambda s: s.update(files=[1, 2]), "damaged"),
+    "with a number for its files": (lambda s: s.update(files=5), "damaged"),
+    "with numbers for file names": (lambda s: s.update(files=[1, 2]), "damaged"),
     "with no files": (lambda s: s.update(files=[]), "damaged"),
-    "with a file above": (lambda s: s["files"].append("../source/config.json"), "damaged"),
-    "with a file further above": (lambda s: s["files"].append("a/../../x"), "damaged"),
-    "with a file elsewhere": (lambda s: s["files"].append(s["source"] + "/config.json"), "damaged"),
+    "with a file in the parent folder": (
+        lambda s: s["files"].append("../source/config.json"),
+        "damaged",
+    ),
+    "with a file in the parent of the parent folder": (
+        lambda s: s["files"].append("a/../../x"),
+        "damaged",
+    ),
+    "with a file at an absolute path": (
+        lambda s: s["files"].append(s["source"] + "/config.json"),
+        "damaged",
+    ),
 }
 TEXTS = {
-    "cut": lambda text: text[: len(text) // 2],
+    "truncated": lambda text: text[: len(text) // 2],
     "empty": lambda text: b"",
     "an array": lambda text: b"[]",
     "null": lambda text: b"null",
@@ -236,52 +248,54 @@ TEXTS = {
     "zeros": lambda text: bytes(len(text)),
     "UTF-16": lambda text: text.decode().encode("utf-16"),
     "with a key twice": lambda text: text.replace(b'"dtype"', b'"format"'),
-    "deep": lambda text: b'{"files":' * 10_000,
+    "nested too deeply": lambda text: b'{"files":' * 10_000,
 }
 
 
 @pytest.mark.parametrize("options", [[], ["--overwrite"]], ids=["resumed", "overwritten"])
-@pytest.mark.parametrize(("change", "word"), STATES.values(), ids=STATES.keys())
-def test_another_state_is_refused(change, word, options, run):
-    """And one that does not say which files are the tool's is not believed in deleting either."""
+@pytest.mark.parametrize(("change", "reason"), STATES.values(), ids=STATES.keys())
+def test_another_state_is_refused(change, reason, options, run):
+    """Without a valid list of the tool's files, --overwrite is refused too and deletes nothing."""
     edit_json(run.output / WORK_NAME / "run.json", change)
-    if options and word in ("version", "tool", "source_format", "source_files"):
+    if options and reason in ("version", "tool", "source_format", "source_files"):
         assert resume(run, *options).returncode == 0
         assert digests(run.output) == whole(run)
     else:
-        assert_refused(run, options, word)
+        assert_refused(run, options, reason)
 
 
 @pytest.mark.parametrize("options", [[], ["--overwrite"]], ids=["resumed", "overwritten"])
 @pytest.mark.parametrize("change", TEXTS.values(), ids=TEXTS.keys())
 def test_a_damaged_state_is_refused(change, options, run):
-    """With or without --overwrite: it does not say which files may be deleted."""
+    """Also with --overwrite, since the state does not say which files may be deleted."""
     state = run.output / WORK_NAME / "run.json"
     state.write_bytes(change(state.read_bytes()))
     assert_refused(run, options, "run.json", "damaged")
 
 
-def test_a_state_that_is_gone_leaves_files_of_nobody(run):
+def test_files_without_a_state_are_not_the_tools(run):
     (run.output / WORK_NAME / "run.json").unlink()
     assert_refused(run, [], "not this tool's")
     assert_refused(run, ["--overwrite"], "not this tool's")
 
 
 HARMLESS = {
-    "a shard gone": lambda run: min(run.output.glob("*.safetensors")).unlink(),
-    "a shard cut": lambda run: os.truncate(min(run.output.glob("*.safetensors")), 100_000),
-    "leftovers": lambda run: (run.output / WORK_NAME / "x.safetensors").write_bytes(b"x" * 999),
-    "a small file cut": lambda run: os.truncate(run.output / "tl_config.json", 10),
-    "a small file gone": lambda run: (run.output / "source_config.json").unlink(),
-    "the lock gone": lambda run: (run.output / WORK_NAME / "lock").unlink(),
+    "a missing shard": lambda run: min(run.output.glob("*.safetensors")).unlink(),
+    "a truncated shard": lambda run: os.truncate(min(run.output.glob("*.safetensors")), 100_000),
+    "a file in the work folder": lambda run: (run.output / WORK_NAME / "x.safetensors").write_bytes(
+        b"x" * 999
+    ),
+    "a truncated small file": lambda run: os.truncate(run.output / "tl_config.json", 10),
+    "a missing small file": lambda run: (run.output / "source_config.json").unlink(),
+    "a missing lock file": lambda run: (run.output / WORK_NAME / "lock").unlink(),
     "a model card": lambda run: (run.source / "README.md").write_text("# A model"),
-    "a file of PyTorch's": lambda run: (run.source / "pytorch_model.bin").write_bytes(b"PK"),
+    "a PyTorch file": lambda run: (run.source / "pytorch_model.bin").write_bytes(b"PK"),
 }
 
 
 @pytest.mark.parametrize("change", HARMLESS.values(), ids=HARMLESS.keys())
-def test_what_is_harmless_is_resumed(change, run):
-    """To the same bytes as those of one run."""
+def test_harmless_changes_are_resumed(change, run):
+    """The bytes are those of an uninterrupted run."""
     change(run)
     done = resume(run)
     assert done.returncode == 0, done.stderr
@@ -289,38 +303,38 @@ def test_what_is_harmless_is_resumed(change, run):
 
 
 @pytest.mark.parametrize("options", [["--workers", "1"], ["--max-shard-size", "150000"]])
-def test_options_of_the_same_bytes_are_resumed(options, run):
+def test_options_that_do_not_change_the_bytes_are_resumed(options, run):
     assert resume(run, *options).returncode == 0
     assert digests(run.output) == whole(run)
 
 
-def test_the_same_source_by_another_path_is_resumed(run, tmp_path, monkeypatch):
+def test_a_source_through_a_link_is_resumed(run, tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(run.source)
     monkeypatch.chdir(tmp_path)
     assert resume(Interrupted(Path("link"), run.output)).returncode == 0
     assert digests(run.output) == whole(run)
 
 
-def spaced(name: str) -> Damage:
-    """A JSON file of the same value in other bytes."""
+def reformatted(name: str) -> Damage:
+    """Write a JSON file with the same value in other bytes."""
     return lambda folder: edit_json(folder / name, lambda value: None)
 
 
-# Whether these are taken for a change is not promised.
+# It is not specified whether these count as a change.
 EITHER = {
-    "a tokenizer file changed": text("tokenizer.json", b'{"version": "2"}'),
-    "a tokenizer file more": text("tokenizer_config.json", b"{}"),
-    "a tokenizer file less": gone("tokenizer.json"),
-    "a chat template more": text("chat_template.jinja", b"{{ messages }}"),
-    "an index in other bytes": spaced(INDEX),
-    "a configuration in other bytes": spaced(CONFIG),
+    "a changed tokenizer file": text("tokenizer.json", b'{"version": "2"}'),
+    "a new tokenizer file": text("tokenizer_config.json", b"{}"),
+    "a missing tokenizer file": gone("tokenizer.json"),
+    "a new chat template": text("chat_template.jinja", b"{{ messages }}"),
+    "an index in other bytes": reformatted(INDEX),
+    "a configuration in other bytes": reformatted(CONFIG),
     "no index": gone(INDEX),
 }
 
 
 @pytest.mark.parametrize("damage", EITHER.values(), ids=EITHER.keys())
 def test_small_files_are_never_mixed(damage, run):
-    """Refused, or the bytes of one run of the source as it is now: nothing of what it was."""
+    """The run is refused, or the output is that of the source as it is now."""
     damage(run.source)
     before = contents(run)[1]
     done = resume(run)

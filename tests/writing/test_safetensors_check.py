@@ -1,4 +1,4 @@
-"""What `safetensors` itself does not read as we meant it gets no name."""
+"""A shard gets its final name only if the `safetensors` package reads it as intended."""
 
 from __future__ import annotations
 
@@ -40,31 +40,33 @@ DAMAGES = {
 }
 
 
-def described(file):
+def expected_tensors(file):
+    """Return name, dtype and shape of each tensor in a file."""
     tensors = read_header(LocalFolder(file.parent), file.name)[1]
     return [(raw.name, raw.dtype, raw.shape) for raw in tensors.values()]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_what_it_objects_to(damage, checkpoints, tmp_path):
+def test_problems_are_found(damage, checkpoints, tmp_path):
     gptoss_stream.convert(checkpoints(), tmp_path / "out")
     file = tmp_path / "out/model.safetensors"
-    expected = described(file)
+    expected = expected_tensors(file)
     assert find_problem(file, expected) is None
     edit_header(file, damage)
     assert DAMAGES[damage] in find_problem(file, expected)
 
 
-def test_a_shard_that_it_cannot_read_gets_no_name(checkpoints, tmp_path, monkeypatch):
-    """Here a disk that returns other bytes than were written; the next run makes it whole."""
+def test_a_shard_that_cannot_be_read_gets_no_final_name(checkpoints, tmp_path, monkeypatch):
+    """For example if the disk returns other bytes than were written. The next run completes the
+    output."""
     source, out = checkpoints(layers=2), tmp_path / "out"
     whole = tmp_path / "whole"
     options = ("--max-shard-size", "300KB")
     gptoss_stream.convert(source, whole, max_shard_size="300KB")
     write = ShardFile.write
 
-    def damaging(self, segment, offset):
-        damaged = segment.copy() if offset else np.frombuffer(b"\xff" * len(segment), np.uint8)
+    def damaging(self, chunk, offset):
+        damaged = chunk.copy() if offset else np.frombuffer(b"\xff" * len(chunk), np.uint8)
         write(self, damaged, offset)
 
     with monkeypatch.context() as patch:
@@ -75,7 +77,7 @@ def test_a_shard_that_it_cannot_read_gets_no_name(checkpoints, tmp_path, monkeyp
     assert_resumes(source, out, digests(whole), *options)
 
 
-def test_verify_asks_it_too(checkpoints, tmp_path, monkeypatch):
+def test_verify_uses_the_same_check(checkpoints, tmp_path, monkeypatch):
     gptoss_stream.convert(checkpoints(), tmp_path / "out")
     assert gptoss_stream.verify(checkpoints(), tmp_path / "out").equal
     monkeypatch.setattr(
@@ -86,8 +88,8 @@ def test_verify_asks_it_too(checkpoints, tmp_path, monkeypatch):
     assert "it is odd" in str(difference)
 
 
-def test_what_it_cannot_open_is_said_as_the_system_says_it(tmp_path):
-    """It calls every such failure a missing file."""
+def test_a_file_that_cannot_be_opened_raises_the_error_of_the_system(tmp_path):
+    """safetensors reports all these errors as a missing file."""
     with pytest.raises(FileNotFoundError, match="No such file"):
         find_problem(tmp_path / "none", [])
     (tmp_path / "loop").symlink_to("loop")

@@ -1,6 +1,6 @@
-"""Power cuts and full disks: nothing half written, and the same command goes on.
+"""Power losses and full disks: no partial file has a final name, and the same command resumes.
 
-The disks are real file systems, the runs are those of the command line.
+The disks are real file systems, and the runs are command lines.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MB = 1_000_000
 
 
 def many(quick: int, slow: int) -> pytest.MarkDecorator:
-    """A number of trials that takes seconds, and one that proves something."""
+    """Parametrize the number of trials: one that takes seconds, and one that takes minutes."""
     return pytest.mark.parametrize("count", [quick, pytest.param(slow, marks=pytest.mark.slow)])
 
 
@@ -56,14 +56,14 @@ def source(checkpoints) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(source, tmp_path_factory) -> dict[str, str]:
-    """The digests of an output that nothing disturbed."""
+    """The checksums of an undisturbed output."""
     output = tmp_path_factory.mktemp("whole") / "out"
     assert run(convert_command(source, output)).returncode == 0
     return digests(output)
 
 
 def changed_command(change: str, source: Path, output: Path) -> list[str]:
-    """The conversion with a change to Python's `os`, which the product knows nothing of."""
+    """Return the command line of a conversion in which Python's `os` is changed."""
     code = (
         f"import os, sys, gptoss_stream.cli.main\n{change}\nsys.exit(gptoss_stream.cli.main.main())"
     )
@@ -82,10 +82,13 @@ def survive_power_losses(
     options: str = "",
     change: str = "",
 ) -> int:
-    """Convert to a disk that loses its power, again and again; assert what must then be there.
+    """Convert to a disk that loses power again and again; assert what must be on the disk then.
 
-    One loss in five comes right after the run has ended, the others at random while it writes; one
-    in four is followed by another during the resumed run. Gives how many struck a running one.
+    One power loss in five is right after the end of a run, the others at a random moment while it
+    writes. After one in four the next power loss is during the resumed run.
+
+    Returns:
+        The number of power losses during a run.
     """
     image = ext4_image(folder / "image", 64 << 20)
     disk = folder / "disk"
@@ -100,14 +103,14 @@ def survive_power_losses(
         journal = (JOURNAL_FLUSHED, JOURNAL_LOST)[number % 2]
         files = None if number % 10 < 2 else chance.randrange(len(whole))
         with ext4(image, disk, options):
-            blow = partial(lose_power, disk, journal)
-            done, running = disturb(command, output, blow, files, chance.uniform(0, pause))
+            power_loss = partial(lose_power, disk, journal)
+            done, running = disturb(command, output, power_loss, files, chance.uniform(0, pause))
         live += running
         with ext4(image, disk, options):
             assert_nothing_half_written(output, whole)
             finished = INDEX_NAME in digests(output)
             if done.returncode == 0:
-                assert finished, "a run said that it was done, and its output is gone"
+                assert finished, "a run ended successfully, and its output is not on the disk"
             else:
                 assert_clean_error(done, 3)
             if finished or chance.random() < 0.75:
@@ -119,29 +122,29 @@ def survive_power_losses(
 
 @many(quick=5, slow=200)
 def test_power_losses(count, source, whole, tmp_path):
-    """Under a final name stand the right bytes or nothing, with an index all of it; a run that
-    said it was done is done; and the same command makes of the rest what was to be."""
+    """A file with a final name has the right bytes; if there is an index, or if the run ended
+    successfully, the output is complete; and the same command completes the output."""
     live = survive_power_losses(source, whole, tmp_path, count)
     assert live >= count // 3
 
 
 @many(quick=3, slow=100)
 def test_power_losses_where_data_is_written_after_names(count, source, whole, tmp_path):
-    """The same on an ext4 that may let a file's new size reach the disk before its data."""
+    """The same on an ext4 on which a file's new size may reach the disk before its data."""
     survive_power_losses(source, whole, tmp_path, count, options="data=writeback")
 
 
 @many(quick=3, slow=100)
 def test_power_losses_where_shards_go_through_the_page_cache(count, source, whole, tmp_path):
-    """The same where a system has no direct writing."""
+    """The same on a system without direct writing."""
     survive_power_losses(source, whole, tmp_path, count, change="os.O_DIRECT = 0")
 
 
 @pytest.mark.parametrize("change", ["", "; os.O_DIRECT = 0"], ids=["direct", "buffered"])
-def test_without_fsync_power_losses_are_seen(change, source, whole, tmp_path):
-    """The control: a product that waits for no disk fails these very trials."""
+def test_without_fsync_power_losses_cause_failures(change, source, whole, tmp_path):
+    """The control: if nothing is synced to the disk, these trials fail."""
     change = "os.fsync = os.fdatasync = lambda descriptor: None" + change
-    with pytest.raises(AssertionError, match=r"json|safetensors|its output is gone"):
+    with pytest.raises(AssertionError, match=r"json|safetensors|its output is not on the disk"):
         survive_power_losses(source, whole, tmp_path, 10, change=change)
 
 
@@ -149,19 +152,19 @@ def test_without_fsync_power_losses_are_seen(change, source, whole, tmp_path):
 
 
 def needed_nbytes(source: Path) -> int:
-    """What the shards need on the disk, as the tool says."""
+    """Return the disk space that the shards need, as `plan` reports it."""
     command = [sys.executable, "-m", "gptoss_stream", "plan", str(source), *OPTIONS, "--json"]
     return json.loads(run(command).stdout)["disk_needed"]
 
 
 def page_sizes(low: int, high: int, count: int) -> list[int]:
-    """`count` multiples of a page, from `low` to just below `high`."""
+    """Return `count` multiples of the page size, from `low` to just below `high`."""
     return [(low + (high - 1 - low) * n // (count - 1)) // 4096 * 4096 for n in range(count)]
 
 
 @many(quick=8, slow=50)
 def test_a_disk_that_is_too_small_is_refused_at_once(count, source, whole, tmp_path):
-    """With the space that is needed and that there is; and it goes on when there is enough."""
+    """The error has the needed and the free space; with enough space the same command succeeds."""
     output = tmp_path / "disk/out"
     sizes = page_sizes(4096, needed_nbytes(source), count)
     for size in sizes:
@@ -192,13 +195,13 @@ except gptoss_stream.GptOssStreamError as error:
 
 
 def assert_survives_filling(source: Path, whole: dict[str, str], disk: Path, left: int) -> None:
-    """Convert while something else takes the disk's space but for `left` bytes; then free it."""
+    """Convert while another file fills the disk up to `left` bytes; delete it and resume."""
     output, ballast = disk / "out", disk / "ballast"
     child = [sys.executable, "-c", FILL_THEN_CONVERT, source, output, ballast, left]
     done = run([str(argument) for argument in child])
     ballast.unlink()
     if done.returncode == 0:
-        assert digests(output) == whole  # it was just enough
+        assert digests(output) == whole  # the space was just enough
         return
     assert_clean_error(done, 3)
     assert_nothing_half_written(output, whole)
@@ -210,8 +213,8 @@ def assert_survives_filling(source: Path, whole: dict[str, str], disk: Path, lef
 
 @many(quick=6, slow=50)
 def test_a_disk_that_fills_during_the_run(count, source, whole, tmp_path):
-    """With its first small file, any shard, or the index at the end: the error says how much is
-    missing; when that is freed, the same command goes on."""
+    """At the first small file, at any shard, or at the index in the end: the error says how much
+    space is needed; when it is free, the same command resumes."""
     for left in page_sizes(0, needed_nbytes(source) + (32 << 10), count):
         with tmpfs(tmp_path / "disk", 16 * MB) as disk:
             assert_survives_filling(source, whole, disk, left)
@@ -219,7 +222,8 @@ def test_a_disk_that_fills_during_the_run(count, source, whole, tmp_path):
 
 @many(quick=2, slow=20)
 def test_an_ext4_that_fills_during_the_run(count, source, whole, tmp_path):
-    """The same with direct writing, and where space may run out only when data is placed."""
+    """The same with direct writing, on a file system that may report a full disk only when it
+    allocates blocks for data."""
     image = ext4_image(tmp_path / "image", 32 << 20)
     for left in page_sizes(0, needed_nbytes(source) + (32 << 10), count):
         with ext4(image, tmp_path / "disk") as disk:
@@ -229,7 +233,7 @@ def test_an_ext4_that_fills_during_the_run(count, source, whole, tmp_path):
 
 @pytest.mark.parametrize("limit", [100, 150_001, 294_000])
 def test_files_may_not_grow_that_large(limit, source, whole, tmp_path):
-    """A limit on file size cuts a write short in the middle of a shard, at no round place."""
+    """A limit on file size cuts a write in the middle of a shard, also at an unaligned offset."""
     output = tmp_path / "out"
     done = run(convert_command(source, output), preexec_fn=limit_file_size(limit))
     assert_clean_error(done, 3)
@@ -238,12 +242,12 @@ def test_files_may_not_grow_that_large(limit, source, whole, tmp_path):
     assert_resumes(source, output, whole)
 
 
-# ------------------------------------------------------- what may not be read, or not be written
+# ------------------------------------------------------------------- permissions and names
 
 
 @pytest.fixture
 def permissions_count(tmp_path) -> list[str]:
-    """What goes before a command to make permissions count, even if root runs it."""
+    """The prefix of a command for which permissions are checked, even if root runs it."""
     prefix = []
     if os.geteuid() == 0:
         drop = "-dac_override,-dac_read_search"
@@ -258,7 +262,7 @@ def permissions_count(tmp_path) -> list[str]:
 
 @pytest.mark.parametrize("name", ["", "config.json", INDEX_NAME, "model.safetensors", "vocab.json"])
 def test_a_source_that_may_not_be_read(name, permissions_count, tiny, tmp_path):
-    """Is a clean error that names the file, before anything is written."""
+    """It is a clean error that names the file, before anything is written."""
     (tiny / "vocab.json").write_text("{}")
     mode = (tiny / name).stat().st_mode
     (tiny / name).chmod(0)
@@ -274,7 +278,8 @@ def test_a_source_that_may_not_be_read(name, permissions_count, tiny, tmp_path):
 
 @pytest.mark.parametrize("where", ["parent", "output"])
 def test_a_folder_that_may_not_be_written(where, permissions_count, source, whole, tmp_path):
-    """Is a clean error; nothing is left of it, and it goes on once it may."""
+    """It is a clean error; nothing is left in the folder, and the same command resumes when it may
+    be written."""
     output = tmp_path / "parent/output"
     locked = {"parent": output.parent, "output": output}[where]
     locked.mkdir(parents=True)
@@ -289,7 +294,7 @@ def test_a_folder_that_may_not_be_written(where, permissions_count, source, whol
 
 
 def test_a_disk_that_may_not_be_written(source, whole, tmp_path):
-    """A read-only file system is a clean error, and it goes on once it is writable."""
+    """A read-only file system is a clean error; the same command resumes when it is writable."""
     with tmpfs(tmp_path / "disk", 16 * MB) as disk:
         for begin in (lambda: None, partial(interrupted, source, disk / "out")):
             begin()
@@ -304,7 +309,7 @@ def test_a_disk_that_may_not_be_written(source, whole, tmp_path):
 
 @pytest.mark.parametrize("name", ["x" * 300, "x/" * 3000, "é" * 200])
 def test_a_path_that_is_too_long(name, source, tmp_path):
-    """Is a clean error, with nothing made of what is not too long in it."""
+    """It is a clean error, and no folder of the path is created."""
     done = run(convert_command(source, tmp_path / name))
     assert_clean_error(done, 2, 3)
     assert "too long" in done.stderr
@@ -313,7 +318,7 @@ def test_a_path_that_is_too_long(name, source, tmp_path):
 
 @pytest.mark.parametrize("depth", [".", "file"])
 def test_an_output_that_is_a_file(depth, source, tmp_path):
-    """Or lies in one: a clean error, and the file stays."""
+    """Or that is below a file: it is a clean error, and the file is kept."""
     (tmp_path / "out").write_text("mine")
     done = run(convert_command(source, tmp_path / "out" / depth, "--overwrite"))
     assert_clean_error(done, 2, 3)
@@ -322,18 +327,18 @@ def test_an_output_that_is_a_file(depth, source, tmp_path):
 
 NAMES = {
     "spaces": (" a  name with spaces ", "utf-8"),
-    "letters": ("модель-ü-模型-😀", "utf-8"),
-    "letters that are not shown": ("модель-ü-模型-😀", "ascii"),
+    "letters of other scripts": ("модель-ü-模型-😀", "utf-8"),
+    "letters that the terminal cannot show": ("модель-ü-模型-😀", "ascii"),
     "a line break": ("two\nlines", "utf-8"),
-    "bytes that are no text": (os.fsdecode(b"\xff\xfe"), "utf-8"),
-    "folders to be made": ("a/b/c", "utf-8"),
+    "bytes that are not UTF-8": (os.fsdecode(b"\xff\xfe"), "utf-8"),
+    "folders that do not exist": ("a/b/c", "utf-8"),
 }
 
 
 @pytest.mark.parametrize(("name", "encoding"), NAMES.values(), ids=NAMES.keys())
 def test_names_that_folders_may_have(name, encoding, tiny, tmp_path):
-    """Source and output may have any name that the system allows, whatever the terminal can show;
-    an unfinished run in them is taken up again."""
+    """Source and output may have any name that the system allows, even if the terminal cannot show
+    it; an unfinished run resumes."""
     source, output = tmp_path / "sources" / name, tmp_path / "outputs" / name
     source.parent.mkdir(parents=True)
     try:
@@ -341,7 +346,7 @@ def test_names_that_folders_may_have(name, encoding, tiny, tmp_path):
     except OSError as error:
         pytest.skip(f"needs a file system with such names: {error}")
     interrupted(source, output)
-    command = [part for part in convert_command(source, output) if part != "--quiet"]
+    command = [word for word in convert_command(source, output) if word != "--quiet"]
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
     done = run(command, env=environment, encoding="utf-8", errors="surrogateescape")
     assert done.returncode == 0, done.stderr
