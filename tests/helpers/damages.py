@@ -100,9 +100,9 @@ def tensors(change: Callable[[dict[str, Stored]], object]) -> Damage:
     return lambda folder: edit_tensors(folder, change)
 
 
-def without(*parts: str) -> Damage:
+def without(*words: str) -> Damage:
     """Remove tensors with any of these in their names; the checkpoint stays valid."""
-    return tensors(lambda t: [t.pop(n) for n in list(t) if any(part in n for part in parts)])
+    return tensors(lambda t: [t.pop(n) for n in list(t) if any(word in n for word in words)])
 
 
 def tensor(name: str, dtype: str, *shape: int) -> Damage:

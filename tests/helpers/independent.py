@@ -1,7 +1,7 @@
 """Writers and readers of each format, independent of the package: they import nothing of it.
 
-They are those of transformers, or a few lines here. A model is a state dict with the names of
-transformers' GptOssForCausalLM, unquantised.
+They are those of transformers, or a few lines in this file. A model is a state dict with the names
+of transformers' GptOssForCausalLM, unquantised.
 """
 
 from __future__ import annotations

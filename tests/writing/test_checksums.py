@@ -19,7 +19,7 @@ from gptoss_stream.cli.main import main
 from gptoss_stream.errors import OutputError
 from gptoss_stream.writing.checksums import RunningChecksum, parse_checksums
 
-SUMS = "SHA256SUMS"
+CHECKSUMS = "SHA256SUMS"
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +31,15 @@ def with_checksums(checkpoints, tmp_path_factory):
 
 def test_sha256sum_verifies_every_file(with_checksums):
     done = subprocess.run(
-        ["sha256sum", "--strict", "-c", SUMS], cwd=with_checksums, capture_output=True, text=True
+        ["sha256sum", "--strict", "-c", CHECKSUMS],
+        cwd=with_checksums,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert set(parse_checksums((with_checksums / SUMS).read_bytes())) == set(
+    assert set(parse_checksums((with_checksums / CHECKSUMS).read_bytes())) == set(
         digests(with_checksums)
-    ) - {SUMS}
+    ) - {CHECKSUMS}
 
 
 def test_checksums_do_not_change_the_shards(with_checksums, checkpoints, tmp_path):
@@ -85,11 +88,11 @@ def test_verify_checksums_reports_every_change(with_checksums, tmp_path, capsys)
         (copy / name).write_bytes(data)
         (difference, *others) = gptoss_stream.verify_checksums(copy).differences
         assert difference.kind in ("checksum", "missing")
-        assert name in (SUMS, difference.name) or others
+        assert name in (CHECKSUMS, difference.name) or others
         assert main(["verify", str(copy), "--checksums"]) == 1
-        assert name == SUMS or name in capsys.readouterr().out
+        assert name == CHECKSUMS or name in capsys.readouterr().out
         (copy / name).unlink()
-        if name == SUMS:
+        if name == CHECKSUMS:
             with pytest.raises(OutputError, match="no SHA256SUMS"):
                 gptoss_stream.verify_checksums(copy)
         else:
@@ -100,7 +103,7 @@ def test_verify_checksums_reports_every_change(with_checksums, tmp_path, capsys)
 
 def test_an_invalid_checksum_file_is_reported(with_checksums, tmp_path, capsys):
     copy = shutil.copytree(with_checksums, tmp_path / "copy")
-    (copy / SUMS).write_text("no checksum")
+    (copy / CHECKSUMS).write_text("no checksum")
     assert main(["verify", str(copy), "--checksums"]) == 1
     assert "expected a checksum on each line" in capsys.readouterr().out
 
