@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from ._utils.memory import peak_rss_nbytes
 from ._utils.paths import user_path
+from .checkpoint.metadata import read_metadata
 from .errors import OptionError, OutputError
+from .formats import read_source
 from .model.selection import Selection
 from .planning.array_task import ArrayTask
 from .planning.options import DEFAULT_FORMAT, ConversionOptions
@@ -142,7 +144,8 @@ def convert(
     location = open_location(source)
     if not overwrite:
         location = location.pinned_to(_unfinished_state(target))
-    plan = plan_conversion(location, options)
+    source_model = read_source(read_metadata(location), source_format)
+    plan = plan_conversion(source_model, options)
     _refuse_overlap(location, target)
     spec = OutputSpec(run_identity(plan), plan.shards, output_files(plan), checksums)
     low_memory = is_memory_low(plan.spill_nbytes)

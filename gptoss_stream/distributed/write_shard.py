@@ -14,8 +14,10 @@ from pathlib import Path
 from .. import __version__
 from .._utils.failures import machine_error
 from .._utils.memory import peak_rss_nbytes
+from ..checkpoint.metadata import read_metadata
 from ..checkpoint.open_reader import open_reader
 from ..errors import CheckpointError, OptionError
+from ..formats import read_source
 from ..planning.plan import Plan, plan_conversion
 from ..planning.run_identity import run_identity
 from ..planning.shards import PlannedShard
@@ -65,7 +67,8 @@ def open_task(spec: TaskSpec) -> _OpenedTask:
                 f"gptoss_stream {__version__} is installed here, and {spec.version} runs the "
                 "conversion; install the same version everywhere"
             )
-        plan = plan_conversion(open_location(spec.source), spec.options)
+        info = read_metadata(open_location(spec.source))
+        plan = plan_conversion(read_source(info, spec.options.source_format), spec.options)
         # The revision that a user named may have moved on since it was resolved to a commit.
         ignored = {"source", "source_revision"}
         expected, found = (

@@ -20,8 +20,9 @@ __all__ = ["SourceModel", "naming_config", "read_source"]
 
 @dataclass(frozen=True, slots=True)
 class SourceModel:
-    """A checkpoint's format and the model that it stores."""
+    """A checkpoint, its format and the model that it stores."""
 
+    info: CheckpointInfo
     name: str
     """The format's name."""
     detected_by: str
@@ -53,7 +54,7 @@ def read_source(info: CheckpointInfo, source_format: str | None) -> SourceModel:
     module = load(name)
     with naming_config(info):
         table, model = read_table(module.TABLE, module.read_model(info), info)
-    return SourceModel(name, reason, module, table, model)
+    return SourceModel(info, name, reason, module, table, model)
 
 
 @contextmanager

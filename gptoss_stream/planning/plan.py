@@ -17,7 +17,7 @@ from ..errors import OptionError
 from ..formats import SourceModel, check_tensors
 from ..model.config import ModelConfig
 from ..model.selection import ResolvedSelection, Selection
-from ..storage.location import Location, LocationLike
+from ..storage.location import LocationLike
 from ..storage.open_location import open_location
 from ..tensors.dtypes import KEEP, DType, is_exact, output_dtype
 from ..transforms.output_tensor import OutputTensor, element_ranges
@@ -129,13 +129,13 @@ def plan(
         MissingPackageError: If an extra is not installed.
     """
     options = ConversionOptions(to, source_format, dtype, max_shard_size, selection)
-    return plan_conversion(open_location(source), options)
+    info = read_metadata(open_location(source))
+    return plan_conversion(formats.read_source(info, source_format), options)
 
 
-def plan_conversion(location: Location, options: ConversionOptions) -> Plan:
-    """Plan the conversion of a checkpoint that was opened; raises as `plan` does."""
-    info = read_metadata(location)
-    source = formats.read_source(info, options.source_format)
+def plan_conversion(source: SourceModel, options: ConversionOptions) -> Plan:
+    """Plan the conversion of a checkpoint that was read; raises as `plan` does."""
+    info = source.info
     target, to = formats.load(options.to), options.to
     dtype = choose_dtype(options.dtype, source.name, to)
     with formats.naming_config(info):
