@@ -44,7 +44,9 @@ def open_client(scheduler: str) -> Iterator[distributed.Client]:
         MachineError: If no scheduler answers.
     """
     for name in [*logging.root.manager.loggerDict]:
-        if name.split(".")[0] == "distributed":  # errors are reported once, by this tool
+        # Errors are reported once, by this tool. tornado is Dask's event loop, which complains when
+        # a signal interrupts a call.
+        if name.split(".")[0] in ("distributed", "tornado"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     local = re.fullmatch(r"local:(\d+)", scheduler)
     with _local_cluster(int(local[1])) if local else nullcontext() as cluster:
