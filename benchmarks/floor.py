@@ -18,13 +18,13 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-PIECE = 8 << 20
+CHUNK = 8 << 20
 
 
 def tasks(reads: Sequence[tuple[str, int, int]], nbytes: int) -> list[tuple[str | None, int, int]]:
     """Return chunks to read (file, begin, end) and to write (None, begin, end), evenly mixed."""
-    reading = [(f, at, min(at + PIECE, e)) for f, b, e in reads for at in range(b, e, PIECE)]
-    writing = [(None, at, at + PIECE) for at in range(0, nbytes, PIECE)]
+    reading = [(f, at, min(at + CHUNK, e)) for f, b, e in reads for at in range(b, e, CHUNK)]
+    writing = [(None, at, at + CHUNK) for at in range(0, nbytes, CHUNK)]
     mixed: list[tuple[float, tuple[str | None, int, int]]] = [
         *((i / len(reading), task) for i, task in enumerate(reading)),
         *((i / len(writing), task) for i, task in enumerate(writing)),
@@ -45,19 +45,19 @@ def main() -> None:
     output = os.open(arguments.output, flags, 0o666)
     reads = json.loads(arguments.reads.read_text())
     files = {file: os.open(file, os.O_RDONLY) for file, _, _ in reads}
-    pieces = iter(tasks(reads, arguments.nbytes))
-    taking = threading.Lock()
+    chunks = iter(tasks(reads, arguments.nbytes))
+    lock = threading.Lock()
 
     def work() -> None:
-        buffer, unread = mmap.mmap(-1, PIECE), memoryview(mmap.mmap(-1, PIECE))
-        buffer.write(os.urandom(1 << 20) * (PIECE >> 20))
+        buffer, read_buffer = mmap.mmap(-1, CHUNK), memoryview(mmap.mmap(-1, CHUNK))
+        buffer.write(os.urandom(1 << 20) * (CHUNK >> 20))
         while True:
-            with taking:
-                file, begin, end = next(pieces, (None, -1, -1))
+            with lock:
+                file, begin, end = next(chunks, (None, -1, -1))
             if begin < 0:
                 return
             if file is not None:
-                os.preadv(files[file], [unread[: end - begin]], begin)
+                os.preadv(files[file], [read_buffer[: end - begin]], begin)
             else:
                 os.pwrite(output, buffer, begin)
 

@@ -17,8 +17,9 @@ _GROUP = Path("/sys/fs/cgroup/memory/gptoss_stream_benchmark")
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds, and bytes of resident memory (mapped pages included): the peak, and, where samples
-    were asked for, how much at which second."""
+    """Times in seconds, and resident memory in bytes, mapped pages included.
+
+    `memory` has the samples (second, bytes), if there are any."""
 
     wall: float
     cpu: float
@@ -79,9 +80,9 @@ def run(
     if limit is not None:
         _GROUP.mkdir(exist_ok=True)
         (_GROUP / "memory.limit_in_bytes").write_text(str(limit))
-        # The shell joins the group and becomes the command: nothing before it is counted.
+        # The shell joins the group and becomes the command, so nothing before it is counted.
         command = ["sh", "-c", f'echo $$ > {_GROUP}/cgroup.procs; exec "$@"', "sh", *command]
-    # A child's peak begins with its parent's resident memory: so a small process in between.
+    # The peak of a child starts at the resident memory of its parent, so a small process runs it.
     with subprocess.Popen(
         [sys.executable, "-S", __file__, str(sample), *command],
         stdout=subprocess.PIPE,
@@ -99,20 +100,20 @@ class MemorySampler:
     def __init__(self, pid: int, interval: float) -> None:
         self.samples: list[tuple[float, int]] = []
         self._statm = Path(f"/proc/{pid}/statm")
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, args=(interval,))
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._sample, args=(interval,))
         self._thread.start()
 
-    def _watch(self, interval: float) -> None:
+    def _sample(self, interval: float) -> None:
         begin, page = time.perf_counter(), os.sysconf("SC_PAGE_SIZE")
         while True:
-            resident = int(self._statm.read_text().split()[1])  # 0 of one that has ended
+            resident = int(self._statm.read_text().split()[1])  # 0 once the process has ended
             self.samples.append((round(time.perf_counter() - begin, 3), resident * page))
-            if self._over.wait(interval):
+            if self._stopped.wait(interval):
                 return
 
     def stop(self) -> None:
-        self._over.set()
+        self._stopped.set()
         self._thread.join()
 
 
@@ -121,19 +122,19 @@ def main() -> None:
     interval, command = float(sys.argv[1]), sys.argv[2:]
     begin = time.perf_counter()
     process = subprocess.Popen(command, stdout=sys.stderr)
-    callbacks = MemorySampler(process.pid, interval) if interval else None
-    # Waited for, but not yet taken: until then its files in /proc stay.
+    sampler = MemorySampler(process.pid, interval) if interval else None
+    # Wait without collecting the process, so that its files in /proc stay until the sampler ends.
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    if callbacks is not None:
-        callbacks.stop()
+    if sampler is not None:
+        sampler.stop()
     _, status, usage = os.wait4(process.pid, 0)
     wall = time.perf_counter() - begin
     process.returncode = os.waitstatus_to_exitcode(status)
-    memory = callbacks.samples if callbacks is not None else []
+    memory = sampler.samples if sampler is not None else []
     cpu = usage.ru_utime + usage.ru_stime
     print(json.dumps(asdict(Measured(wall, cpu, usage.ru_maxrss * 1024, memory))))
     code = process.returncode
-    sys.exit(code if code >= 0 else 128 - code)  # as shells say which signal killed it
+    sys.exit(code if code >= 0 else 128 - code)  # as shells report the signal that killed it
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-# Imported where they are used: each peer has but its own packages in memory.
+# Packages are imported where they are used, so that each peer loads only its own.
 
 
 def load_model(source: Path, dtype: str = "bfloat16") -> Any:
@@ -64,8 +64,8 @@ def with_transformer_lens(source: Path, output: Path) -> None:
 
 
 def with_transformers(source: Path, output: Path) -> None:
-    # Saved by default, what was dequantised has the names of what is packed, and transformers 5.23
-    # loads random experts from it without an error.
+    # By default transformers 5.23 saves dequantized tensors under the names of MXFP4 tensors, and
+    # then loads random experts from them without an error.
     load_model(source).save_pretrained(output, save_original_format=False)
 
 
@@ -74,7 +74,7 @@ def with_gpt_oss(source: Path, output: Path) -> None:
     from gpt_oss.torch.weights import Checkpoint
 
     reader = Checkpoint(str(source), torch.device("cpu"))
-    # A packed tensor is asked for by the name that its blocks and scales share.
+    # The reader takes an MXFP4 tensor by the name that its blocks and scales have in common.
     stored = reader.tensor_name_to_file
     names = sorted({name.removesuffix(".scales").removesuffix(".blocks") for name in stored})
     _save({name: reader.get(name) for name in names}, output)

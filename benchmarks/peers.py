@@ -33,7 +33,7 @@ from typing import Any
 import trials
 from measure import Failed, Measured, run
 
-PIECE = 64 << 20
+COMPARED_NBYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,9 @@ def _are_equal(one: Stored, other: Stored) -> bool:
         b = mmap.mmap(g.fileno(), 0, access=mmap.ACCESS_READ)
         with a, b:
             return all(
-                a[one.begin + at : min(one.begin + at + PIECE, one.end)]
-                == b[other.begin + at : min(other.begin + at + PIECE, other.end)]
-                for at in range(0, nbytes, PIECE)
+                a[one.begin + at : min(one.begin + at + COMPARED_NBYTES, one.end)]
+                == b[other.begin + at : min(other.begin + at + COMPARED_NBYTES, other.end)]
+                for at in range(0, nbytes, COMPARED_NBYTES)
             )
 
 

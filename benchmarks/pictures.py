@@ -4,9 +4,9 @@
     python benchmarks/pictures.py --preset 20b --layers 2 --throughput formats.json
     python benchmarks/pictures.py --draw docs/pictures.json
 
-Measures and writes `pictures.json` into `--to` (docs/ of the repository), then draws `memory` and
+Measures, writes `pictures.json` into `--output` (docs/ of the repository), and draws `memory` and
 `throughput` there, each as SVG and PNG; `--draw` only draws, and the same numbers give the same
-bytes again. Memory is the resident memory of a conversion to `transformer-lens` and of
+bytes. Memory is the resident memory of a conversion to `transformer-lens` and of
 TransformerLens (`peer.py`), sampled every 50 ms in one run of each. Throughput is measured as by
 `formats.py` in `--runs` turns, or taken from its JSON (`--throughput`).
 Needs root, matplotlib and the peer, as `peers.py` does.
@@ -79,10 +79,10 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
         finally:
             shutil.rmtree(case.output, ignore_errors=True)
     trials.say(f"memory: {ours.peak_rss / 1e6:.0f} MB, the peer {theirs.peak_rss / 1e6:.0f} MB")
-    return {**case.sizes, "gptoss_stream": _course(ours), PEER.title: _course(theirs)}
+    return {**case.sizes, "gptoss_stream": _samples(ours), PEER.title: _samples(theirs)}
 
 
-def _course(measured: Measured) -> dict[str, Any]:
+def _samples(measured: Measured) -> dict[str, Any]:
     """Return samples rounded to hundredths of seconds and to MB, the resolution of the picture."""
     times, sizes = zip(*measured.memory, strict=True)
     return {
@@ -111,19 +111,19 @@ def _picture(path: Path, width: float, height: float) -> Iterator[Axes]:
     with rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure.add_subplot()
-        unseen = {"Date": None, "Creator": None}
-        figure.savefig(path.with_suffix(".svg"), transparent=True, metadata=unseen)
+        no_dates = {"Date": None, "Creator": None}
+        figure.savefig(path.with_suffix(".svg"), transparent=True, metadata=no_dates)
         figure.savefig(
             path.with_suffix(".png"), transparent=True, dpi=200, metadata={"Software": None}
         )
 
 
-def _draw_memory(axes: Axes, courses: Mapping[str, Any], what: str) -> None:
+def _draw_memory(axes: Axes, samples: Mapping[str, Any], what: str) -> None:
     for name, colour in ((PEER.title, THEIRS), ("gptoss_stream", OURS)):
-        course = courses[name]
-        seconds = [*course["seconds"], course["wall"]]
-        gigabytes = [megabytes / 1e3 for megabytes in (*course["megabytes"], 0)]
-        label = f"{name}: {_memory_text(course['peak_rss'])} at most, {course['wall']:.0f} s"
+        series = samples[name]
+        seconds = [*series["seconds"], series["wall"]]
+        gigabytes = [megabytes / 1e3 for megabytes in (*series["megabytes"], 0)]
+        label = f"{name}: {_memory_text(series['peak_rss'])} at most, {series['wall']:.0f} s"
         axes.fill_between(seconds, gigabytes, color=colour, alpha=0.2, linewidth=0)
         axes.plot(seconds, gigabytes, color=colour, linewidth=2.5, label=label)
     axes.set_title(f"Memory while converting {what}", pad=52)
@@ -159,7 +159,7 @@ def _draw_throughput(axes: Axes, rows: Sequence[Mapping[str, Any]], what: str) -
 def main() -> None:
     parser = trials.options(__doc__, runs=3, reports=False)
     formats.add_options(parser)
-    parser.set_defaults(limit="0")  # no picture shows it
+    parser.set_defaults(limit="0")  # the pictures show no limit
     parser.add_argument("--draw", type=Path, metavar="FILE", dest="results", help="only draw")
     parser.add_argument("--throughput", type=Path, metavar="FILE", help="JSON of formats.py")
     parser.add_argument("--output", type=Path, default=trials.HERE.parent / "docs", help="a folder")

@@ -61,15 +61,15 @@ def serve(preset: str, layers: int | None) -> None:
     """Run the server: print the endpoint and then, for each line on stdin, its counts."""
     from stand_in_hub import StandInHub  # type: ignore[import-not-found]
 
-    made = random_checkpoint(preset, layers=layers)
-    index = OutputSpec(made.identity, made.shards, {}).index
+    checkpoint = random_checkpoint(preset, layers=layers)
+    index = OutputSpec(checkpoint.identity, checkpoint.shards, {}).index
     with StandInHub(keep=False, log=False) as hub:
         hub.add_repo(
             SOURCE,
             {
-                **made.files,
+                **checkpoint.files,
                 "model.safetensors.index.json": index,
-                **{shard.name: GeneratedShard(made, shard) for shard in made.shards},
+                **{shard.name: GeneratedShard(checkpoint, shard) for shard in checkpoint.shards},
             },
         )
         hub.reset_counts()
@@ -89,11 +89,11 @@ class DiskSampler:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.peak = 0
-        self._over = threading.Event()
-        threading.Thread(target=self._watch, daemon=True).start()
+        self._stopped = threading.Event()
+        threading.Thread(target=self._sample, daemon=True).start()
 
-    def _watch(self) -> None:
-        while not self._over.wait(0.5):
+    def _sample(self) -> None:
+        while not self._stopped.wait(0.5):
             nbytes = 0
             for file in self.folder.rglob("*"):
                 try:
@@ -103,22 +103,22 @@ class DiskSampler:
             self.peak = max(self.peak, nbytes)
 
     def stop(self) -> None:
-        self._over.set()
+        self._stopped.set()
 
 
-def remade(preset: str, layers: int | None, names: list[str], folder: Path) -> dict[str, str]:
+def checksums_of(preset: str, layers: int | None, names: list[str], folder: Path) -> dict[str, str]:
     """Write some of the output's shards without any network, and return their SHA-256."""
-    made = random_checkpoint(preset, layers=layers)
+    checkpoint = random_checkpoint(preset, layers=layers)
     planned = gptoss_stream.plan(f"hf://{SOURCE}")
-    sums: dict[str, str] = {}
+    checksums: dict[str, str] = {}
     (folder / "parts").mkdir()
 
     def keep(name: str, sha256: str | None) -> None:
-        sums[name] = str(sha256)
+        checksums[name] = str(sha256)
 
     for shard in planned.shards:
         if shard.name in names:
-            ThreadExecutor(made.reader, 3).write_shards(
+            ThreadExecutor(checkpoint.reader, 3).write_shards(
                 [shard],
                 folder,
                 folder / "parts",
@@ -126,7 +126,7 @@ def remade(preset: str, layers: int | None, names: list[str], folder: Path) -> d
                 checksums=True,
             )
             (folder / shard.name).unlink()
-    return sums
+    return checksums
 
 
 def main() -> None:
@@ -186,7 +186,7 @@ def main() -> None:
         f"read {result['sent'] / 1e9:.2f} GB ({result['traffic']:.4f} of what is needed), "
         f"sent {result['received'] / 1e9:.2f} GB in {result['shards']} shards; "
         f"peak memory {result['peak_rss'] / 1e6:.0f} MB, peak disk {disk.peak / 1e9:.2f} GB; "
-        f"{len(checked)} shards made again: equal"
+        f"{len(checked)} shards written again: equal"
     )
 
 
@@ -214,9 +214,9 @@ def check(
     shards = sorted(name for name in files if name.endswith(".safetensors"))
     step = max(1, len(shards) // max(1, arguments.check))
     names = [*dict.fromkeys([*shards[::step][: arguments.check - 1], shards[-1]])]
-    for name, digest in remade(arguments.preset, arguments.layers, names, folder).items():
+    for name, digest in checksums_of(arguments.preset, arguments.layers, names, folder).items():
         if files[name][1] != digest:
-            raise RuntimeError(f"{name}: the server got other bytes than were to be made")
+            raise RuntimeError(f"{name}: the server received other bytes than the plan requires")
     return names
 
 

@@ -84,7 +84,7 @@ def array(source: Path, tasks: int, size: str) -> float:
 def measured(arguments: argparse.Namespace, source: Path) -> dict[str, Any]:
     """Return the median time of each way to run, and the largest memory of a process."""
     ways: dict[str, list[str]] = {"threads": []}
-    counts = dict.fromkeys([1, *arguments.workers])  # the model takes the cost of one
+    counts = dict.fromkeys([1, *arguments.workers])  # the simulation needs the cost of one worker
     ways |= {f"local:{n}": ["--scheduler", f"local:{n}"] for n in counts}
     seconds: dict[str, list[float]] = {name: [] for name in [*ways, "array of 3"]}
     peaks: dict[str, int] = {}
@@ -107,12 +107,12 @@ def measured(arguments: argparse.Namespace, source: Path) -> dict[str, Any]:
 
 def sparse(folder: Path, preset: str) -> Path:
     """Write a checkpoint with headers and no data, which is enough for a plan."""
-    made = random_checkpoint(preset)
-    for name, data in made.files.items():
+    checkpoint = random_checkpoint(preset)
+    for name, data in checkpoint.files.items():
         (folder / name).write_bytes(data)
-    spec = OutputSpec(made.identity, made.shards, made.files)
+    spec = OutputSpec(checkpoint.identity, checkpoint.shards, checkpoint.files)
     (folder / "model.safetensors.index.json").write_bytes(spec.index)
-    for shard in made.shards:
+    for shard in checkpoint.shards:
         with open(folder / shard.name, "wb") as file:
             file.write(shard.header)
             file.truncate(shard.nbytes)

@@ -33,12 +33,17 @@ DEFAULT_SOURCE = "hf-mxfp4"
 WARM = ", warm"
 
 Turn: TypeAlias = Mapping[str, Measured]
-"""What each of the things compared took, by name."""
+"""The measurement of each command of a turn, by name."""
 
 
 def options(doc: str | None, *, runs: int = 5, reports: bool = True) -> argparse.ArgumentParser:
-    """A parser with the options of every benchmark that converts here, and, where it `reports`
-    its results (see `report`), of how it does."""
+    """Return a parser with the options that all benchmarks share.
+
+    Args:
+        doc: The description.
+        runs: The default number of turns.
+        reports: Whether to add `--json` (see `report`).
+    """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -136,12 +141,12 @@ def case(source: Path, target: str = DEFAULT_FORMAT) -> Case:
 def pairs() -> list[tuple[str, str]]:
     """Return all pairs of formats except those that would quantize floats."""
     formats = gptoss_stream.formats
-    packed = {name for name in formats.names() if mxfp4_tensors(formats.load(name).TABLE)}
+    with_mxfp4 = {name for name in formats.names() if mxfp4_tensors(formats.load(name).TABLE)}
     return [
         (source, target)
         for source in formats.names()
         for target in formats.names()
-        if target not in packed or source in packed
+        if target not in with_mxfp4 or source in with_mxfp4
     ]
 
 
@@ -225,16 +230,19 @@ def ratio(runs: Sequence[Measured], others: Sequence[Measured]) -> float:
 
 
 def summary(turns: Sequence[Turn]) -> dict[str, Any]:
-    """Medians of each thing compared, and the ratio of each to the floor: the quicker of buffered
-    and direct in the same turn, from the same state of the page cache."""
+    """Return the medians of each command, and the median of its ratios to the floor.
+
+    The floor is the faster of buffered and direct writing in the same turn, from the same state of
+    the page cache.
+    """
     runs = {name: [turn[name] for turn in turns] for name in turns[0]}
     rows: dict[str, Any] = {}
-    for name, those in runs.items():
+    for name, of_command in runs.items():
         cache = WARM if name.endswith(WARM) else ""
         ways = runs[f"floor, buffered{cache}"], runs[f"floor, direct{cache}"]
         floors = [min(pair, key=lambda r: r.wall) for pair in zip(*ways, strict=True)]
         rows.setdefault(f"floor{cache}", medians(floors) | {"to_floor": 1.0})
-        rows[name] = medians(those) | {"to_floor": ratio(those, floors)}
+        rows[name] = medians(of_command) | {"to_floor": ratio(of_command, floors)}
     if "convert, limited" in runs:
         limited = ratio(runs["convert, limited"], runs["convert"])
         rows["convert, limited"]["to_unlimited"] = limited

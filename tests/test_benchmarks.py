@@ -1,4 +1,4 @@
-"""What the benchmarks make of their measurements: no times here, and no root."""
+"""What the benchmarks compute from measurements. Nothing is timed, and no test needs root."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ def test_floor_reads_what_a_conversion_reads(checkpoints, source_format):
     planned = gptoss_stream.plan(source)
     reads = trials.reads(planned)
     assert sum(end - begin for _, begin, end in reads) == planned.source_nbytes
-    assert len(reads) == len(planned.info.shards)  # tensors lie without holes: one range a file
+    assert len(reads) == len(planned.info.shards)  # no holes between tensors: one range per file
 
 
-def test_floor_takes_each_piece_once_and_mixes_them():
-    size = 3 * floor.PIECE + 5
-    tasks = floor.tasks([("one", 100, 100 + size), ("other", 8, 9)], 6 * floor.PIECE)
+def test_floor_takes_each_chunk_once_and_mixes_them():
+    size = 3 * floor.CHUNK + 5
+    tasks = floor.tasks([("one", 100, 100 + size), ("other", 8, 9)], 6 * floor.CHUNK)
     read = [(file, end - begin) for file, begin, end in tasks if file is not None]
-    assert read == [("one", floor.PIECE)] * 3 + [("one", 5), ("other", 1)]
+    assert read == [("one", floor.CHUNK)] * 3 + [("one", 5), ("other", 1)]
     written = [begin for file, begin, _ in tasks if file is None]
-    assert written == [i * floor.PIECE for i in range(6)]
+    assert written == [i * floor.CHUNK for i in range(6)]
     assert len({file is None for file, _, _ in tasks[:3]}) == 2
 
 
-def test_ratios_are_to_the_quicker_floor_of_the_same_turn():
+def test_ratios_are_to_the_faster_floor_of_the_same_turn():
     walls = [
         {"floor, buffered": 4.0, "floor, direct": 2.0, "convert": 3.0, "convert, limited": 6.0},
         {"floor, buffered": 5.0, "floor, direct": 9.0, "convert": 5.0, "convert, limited": 5.0},
@@ -47,7 +47,7 @@ def test_ratios_are_to_the_quicker_floor_of_the_same_turn():
     assert rows["convert, limited"]["to_unlimited"] == 1.5
 
 
-def test_line_and_the_farthest_from_it():
+def test_line_and_its_largest_residual():
     rows = [
         {"layers": n, "bytes_out": n * 10**9, "wall": 2.0 + 3.0 * n + off}
         for n, off in ((1, 0.0), (2, 0.5), (3, -1.0), (4, 0.5))
@@ -60,7 +60,7 @@ def test_line_and_the_farthest_from_it():
     assert growth.line(rows[:1]) is None
 
 
-def test_what_a_peer_wrote_is_compared_to_the_byte(tmp_path):
+def test_output_of_a_peer_is_compared_byte_for_byte(tmp_path):
     ours = {"a": np.arange(6, dtype=np.int16).reshape(2, 3), "b": np.ones(2, np.float32)}
     others = {
         "same": ours,
@@ -80,12 +80,12 @@ def test_what_a_peer_wrote_is_compared_to_the_byte(tmp_path):
 
 
 def test_the_same_numbers_give_the_same_pictures(tmp_path):
-    course = {"wall": 1.0, "peak_rss": 10**8, "seconds": [0.0, 0.5], "megabytes": [0, 100]}
+    samples = {"wall": 1.0, "peak_rss": 10**8, "seconds": [0.0, 0.5], "megabytes": [0, 100]}
     times = {"convert": {"wall": 1.5, "to_floor": 1.5}, "floor": {"wall": 1.0}}
     results = {
         "preset": "20b",
         "layers": 1,
-        "memory": {"gptoss_stream": course, pictures.PEER.title: course},
+        "memory": {"gptoss_stream": samples, pictures.PEER.title: samples},
         "throughput": [
             {"source": source, "target": "hf", "bytes_in": 1, "bytes_out": 2, **times}
             for source in gptoss_stream.formats.names()
