@@ -151,23 +151,23 @@ class HubRepository:
         """Return the repository at the commit that an unfinished run began to read."""
         if state is None or state.get("source_revision") != self.revision:
             return self
-        begun = re.fullmatch(
+        earlier = re.fullmatch(
             rf"hf://{re.escape(self.repo)}@([0-9a-f]{{40}})(?:/.*)?", str(state.get("source"))
         )
-        if begun is None or begun[1] == self.commit:
+        if earlier is None or earlier[1] == self.commit:
             return self
         try:
             location = HubRepository.to_read(
                 "/".join(filter(None, (self.repo, self._subfolder))),
-                revision=begun[1],
+                revision=earlier[1],
                 subfolder=None,
                 token=self.token,
                 download=self._download,
             )
         except NotFoundError:
             raise CheckpointError(
-                f"hf://{self.repo}@{begun[1][:12]}: it is gone, and the run began to read it; "
-                "start again with --overwrite"
+                f"hf://{self.repo}@{earlier[1][:12]}: it no longer exists, and the run began to "
+                "read it; start again with --overwrite"
             ) from None
         if isinstance(location, HubRepository):
             location.revision = self.revision
@@ -214,6 +214,7 @@ class HubRepository:
         self._is_reachable = True
 
     def _tree(self) -> list[FileInfo]:
+        """Return the files that the Hub lists now, without those that it adds to an output."""
         try:
             entries = list(
                 self._api.list_repo_tree(
@@ -244,7 +245,7 @@ class HubRepository:
         with closing(location.open(name)) as file:
             return read_whole(file)
 
-    def put(self, files: Mapping[str, Path | bytes], sums: Mapping[str, str]) -> None:
+    def put(self, files: Mapping[str, Path | bytes], checksums: Mapping[str, str]) -> None:
         """Write files in one commit, and check what the Hub then lists.
 
         A repository that does not exist is created as a private one.
@@ -254,8 +255,8 @@ class HubRepository:
             addition = huggingface_hub.CommitOperationAdd(
                 self.repo_path(name), data if isinstance(data, bytes) else str(data)
             )
-            if name in sums:  # then the file need not be read again for it
-                addition.upload_info.sha256 = bytes.fromhex(sums[name])
+            if name in checksums:  # then the file need not be read again for it
+                addition.upload_info.sha256 = bytes.fromhex(checksums[name])
             additions[name] = addition
         self._commit(lambda: [*additions.values()], f"Add {', '.join(files)}")
         listed = self.listing()
@@ -276,16 +277,15 @@ class HubRepository:
 
         def deletions() -> list[Any]:
             listed = self.listing()
-            return [
-                huggingface_hub.CommitOperationDelete(self.repo_path(n))
-                for n in names
-                if n in listed
-            ]
+            deletion = huggingface_hub.CommitOperationDelete
+            return [deletion(self.repo_path(name)) for name in names if name in listed]
 
         if names:
             self._commit(deletions, f"Delete {', '.join(names)}")
 
     def _commit(self, operations: Callable[[], list[Any]], message: str) -> None:
+        """Commit operations; creates the repository first if it does not exist."""
+
         def commit() -> None:
             # Computed for each try: the last may have succeeded although its reply was lost.
             if left := operations():

@@ -142,12 +142,12 @@ class WritableLocation(Location, Protocol):
     def read(self, name: str) -> bytes:
         """Read a small file."""
 
-    def put(self, files: Mapping[str, Path | bytes], sums: Mapping[str, str]) -> None:
+    def put(self, files: Mapping[str, Path | bytes], checksums: Mapping[str, str]) -> None:
         """Write files in order, each completely or not at all, and check what has arrived.
 
         Args:
             files: Local files or bytes, by name.
-            sums: The SHA-256 of files for which it is known.
+            checksums: The SHA-256 of files for which it is known.
         """
 
     def delete(self, names: list[str]) -> None:

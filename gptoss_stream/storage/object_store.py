@@ -91,6 +91,7 @@ class ObjectStore:
 
     @property
     def _files(self) -> Mapping[str, FileInfo]:
+        """The files at the first listing, by name."""
         if self._found is None:
             self._found = self._list(CheckpointError)
         return self._found
@@ -177,13 +178,14 @@ class ObjectStore:
             )
         return data
 
-    def put(self, files: Mapping[str, Path | bytes], sums: Mapping[str, str]) -> None:
+    def put(self, files: Mapping[str, Path | bytes], checksums: Mapping[str, str]) -> None:
         """Write files one after another, and check size and ETag of each."""
         for name, data in files.items():
             with refused_as(OutputError, self.display_path(name)):
                 retry(partial(self._put, name, data), self.display_path(name))
 
     def _put(self, name: str, data: Path | bytes) -> None:
+        """Write one file; deletes it again if it has not arrived as it was sent."""
         final = f"{self._root}/{name}"
         path = final if self._is_atomic else f"{final}.{uuid.uuid4().hex}{_PARTIAL}"
         if path != final:
@@ -285,5 +287,6 @@ def _final_name(name: str) -> str | None:
 
 
 def _file_info(name: str, info: Mapping[str, Any]) -> FileInfo:
+    """Return a file as this package describes it, from fsspec's description."""
     version = next((str(info[key]) for key in _VERSIONS if info.get(key) is not None), "")
     return FileInfo(name, int(info["size"] or 0), version)
