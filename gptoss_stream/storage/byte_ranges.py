@@ -103,9 +103,9 @@ def read_range(
     done = 0
     renew = False
     while done < len(out):
-        asked = _Range(begin + done, len(out) - done, total, where, etag)
+        requested = _Range(begin + done, len(out) - done, total, where, etag)
         try:
-            for nbytes in _try(link(renew), out[done:], asked):
+            for nbytes in _try(link(renew), out[done:], requested):
                 done += nbytes
                 retries.progress()
                 if stop.is_set():
@@ -120,20 +120,20 @@ def read_range(
             retries.wait(error, failure.seconds, failure.tries)
 
 
-def _try(link: DownloadLink, out: memoryview, asked: _Range) -> Iterator[int]:
+def _try(link: DownloadLink, out: memoryview, requested: _Range) -> Iterator[int]:
     """Send one request; yields the number of bytes that have arrived, as they arrive."""
     from huggingface_hub.utils import get_session
 
     headers = {**link.headers, "Accept-Encoding": "identity"}
-    if not asked.is_whole:
-        headers["Range"] = f"bytes={asked.begin}-{asked.begin + asked.nbytes - 1}"
+    if not requested.is_whole:
+        headers["Range"] = f"bytes={requested.begin}-{requested.begin + requested.nbytes - 1}"
     try:
         with get_session().stream(
             "GET", link.url, headers=headers, timeout=TIMEOUT, follow_redirects=True
         ) as reply:
-            _refuse_downgrade(link.url, str(reply.url), asked.where)
-            _check_status(reply, link, asked)
-            _check_headers(reply, asked)
+            _refuse_downgrade(link.url, str(reply.url), requested.where)
+            _check_status(reply, link, requested)
+            _check_headers(reply, requested)
             done = 0
             for chunk in reply.iter_raw(_CHUNK_NBYTES):
                 if done + len(chunk) > len(out):
@@ -147,9 +147,10 @@ def _try(link: DownloadLink, out: memoryview, asked: _Range) -> Iterator[int]:
         raise _FailedTry(_describe(error)) from None
 
 
-def _check_status(reply: Any, link: DownloadLink, asked: _Range) -> None:
-    status, where = reply.status_code, asked.where
-    if status == (200 if asked.is_whole else 206):
+def _check_status(reply: Any, link: DownloadLink, requested: _Range) -> None:
+    """Check that a reply has the status of success for the range."""
+    status, where = reply.status_code, requested.where
+    if status == (200 if requested.is_whole else 206):
         return
     if status in (408, 425, 429) or status >= 500:
         raise _FailedTry(f"the server answers {status}", retry_after(reply.headers))
@@ -170,33 +171,34 @@ def _check_status(reply: Any, link: DownloadLink, asked: _Range) -> None:
     raise CheckpointError(f"{where}: the server answers {status}; check the address")
 
 
-def _check_headers(reply: Any, asked: _Range) -> None:
+def _check_headers(reply: Any, requested: _Range) -> None:
     """Check that a reply has exactly the bytes that were asked for, not encoded."""
     coding = reply.headers.get("Content-Encoding", "identity")
     if coding != "identity":
         raise _FailedTry(f"the server sent the bytes with the coding {coding[:20]!r}")
     found = reply.headers.get("ETag")
-    if asked.etag is not None and found is not None and found != asked.etag:
-        raise changed(asked.where)
+    if requested.etag is not None and found is not None and found != requested.etag:
+        raise changed(requested.where)
     length = reply.headers.get("Content-Length")
-    if length is not None and length != str(asked.nbytes):
-        if asked.is_whole:
-            raise changed(asked.where)
-        raise _FailedTry(f"the server sends {length[:20]} bytes for {asked.nbytes}")
-    if asked.is_whole:
+    if length is not None and length != str(requested.nbytes):
+        if requested.is_whole:
+            raise changed(requested.where)
+        raise _FailedTry(f"the server sends {length[:20]} bytes for {requested.nbytes}")
+    if requested.is_whole:
         return
     match = _CONTENT_RANGE.fullmatch(reply.headers.get("Content-Range", ""))
     if match is None:
         raise _FailedTry("the server does not say which bytes it sends")
-    if int(match[3]) != asked.total:
-        raise changed(asked.where)
-    begin, last = asked.begin, asked.begin + asked.nbytes - 1
+    if int(match[3]) != requested.total:
+        raise changed(requested.where)
+    begin, last = requested.begin, requested.begin + requested.nbytes - 1
     if (int(match[1]), int(match[2])) != (begin, last):
         raise _FailedTry(f"the server sends bytes {match[1]}-{match[2]} for {begin}-{last}")
 
 
-def _refuse_downgrade(asked: str, got: str, where: str) -> None:
-    if urlsplit(asked).scheme == "https" and urlsplit(got).scheme != "https":
+def _refuse_downgrade(requested: str, got: str, where: str) -> None:
+    """Check that no redirect leads from https to http."""
+    if urlsplit(requested).scheme == "https" and urlsplit(got).scheme != "https":
         raise MachineError(f"{where}: the server redirects from https to an unprotected address")
 
 
