@@ -38,6 +38,7 @@ class HttpFolder:
         self._known: dict[str, FileInfo | None] = {}
 
     def _url(self, name: str) -> str:
+        """Return the address of a file, with its secrets."""
         path = f"{self._parts.path.rstrip('/')}/{quote(name)}"
         return urlunsplit((*self._parts[:2], path, self._parts.query, ""))
 

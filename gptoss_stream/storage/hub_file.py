@@ -106,6 +106,7 @@ class HubFile:
         return DownloadLink(found.location, headers, is_signed=target != home)
 
     def _get_link(self, renew: bool) -> DownloadLink:
+        """Return the file's address, a new one if `renew` is set."""
         used = self._link
         with self._linking:
             # Another thread may have renewed it meanwhile.

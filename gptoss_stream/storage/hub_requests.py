@@ -34,6 +34,7 @@ class _WithoutQueries(logging.Filter):
     """Keeps signed addresses out of huggingface_hub's warnings."""
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Cut the queries from a warning, which may contain signatures; keep every warning."""
         record.msg, record.args = re.sub(r"\?\S+", "?…", record.getMessage()), ()
         return True
 
@@ -114,6 +115,7 @@ def output_errors(where: str) -> Iterator[None]:
 def _errors_as(
     where: str, kind: type[GptOssStreamError], missing: type[GptOssStreamError]
 ) -> Iterator[None]:
+    """Raise what the Hub refuses as errors of `kind`, or `missing` if something does not exist."""
     repo = where.removeprefix("hf://").partition("@")[0]
     try:
         yield
@@ -152,7 +154,7 @@ def _errors_as(
 
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """Switch off huggingface_hub's progress bars, which would garble ours."""
+    """Switch off huggingface_hub's progress bars, which would overwrite ours on the terminal."""
     utils = huggingface_hub.utils
     were_off = utils.are_progress_bars_disabled()
     utils.disable_progress_bars()

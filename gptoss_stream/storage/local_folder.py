@@ -77,7 +77,7 @@ class LocalFolder:
             return LocalFile(name, file, open_regular(target))
         except NotRegularError:
             raise CheckpointError(
-                f"{file}: not a regular file; put the file itself there"
+                f"{file}: not a regular file; copy the file to the folder"
             ) from None
 
     def pinned_to(self, state: Mapping[str, Any] | None) -> LocalFolder:
@@ -102,6 +102,7 @@ class LocalFile:
         self.info = self._describe()
 
     def _describe(self) -> FileInfo:
+        """Return size, time of change and inode of the file as they are now."""
         status = os.fstat(self._descriptor)
         # Not the change time: adding or removing a link to the file changes it too.
         return FileInfo(self._name, status.st_size, status.st_mtime_ns, status.st_ino)
@@ -125,7 +126,8 @@ class LocalFile:
     def check_unchanged(self) -> None:
         """Check that the file was not written to since it was opened.
 
-        Otherwise a part of what was read may be old and a part new (see `File.check_unchanged`).
+        Otherwise some of the bytes that were read may be old and some new (see
+        `File.check_unchanged`).
         """
         if self._describe() != self.info:
             raise changed(str(self._path))

@@ -26,6 +26,8 @@ _URL = re.compile(r"([a-z][a-z0-9+.-]*)://(.*)", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class _Url:
+    """A URL: its protocol, and what follows ://."""
+
     protocol: str
     rest: str
 
@@ -148,6 +150,7 @@ def local_path(name: str | os.PathLike[str]) -> Path:
 
 
 def _parse_url(name: str | os.PathLike[str]) -> _Url | None:
+    """Return the parts of a URL, or None for a local path or a repository."""
     match = _URL.fullmatch(name) if isinstance(name, str) else None
     return _Url(match[1], match[2]) if match else None
 
