@@ -37,7 +37,8 @@ def test_a_converted_output_is_equal(dtype, checkpoints, tmp_path, monkeypatch):
     source = checkpoints(layers=2)
     report = gptoss_stream.convert(source, tmp_path / "out", dtype=dtype)
     for chunk, spilled in ((8 << 20, 64_000_000), (4096, 1000), (65_536, 1)):
-        monkeypatch.setattr("gptoss_stream.verification.data.CHUNK_NBYTES", chunk)
+        for module in ("data", "verify"):  # what a step makes, and the buffer that it gets
+            monkeypatch.setattr(f"gptoss_stream.verification.{module}.CHUNK_NBYTES", chunk)
         monkeypatch.setattr("gptoss_stream.planning.shards.SPILL_NBYTES", spilled)
         result = gptoss_stream.verify(source, tmp_path / "out")
         assert result.equal
@@ -138,9 +139,9 @@ def test_an_intact_copy_is_equal(count, tmp_path, monkeypatch):
         )
         copied = shutil.copytree(out, tmp_path / f"copy{number}")
         with monkeypatch.context() as patch:
-            patch.setattr(
-                "gptoss_stream.verification.data.CHUNK_NBYTES", rng.choice((4096, 65_536))
-            )
+            chunk = rng.choice((4096, 65_536))
+            for module in ("data", "verify"):
+                patch.setattr(f"gptoss_stream.verification.{module}.CHUNK_NBYTES", chunk)
             patch.setattr(
                 "gptoss_stream.planning.shards.SPILL_NBYTES", rng.choice((100, 64_000_000))
             )
