@@ -2,5 +2,5 @@
 
 Does: lists files, reads byte ranges of them, and writes files, with retries and checks.
 May import: errors, _utils.
-Must not know: what a file holds.
+Must not know: what a checkpoint is.
 """

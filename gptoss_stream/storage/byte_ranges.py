@@ -58,7 +58,7 @@ class _LinkExpired(_FailedTry):
 
 @dataclass(frozen=True, slots=True)
 class _Range:
-    """The bytes that a request asks for, and what is known of the file."""
+    """A byte range to request, and what is known of its file."""
 
     begin: int
     nbytes: int
@@ -70,7 +70,7 @@ class _Range:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all of the file is asked for."""
+        """Whether the whole file is requested."""
         return self.begin == 0 and self.nbytes == self.total
 
 
@@ -121,7 +121,7 @@ def read_range(
 
 
 def _try(link: DownloadLink, out: memoryview, requested: _Range) -> Iterator[int]:
-    """Send one request; yields the number of bytes that have arrived, as they arrive."""
+    """Send one request, and yield the number of bytes of each chunk that arrives."""
     from huggingface_hub.utils import get_session
 
     headers = {**link.headers, "Accept-Encoding": "identity"}
@@ -137,7 +137,7 @@ def _try(link: DownloadLink, out: memoryview, requested: _Range) -> Iterator[int
             done = 0
             for chunk in reply.iter_raw(_CHUNK_NBYTES):
                 if done + len(chunk) > len(out):
-                    raise _FailedTry("the server sent more bytes than were asked for")
+                    raise _FailedTry("the server sent more bytes than were requested")
                 out[done : done + len(chunk)] = chunk
                 done += len(chunk)
                 yield len(chunk)
@@ -172,7 +172,7 @@ def _check_status(reply: Any, link: DownloadLink, requested: _Range) -> None:
 
 
 def _check_headers(reply: Any, requested: _Range) -> None:
-    """Check that a reply has exactly the bytes that were asked for, not encoded."""
+    """Check that a reply has exactly the requested bytes, without a content encoding."""
     coding = reply.headers.get("Content-Encoding", "identity")
     if coding != "identity":
         raise _FailedTry(f"the server sent the bytes with the coding {coding[:20]!r}")
@@ -210,10 +210,10 @@ def origin(url: str) -> tuple[str, str | None, int | None]:
 
 
 def transport_errors() -> tuple[type[Exception], ...]:
-    """Return what the session raises if a connection fails.
+    """Return the exceptions that the session raises if a connection fails.
 
     A RuntimeError is one of them: another thread may have closed the session (`huggingface_hub`
-    does so after an error to connect).
+    does so after a failed connection).
     """
     from huggingface_hub.utils import get_session
 
@@ -223,6 +223,6 @@ def transport_errors() -> tuple[type[Exception], ...]:
 
 
 def _describe(error: Exception) -> str:
-    """Describe an error without its text, which may hold an address with its signature."""
+    """Describe an error without its text, which may contain a signed address."""
     words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(error).__name__).lower()
     return f"no connection ({words})" if "connect" in words else words

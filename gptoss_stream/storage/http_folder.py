@@ -56,7 +56,7 @@ class HttpFolder:
         return f"{self}/{name}"
 
     def check(self) -> None:
-        """Do nothing: a server can only be asked for files."""
+        """Do nothing: an HTTP server knows only files, not folders."""
 
     def has(self, name: str) -> bool:
         """Return whether the server has a file."""
@@ -89,11 +89,11 @@ class HttpFolder:
         return DownloadLink(self._url(name), {})
 
     def current_info(self, name: str) -> FileInfo | None:
-        """Return what the server says of a file now, or None if it has none."""
+        """Request the current size and version of a file; return None if it does not exist."""
         return self._request_info(name)
 
     def _request_info(self, name: str, tries: int = TRIES) -> FileInfo | None:
-        """Ask the server for size and version of a file; returns None if it has none."""
+        """Request size and version of a file; return None if it does not exist."""
         retries, where = RetryPolicy(NEVER_STOP, tries), self.display_path(name)
         while True:
             try:
@@ -153,7 +153,7 @@ class _HttpFile:
         )
 
     def check_unchanged(self) -> None:
-        """Ask the server whether the file has changed (see `File.check_unchanged`)."""
+        """Check with the server that the file is unchanged (see `File.check_unchanged`)."""
         if self._location.current_info(self.info.name) != self.info:
             raise changed(self._location.display_path(self.info.name))
 

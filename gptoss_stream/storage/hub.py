@@ -1,8 +1,8 @@
 """A repository of the Hub, to read from and to write to.
 
-A revision is resolved to a commit once, and everything is read of that commit. `huggingface_hub`
-talks to the Hub: login, endpoint, proxies, cache, uploads and commits are its work. The checks of
-what arrives are ours (`byte_ranges`). A token is sent to the Hub's own origin only.
+A revision is resolved to a commit once, and all files are read from that commit. `huggingface_hub`
+sends the requests: it handles login, endpoint, proxies, cache, uploads and commits. This package
+checks the bytes that arrive (`byte_ranges`). A token is sent to the Hub's own origin only.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .retries import FEW_TRIES
 
 __all__ = ["HubRepository"]
 
-_OWN_FILES = (".gitattributes", "README.md", ".gitignore")  # that the Hub adds to a repository
+_ADDED_BY_HUB = (".gitattributes", "README.md", ".gitignore")  # to a new repository
 
 
 class HubRepository:
@@ -42,7 +42,7 @@ class HubRepository:
         self.repo = repo
         self.commit = commit
         self.revision = commit
-        """The revision that was asked for."""
+        """The requested revision."""
         self._subfolder = subfolder
         self.token = token
         self._download = download
@@ -174,7 +174,7 @@ class HubRepository:
         return location
 
     def download(self, names: list[str]) -> None:
-        """Download files to the Hub's cache, if the repository was opened with `download`."""
+        """Download files into the Hub's cache (see `Location.download`)."""
         for name in names if self._download else ():
             with source_errors(self.display_path(name)):
                 retry(
@@ -209,7 +209,7 @@ class HubRepository:
         return {info.name: info for info in found}
 
     def _check_reachable(self) -> None:
-        """Ask once whether the Hub can be reached: listing a folder is retried for minutes."""
+        """Check with few tries that the Hub can be reached: a listing is retried for minutes."""
         retry(lambda: self._api.repo_info(self.repo, timeout=TIMEOUT), str(self), tries=FEW_TRIES)
         self._is_reachable = True
 
@@ -229,7 +229,7 @@ class HubRepository:
                 name = entry.path[len(self._subfolder) :].lstrip("/")
                 sha256 = entry.lfs.sha256 if entry.lfs else None
                 found.append(FileInfo(name, entry.size, sha256 or entry.blob_id, sha256=sha256))
-        return [f for f in found if self.commit is not None or f.name not in _OWN_FILES]
+        return [f for f in found if self.commit is not None or f.name not in _ADDED_BY_HUB]
 
     def read(self, name: str) -> bytes:
         """Read a small file as it is now."""

@@ -37,7 +37,7 @@ class HubFile:
         self._needs_check = False
 
     def read_into(self, out: memoryview, begin: int, stop: threading.Event) -> None:
-        """Fill memory with the file's bytes; checks the checksum if that is the whole file."""
+        """Fill memory with the file's bytes; check the checksum if that is the whole file."""
         if not self._has_searched_cache:
             with self._linking:
                 self._cached = self._cached or self._open_cached()
@@ -68,7 +68,7 @@ class HubFile:
         return file
 
     def _resolve(self) -> DownloadLink:
-        """Ask the Hub for the file's address; raises `CheckpointError` if the file has changed."""
+        """Request the file's address; raise `CheckpointError` if the file has changed."""
         location, info = self._location, self.info
         url = huggingface_hub.hf_hub_url(
             location.repo,
@@ -115,7 +115,7 @@ class HubFile:
             return self._link
 
     def check_unchanged(self) -> None:
-        """Ask the Hub whether the file has changed, if anything was read since the last check."""
+        """Check with the Hub that the file is unchanged, if it was read since the last check."""
         if self._needs_check:
             self._needs_check = False
             self._resolve()
@@ -136,7 +136,7 @@ def _has_checksum(data: memoryview, info: FileInfo) -> bool:
 
 
 def cached_folder(repo: str, revision: str | None, subfolder: str) -> LocalFolder:
-    """Return the folder of a repository in the Hub's cache, without asking the Hub."""
+    """Return the folder of a repository in the Hub's cache, without a request."""
     with source_errors(f"hf://{repo}"):
         try:
             path = huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True)

@@ -51,7 +51,7 @@ class NotFoundError(CheckpointError):
 
 
 def retry(call: Callable[[], _T], where: str, tries: int = TRIES) -> _T:
-    """Call a function, again if the Hub is busy or cannot be reached.
+    """Call a function, and retry it if the Hub is busy or cannot be reached.
 
     Args:
         call: The function.

@@ -1,7 +1,7 @@
-"""What every kind of location offers: its files, byte ranges of each, and writing some.
+"""Defines the interface of every location: it lists files, and reads byte ranges of them.
 
-Each kind is one module of this room. The other rooms use a `Location`, which is a folder wherever
-it is, and its files. A location that can be written to is a `WritableLocation`.
+Each kind of location is one module of this room. The other rooms use only `Location`, which is a
+local or remote folder, and its `File`s. `WritableLocation` can also write and delete files.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 NEVER_STOP = threading.Event()
-"""An event that is never set: for reads that nothing stops."""
+"""An event that is never set, for reads that cannot be stopped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class Location(Protocol):
 
     @property
     def revision(self) -> str | None:
-        """The revision that was asked for, if the location has revisions."""
+        """The requested revision, if the location has revisions."""
 
     def display_path(self, name: str) -> str:
         """Return the name of a file in messages, without any secret."""
@@ -124,7 +124,7 @@ class Location(Protocol):
         """
 
     def download(self, names: list[str]) -> None:
-        """Download files to the Hub's cache, if the location was opened with `download`.
+        """Download files into the Hub's cache, if the location was opened with `download=True`.
 
         Other locations do nothing.
         """

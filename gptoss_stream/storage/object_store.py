@@ -1,8 +1,7 @@
 """A folder of any file system that fsspec supports: `s3://`, `gs://`, `abfs://`, `sftp://`, ….
 
-fsspec and its implementation for the store make the requests, with the credentials of the
-environment. This module checks that the length of what arrives is right and that files do not
-change.
+fsspec and its implementation for the file system send the requests, with the credentials of the
+environment. This module checks the number of bytes that arrive, and that files do not change.
 """
 
 from __future__ import annotations
@@ -36,16 +35,16 @@ __all__ = ["ObjectStore"]
 _MAX_PARTS = 3  # uploaded at the same time
 _READ_BACK_NBYTES = 16 << 20
 _ATOMIC = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "memory"}
-"""Stores in which a file appears only when it is complete."""
+"""Protocols by which a file appears only when it is complete."""
 _PARTIAL = ".partial"
-"""The suffix of a file that is being written to any other store."""
+"""The suffix of a file that is being written by any other protocol."""
 _WITHOUT_HOST = {"file", "local", "memory"}
 _VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "crc32c", "mtime", "LastModified",
              "last_modified", "modified", "created")  # fmt: skip
 
 
 class ObjectStore:
-    """A folder of a store (see `Location` and `WritableLocation`)."""
+    """A folder of an object store (see `Location` and `WritableLocation`)."""
 
     revision = None
     is_local = False
@@ -114,7 +113,7 @@ class ObjectStore:
         """Open a file (see `Location.open`)."""
         if name not in self._files:
             raise CheckpointError(f"{self.display_path(name)}: there is no such file")
-        # Not the listed information: some stores describe a file differently in a listing.
+        # Not the listed information: some protocols describe a file differently in a listing.
         return _ObjectFile(self, self.info(name))
 
     def pinned_to(self, state: Mapping[str, Any] | None) -> ObjectStore:
@@ -131,7 +130,7 @@ class ObjectStore:
         return data
 
     def info(self, name: str) -> FileInfo:
-        """Return what the store says of a file now."""
+        """Request the current size and version of a file."""
         path = f"{self._root}/{name}"
 
         def request() -> FileInfo:
@@ -185,11 +184,11 @@ class ObjectStore:
                 retry(partial(self._put, name, data), self.display_path(name))
 
     def _put(self, name: str, data: Path | bytes) -> None:
-        """Write one file; deletes it again if it has not arrived as it was sent."""
+        """Write one file; delete it again if it has not arrived as it was sent."""
         final = f"{self._root}/{name}"
         path = final if self._is_atomic else f"{final}.{uuid.uuid4().hex}{_PARTIAL}"
         if path != final:
-            # Not in atomic stores: they need no folders, and s3fs would create a missing bucket.
+            # Atomic locations need no folders, and s3fs would create a missing bucket.
             self._fs.makedirs(self._fs._parent(path), exist_ok=True)
         if isinstance(data, bytes):
             self._fs.pipe_file(path, data)
@@ -207,10 +206,10 @@ class ObjectStore:
             if not has_arrived:  # a later run would consider it finished
                 self._fs.rm_file(final)
         if not has_arrived:
-            raise OSError("the store has other bytes than were sent")
+            raise OSError("the remote location has other bytes than were sent")
 
     def _has_arrived(self, name: str, data: Path | bytes) -> bool:
-        """Return whether the store has what was sent, by size and ETag.
+        """Return whether a file has arrived as it was sent, by size and ETag.
 
         An ETag may look like an MD5 and be something else, for example of encrypted files. Then a
         file is read back once to find out.
@@ -225,7 +224,7 @@ class ObjectStore:
         return True
 
     def _reads_back(self, name: str, data: Path | bytes, nbytes: int) -> bool:
-        """Return whether a file in the store has the bytes that were sent."""
+        """Read a file back, and return whether it has the bytes that were sent."""
         for begin in range(0, nbytes, _READ_BACK_NBYTES):
             end = min(begin + _READ_BACK_NBYTES, nbytes)
             digest = hashlib.md5(self.fetch(name, begin, end), usedforsecurity=False).digest()
@@ -245,14 +244,14 @@ class ObjectStore:
         for name in {*(found.keys() & {*names}), *partials}:
             with refused_as(OutputError, self.display_path(name)), suppress(FileNotFoundError):
                 retry(partial(self._fs.rm_file, f"{self._root}/{name}"), self.display_path(name))
-        if self._protocol in ("file", "local"):  # other stores have no real folders
+        if self._protocol in ("file", "local"):  # other protocols have no real folders
             for folder in {name.rpartition("/")[0] for name in names} - {""}:
                 with suppress(OSError):  # it is not empty, or does not exist
                     self._fs.rmdir(f"{self._root}/{folder}")
 
 
 class _ObjectFile:
-    """An open file of a store (see `File`)."""
+    """An open file of an object store (see `File`)."""
 
     def __init__(self, location: ObjectStore, info: FileInfo) -> None:
         self._location = location
@@ -272,7 +271,7 @@ class _ObjectFile:
         retry(fetch, self._location.display_path(self.info.name), stop)
 
     def check_unchanged(self) -> None:
-        """Ask the store whether the file has changed (see `File.check_unchanged`)."""
+        """Check that the file is unchanged (see `File.check_unchanged`)."""
         if self._location.info(self.info.name) != self.info:
             raise changed(self._location.display_path(self.info.name))
 

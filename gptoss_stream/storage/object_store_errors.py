@@ -23,7 +23,7 @@ def retry(
     stop: threading.Event = NEVER_STOP,
     tries: int = TRIES,
 ) -> _T:
-    """Call a function, again if the store fails in a way that may pass.
+    """Call a function, and retry it if the object store fails in a way that may be temporary.
 
     Args:
         call: The function.
@@ -40,7 +40,7 @@ def retry(
             return call()
         except (GptOssStreamError, FileNotFoundError, PermissionError):
             raise
-        except Exception as error:  # each store has its own types of errors
+        except Exception as error:  # each object store has its own types of errors
             retries.wait(
                 MachineError(
                     f"{where}: {redacted(error)}; check the network and run the same command "
@@ -51,7 +51,7 @@ def retry(
 
 @contextmanager
 def refused_as(kind: type[GptOssStreamError], where: str) -> Iterator[None]:
-    """Raise what a store refuses as an error of a given type."""
+    """Raise what an object store refuses as an error of a given type."""
     try:
         yield
     except FileNotFoundError as error:

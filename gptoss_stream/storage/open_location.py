@@ -1,4 +1,4 @@
-"""From what a user names (a path, a URL, a repository) to a location."""
+"""Opens the location that a user names by a path, a URL or a repository."""
 
 from __future__ import annotations
 

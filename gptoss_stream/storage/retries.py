@@ -16,7 +16,7 @@ FIRST_DELAY = 0.5  # seconds, doubled after each failure
 _MAX_DELAY = 30.0
 _MAX_RETRY_AFTER = 900.0  # seconds that a server may ask for
 TRIES = 8  # without any progress
-FEW_TRIES = 3  # for what is probably wrong for good, such as a mistyped address
+FEW_TRIES = 3  # for what is probably a permanent error, such as a mistyped address
 
 
 class RetryPolicy:
