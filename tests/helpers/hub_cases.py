@@ -1,4 +1,4 @@
-"""What the tests of the Hub share: names, requests and checks."""
+"""Shared by the tests of the Hub: names, faults and checks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OUT = "tester/out"
 RECORD = "gptoss_stream.json"
 
 
-OWN = (".gitattributes", "README.md")
+ADDED_BY_HUB = (".gitattributes", "README.md")
 
 
 SIZE = ("--max-shard-size", "150KB")
@@ -37,7 +37,7 @@ PUT = r"cdn PUT"
 COMMIT = r"hub POST .*/commit/"
 
 
-COMPANIONS = {
+AUXILIARY_FILES = {
     "tokenizer.json": b'{"version": "1.0"}' * 500,
     "chat_template.jinja": b"{{ messages }}",
     "additional_chat_templates/tools.jinja": b"{{ tools }}",
@@ -112,7 +112,7 @@ LASTING = {
     ),
     "a page for an address": (Fault("html"), OF_LATER_ADDRESSES, 3, "not one of the Hub"),
     "no commit": (Fault("no_commit_header"), OF_LATER_ADDRESSES, 3, "it names no commit"),
-    "another sum": (
+    "another checksum": (
         Fault("wrong_etag"),
         OF_LATER_ADDRESSES,
         2,
@@ -142,7 +142,7 @@ def assert_no_secret(done: subprocess.CompletedProcess[str], *folders: Path) -> 
             assert secret.encode() not in text
 
 
-NOT_THERE = [
+MISSING_SOURCES = [
     ("openai/nothing", [], "no local folder and no repository of the Hub that you can see"),
     ("hf://openai/nothing", [], "no repository of the Hub that you can see"),
     (NAME, ["--revision", "v9"], "there is no such revision; check --revision"),
@@ -164,7 +164,7 @@ def contents(hub: StandInHub, name: str = OUT) -> dict[str, str]:
     """Return the SHA-256 of each file of a repository, without the record and the Hub's own
     files."""
     found = {path: content.sha256 for path, content in hub.files(name).items()}
-    return {path: digest for path, digest in found.items() if path not in (RECORD, *OWN)}
+    return {path: digest for path, digest in found.items() if path not in (RECORD, *ADDED_BY_HUB)}
 
 
 def commits(hub: StandInHub, name: str = OUT) -> list[tuple[set[str], set[str]]]:
@@ -185,16 +185,20 @@ def staged(tmp_path: Path, machine: str = "this") -> list[Path]:
     return [f for f in (tmp_path / machine).rglob("*") if f.is_file()]
 
 
-def told(hub: StandInHub) -> list[str]:
+def requested(hub: StandInHub) -> list[str]:
+    """Return origin and method of each request."""
     return [f"{request.origin} {request.method}" for request in hub.requests]
 
 
-SENDING = {
+UPLOAD_FAULTS = {
     "commits that are not answered": (Fault("lose_reply"), COMMIT),
-    "commits of somebody else": (Fault("status", 412), COMMIT),
+    "commits of another user": (Fault("status", 412), COMMIT),
     "503 of commits": (Fault("status", 503, NOW), COMMIT),
     "an upload that breaks off": (Fault("drop_after", 10), PUT),
     "an upload that is not answered": (Fault("lose_reply"), PUT),
-    "questions that are not answered": (Fault("lose_reply"), r"POST .*(batch|preupload)"),
+    "requests before an upload that are not answered": (
+        Fault("lose_reply"),
+        r"POST .*(batch|preupload)",
+    ),
     "503 of the listing": (Fault("status", 503), r"GET .*/tree/"),
 }

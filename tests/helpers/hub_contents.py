@@ -1,4 +1,4 @@
-"""What the stand-in Hub holds and counts: requests, faults, files and repositories."""
+"""The data of the stand-in Hub: requests, faults, files and repositories."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ KINDS = {
     "status": "answer with the status `value` (and `headers`)",
     "html": "answer 200 with a page, as a captive portal does",
     "drop_after": "close the connection after `value` bytes of the body (of a PUT: received)",
-    "lose_reply": "do all that is asked, then close the connection instead of answering",
+    "lose_reply": "do all that is requested, then close the connection instead of answering",
     "ignore_range": "200 with the whole file",
     "shift_range": "206 with bytes that begin `value` (or 1) bytes later, and says so",
-    "short": "as right, but close the connection after half of the body",
+    "short": "close the connection after half of the body",
     "wrong_length": "206 with half of the bytes, and their Content-Length, but the full range",
     "flip": "a bit of the first byte is wrong",
-    "gzip": "the body with Content-Encoding: gzip, asked for or not",
+    "gzip": "the body with Content-Encoding: gzip, even if not accepted",
     "slow": "send (of a PUT: receive) `value` bytes per second",
-    "stall": "half of the body, then nothing for `value` seconds, then the rest",
+    "stall": "half of the body, then nothing for `value` seconds, then the other half",
     "wrong_etag": "resolve: another X-Linked-Etag and ETag",
     "wrong_size": "resolve: another X-Linked-Size, and Content-Length of a HEAD",
     "no_commit_header": "resolve: no X-Repo-Commit",
@@ -47,12 +47,12 @@ class Request:
     origin: str
     """`hub` or `cdn`."""
     status: int = 0
-    """Of the answer; 0 while there is none."""
+    """The status of the reply; 0 before it."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with an answer: one of `KINDS`, with its number and headers."""
+    """A fault of a reply: one of `KINDS`, with its number and headers."""
 
     kind: str
     value: float = 0
@@ -64,14 +64,19 @@ class Fault:
 
 
 def first(n: int, fault: Fault, match: Any = None) -> Callable[[Request], Fault | None]:
-    """A fault of the first `n` requests that match: a function of the request, or a pattern that
-    is searched in `origin METHOD path`."""
+    """Return a fault for the first `n` requests that match.
+
+    Args:
+        n: The number of requests.
+        fault: The fault.
+        match: A function of the request, or a pattern that is searched in `origin METHOD path`.
+    """
     turns = itertools.count(1)
     return lambda request: fault if _matches(match, request) and next(turns) <= n else None
 
 
 def every(n: int, fault: Fault, match: Any = None) -> Callable[[Request], Fault | None]:
-    """A fault of each `n`-th request that matches (see `first`)."""
+    """Return a fault for each `n`-th request that matches (see `first`)."""
     turns = itertools.count(1)
     return lambda request: fault if _matches(match, request) and next(turns) % n == 0 else None
 
@@ -88,13 +93,13 @@ class FileContent:
     def __init__(self, path: Path, sha256: str | None = None) -> None:
         self.path = path
         self.nbytes = path.stat().st_size
-        self.sha256 = sha256 or self._sum()
+        self.sha256 = sha256 or self._compute_sha256()
 
-    def _sum(self) -> str:
+    def _compute_sha256(self) -> str:
         digest = hashlib.sha256()
         with open(self.path, "rb") as file:
-            while piece := file.read(BLOCK_NBYTES):
-                digest.update(piece)
+            while block := file.read(BLOCK_NBYTES):
+                digest.update(block)
         return digest.hexdigest()
 
     def read(self, begin: int, end: int) -> bytes:
@@ -152,9 +157,9 @@ class Entry:
     def etag(self) -> str:
         return self.sha256 or self.blob_id
 
-    def lfs(self, sum_name: str) -> dict[str, Any]:
+    def lfs(self, key: str) -> dict[str, Any]:
         size, pointer_size = self.content.nbytes, self.pointer_nbytes
-        return {sum_name: self.sha256, "size": size, "pointerSize": pointer_size}
+        return {key: self.sha256, "size": size, "pointerSize": pointer_size}
 
 
 @dataclass
@@ -180,8 +185,8 @@ class Upload:
     nbytes: int
     part_nbytes: int
     file: Path | None
-    sums: list[Any] = field(default_factory=lambda: [hashlib.sha256()])
-    """After each part, from none on: parts come one after another."""
+    digests: list[Any] = field(default_factory=lambda: [hashlib.sha256()])
+    """The SHA-256 before the first part and after each part; parts arrive in order."""
 
 
 def is_lfs(path: str, nbytes: int) -> bool:
@@ -189,7 +194,7 @@ def is_lfs(path: str, nbytes: int) -> bool:
 
 
 class Refusal(Exception):
-    """An answer that is an error, with the Hub's code for it."""
+    """A reply that is an error, with the Hub's code for it."""
 
     def __init__(self, status: int, message: str, code: str = "", **body: Any) -> None:
         super().__init__(message)

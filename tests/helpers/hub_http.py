@@ -73,17 +73,17 @@ class BaseHandler(BaseHTTPRequestHandler):
         self.hub = self.server.hub
         path, _, query = self.path.partition("?")
         self.query = dict(parse_qsl(query))
-        asked_range, has_token = self.headers.get("Range"), "Authorization" in self.headers
+        byte_range, has_token = self.headers.get("Range"), "Authorization" in self.headers
         origin = self.server.origin
-        self.asked = Request(self.command, path, query, asked_range, has_token, origin)
+        self.client_request = Request(self.command, path, query, byte_range, has_token, origin)
         self.unread = int(self.headers.get("Content-Length") or 0)
-        self.fault = self.hub.note(self.asked)
+        self.fault = self.hub.note(self.client_request)
         self.kind = self.fault.kind if self.fault else ""
         try:
             self._route(path)
         except Refusal as refusal:
             self._json(refusal.body, refusal.status, refusal.headers)
-        while self.unread:  # what was not wanted, or the next request would begin with it
+        while self.unread:  # unread bytes would be taken for the next request
             self._receive(bytearray(min(self.unread, BLOCK_NBYTES)))
 
     do_HEAD = do_POST = do_PUT = do_GET
@@ -98,15 +98,15 @@ class BaseHandler(BaseHTTPRequestHandler):
             return
         for origin, methods, pattern, answer in self.routes:
             match = re.fullmatch(pattern, path)
-            if match and origin == self.asked.origin and self.command in methods:
+            if match and origin == self.client_request.origin and self.command in methods:
                 answer(self, *(unquote(group) for group in match.groups() if group is not None))
                 return
         raise Refusal(404, "Sorry, we can't find the page you are looking for.")
 
-    # --- what comes in -------------------------------------------------------------------------
+    # --- requests ------------------------------------------------------------------------------
 
     def _receive(self, out: Any) -> int:
-        """Fill `out` from the request's body; returns how much it was."""
+        """Fill `out` from the request's body, and return the number of bytes."""
         nbytes = self.rfile.readinto(memoryview(out)[: self.unread])  # type: ignore[attr-defined]
         if not nbytes:
             raise ConnectionError("the client left")
@@ -149,11 +149,11 @@ class BaseHandler(BaseHTTPRequestHandler):
     def _check_link(self) -> None:
         until, given = self.query.get("Expires", "0"), self.query.get("X-Amz-Signature", "")
         method = "GET" if self.command == "HEAD" else self.command
-        right = self.hub.signature(method, self.asked.path, until)
+        right = self.hub.signature(method, self.client_request.path, until)
         if not hmac.compare_digest(given, right) or float(until) < time.time():
             raise Refusal(403, "Request has expired")
 
-    # --- what goes out -------------------------------------------------------------------------
+    # --- replies -------------------------------------------------------------------------------
 
     def _json(self, data: Any, status: int = 200, headers: Mapping[str, str] = {}) -> None:
         headers = {"Content-Type": "application/json; charset=utf-8", **headers}
@@ -163,7 +163,7 @@ class BaseHandler(BaseHTTPRequestHandler):
         """Send a file or a range of it."""
         headers = {"Content-Type": "application/octet-stream", "Accept-Ranges": "bytes", **headers}
         begin, end = 0, content.nbytes
-        match = re.fullmatch(r"bytes=(?:(\d+)-(\d*)|-(\d+))", self.asked.range or "")
+        match = re.fullmatch(r"bytes=(?:(\d+)-(\d*)|-(\d+))", self.client_request.range or "")
         if match and match[1]:
             begin, end = int(match[1]), min(int(match[2] or end - 1) + 1, end)
         elif match:
@@ -209,7 +209,7 @@ class BaseHandler(BaseHTTPRequestHandler):
         if self.kind == "wrong_length":
             end = begin + (end - begin) // 2
         length = end - begin + (self.kind == "wrong_size" and self.command == "HEAD")
-        self.asked.status = status
+        self.client_request.status = status
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(length)}.items():
             self.send_header(name, value)
@@ -223,16 +223,16 @@ class BaseHandler(BaseHTTPRequestHandler):
         self._send(content, begin, end, counted)
 
     def _send(self, content: Any, begin: int, end: int, counted: bool) -> None:
-        for nbytes in self._pieces(end - begin):
-            if counted:  # before the client can have them, and look
+        for nbytes in self._blocks(end - begin):
+            if counted:  # before the client can receive them and read the count
                 self.hub.count(sent=nbytes)
             if isinstance(content, FileContent):
                 content.send(self.connection, begin, begin + nbytes)
             else:
-                piece = memoryview(content.read(begin, begin + nbytes))
-                if piece.nbytes != nbytes:
-                    raise ValueError(f"a content gave {piece.nbytes} bytes for {nbytes}")
-                self.connection.sendall(piece)
+                block = memoryview(content.read(begin, begin + nbytes))
+                if block.nbytes != nbytes:
+                    raise ValueError(f"a content gave {block.nbytes} bytes for {nbytes}")
+                self.connection.sendall(block)
             begin += nbytes
 
     def _hang_up(self) -> None:
@@ -240,7 +240,7 @@ class BaseHandler(BaseHTTPRequestHandler):
         self.unread = 0
         self.close_connection = True
 
-    def _pieces(self, nbytes: int, most: int = BLOCK_NBYTES) -> Iterator[int]:
+    def _blocks(self, nbytes: int, most: int = BLOCK_NBYTES) -> Iterator[int]:
         """Yield the sizes of blocks to send or receive, at the speed of the fault."""
         value = self.fault.value if self.fault else 0
         most = min(most, max(1, int(value / 20))) if self.kind == "slow" else most
@@ -248,8 +248,8 @@ class BaseHandler(BaseHTTPRequestHandler):
         while done < nbytes:
             if done == half:
                 self.hub.closing.wait(value)
-            piece = min(most, (half if done < half else nbytes) - done)
-            yield piece
-            done += piece
+            block = min(most, (half if done < half else nbytes) - done)
+            yield block
+            done += block
             if self.kind == "slow":
-                self.hub.closing.wait(piece / value)
+                self.hub.closing.wait(block / value)

@@ -67,7 +67,7 @@ class Handler(BaseHandler):
         stop, headers = at + self.hub.page_nentries, {}
         if stop < len(found):
             query = urlencode({**self.query, "cursor": stop})
-            headers["Link"] = f'<{self.hub.endpoint}{self.asked.path}?{query}>; rel="next"'
+            headers["Link"] = f'<{self.hub.endpoint}{self.client_request.path}?{query}>; rel="next"'
         self._json([*found.values()][at:stop], headers=headers)
 
     def _resolve(self, name: str, revision: str, path: str) -> None:
@@ -102,24 +102,24 @@ class Handler(BaseHandler):
     # --- writing -------------------------------------------------------------------------------
 
     def _create(self) -> None:
-        asked = json.loads(self._body())
+        body = json.loads(self._body())
         if not self._check_token()[1]:
             raise Refusal(401, "Invalid username or password.")
-        name = f"{asked.get('organization') or self.hub.user}/{asked['name']}"
+        name = f"{body.get('organization') or self.hub.user}/{body['name']}"
         url = f"{self.hub.endpoint}/{name}"
         with self.hub.lock:
             if name in self.hub.repos:
                 raise Refusal(409, "You already created this model repo", url=url, name=name)
-            private = bool(asked.get("private")) or asked.get("visibility") == "private"
+            private = bool(body.get("private")) or body.get("visibility") == "private"
             rule = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
             self.hub.add_repo(name, {".gitattributes": rule}, private=private)
         self._json({"url": url, "name": name})
 
     def _preupload(self, name: str, revision: str) -> None:
-        asked = json.loads(self._body())["files"]
+        body = json.loads(self._body())["files"]
         files = self._commit(self._repo(name, write=True), revision)[1]
         modes = []
-        for file in asked:
+        for file in body:
             path = file["path"]
             mode = "lfs" if is_lfs(path, file["size"]) else "regular"
             modes.append({"path": path, "uploadMode": mode, "shouldIgnore": False})
@@ -128,11 +128,11 @@ class Handler(BaseHandler):
         self._json({"files": modes})
 
     def _batch(self, name: str) -> None:
-        asked = json.loads(self._body())["objects"]
+        body = json.loads(self._body())["objects"]
         repo = self._repo(name, write=True)
         objects = []
-        for wanted in asked:
-            oid, nbytes = wanted["oid"], wanted["size"]
+        for announced in body:
+            oid, nbytes = announced["oid"], announced["size"]
             objects.append({"oid": oid, "size": nbytes})
             if oid not in repo.objects:
                 objects[-1]["actions"] = actions = {"upload": self.hub.upload(repo, oid, nbytes)}
@@ -148,30 +148,30 @@ class Handler(BaseHandler):
         at = upload.part_nbytes * (part - 1)
         if self.unread != min(upload.part_nbytes, upload.nbytes - at):
             raise Refusal(400, f"{self.unread} bytes are not what was announced")
-        if part > len(upload.sums):
+        if part > len(upload.digests):
             raise Refusal(400, f"part {part} comes too early")
         if upload.oid in upload.repo.objects:  # the client missed the answer
             self._reply(200, {"ETag": f'"{upload.oid}"'}, BytesContent(b""))
             return
-        digest = upload.sums[part - 1].copy()
+        digest = upload.digests[part - 1].copy()
         buffer = memoryview(bytearray(1 << 20))
         drop = int(self.fault.value) if self.fault and self.kind == "drop_after" else None
         file = os.open(upload.file, os.O_WRONLY | os.O_CREAT) if upload.file else None
         try:
-            for wanted in self._pieces(self.unread if drop is None else drop, len(buffer)):
-                while wanted:
-                    nbytes = self._receive(buffer[:wanted])
+            for left in self._blocks(self.unread if drop is None else drop, len(buffer)):
+                while left:
+                    nbytes = self._receive(buffer[:left])
                     digest.update(buffer[:nbytes])
                     if file is not None:
                         os.pwrite(file, buffer[:nbytes], at)
-                    at, wanted = at + nbytes, wanted - nbytes
+                    at, left = at + nbytes, left - nbytes
         finally:
             if file is not None:
                 os.close(file)
         if drop is not None:
             self._hang_up()
             return
-        upload.sums[part:] = [digest]
+        upload.digests[part:] = [digest]
         if upload.part_nbytes == upload.nbytes:
             self.hub.finish(upload)
         self._reply(200, {"ETag": f'"{digest.hexdigest()[:32]}"'}, BytesContent(b""))
@@ -183,9 +183,9 @@ class Handler(BaseHandler):
         self._json({})
 
     def _verify(self, name: str) -> None:
-        asked = json.loads(self._body())
-        content = self._repo(name, write=True).objects.get(asked["oid"])
-        if content is None or content.nbytes != asked["size"]:
+        body = json.loads(self._body())
+        content = self._repo(name, write=True).objects.get(body["oid"])
+        if content is None or content.nbytes != body["size"]:
             raise Refusal(404, "it was not uploaded")
         self._json({})
 

@@ -1,9 +1,9 @@
-"""Runs of the command line against the stand-in for the Hub, by the hundred.
+"""Runs many commands against the stand-in for the Hub.
 
-Each is a process of its own, forked from one that has imported everything before. What they do not
-have in common with `python -m gptoss_stream`: they wait for milliseconds where that waits for
-half of a second, they read blocks so small that a tiny checkpoint has many, and they call no
-fsync (what a power loss does is tried elsewhere).
+Each run is a process of its own, forked from one that has already imported everything. Runs differ
+from `python -m gptoss_stream` in three ways: retries wait for milliseconds instead of half a
+second, blocks are so small that a tiny checkpoint has many, and `fsync` does nothing (other tests
+cover a power loss).
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from huggingface_hub.utils import get_session
 retries.FIRST_DELAY = 0.002
 RemoteReader.__init__.__defaults__ = (BUDGET_NBYTES, {BLOCK_NBYTES})
 os.fsync = os.fdatasync = lambda descriptor: None
-job = None
+run = None
 
-def tell(what, value):
-    with open(job["name"] + ".partial", "w") as file:
+def report(what, value):
+    with open(run["name"] + ".partial", "w") as file:
         file.write(str(value))
-    os.rename(job["name"] + ".partial", job["name"] + "." + what)
+    os.rename(run["name"] + ".partial", run["name"] + "." + what)
 
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 gc.freeze()
@@ -53,32 +53,32 @@ for line in sys.stdin:
     if os.fork():
         continue
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    job = json.loads(line)
-    os.chdir(job["here"])
+    run = json.loads(line)
+    os.chdir(run["folder"])
     pid = os.fork()
     if pid:
-        tell("pid", pid)
-        tell("code", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        report("pid", pid)
+        report("code", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
         os._exit(0)
     break
-if job is not None:
-    os.environ.update(job["environment"])
+if run is not None:
+    os.environ.update(run["environment"])
     for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(job["name"] + "." + name, os.O_WRONLY | os.O_CREAT), number)
-    sys.exit(main(job["arguments"]))
+        os.dup2(os.open(run["name"] + "." + name, os.O_WRONLY | os.O_CREAT), number)
+    sys.exit(main(run["arguments"]))
 """
 
 
 def environment(endpoint: str, home: Path, **more: str) -> dict[str, str]:
-    """What the environment of a run says: of the Hub only this."""
-    mine = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING_FACE_"))}
-    mine |= {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home / "hf")}
-    mine |= {"XDG_CACHE_HOME": str(home / "cache"), "PYTHONPATH": str(ROOT)}
-    return mine | {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"} | more
+    """Return the environment of a run; no setting of the Hub is inherited."""
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING_FACE_"))}
+    variables |= {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home / "hf")}
+    variables |= {"XDG_CACHE_HOME": str(home / "cache"), "PYTHONPATH": str(ROOT)}
+    return variables | {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"} | more
 
 
-class Job:
-    """A run that was started."""
+class Run:
+    """A run that was started in the background."""
 
     def __init__(self, name: Path, arguments: list[str]) -> None:
         self._name = name
@@ -133,16 +133,16 @@ class Launcher:
         )
         self._count = 0
 
-    def begin(self, here: Path, *arguments: object, **more: str) -> Job:
+    def begin(self, folder: Path, *arguments: object, **more: str) -> Run:
         """Start a run in a folder, with additions to its environment."""
         self._count += 1
         name = self.home / f"run-{self._count}"
         words = [str(argument) for argument in arguments]
-        job = {"name": str(name), "here": str(here), "arguments": words, "environment": more}
+        run = {"name": str(name), "folder": str(folder), "arguments": words, "environment": more}
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.write(json.dumps(run) + "\n")
         self._process.stdin.flush()
-        return Job(name, words)
+        return Run(name, words)
 
     def __enter__(self) -> Launcher:
         return self
@@ -156,7 +156,7 @@ def _matches(match: str, request: Request) -> bool:
 
 
 def after(n: int, fault: Fault, match: str) -> Spoiling:
-    """A fault of all requests that match (as in `stand_in_hub.first`) but the first `n`."""
+    """Return a fault for all requests that match (see `stand_in_hub.first`) after the first `n`."""
     turns = count()
     return lambda request: fault if _matches(match, request) and next(turns) >= n else None
 
@@ -166,10 +166,10 @@ def at_first(faults: list[Fault], match: str) -> Spoiling:
     turns, known = cycle(faults), set()
 
     def spoil(request: Request) -> Fault | None:
-        what = (request.method, request.path, request.range)
-        if not _matches(match, request) or what in known:
+        request_key = (request.method, request.path, request.range)
+        if not _matches(match, request) or request_key in known:
             return None
-        known.add(what)
+        known.add(request_key)
         return next(turns)
 
     return spoil

@@ -1,9 +1,8 @@
-"""Servers on loopback whose answers can be spoilt: one of files, and one that stands before another
-server. What is asked of them is written down.
+"""Servers on loopback that record requests and can give faulty replies: a file server and a proxy.
 
-    with FileServer(folder) as server:
-        server.spoil("GET .*safetensors", short, times=2)
-        ...  # a client of server.url
+with FileServer(folder) as server:
+    server.spoil("GET .*safetensors", short, times=2)
+    ...  # a client of server.url
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-PIECE_NBYTES = 1 << 16
-NOT_PASSED_ON = {"connection", "date", "expect", "keep-alive", "server", "transfer-encoding"}
+BLOCK_NBYTES = 1 << 16
+NOT_FORWARDED = {"connection", "date", "expect", "keep-alive", "server", "transfer-encoding"}
 
 
 @dataclass
 class Request:
-    """What a client asks; `path` is as it came, without the query."""
+    """A request of a client; `path` is as it was sent, without the query."""
 
     method: str
     path: str
@@ -40,7 +39,7 @@ class Request:
     """By names in lower case."""
     body: bytes = field(repr=False)
     status: int = 0
-    """Of the answer; 0 while there is none."""
+    """The status of the reply; 0 before it."""
 
     @property
     def name(self) -> str:
@@ -50,57 +49,60 @@ class Request:
 
 @dataclass
 class Reply:
-    """An answer; the connection is closed after `end` bytes of the body, if that is set, and
-    before the first word of the answer if the status is 0."""
+    """A reply.
+
+    The connection is closed after `end` bytes of the body, if that is set, and without any reply if
+    the status is 0.
+    """
 
     status: int
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = field(default=b"", repr=False)
     length: int | None = None
-    """That the answer names, where it is not the body's; less than nothing: none."""
+    """The Content-Length, if it is not the body's; negative: no such header."""
     end: int | None = None
 
 
 Answer = Callable[[Request], Reply]
 How = Callable[[Request, Answer], Reply]
-"""How to answer, instead or with the help of the server's own answer."""
+"""A faulty way to reply, which may use the server's own reply."""
 
 
-# ---------------------------------------------------------------------------------- what goes wrong
+# ------------------------------------------------------------------------------------------- faults
 
 
 def no_answer(request: Request, answer: Answer) -> Reply:
-    """The connection is closed, and nothing is done."""
+    """Close the connection, and do nothing."""
     return Reply(0)
 
 
 def lost_answer(request: Request, answer: Answer) -> Reply:
-    """All is done as asked, and the connection is closed."""
+    """Do what is requested, and close the connection without a reply."""
     answer(request)
     return Reply(0)
 
 
 def status(number: int, body: bytes = b"", **headers: str) -> How:
-    """This answer, and nothing is done."""
+    """Return a fault: reply with a status, and do nothing."""
     return lambda request, answer: Reply(number, dict(headers), body)
 
 
 def short(request: Request, answer: Answer) -> Reply:
-    """Half of the body that is announced, then the end of the connection."""
+    """Close the connection after half of the announced body."""
     reply = answer(request)
     reply.end = len(reply.body) // 2
     return reply
 
 
 def halved(request: Request, answer: Answer) -> Reply:
-    """Half of the body, and the length of that."""
+    """Send half of the body, with the length of that half."""
     reply = answer(request)
     reply.body = reply.body[: len(reply.body) // 2]
     return reply
 
 
 def flipped(request: Request, answer: Answer) -> Reply:
-    """A bit of what is sent to the server is wrong."""
+    """Flip a bit of what is sent to the server."""
     body = bytearray(request.body)
     body[len(body) // 2] ^= 4
     request.body = bytes(body)
@@ -108,7 +110,7 @@ def flipped(request: Request, answer: Answer) -> Reply:
 
 
 def gzipped(request: Request, answer: Answer) -> Reply:
-    """Compressed, asked for or not."""
+    """Compress the body, even if the client does not accept that."""
     reply = answer(request)
     reply.body = gzip_format.compress(reply.body, 1)
     reply.headers["Content-Encoding"] = "gzip"
@@ -116,27 +118,12 @@ def gzipped(request: Request, answer: Answer) -> Reply:
 
 
 def without(header: str) -> How:
-    """The answer without a header."""
+    """Return a fault: reply without a header."""
 
     def how(request: Request, answer: Answer) -> Reply:
         reply = answer(request)
         reply.headers.pop(header, None)
         return reply
-
-    return how
-
-
-def held(until: threading.Event, arrived: threading.Event | None = None) -> How:
-    """Not answered until an event is set; `arrived` is set when it has been done."""
-
-    def how(request: Request, answer: Answer) -> Reply:
-        if arrived is not None:
-            reply = answer(request)
-            arrived.set()
-            until.wait(30)
-            return reply
-        until.wait(30)
-        return answer(request)
 
     return how
 
@@ -150,9 +137,9 @@ class Server:
     def __init__(self) -> None:
         self.requests: list[Request] = []
         self.rate = inf
-        """Bytes of bodies in each second, each way."""
+        """Bytes of bodies per second, in each direction."""
         self._spoilt: list[_Spoilt] = []
-        self._looking = threading.Lock()
+        self._lock = threading.Lock()
 
     def __enter__(self):
         self._server = _HTTPServer(self)
@@ -164,21 +151,27 @@ class Server:
         self._server.stop()
 
     def spoil(self, pattern: str, how: How, times: float = inf, skip: int = 0) -> None:
-        """Answer so many requests in this way, after `skip` others, of those with the pattern in
-        `METHOD path?query`."""
+        """Give faulty replies to the requests that match a pattern.
+
+        Args:
+            pattern: It is searched in `METHOD path?query`.
+            how: The fault.
+            times: The number of requests with the fault.
+            skip: The number of matching requests before the first fault.
+        """
         self._spoilt.append(_Spoilt(pattern, how, times, itertools.count(-skip)))
 
     def mend(self) -> None:
         """Remove all faults."""
         self._spoilt = []
 
-    def asked(self, pattern: str) -> list[Request]:
-        """The requests so far that have the pattern in `METHOD path?query`."""
+    def requests_for(self, pattern: str) -> list[Request]:
+        """Return the requests so far that have the pattern in `METHOD path?query`."""
         return [r for r in list(self.requests) if re.search(pattern, _line(r))]
 
     def respond(self, request: Request) -> Reply:
         """Return the reply, with its fault if there is one."""
-        with self._looking:
+        with self._lock:
             self.requests.append(request)
             answer: Answer = self.answer
             for spoilt in list(self._spoilt):
@@ -205,7 +198,7 @@ class _Spoilt:
     turns: Iterator[int]
 
     def by(self, answer: Answer) -> Answer:
-        """Return this reply, with a fault if it is its turn."""
+        """Return how to reply to this request: with the fault if it is its turn."""
         if 0 <= next(self.turns) < self.times:
             return lambda request: self.how(request, answer)
         return answer
@@ -244,7 +237,7 @@ class Proxy(Server):
     def answer(self, request: Request) -> Reply:
         connection = http.client.HTTPConnection(self._upstream, timeout=60)
         try:
-            headers = {n: v for n, v in request.headers.items() if n not in NOT_PASSED_ON}
+            headers = {n: v for n, v in request.headers.items() if n not in NOT_FORWARDED}
             headers["content-length"] = str(len(request.body))
             target = request.path + ("?" if request.query else "") + request.query
             connection.putrequest(request.method, target, True, True)
@@ -252,7 +245,7 @@ class Proxy(Server):
                 connection.putheader(name, value)
             connection.endheaders(request.body)
             got = connection.getresponse()
-            found = {n: v for n, v in got.getheaders() if n.lower() not in NOT_PASSED_ON}
+            found = {n: v for n, v in got.getheaders() if n.lower() not in NOT_FORWARDED}
             length = found.pop("Content-Length", None)
             is_head = request.method == "HEAD"
             return Reply(got.status, found, got.read(), int(length) if is_head and length else None)
@@ -331,18 +324,18 @@ class _Handler(BaseHTTPRequestHandler):
     def _receive(self, nbytes: int) -> bytes:
         data = bytearray()
         while len(data) < nbytes:
-            piece = self.rfile.read(min(PIECE_NBYTES, nbytes - len(data)))
-            if not piece:
+            block = self.rfile.read(min(BLOCK_NBYTES, nbytes - len(data)))
+            if not block:
                 raise ConnectionError("the client left")
-            data += piece
-            self._pause(len(piece))
+            data += block
+            self._pause(len(block))
         return bytes(data)
 
     def _send(self, data: bytes) -> None:
-        for at in range(0, len(data), PIECE_NBYTES):
-            piece = data[at : at + PIECE_NBYTES]
-            self.connection.sendall(piece)
-            self._pause(len(piece))
+        for at in range(0, len(data), BLOCK_NBYTES):
+            block = data[at : at + BLOCK_NBYTES]
+            self.connection.sendall(block)
+            self._pause(len(block))
 
     def _pause(self, nbytes: int) -> None:
         if self.server.owner.rate < inf:

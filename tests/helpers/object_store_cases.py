@@ -1,4 +1,4 @@
-"""What the tests of object stores share: a bucket and its checks."""
+"""Shared by the tests of object stores: a bucket, runs and checks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from runs import (
     run_in_process,
 )
 
-RECORD, SUMS, RUN = "gptoss_stream.json", "SHA256SUMS", f"{WORK_NAME}/run.json"
+RECORD, CHECKSUMS, RUN = "gptoss_stream.json", "SHA256SUMS", f"{WORK_NAME}/run.json"
 
 
 SHARDS = [f"model-0000{n}-of-00005.safetensors" for n in range(1, 6)]
@@ -39,29 +39,29 @@ sys.stdin.read()
 
 
 def error(code: str) -> bytes:
-    """What S3 says with a status that is none of success."""
+    """Return the body of an error reply of S3."""
     return f"<Error><Code>{code}</Code><Message>It is {code}.</Message></Error>".encode()
 
 
 DENIED = status(403, error("AccessDenied"))
 
 
-class Store:
-    """A bucket: as the tool sees it, through a proxy, and as it is."""
+class Bucket:
+    """A bucket: the tool uses it through a proxy, the tests use it directly."""
 
     numbers = itertools.count()
 
     def __init__(self, client, proxy: Proxy) -> None:
-        self.bucket = f"bucket-{next(self.numbers)}"
+        self.name = f"bucket-{next(self.numbers)}"
         self.proxy = proxy
         self.client = client
-        self.client.create_bucket(Bucket=self.bucket)
+        self.client.create_bucket(Bucket=self.name)
 
     def url(self, folder: str = "out") -> str:
-        return f"s3://{self.bucket}/{folder}"
+        return f"s3://{self.name}/{folder}"
 
     def write(self, key: str, data: bytes) -> None:
-        self.client.put_object(Bucket=self.bucket, Key=key, Body=data)
+        self.client.put_object(Bucket=self.name, Key=key, Body=data)
 
     def fill(self, source: Path, folder: str = "source") -> str:
         """Copy a folder to the bucket; returns its URL."""
@@ -70,11 +70,11 @@ class Store:
         return self.url(folder)
 
     def objects(self) -> list[str]:
-        found = self.client.list_objects_v2(Bucket=self.bucket)
+        found = self.client.list_objects_v2(Bucket=self.name)
         return [entry["Key"] for entry in found.get("Contents", ())]
 
     def read(self, key: str) -> bytes:
-        return self.client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
+        return self.client.get_object(Bucket=self.name, Key=key)["Body"].read()
 
     def digests(self, folder: str = "out") -> dict[str, str]:
         start = f"{folder}/" if folder else ""
@@ -86,7 +86,7 @@ class Store:
 
     def puts(self) -> list[str]:
         """Return the names of the objects that were written, in order."""
-        return [r.path.removeprefix(f"/{self.bucket}/out/") for r in self.proxy.asked("^PUT ")]
+        return [r.path.removeprefix(f"/{self.name}/out/") for r in self.proxy.requests_for("^PUT ")]
 
 
 def convert(source, output, *options):
@@ -99,12 +99,12 @@ def assert_done(done) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def data_of(sums: dict[str, str]) -> dict[str, str]:
-    """Return the files that do not name the source and the options."""
-    return {name: sums[name] for name in sums if name not in (RECORD, SUMS)}
+def data_of(checksums: dict[str, str]) -> dict[str, str]:
+    """Return the checksums of the files that depend on the data only, not on source and options."""
+    return {name: checksums[name] for name in checksums if name not in (RECORD, CHECKSUMS)}
 
 
-def assert_nothing_wrong(s3: Store, whole: dict[str, str]) -> None:
+def assert_nothing_wrong(s3: Bucket, whole: dict[str, str]) -> None:
     """Check that the files are right, and that all exist if there is an index."""
     found = s3.digests()
     found = {n: d for n, d in found.items() if not n.startswith(f"{WORK_NAME}/")}
@@ -129,18 +129,28 @@ def process(source: Path, url: str, *options: str):
         running.communicate()
 
 
-def killed(s3: Store, source: Path, pattern: str, skip: int, is_done: bool) -> bool:
-    """Kill a run at a request that has this pattern, after so many others, before or after it is
-    done; tells whether the run came so far."""
+def killed(s3: Bucket, source: Path, pattern: str, skip: int, is_done: bool) -> bool:
+    """Kill a run at a request.
+
+    Args:
+        s3: The bucket to write to.
+        source: The checkpoint.
+        pattern: The pattern of the request (see `loopback.Server.spoil`).
+        skip: The number of matching requests before it.
+        is_done: Whether the request is carried out before the kill.
+
+    Returns:
+        Whether the run sent that request; otherwise it has finished.
+    """
     arrived, until = threading.Event(), threading.Event()
 
-    def hold(request, answer):
+    def delay(request, answer):
         reply = answer(request) if is_done else None
         arrived.set()
         until.wait(30)
         return reply or Reply(0)
 
-    s3.proxy.spoil(pattern, hold, skip=skip)
+    s3.proxy.spoil(pattern, delay, skip=skip)
     with process(source, s3.url(), "--checksums") as running:
         while running.poll() is None and not arrived.wait(0.01):
             pass
@@ -151,11 +161,11 @@ def killed(s3: Store, source: Path, pattern: str, skip: int, is_done: bool) -> b
     return ended is None
 
 
-def assert_written_once(s3: Store) -> None:
+def assert_written_once(s3: Bucket) -> None:
     """Check that no uploaded shard was uploaded again."""
-    arrived = [r.path for r in s3.proxy.asked("PUT .*safetensors$") if r.status == 200]
+    arrived = [r.path for r in s3.proxy.requests_for("PUT .*safetensors$") if r.status == 200]
     assert len(arrived) == len({*arrived})
 
 
-def nothing(s3: Store, monkeypatch) -> None:
+def nothing(s3: Bucket, monkeypatch) -> None:
     """Change nothing."""

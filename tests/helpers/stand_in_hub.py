@@ -6,8 +6,8 @@
         ...  # a client whose environment has HF_ENDPOINT=hub.endpoint and HF_HUB_DISABLE_XET=1
 
 Two servers: the Hub itself, and one of another origin, the CDN, that sends and takes the bytes of
-large files (Git LFS) through signed addresses. What the client asks and gets is counted, and what
-is answered can be spoilt (`Fault`).
+large files (Git LFS) through signed addresses. Requests and bytes are counted, and replies can be
+faulty (`Fault`).
 """
 
 from __future__ import annotations
@@ -43,8 +43,11 @@ __all__ = ["Fault", "Request", "StandInHub", "every", "first"]
 
 
 class StandInHub:
-    """The Hub and its CDN; contents are bytes, paths, or objects with `nbytes`, `sha256` and
-    `read(begin, end)`, which threads call at the same time."""
+    """The Hub and its CDN.
+
+    Contents are bytes, paths, or objects with `nbytes`, `sha256` and `read(begin, end)`, which
+    threads call at the same time.
+    """
 
     def __init__(
         self,
@@ -56,16 +59,16 @@ class StandInHub:
     ) -> None:
         self.link_seconds = link_seconds
         self.part_nbytes = part_nbytes
-        """Of larger objects' parts; without it, all are sent in one piece."""
+        """The size of the parts in which larger objects are uploaded; None: each is one part."""
         self.keep = keep
-        """Whether to store what is uploaded, or only its size and sum."""
+        """Whether to keep uploaded bytes, or only their size and checksum."""
         self.log = log
         self.verify = True
-        """Whether clients are told to ask whether an upload went well."""
+        """Whether clients must verify each upload by another request."""
         self.page_nentries = 1000
         self.user = "tester"
         self.tokens: set[str] = set()
-        """That may write, and read what is private or gated; if there are none, all may."""
+        """Tokens that may write, and read private or gated repositories; if empty, all may."""
         self.faults: list[Callable[[Request], Fault | None]] = []
         self.repos: dict[str, Repo] = {}
         self.uploads: dict[str, Upload] = {}
@@ -97,7 +100,7 @@ class StandInHub:
         private: bool = False,
         gated: bool = False,
     ) -> str:
-        """Commit files, and no others, to a branch of a repository; returns the commit's id."""
+        """Commit exactly these files to a branch of a repository, and return the commit's id."""
         with self.lock:
             repo = self.repos.setdefault(name, Repo())
             repo.private, repo.gated = private, gated
@@ -117,7 +120,7 @@ class StandInHub:
         return self.add_repo(name, files, **options)
 
     def files(self, name: str, revision: str = "main") -> dict[str, Any]:
-        """The contents of a commit's files."""
+        """Return the contents of a commit's files, by path."""
         repo = self.repos[name]
         commit = repo.commits[repo.branches.get(revision, revision)]
         return {path: entry.content for path, entry in commit.items()}
@@ -131,9 +134,9 @@ class StandInHub:
         with self.lock:
             self.requests: list[Request] = []
             self.bytes_sent = 0
-            """Of files' contents."""
+            """Bytes of files' contents."""
             self.bytes_received = 0
-            """By PUT."""
+            """Bytes received by PUT."""
 
     def count(self, sent: int = 0, received: int = 0) -> None:
         """Add to the counts."""
@@ -142,7 +145,7 @@ class StandInHub:
             self.bytes_received += received
 
     def note(self, request: Request) -> Fault | None:
-        """Record a request; returns its fault."""
+        """Record a request, and return its fault."""
         if self.log:
             with self.lock:
                 self.requests.append(request)
@@ -163,7 +166,7 @@ class StandInHub:
         return hmac.new(self._key, f"{method} {path} {until}".encode(), "sha256").hexdigest()
 
     def upload(self, repo: Repo, oid: str, nbytes: int) -> dict[str, Any]:
-        """The action by which a client sends an object."""
+        """Return the action by which a client uploads an object."""
         name = secrets.token_hex(8)
         file = Path(self._folder.name, name) if self.keep else None
         parted = self.part_nbytes is not None and nbytes > self.part_nbytes
@@ -177,9 +180,9 @@ class StandInHub:
         return {"href": self.sign(self.endpoint, "POST", f"/complete/{name}"), "header": header}
 
     def finish(self, upload: Upload) -> None:
-        """Store an object whose parts have arrived, if it is the one that was announced."""
-        nparts, found = -(-upload.nbytes // upload.part_nbytes), upload.sums[-1].hexdigest()
-        if len(upload.sums) != nparts + 1 or found != upload.oid:
+        """Add an object whose parts have arrived, if it has the announced checksum."""
+        nparts, found = -(-upload.nbytes // upload.part_nbytes), upload.digests[-1].hexdigest()
+        if len(upload.digests) != nparts + 1 or found != upload.oid:
             raise Refusal(400, f"the object has the SHA-256 {found}, not {upload.oid}")
         content = FileContent(upload.file, found) if upload.file else None
         upload.repo.objects[found] = content or ForgottenContent(upload.nbytes, found)

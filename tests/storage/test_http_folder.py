@@ -1,5 +1,4 @@
-"""An HTTP server as the source: its replies are checked, and secrets in its address are not
-shown."""
+"""An HTTP server as the source: replies are checked, and secrets in its address are not shown."""
 
 from __future__ import annotations
 
@@ -49,7 +48,7 @@ def whole(checkpoints, tmp_path_factory) -> dict[str, str]:
     """The output of a local conversion, without the record."""
     output = tmp_path_factory.mktemp("whole") / "out"
     assert convert(checkpoints(layers=2), output).returncode == 0
-    return but_for_the_record(output)
+    return without_record(output)
 
 
 @pytest.fixture
@@ -65,13 +64,13 @@ def convert(source, output, *options):
     return run_in_process("convert", source, output, *size, *options)
 
 
-def but_for_the_record(output: Path) -> dict[str, str]:
+def without_record(output: Path) -> dict[str, str]:
     return {name: digest for name, digest in digests(output).items() if name != RECORD}
 
 
 def assert_right(done, output: Path, whole: dict[str, str]) -> None:
     assert (done.returncode, done.stderr) == (0, "")
-    assert but_for_the_record(output) == whole
+    assert without_record(output) == whole
 
 
 # -------------------------------------------------------------------------------------- right bytes
@@ -81,7 +80,7 @@ def assert_right(done, output: Path, whole: dict[str, str]) -> None:
 def test_several_shards_with_an_index(server, whole, tmp_path, end):
     assert_right(convert(server.url + end, tmp_path / "out"), tmp_path / "out", whole)
     assert json.loads((tmp_path / "out" / RECORD).read_text())["source"] == server.url
-    assert all("range" in request.headers for request in server.asked(DATA))
+    assert all("range" in request.headers for request in server.requests_for(DATA))
 
 
 def test_a_single_shard_in_a_subfolder_without_an_index(checkpoints, whole, tmp_path):
@@ -98,7 +97,7 @@ def test_only_what_is_needed_is_read(server, tmp_path):
     assert convert(server.url, tmp_path / "out", "--only", "router").returncode == 0
     assert sum(int(r.headers["range"].partition("=")[2].split("-")[1])
                - int(r.headers["range"].partition("=")[2].split("-")[0])
-               for r in server.asked(DATA)) < 60_000  # fmt: skip
+               for r in server.requests_for(DATA)) < 60_000  # fmt: skip
 
 
 def shifted(request, answer):
@@ -156,17 +155,17 @@ def test_bad_replies_for_a_while(server, hasty, whole, tmp_path, how):
 
 @pytest.mark.parametrize("how", BAD_REPLIES)
 def test_bad_replies_that_last(server, hasty, whole, tmp_path, how):
-    """One line, and nothing wrong that looks right; the run resumes when the server works again."""
+    """The error is one line, no finished shard is wrong, and the run resumes afterwards."""
     server.spoil(LATER, BAD_REPLIES[how], skip=2)  # its header is read
     done = convert(server.url, tmp_path / "out")
     assert_clean_error(done, 2, 3)
     assert "00002-of" in done.stderr
-    assert but_for_the_record(tmp_path / "out").items() <= {**whole, **under_way(tmp_path)}.items()
+    assert without_record(tmp_path / "out").items() <= {**whole, **unfinished(tmp_path)}.items()
     server.mend()
     assert_right(convert(server.url, tmp_path / "out"), tmp_path / "out", whole)
 
 
-def under_way(tmp_path: Path) -> dict[str, str]:
+def unfinished(tmp_path: Path) -> dict[str, str]:
     found = digests(tmp_path / "out")
     return {name: digest for name, digest in found.items() if name.startswith(".gptoss_stream/")}
 
@@ -187,7 +186,7 @@ def test_redirects_are_followed(server, several, whole, tmp_path, code):
         server.spoil("", elsewhere)
         assert_right(convert(server.url, tmp_path / "out"), tmp_path / "out", whole)
         assert {request.method for request in server.requests} == {"HEAD", "GET"}
-        assert len(other.asked(DATA)) == len(server.asked(DATA))
+        assert len(other.requests_for(DATA)) == len(server.requests_for(DATA))
 
 
 # ----------------------------------------------------------------------------------- one clear line
@@ -214,7 +213,7 @@ def loop(request, answer):
     ],
 )
 def test_one_clear_line(server, tmp_path, pattern, how, code, words):
-    """As soon as the cause is clear."""
+    """An error that retries cannot solve is reported soon, in one line."""
     server.spoil(pattern, how)
     begun = time.monotonic()
     done = convert(f"{server.url}?key={SECRET}", tmp_path / "out")
@@ -258,8 +257,8 @@ def test_a_file_that_changes_during_the_run(server, hasty, whole, tmp_path):
     done = convert(server.url, tmp_path / "out")
     assert_clean_error(done, 2)
     assert f"{victim.name}: it changed while it was being read" in done.stderr
-    made = digests(tmp_path / "out", "*.safetensors")
-    assert made.items() <= whole.items()
+    written = digests(tmp_path / "out", "*.safetensors")
+    assert written.items() <= whole.items()
     done = convert(server.url, tmp_path / "out")
     assert_clean_error(done, 2)
     assert "differs in source_files" in done.stderr
@@ -267,7 +266,7 @@ def test_a_file_that_changes_during_the_run(server, hasty, whole, tmp_path):
 
 @pytest.mark.parametrize("header", ["ETag", "Last-Modified"])
 def test_a_file_that_has_changed_after_it_was_read(server, hasty, whole, tmp_path, header):
-    """The server is asked again before a shard gets its final name."""
+    """The version is requested again before a shard gets its final name."""
 
     def dated(request, answer):
         reply = answer(request)

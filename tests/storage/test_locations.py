@@ -94,14 +94,14 @@ def test_offline_only_the_cache_is_used(tmp_path, monkeypatch):
 def test_retries_end_and_progress_starts_them_again(monkeypatch):
     monkeypatch.setattr(retries, "FIRST_DELAY", 0.0)
     error = MachineError("the server fails")
-    patience = retries.RetryPolicy(threading.Event(), tries=3)
-    patience.wait(error)
-    patience.wait(error)
-    patience.progress()
-    patience.wait(error)
-    patience.wait(error)
+    policy = retries.RetryPolicy(threading.Event(), tries=3)
+    policy.wait(error)
+    policy.wait(error)
+    policy.progress()
+    policy.wait(error)
+    policy.wait(error)
     with pytest.raises(MachineError, match="the server fails"):
-        patience.wait(error)
+        policy.wait(error)
 
 
 def test_a_stop_ends_the_waiting():

@@ -8,19 +8,19 @@ from pathlib import Path
 
 import pytest
 from hub_cases import (
+    AUXILIARY_FILES,
     COMMIT,
-    COMPANIONS,
     LASTING,
+    MISSING_SOURCES,
     NAME,
-    NOT_THERE,
-    SENDING,
     SIZE,
+    UPLOAD_FAULTS,
     assert_nothing_wrong,
     contents,
     finished,
     named,
 )
-from hub_runs import Job, Launcher, after
+from hub_runs import Launcher, Run, after
 from runs import INDEX_NAME, run_in_process, stamps
 from stand_in_hub import Request, StandInHub, every, first
 
@@ -37,7 +37,7 @@ def released(checkpoints, tmp_path_factory) -> Path:
     """A folder as OpenAI releases it: several shards, auxiliary files and `original/`."""
     folder = tmp_path_factory.mktemp("released") / "source"
     shutil.copytree(checkpoints(layers=2, max_shard_size="200KB"), folder)
-    for name, data in COMPANIONS.items():
+    for name, data in AUXILIARY_FILES.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(data)
     (folder / "README.md").write_text("# A model")
@@ -67,7 +67,7 @@ def hub(served) -> StandInHub:
 def begin(served, tmp_path):
     """Start a run in the test's folder; each machine has its own cache."""
 
-    def begin(*arguments: object, machine: str = "this", **more: str) -> Job:
+    def begin(*arguments: object, machine: str = "this", **more: str) -> Run:
         cache = str(tmp_path / machine)
         return served[1].begin(tmp_path, *arguments, **{"XDG_CACHE_HOME": cache, **more})
 
@@ -98,33 +98,33 @@ def convert(cli):
 def whole(tmp_path_factory):
     """The SHA-256 of each file that a conversion of a local folder writes, without the record,
     which names the source."""
-    made: dict[tuple[object, ...], dict[str, str]] = {}
+    known: dict[tuple[object, ...], dict[str, str]] = {}
 
     def whole(source: Path, *options: str) -> dict[str, str]:
         key = (source, *options)
-        if key not in made:
+        if key not in known:
             output = tmp_path_factory.mktemp("whole") / "out"
             assert (
                 run_in_process("convert", source, output, *SIZE, "--quiet", *options).returncode
                 == 0
             )
-            made[key] = finished(output)
-        return made[key]
+            known[key] = finished(output)
+        return known[key]
 
     return whole
 
 
 @pytest.fixture(scope="module")
 def ended(served, released, whole, tmp_path_factory):
-    """Runs that each ended by one kind of fault, run at the same time, and the results of running
-    the same commands again afterwards."""
+    """Runs at the same time that each end by one kind of fault, and the results of running the same
+    commands again afterwards."""
     hub, launcher = served
     folder = tmp_path_factory.mktemp("ended")
 
     def run_all(*options: str) -> dict[str, subprocess.CompletedProcess[str]]:
         commands = {name: ("convert", named(name), name, *SIZE, "--quiet") for name in LASTING}
-        jobs = {n: launcher.begin(folder, *words, *options) for n, words in commands.items()}
-        return {name: job.done() for name, job in jobs.items()}
+        runs = {n: launcher.begin(folder, *words, *options) for n, words in commands.items()}
+        return {name: run.done() for name, run in runs.items()}
 
     for name, (fault, (n, match), _, _) in LASTING.items():
         hub.add_folder(named(name), released)
@@ -140,24 +140,24 @@ def ended(served, released, whole, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def refused(served, released, tmp_path_factory):
-    """The results of these runs, which are run at the same time."""
+    """The results of converting each of `MISSING_SOURCES`, and the path of the output."""
     hub, launcher = served
     folder = tmp_path_factory.mktemp("refused")
     hub.add_folder(NAME, released)
     hub.add_repo("openai/of-datasets", {"README.md": b"", "data.csv": b"1,2"})
     names = ["config.json", INDEX_NAME, "model-00000-of-00003.safetensors"]
     hub.add_repo("openai/in-part", {name: released / name for name in names})
-    commands = [("convert", source, "out", "--quiet", *more) for source, more, _ in NOT_THERE]
-    jobs = [launcher.begin(folder, *words) for words in commands]
-    return [job.done() for job in jobs], folder / "out"
+    commands = [("convert", source, "out", "--quiet", *more) for source, more, _ in MISSING_SOURCES]
+    runs = [launcher.begin(folder, *words) for words in commands]
+    return [run.done() for run in runs], folder / "out"
 
 
 @pytest.fixture(scope="module")
 def sent(served, released, tmp_path_factory):
-    """Runs that each meet one kind of fault, run at the same time: their messages, and what is in
-    the repository afterwards."""
+    """Runs at the same time that each meet one kind of fault: their results, and the files in the
+    repositories afterwards."""
     hub, launcher = served
-    folder, jobs = tmp_path_factory.mktemp("sent"), {}
+    folder, runs = tmp_path_factory.mktemp("sent"), {}
 
     def repository_of(request: Request) -> str:
         """Return the repository of a request; the address of an upload does not name it."""
@@ -165,14 +165,14 @@ def sent(served, released, tmp_path_factory):
         whose = [name for name, repo in hub.repos.items() if upload and upload.repo is repo]
         return whose[0] if whose else request.path
 
-    for name, (fault, match) in SENDING.items():
-        # Where it is not the tool that tries again, the client waits for a second before.
+    for name, (fault, match) in UPLOAD_FAULTS.items():
+        # Other requests than commits are retried by the client, which waits for a second each time.
         spoil = every(2, fault, match) if match == COMMIT else first(1, fault, match)
         repo = named(name)
         hub.faults.append(lambda r, repo=repo, s=spoil: (repo in repository_of(r) and s(r)) or None)
         words = ("convert", released, f"hf://{repo}", *SIZE, "--quiet")
-        jobs[name] = launcher.begin(folder, *words, XDG_CACHE_HOME=str(folder / "cache"))
-    ends = {name: job.done() for name, job in jobs.items()}
+        runs[name] = launcher.begin(folder, *words, XDG_CACHE_HOME=str(folder / "cache"))
+    ends = {name: run.done() for name, run in runs.items()}
     hub.faults.clear()
     found = {name: contents(hub, named(name)) if named(name) in hub.repos else {} for name in ends}
     return ends, found, list((folder / "cache" / "gptoss_stream").iterdir())

@@ -10,8 +10,8 @@ import time
 import pytest
 from hub_cases import (
     DATA,
+    MISSING_SOURCES,
     NAME,
-    NOT_THERE,
     NOW,
     OUT,
     SIZE,
@@ -79,19 +79,19 @@ def test_a_gated_repository_is_opened_with_a_token(hub, convert, released, whole
     assert finished(tmp_path / "out") == whole(released)
 
 
-def test_warnings_of_the_client_hold_no_secret(hub, begin, released, whole, tmp_path, served):
+def test_warnings_of_the_client_contain_no_secret(hub, begin, released, whole, tmp_path, served):
     """The client warns of an interrupted download, and names the address."""
     hub.tokens.add(TOKEN)
     faults = [Fault("drop_after", 0), Fault("drop_after", 50_000), Fault("status", 429, NOW)]
-    jobs = {}
+    runs = {}
     for number, fault in enumerate(faults):
         name = f"openai/warned-{number}"
         hub.add_folder(name, released, private=True)
         of_it = lambda r, name=name: r.range is None and f"/lfs/{name}/" in r.path  # noqa: E731
         hub.faults.append(first(1, fault, of_it))
         command = ("convert", name, f"out-{number}", *SIZE, "--download")
-        jobs[tmp_path / f"out-{number}"] = begin(*command, HF_TOKEN=TOKEN)
-    ended = {output: job.done() for output, job in jobs.items()}  # all, before files are looked at
+        runs[tmp_path / f"out-{number}"] = begin(*command, HF_TOKEN=TOKEN)
+    ended = {output: run.done() for output, run in runs.items()}  # all, before files are looked at
     for output, done in ended.items():
         assert done.returncode == 0
         assert "?…" in done.stderr, "it did not warn"
@@ -99,7 +99,7 @@ def test_warnings_of_the_client_hold_no_secret(hub, begin, released, whole, tmp_
         assert finished(output) == whole(released)
 
 
-def shards_asked_for(hub: StandInHub) -> list[str]:
+def downloaded_files(hub: StandInHub) -> list[str]:
     """Return the files of the CDN that were sent completely."""
     return [r.path for r in hub.requests if r.origin == "cdn" and r.range is None]
 
@@ -130,8 +130,8 @@ def test_a_file_is_downloaded_once(hub, cli, convert, released, whole, tmp_path)
     done = convert(name, "out", "--download")
     assert done.returncode == 0, done.stderr
     assert finished(tmp_path / "out") == whole(released)
-    assert len(shards_asked_for(hub)) == len({*shards_asked_for(hub)})
-    assert len(shards_asked_for(hub)) == len(list(released.glob("*.safetensors")))
+    assert len(downloaded_files(hub)) == len({*downloaded_files(hub)})
+    assert len(downloaded_files(hub)) == len(list(released.glob("*.safetensors")))
     for options in (["--dtype", "float32"], ["--to", "hf"], ["--layers", "0", "--download"]):
         hub.reset_counts()
         assert convert(name, "other", *options, "--overwrite").returncode == 0
@@ -146,7 +146,7 @@ def test_only_what_is_needed_is_downloaded(hub, convert, released, whole, tmp_pa
     done = convert(name, "out", "--download", *options)
     assert done.returncode == 0, done.stderr
     assert finished(tmp_path / "out") == whole(released, *options)
-    assert len(shards_asked_for(hub)) == 1
+    assert len(downloaded_files(hub)) == 1
 
 
 def test_incomplete_files_in_the_cache_are_not_used(
@@ -166,11 +166,11 @@ def test_incomplete_files_in_the_cache_are_not_used(
     assert {r.path.rsplit("/")[-1] for r in hub.requests if r.origin == "cdn"} == {cut.name}
 
 
-@pytest.mark.parametrize("number", range(len(NOT_THERE)))
+@pytest.mark.parametrize("number", range(len(MISSING_SOURCES)))
 def test_a_missing_source_is_named(number, refused):
     done, output = refused[0][number], refused[1]
     assert_clean_error(done, 2)
-    assert NOT_THERE[number][2] in done.stderr
+    assert MISSING_SOURCES[number][2] in done.stderr
     assert not output.exists()
 
 
@@ -202,9 +202,9 @@ def test_a_hub_that_is_down_is_reported_soon(closed, released, tmp_path):
         assert "the Hub cannot be reached" in said
 
 
-@pytest.mark.parametrize(("source", "output"), [(NAME, "out"), ("here", "hf://tester/out")])
+@pytest.mark.parametrize(("source", "output"), [(NAME, "out"), ("source", "hf://tester/out")])
 def test_a_server_that_is_not_a_hub_is_detected(source, output, hub, convert, released, tmp_path):
-    (tmp_path / "here").symlink_to(released)
+    (tmp_path / "source").symlink_to(released)
     hub.add_folder(NAME, released)
     hub.faults.append(after(0, Fault("html"), ""))
     done = convert(source, output)

@@ -1,4 +1,4 @@
-"""Repositories that hold an earlier output or files of somebody else."""
+"""Repositories that contain an earlier output or files of another user."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from hub_cases import (
     assert_no_secret,
     commits,
     contents,
+    requested,
     shards,
     staged,
-    told,
 )
 from hub_runs import after
 from runs import assert_clean_error
@@ -113,4 +113,4 @@ def test_deleted_shards_are_written_again(hub, convert, released, whole):
     hub.reset_counts()
     assert convert(released, f"hf://{OUT}").returncode == 0
     assert contents(hub) == whole(released)
-    assert told(hub).count("cdn PUT") <= 1
+    assert requested(hub).count("cdn PUT") <= 1

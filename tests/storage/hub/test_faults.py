@@ -19,7 +19,7 @@ from hub_cases import (
     contents,
     finished,
     named,
-    told,
+    requested,
 )
 from hub_runs import after, at_first, wait_for
 from runs import INDEX_NAME, assert_clean_error, stamps
@@ -69,16 +69,15 @@ PASSING = {
 
 @pytest.fixture(scope="module")
 def passed(served, released, tmp_path_factory):
-    """Runs that each meet one kind of fault: every request fails at first. They are run at the same
-    time."""
+    """Runs at the same time that each meet one kind of fault: every request fails at first."""
     hub, launcher = served
     folder = tmp_path_factory.mktemp("passed")
-    jobs = {}
+    runs = {}
     for name, (faults, match) in PASSING.items():
         hub.add_folder(named(name), released)
         hub.faults.append(at_first(faults, match.replace("REPO", named(name))))
-        jobs[name] = launcher.begin(folder, "convert", named(name), name, *SIZE, "--quiet")
-    ends = {name: (job.done(), folder / name) for name, job in jobs.items()}
+        runs[name] = launcher.begin(folder, "convert", named(name), name, *SIZE, "--quiet")
+    ends = {name: (run.done(), folder / name) for name, run in runs.items()}
     hub.faults.clear()
     return ends
 
@@ -128,12 +127,12 @@ def test_a_run_that_waits_for_the_network_can_be_interrupted(
     output = "out" if where == "reading" else f"hf://{OUT}"
     kind, most = ("cdn GET", 12) if where == "reading" else ("cdn PUT", 1)
     hub.faults.append(after(most, Fault("stall", 60), kind))
-    job = begin("convert", NAME, output, *SIZE, "--quiet")
-    wait_for(lambda: told(hub).count(kind) > most)
+    run = begin("convert", NAME, output, *SIZE, "--quiet")
+    wait_for(lambda: requested(hub).count(kind) > most)
     time.sleep(0.2)
     begun = time.monotonic()
-    job.kill(number)
-    done = job.done()
+    run.kill(number)
+    done = run.done()
     assert time.monotonic() - begun < 5
     assert_clean_error(done, code)
     assert "run the same command again to resume" in done.stderr
@@ -155,7 +154,7 @@ def test_faults_at_random(seed, hub, convert, released, whole, tmp_path):
         faults = next((some for match, some in kinds.items() if re.search(match, path)), None)
         if faults is None or chance.random() > 0.2:
             return None
-        # Not of the data: of a part of a file nobody knows the sum.
+        # Not in the data: the checksum of a byte range is not known.
         flipped = seed % 2 and faults is OF_SMALL_FILES and chance.random() < 0.5
         return Fault("flip") if flipped else chance.choice(faults)
 

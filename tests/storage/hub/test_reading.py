@@ -106,11 +106,11 @@ def test_needed_bytes_are_read_once(options, share, hub, cli, released, tmp_path
 
 
 def assert_no_byte_twice(hub: StandInHub, folder: Path) -> None:
-    """Except the first bytes of each file, which hold the length of its header."""
+    """Except the first bytes of each file, which contain the length of its header."""
     ranges: dict[str, list[tuple[int, int]]] = {}
     for request in hub.requests:
         if request.origin == "cdn":
-            assert request.range is not None, "a whole shard was asked for"
+            assert request.range is not None, "a whole shard was requested"
             begin, last = request.range.removeprefix("bytes=").split("-")
             if begin != "0":
                 ranges.setdefault(request.path, []).append((int(begin), int(last)))

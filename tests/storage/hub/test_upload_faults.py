@@ -10,12 +10,12 @@ from hub_cases import (
     COMMIT,
     OUT,
     PUT,
-    SENDING,
+    UPLOAD_FAULTS,
     assert_no_secret,
     contents,
+    requested,
     shards,
     staged,
-    told,
 )
 from hub_runs import after
 from runs import INDEX_NAME, WORK_NAME, assert_clean_error
@@ -26,7 +26,7 @@ REFUSED = {
     "a commit that is not allowed": (Fault("status", 403), COMMIT, 2, "no access (403)"),
     "a commit that fails": (Fault("status", 500), COMMIT, 3, "the Hub answers 500"),
     "a commit that is never answered": (Fault("lose_reply"), COMMIT, 3, "cannot be reached"),
-    "commits of somebody else": (Fault("status", 412), COMMIT, 3, "the Hub answers 412"),
+    "commits of another user": (Fault("status", 412), COMMIT, 3, "the Hub answers 412"),
     "a page for an answer": (Fault("html"), COMMIT, 3, "not one of the Hub"),
 }
 
@@ -44,24 +44,25 @@ def test_a_refused_upload_ends_the_run(
     assert contents(hub).items() <= {**whole(released), f"{WORK_NAME}/run.json": ANY}.items()
     assert INDEX_NAME not in contents(hub)
     hub.faults.clear()
-    there = len(shards(hub))
+    uploaded = len(shards(hub))
     hub.reset_counts()
     assert convert(released, f"hf://{OUT}").returncode == 0
     assert contents(hub) == whole(released)
-    assert told(hub).count("cdn PUT") <= len(shards(hub)) - there
+    assert requested(hub).count("cdn PUT") <= len(shards(hub)) - uploaded
     assert staged(tmp_path) == []
 
 
-@pytest.mark.parametrize("name", SENDING)
+@pytest.mark.parametrize("name", UPLOAD_FAULTS)
 def test_an_upload_survives_passing_faults(name, sent, released, whole):
     """Whether the Hub has carried out the request or not."""
     ends, found, left = sent
-    done, (_, match) = ends[name], SENDING[name]
+    done, (_, match) = ends[name], UPLOAD_FAULTS[name]
     assert done.returncode == 0, done.stderr
     assert found[name] == whole(released)
     assert left == []
     assert_no_secret(done)
-    assert ("?…" in done.stderr) == (match == PUT)  # of these the client warns, with the address
+    # The client warns of failed uploads, with the address.
+    assert ("?…" in done.stderr) == (match == PUT)
 
 
 def test_a_repository_is_created_although_the_reply_is_lost(hub, convert, released, whole):

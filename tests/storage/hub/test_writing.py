@@ -6,19 +6,19 @@ import json
 
 import pytest
 from hub_cases import (
+    ADDED_BY_HUB,
     NAME,
     OUT,
-    OWN,
     PUT,
     RECORD,
     SIZE,
     TOKEN,
     commits,
     contents,
+    requested,
     shards,
     small_nbytes,
     staged,
-    told,
 )
 from hub_runs import after, wait_for
 from runs import INDEX_NAME, WORK_NAME, shards_in
@@ -33,8 +33,8 @@ def test_a_repository_is_created_and_filled(part_nbytes, hub, cli, released, who
     assert f"hf://{OUT}: 90 tensors" in done.stdout
     assert contents(hub) == whole(released)
     assert hub.repos[OUT].private
-    made, *shards, last, cleared = commits(hub)
-    assert made == ({f"{WORK_NAME}/run.json"}, set())
+    first, *shards, last, cleared = commits(hub)
+    assert first == ({f"{WORK_NAME}/run.json"}, set())
     weights = [name for name in whole(released) if name.endswith(".safetensors")]
     assert sorted(shards, key=str) == [({name}, set()) for name in sorted(weights)]
     assert last[0] == {RECORD, *whole(released)} - {n for added, _ in shards for n in added}
@@ -54,10 +54,12 @@ def test_from_repository_to_repository(hub, convert, released, whole, tmp_path):
     hub.add_folder(NAME, released, private=True)
     done = convert(NAME, f"hf://{OUT}", "--checksums", "--token", TOKEN)
     assert done.returncode == 0, done.stderr
-    sums = bytes(hub.files(OUT)["SHA256SUMS"].read(0, 10**6)).decode()
-    found = {path: content.sha256 for path, content in hub.files(OUT).items() if path not in OWN}
+    checksums = bytes(hub.files(OUT)["SHA256SUMS"].read(0, 10**6)).decode()
+    found = {
+        path: content.sha256 for path, content in hub.files(OUT).items() if path not in ADDED_BY_HUB
+    }
     del found["SHA256SUMS"]
-    assert dict(reversed(line.split("  ")) for line in sums.splitlines()) == found
+    assert dict(reversed(line.split("  ")) for line in checksums.splitlines()) == found
     assert found == whole(released) | {RECORD: found[RECORD]}
     assert staged(tmp_path) == []
     for content in hub.files(OUT).values():
@@ -69,16 +71,16 @@ def test_from_repository_to_repository(hub, convert, released, whole, tmp_path):
 def test_few_shards_are_staged_at_a_time(most, hub, begin, released, whole, tmp_path):
     """Also if uploads are slow."""
     hub.faults.append(after(0, Fault("slow", 1_500_000), PUT))
-    here = tmp_path / "here"
-    options = ["--max-staged", most, "--staging", here, "--workers", 3]
-    job = begin("convert", released, f"hf://{OUT}", *SIZE, "--quiet", *options)
+    staging = tmp_path / "staging"
+    options = ["--max-staged", most, "--staging", staging, "--workers", 3]
+    run = begin("convert", released, f"hf://{OUT}", *SIZE, "--quiet", *options)
     counts = set()
-    while not job.is_over:
-        counts.add(len(shards_in(here)))
-    assert job.done().returncode == 0
+    while not run.is_over:
+        counts.add(len(shards_in(staging)))
+    assert run.done().returncode == 0
     assert contents(hub) == whole(released)
     assert max(counts) == most
-    assert list(here.iterdir()) == []
+    assert list(staging.iterdir()) == []
     assert staged(tmp_path) == []
 
 
@@ -87,13 +89,13 @@ def test_a_killed_run_resumes(n, machine, hub, begin, cli, released, whole, tmp_
     """Uploaded shards are neither written nor uploaded again, from any machine."""
     hub.add_folder(NAME, released)
     hub.faults.append(after(n, Fault("slow", 20_000), PUT))
-    job = begin("convert", NAME, f"hf://{OUT}", *SIZE, "--quiet")
-    wait_for(lambda: len(shards(hub)) == n and "cdn PUT" in told(hub)[-3:], 20)
-    job.kill()
-    assert job.done().returncode == -9
+    run = begin("convert", NAME, f"hf://{OUT}", *SIZE, "--quiet")
+    wait_for(lambda: len(shards(hub)) == n and "cdn PUT" in requested(hub)[-3:], 20)
+    run.kill()
+    assert run.done().returncode == -9
     hub.faults.clear()
-    there = shards(hub)
-    assert len(there) == n
+    uploaded = shards(hub)
+    assert len(uploaded) == n
     if machine == "this":
         assert any(file.suffix == ".safetensors" for file in staged(tmp_path))
     hub.reset_counts()
@@ -101,8 +103,8 @@ def test_a_killed_run_resumes(n, machine, hub, begin, cli, released, whole, tmp_
     assert done.returncode == 0, done.stderr
     assert contents(hub) == whole(released)
     sizes = json.loads(done.stdout)["shards"]
-    assert json.loads(done.stdout)["bytes_resumed"] == sum(there.values())
-    assert told(hub).count("cdn PUT") == len(sizes) - n
+    assert json.loads(done.stdout)["bytes_resumed"] == sum(uploaded.values())
+    assert requested(hub).count("cdn PUT") == len(sizes) - n
     assert list((tmp_path / machine / "gptoss_stream").iterdir()) == []
     if machine == "another" and n == 4:
         weights = sum(file.stat().st_size for file in released.glob("*.safetensors"))

@@ -11,7 +11,7 @@ import boto3
 import fsspec
 import pytest
 from loopback import Proxy
-from object_store_cases import KEY, MOTO, SECRET, Store, convert
+from object_store_cases import KEY, MOTO, SECRET, Bucket, convert
 from runs import (
     digests,
 )
@@ -50,7 +50,7 @@ def s3(moto, monkeypatch, tmp_path):
         "AWS_CONFIG_FILE": str(tmp_path / "none"),
         "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
         "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_MAX_ATTEMPTS": "1",  # the tool tries again, and not the client too
+        "AWS_MAX_ATTEMPTS": "1",  # only the tool retries, not the client too
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
     }.items():
         monkeypatch.setenv(name, value)
@@ -59,7 +59,7 @@ def s3(moto, monkeypatch, tmp_path):
     proxy.mend()
     proxy.requests.clear()
     proxy.rate = inf
-    return Store(client, proxy)
+    return Bucket(client, proxy)
 
 
 @pytest.fixture

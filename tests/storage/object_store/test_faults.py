@@ -15,7 +15,7 @@ from object_store_cases import (
     DENIED,
     RUN,
     SHARDS,
-    Store,
+    Bucket,
     assert_done,
     assert_nothing_wrong,
     assert_written_once,
@@ -58,7 +58,7 @@ def test_kills_in_a_chain(s3, checkpoints, whole, tmp_path):
 def test_a_kill_at_any_request(s3, checkpoints, whole, tmp_path, is_done):
     for number in itertools.count():
         s3.proxy.requests.clear()
-        other = Store(s3.client, s3.proxy)
+        other = Bucket(s3.client, s3.proxy)
         alive = killed(other, checkpoints(), "", number, is_done)
         assert_nothing_wrong(other, whole)
         assert_done(convert(checkpoints(), other.url(), "--checksums"))
@@ -83,13 +83,13 @@ def test_a_kill_right_before_the_end(s3, checkpoints, whole, tmp_path):
 def test_ctrl_c_during_a_slow_upload(s3, checkpoints, whole):
     until = threading.Event()
 
-    def hold(request, answer):
+    def delay(request, answer):
         until.wait(30)
         return Reply(0)
 
-    s3.proxy.spoil("PUT .*safetensors$", hold, skip=1)
+    s3.proxy.spoil("PUT .*safetensors$", delay, skip=1)
     with process(checkpoints(), s3.url(), "--checksums") as running:
-        while running.poll() is None and len(s3.proxy.asked("PUT .*safetensors$")) < 2:
+        while running.poll() is None and len(s3.proxy.requests_for("PUT .*safetensors$")) < 2:
             time.sleep(0.01)
         time.sleep(0.2)
         running.send_signal(signal.SIGINT)
@@ -116,7 +116,7 @@ def test_a_server_that_fails_and_recovers(s3, checkpoints, whole, tmp_path, how,
     elsewhere = ("--staging", str(tmp_path / "other")) if staging == "another" else ()
     assert_done(convert(checkpoints(), s3.url(), "--checksums", *elsewhere))
     assert s3.digests() == whole
-    # Of what another machine has sent the sum is not known.
+    # The checksums of files from another staging folder are not known.
     if staging == "the same":
         assert_written_once(s3)
         assert staged(tmp_path) == []

@@ -1,4 +1,4 @@
-"""Clear refusals, secrets, and other stores than S3."""
+"""Clear refusals, secrets, and other locations than S3."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from object_store_cases import (
     DENIED,
     KEY,
     SECRET,
-    Store,
+    Bucket,
     convert,
     data_of,
     nothing,
@@ -28,20 +28,20 @@ from runs import (
 import gptoss_stream
 
 
-def no_credentials(s3: Store, monkeypatch) -> None:
+def no_credentials(s3: Bucket, monkeypatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
 
 
-def server_down(s3: Store, monkeypatch) -> None:
+def server_down(s3: Bucket, monkeypatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
 
 
-def listing_denied(s3: Store, monkeypatch) -> None:
+def listing_denied(s3: Bucket, monkeypatch) -> None:
     s3.proxy.spoil("GET .*list-type", DENIED)
 
 
-def writing_denied(s3: Store, monkeypatch) -> None:
+def writing_denied(s3: Bucket, monkeypatch) -> None:
     s3.proxy.spoil("PUT", DENIED)
 
 
@@ -73,17 +73,17 @@ def test_one_clear_line(
     what(s3, monkeypatch)
     begun = time.monotonic()
     done = convert(
-        source.format(s3.bucket) if source else checkpoints(),
-        output.format(s3.bucket) if output else tmp_path / "out",
+        source.format(s3.name) if source else checkpoints(),
+        output.format(s3.name) if output else tmp_path / "out",
     )
     assert time.monotonic() - begun < 15
     assert_clean_error(done, code)
-    assert words.format(s3.bucket) in done.stderr
+    assert words.format(s3.name) in done.stderr
     assert SECRET not in done.stderr
     assert "OfIt" not in done.stderr
     assert s3.objects() == []
     names = [bucket["Name"] for bucket in s3.client.list_buckets()["Buckets"]]
-    assert not [name for name in names if name.startswith("no-")], "a bucket was made"
+    assert not [name for name in names if name.startswith("no-")], "a bucket was created"
     assert staged(tmp_path) == []
     assert not (tmp_path / "out").exists()
 
@@ -120,29 +120,31 @@ def test_secrets_stay_secret(s3, checkpoints, tmp_path):
 
 
 def test_memory(checkpoints, tmp_path):
-    """With the library, from and to a store in memory."""
-    near = tmp_path / "near"
-    gptoss_stream.convert(checkpoints(), near, max_shard_size="300KB")
+    """With the library, from and to fsspec's file system in memory."""
+    local_output = tmp_path / "local"
+    gptoss_stream.convert(checkpoints(), local_output, max_shard_size="300KB")
     url = f"memory://{tmp_path.name}"
     fs = fsspec.filesystem("memory")
     fs.put(str(checkpoints()), f"/{tmp_path.name}/source", recursive=True)
     location = gptoss_stream.open_location(f"{url}/source")
-    store = gptoss_stream.open_writable_location(f"{url}/out")
-    report = gptoss_stream.convert(location, store, max_shard_size="300KB", staging=tmp_path)
+    output = gptoss_stream.open_writable_location(f"{url}/out")
+    report = gptoss_stream.convert(location, output, max_shard_size="300KB", staging=tmp_path)
     assert report.output == f"{url}/out"
     fs.get(f"/{tmp_path.name}/out", str(tmp_path / "got"), recursive=True)
-    assert data_of(digests(tmp_path / "got")) == data_of(digests(near))
+    assert data_of(digests(tmp_path / "got")) == data_of(digests(local_output))
 
 
 class Died(BaseException):
     pass
 
 
-def test_stores_in_which_files_appear_before_they_are_complete(checkpoints, tmp_path, monkeypatch):
+def test_locations_in_which_files_appear_before_they_are_complete(
+    checkpoints, tmp_path, monkeypatch
+):
     """They get their final names when they are complete, and the partial file of a killed run is
     not a foreign file."""
-    near, far = tmp_path / "near", tmp_path / "far"
-    gptoss_stream.convert(checkpoints(), near, max_shard_size="300KB")
+    local_output, remote_output = tmp_path / "local", tmp_path / "remote"
+    gptoss_stream.convert(checkpoints(), local_output, max_shard_size="300KB")
     local = fsspec.get_filesystem_class("file")
     put, seen = local.put_file, []
 
@@ -156,10 +158,10 @@ def test_stores_in_which_files_appear_before_they_are_complete(checkpoints, tmp_
     monkeypatch.setattr(local, "put_file", putting)
     options = {"max_shard_size": "300KB", "staging": tmp_path / "staging"}
     with pytest.raises(Died):
-        gptoss_stream.convert(checkpoints(), f"file://{far}", **options)
+        gptoss_stream.convert(checkpoints(), f"file://{remote_output}", **options)
     assert all(target.endswith(".partial") for target in seen)
-    made = digests(far, "*.safetensors")
-    assert len(made) == 2
-    assert made.items() <= digests(near).items()
-    gptoss_stream.convert(checkpoints(), f"file://{far}", **options)
-    assert digests(far) == digests(near)
+    written = digests(remote_output, "*.safetensors")
+    assert len(written) == 2
+    assert written.items() <= digests(local_output).items()
+    gptoss_stream.convert(checkpoints(), f"file://{remote_output}", **options)
+    assert digests(remote_output) == digests(local_output)

@@ -1,4 +1,4 @@
-"""What has arrived, earlier outputs, space, and sources that change."""
+"""Checks of uploads, earlier outputs, disk space, and sources that change."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections import Counter
 import pytest
 from loopback import flipped
 from object_store_cases import (
+    CHECKSUMS,
     DENIED,
     RECORD,
     SHARDS,
-    SUMS,
     assert_done,
     assert_nothing_wrong,
     assert_written_once,
@@ -60,7 +60,7 @@ def test_etags_that_only_look_like_checksums(s3, checkpoints, whole):
     s3.proxy.spoil("^(PUT|HEAD) ", other_etag)
     assert_done(convert(checkpoints(), s3.url(), "--checksums"))
     assert s3.digests() == whole
-    assert [r.name for r in s3.proxy.asked("GET .*out/")] == ["run.json"]
+    assert [r.name for r in s3.proxy.requests_for("GET .*out/")] == ["run.json"]
     assert_written_once(s3)
 
 
@@ -80,9 +80,9 @@ def test_overwrite_deletes_only_what_the_tool_wrote(s3, checkpoints, whole):
     before = {*s3.digests()}
     assert_done(convert(checkpoints(), s3.url(), "--overwrite"))
     assert data_of(s3.digests()) == data_of(whole)
-    assert SUMS in before
-    assert SUMS not in s3.digests()
-    deleted = [r.name for r in s3.proxy.asked("DELETE") if not r.name.endswith(".sha256")]
+    assert CHECKSUMS in before
+    assert CHECKSUMS not in s3.digests()
+    deleted = [r.name for r in s3.proxy.requests_for("DELETE") if not r.name.endswith(".sha256")]
     _, index, *_, record, _ = deleted
     assert (index, record) == (INDEX_NAME, RECORD)
 
@@ -113,22 +113,22 @@ def test_foreign_objects_are_refused(s3, checkpoints, tmp_path):
 
 @pytest.mark.parametrize("most", [1, 2])
 def test_few_shards_are_on_the_disk_at_a_time(s3, checkpoints, whole, tmp_path, monkeypatch, most):
-    """Also if the store is slow, and with a spilled transposition."""
+    """Also if the object store is slow, and with a spilled transposition."""
     monkeypatch.setattr("gptoss_stream.planning.shards.SPILL_NBYTES", 100_000)
     s3.proxy.rate = 3e6
     seen, over = Counter(), threading.Event()
 
-    def callbacks():
+    def count_shards():
         while not over.wait(0.002):
             seen[len(shards_in(tmp_path / "cache"))] += 1
 
-    watcher = threading.Thread(target=callbacks)
-    watcher.start()
+    counting = threading.Thread(target=count_shards)
+    counting.start()
     try:
         done = convert(checkpoints(), s3.url(), "--checksums", "--max-staged", str(most))
     finally:
         over.set()
-        watcher.join()
+        counting.join()
     assert_done(done)
     assert s3.digests() == whole
     assert max(seen) == most
@@ -148,8 +148,8 @@ def test_a_source_that_changes_during_the_run(s3, checkpoints, whole, tmp_path):
     done = convert(source, tmp_path / "out")
     assert_clean_error(done, 2)
     assert f"{victim}: it changed while it was being read" in done.stderr
-    made = digests(tmp_path / "out", "*.safetensors")
-    assert made.items() <= whole.items()
+    written = digests(tmp_path / "out", "*.safetensors")
+    assert written.items() <= whole.items()
     assert not (tmp_path / "out" / INDEX_NAME).exists()
     again = convert(source, tmp_path / "out")
     assert_clean_error(again, 2)
@@ -160,7 +160,7 @@ def test_a_source_that_is_deleted_during_the_run(s3, checkpoints, tmp_path):
     source = s3.fill(checkpoints())
 
     def delete(request, answer):
-        s3.client.delete_object(Bucket=s3.bucket, Key="source/model.safetensors")
+        s3.client.delete_object(Bucket=s3.name, Key="source/model.safetensors")
         return answer(request)
 
     s3.proxy.spoil("GET .*safetensors$", delete, times=1, skip=2)
