@@ -9,6 +9,7 @@ Convert and check:
     convert           convert a checkpoint; resumes an interrupted run
     verify            compare an output with its source, byte for byte
     verify_checksums  check the files of an output against its SHA256SUMS
+    compare           compare a few values of each tensor with those of another checkpoint
     synth             write a random checkpoint, to try things with
 
 Load an output:
@@ -77,9 +78,14 @@ if TYPE_CHECKING:  # the same names for type checkers
     from .tensors.dtypes import DType as DType
     from .tensors.raw_tensor import RawTensor as RawTensor
     from .transforms.output_tensor import OutputTensor as OutputTensor
+    from .verification.compare import compare as compare
     from .verification.differences import (
         Difference as Difference,
         Verification as Verification,
+    )
+    from .verification.relations import (
+        Comparison as Comparison,
+        Relation as Relation,
     )
     from .verification.verify import (
         verify as verify,
@@ -93,6 +99,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "CheckpointError": "errors",
     "CheckpointInfo": "checkpoint.metadata",
+    "Comparison": "verification.relations",
     "ConfigError": "errors",
     "DType": "tensors.dtypes",
     "Difference": "verification.differences",
@@ -111,6 +118,7 @@ _MODULES = {
     "Plan": "planning.plan",
     "PlannedShard": "planning.shards",
     "RawTensor": "tensors.raw_tensor",
+    "Relation": "verification.relations",
     "Report": "conversion",
     "ResolvedSelection": "model.selection",
     "Selection": "model.selection",
@@ -118,6 +126,7 @@ _MODULES = {
     "TensorError": "errors",
     "Verification": "verification.differences",
     "WritableLocation": "storage.location",
+    "compare": "verification.compare",
     "convert": "conversion",
     "formats": "",
     "load_hooked_transformer": "loading.hooked_transformer",
