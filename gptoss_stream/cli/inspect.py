@@ -1,4 +1,4 @@
-"""The command `inspect`: describe a checkpoint or a converted output."""
+"""The command `inspect`: describe a checkpoint or a converted output, or compare two of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from .._utils.messages import counted, listed, sized
+from ._comparison import print_comparison
 from ._options import add_json, add_remote_source, add_source, add_source_format, open_source
 from ._parser import Commands
 from ._printing import (
@@ -29,11 +30,20 @@ def add_parser(commands: Commands) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser(
         "inspect",
-        help="describe a checkpoint or converted output",
-        description="Describe a checkpoint or a converted output: its format, model and tensors.",
+        help="describe a checkpoint or converted output, or compare it with another",
+        description="Describe a checkpoint or a converted output: its format, model and tensors. "
+        "Or, with --against, compare a few values of each tensor with those of another checkpoint: "
+        "this finds what no shape shows, such as square matrices that are transposed. The exit "
+        "code is 1 if all tensors of a kind are transposed, or have gate and up in another order.",
     )
     add_source(parser, "checkpoint or converted output")
     add_source_format(parser)
+    parser.add_argument(
+        "--against",
+        metavar="REFERENCE",
+        help="checkpoint of the same model, or of the model that SOURCE was trained from, in any "
+        "format: a folder, a Hub repository or a URL",
+    )
     add_json(parser)
     add_remote_source(parser)
     parser.set_defaults(run=run)
@@ -41,6 +51,8 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; return the exit code."""
+    if arguments.against is not None:
+        return _compare(arguments)
     from ..loading.output_info import read_output_info
     from ..storage.local_folder import LocalFolder
 
@@ -53,6 +65,30 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         _print_output(output)
     return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    """Compare SOURCE with REFERENCE; return the exit code, which is 1 for rearranged tensors."""
+    from ..storage.open_location import is_repository
+    from ..verification.compare import compare
+
+    reference = argparse.Namespace(
+        **{**vars(arguments), "source": arguments.against, "revision": None, "subfolder": None}
+    )
+    if not is_repository(arguments.against):
+        reference.token = None
+    elif not is_repository(arguments.source):
+        arguments.token = None  # it is for the reference
+    result = compare(
+        open_source(arguments),
+        open_source(reference),
+        source_format=arguments.source_format,
+    )
+    if arguments.json:
+        print_json(result.as_dict())
+    else:
+        print_comparison(result)
+    return 1 if result.rearranged else 0
 
 
 def _inspect_checkpoint(location: Location, arguments: argparse.Namespace) -> None:
