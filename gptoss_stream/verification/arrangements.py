@@ -24,10 +24,12 @@ _FEWEST_VALUES = 32
 """The fewest values from which anything else than equality is concluded."""
 _MUCH_CLOSER = 0.5
 """How much smaller the distance in another arrangement must be, as a ratio."""
-_MOSTLY = 0.75
-"""The share of the values that must be closer in another arrangement: not only a few large ones."""
+_MOSTLY = 0.6
+"""The share of the values that must be closer in another arrangement: a few large ones are not
+enough. Of unrelated values it is half."""
 _ROUNDED = 0.005
-"""The largest relative difference that remains of scaled values; half a unit of bfloat16."""
+"""What remains of scaled values may differ by this much: bfloat16 rounds them by up to 0.004. A
+scale as close to 1 is not named."""
 
 
 def arrangements(
@@ -94,7 +96,7 @@ def relate(
     if not all(np.isfinite(values).all() for values in (found, *expected.values())):
         return relation("changed")
     chosen = min(visible, key=lambda name: _fit(found, expected[name])[1], default="")
-    if not _is_clear(found, expected[chosen], own):
+    if chosen and not _is_clear(found, expected[chosen], own):
         chosen = ""
     values = expected[chosen]
     if np.array_equal(found, values):
@@ -105,6 +107,7 @@ def relate(
     if (
         np.count_nonzero(values) >= _FEWEST_VALUES
         and np.ptp(values) > 0
+        and abs(scale - 1) >= _ROUNDED
         and remaining <= min(_ROUNDED, abs(scale - 1) / 4)
     ):
         return relation("scaled", chosen, difference, scale)

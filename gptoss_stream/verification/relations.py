@@ -40,7 +40,7 @@ class Relation:
     def __str__(self) -> str:
         values = self.values
         if self.scale is not None:
-            values = f"scaled by {self.scale:.4g}"
+            values = f"scaled by {self.scale:.3g}"
         elif values == "changed" and self.difference is not None:
             values = f"changed by {self.difference:.2g}"
         if not self.arrangement:
