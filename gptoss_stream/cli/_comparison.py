@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from .._utils.messages import counted, listed
+from .._utils.messages import counted
 
 if TYPE_CHECKING:
     from ..verification.relations import Comparison, Relation
@@ -81,7 +81,7 @@ def _advice(result: Comparison) -> Iterator[str]:
     for arrangement in dict.fromkeys(rearranged.values()):
         tensors = [tensor for tensor, found in rearranged.items() if found == arrangement]
         yield (
-            f"{listed(tensors)}: {arrangement} in every compared tensor; the source does not store "
-            f"this as {result.source_format} does, and converting it as it is would give a wrong "
-            "model"
+            f"{', '.join(tensors)}: {arrangement} in every compared tensor; if the reference is as "
+            f"{result.reference_format} should be, the source is not as {result.source_format} "
+            "should be, and converting it as it is would give a wrong model"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 
 import numpy as np
@@ -14,6 +15,7 @@ from runs import assert_clean_error, run_in_process
 from safetensors.torch import load_file, save_file
 
 import gptoss_stream
+from gptoss_stream import CheckpointError, Comparison, Relation
 from gptoss_stream.verification.arrangements import arrangements, relate
 
 FORMATS = gptoss_stream.formats.names()
@@ -108,8 +110,8 @@ def test_transposed_square_matrices(name, square, edited, checkpoints):
     assert done.returncode == 1
     assert "down          3 layers x 3 experts: all transposed\n" in done.stdout
     assert done.stdout.endswith(
-        "down: transposed in every compared tensor; the source does not store this as hf does, and "
-        "converting it as it is would give a wrong model\n"
+        f"down: transposed in every compared tensor; if the reference is as {name} should be, the "
+        "source is not as hf should be, and converting it as it is would give a wrong model\n"
     )
 
 
@@ -237,6 +239,34 @@ def test_nothing_is_claimed_from_values_that_show_nothing():
     assert (str(one), one.shows_arrangement) == ("changed by 0.63", False)
 
 
+def test_an_arrangement_must_fit_clearly():
+    """Not only a little better, and not only because of one large value."""
+    rng = np.random.default_rng(0)
+    matrix, other = rng.standard_normal((2, 32, 32)).astype(np.float32)
+    expected = {"": matrix.ravel(), "transposed": matrix.T.ravel()}
+    for share, arrangement in ((0.0, "transposed"), (0.3, "transposed"), (1.5, "")):
+        relation = relate("down", 0, 0, (matrix.T + share * other).ravel(), expected)
+        assert (relation.arrangement, relation.shows_arrangement) == (arrangement, True)
+    assert not relate("down", 0, 0, 0 * matrix.ravel(), expected).shows_arrangement
+    matrix[3, 20] = 1000
+    other[20, 3] = 1000
+    assert str(relate("down", 0, 0, other.ravel(), expected)).startswith("changed by 1.4")
+
+
+def test_a_kind_is_rearranged_if_every_tensor_that_can_show_it_is():
+    def rearranged(*relations):
+        found = [
+            Relation("down", 0, 0, "changed", how, 0.1, None, shows) for how, shows in relations
+        ]
+        return Comparison("", "", "", "", 1, (), 0, (), tuple(found)).rearranged
+
+    assert rearranged(("transposed", True), ("", False)) == {"down": "transposed"}
+    assert rearranged(("transposed", True), ("", True)) == {}
+    assert rearranged(("", True), ("halves", True)) == {}
+    assert rearranged(("transposed", True), ("halves", True)) == {}
+    assert rearranged(("", False)) == rearranged() == {}
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_no_finite_numbers_are_changed(value, square, edited):
     source = edited(square, only("o_proj.weight", lambda t: torch.full_like(t, value)))
@@ -248,7 +278,13 @@ def test_values_that_are_no_finite_numbers_are_changed(value, square, edited):
 
 def test_a_nan_scale_of_mxfp4_is_no_number(checkpoints, edited):
     whole = checkpoints(**SQUARE)
-    source = edited(whole, only("down_proj_scales", lambda t: torch.full_like(t, 255)))
+    bits = {"down_proj_blocks": 0, "down_proj_scales": 255}
+
+    def damage(name, tensor):
+        kind = name.rpartition(".")[2]
+        return torch.full_like(tensor, bits[kind]) if kind in bits else tensor
+
+    source = edited(whole, damage)
     assert_only(gptoss_stream.compare(source, whole), {"down": "changed"})
 
 
@@ -329,13 +365,28 @@ def test_models_of_other_sizes_are_refused(sizes, what, square, checkpoints):
     assert f"has the {what} {next(iter(sizes.values()))}, and " in done.stderr
 
 
-def test_bad_references_are_refused_in_one_line(square, tmp_path):
-    for reference in (tmp_path / "nowhere", tmp_path, "https://host:abc/x", ""):
+def test_bad_references_are_refused_in_one_line(square, edited, tmp_path):
+    lacking = edited(square, lambda n, t: None if n == "lm_head.weight" else t)
+    (lacking / "model.safetensors.index.json").unlink()
+    for reference in (lacking, tmp_path / "nowhere", tmp_path, "https://host:abc/x", ""):
         assert_clean_error(run_in_process("inspect", square, "--against", reference), 2)
     cut = shutil.copytree(square, tmp_path / "cut")
     file = next(cut.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1000])
     assert_clean_error(run_in_process("inspect", square, "--against", cut), 2)
+
+
+def test_a_file_that_changes_meanwhile_ends_the_comparison(square, edited, monkeypatch):
+    source = edited(square, lambda n, t: t)
+
+    def touch_and_relate(*arguments):
+        for file in source.glob("*.safetensors"):
+            os.utime(file, (1, 1))
+        return relate(*arguments)
+
+    monkeypatch.setattr("gptoss_stream.verification.compare.relate", touch_and_relate)
+    with pytest.raises(CheckpointError, match="changed while it was being read"):
+        gptoss_stream.compare(source, square)
 
 
 def test_of_a_remote_reference_only_a_small_part_is_read(checkpoints, edited, monkeypatch):
@@ -360,3 +411,4 @@ def test_of_a_remote_reference_only_a_small_part_is_read(checkpoints, edited, mo
     total = sum(file.stat().st_size for file in whole.glob("*.safetensors"))
     assert total > 3_000_000
     assert sum(served) < total / 4
+    assert len(served) < 250
