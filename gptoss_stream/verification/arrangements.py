@@ -78,7 +78,7 @@ def relate(
     visible = [
         name
         for name, values in expected.items()
-        if np.count_nonzero(values != own) >= _FEWEST_VALUES and np.ptp(found) > 0
+        if np.count_nonzero(values != own) >= _FEWEST_VALUES and _varies(found)
     ]
 
     def relation(
@@ -95,6 +95,9 @@ def relate(
         return relation("equal", difference=0.0)
     if not all(np.isfinite(values).all() for values in (found, *expected.values())):
         return relation("changed")
+    found = found.astype(np.float64)  # in which no product of floats is infinite
+    expected = {name: values.astype(np.float64) for name, values in expected.items()}
+    own = expected[""]
     chosen = min(visible, key=lambda name: _fit(found, expected[name])[1], default="")
     if chosen and not _is_clear(found, expected[chosen], own):
         chosen = ""
@@ -102,11 +105,11 @@ def relate(
     if np.array_equal(found, values):
         return relation("equal", chosen, 0.0)
     norm = _norm(values)
-    difference = _norm(found - values.astype(np.float64)) / norm if norm else None
+    difference = _norm(found - values) / norm if norm else None
     scale, remaining = _fit(found, values)
     if (
         np.count_nonzero(values) >= _FEWEST_VALUES
-        and np.ptp(values) > 0
+        and _varies(values)
         and abs(scale - 1) >= _ROUNDED
         and remaining <= min(_ROUNDED, abs(scale - 1) / 4)
     ):
@@ -130,12 +133,15 @@ def _fit(found: Array, expected: Array) -> tuple[float, float]:
 
     If one side is zero, the scale is 0 and the distance 1.
     """
-    x, y = found.astype(np.float64), expected.astype(np.float64)
-    if not x.any() or not y.any():
+    if not found.any() or not expected.any():
         return 0.0, 1.0
-    scale = float(x @ y / (y @ y))
-    return scale, _norm(x - scale * y) / _norm(x)
+    scale = float(found @ expected / (expected @ expected))
+    return scale, _norm(found - scale * expected) / _norm(found)
 
 
 def _norm(values: Array) -> float:
-    return float(np.linalg.norm(values.astype(np.float64)))
+    return float(np.linalg.norm(values))
+
+
+def _varies(values: Array) -> bool:
+    return bool((values != values[0]).any())

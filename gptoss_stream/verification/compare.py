@@ -129,7 +129,7 @@ def _common_sizes(source: SourceModel, reference: SourceModel) -> tuple[dict[str
                 f"{reference.info.location} {others[axis]}: they cannot be compared"
             )
     notes = []
-    for axis, noun in (("l", "layers"), ("v", "words of the vocabulary")):
+    for axis, noun in (("l", "layers"), ("v", "tokens of the vocabulary")):
         if sizes[axis] != others[axis]:
             common = min(sizes[axis], others[axis])
             notes.append(
