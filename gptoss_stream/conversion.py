@@ -60,6 +60,8 @@ class Report:
     """The size of each shard."""
     unmapped: tuple[str, ...]
     """Raw tensors of the source that the output does not use."""
+    notes: tuple[str, ...]
+    """What users should know about how the source was read."""
     narrowed: Mapping[str, int]
     """The number of tensors that lost precision, by dtypes: {"F32 to BF16": 12}."""
 
@@ -295,5 +297,6 @@ def _report(
         peak_rss=peak_rss,
         shards={shard.name: shard.nbytes for shard in plan.shards},
         unmapped=plan.unmapped,
+        notes=plan.notes,
         narrowed=plan.narrowed,
     )

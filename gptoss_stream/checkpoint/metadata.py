@@ -11,26 +11,19 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from .._utils import strict_json
 from .._utils.failures import machine_error
-from .._utils.messages import listed
 from ..errors import CheckpointError, ConfigError
-from ..storage.location import NEVER_STOP, FileInfo, Location, read_whole
+from ..storage.location import NEVER_STOP, FileInfo, Location
 from ..tensors.raw_tensor import RawTensor
-from ..tensors.safetensors_header import (
-    INDEX_NAME,
-    LENGTH_NBYTES,
-    header_nbytes,
-    parse_header,
-    parse_index,
-)
+from ..tensors.safetensors_header import LENGTH_NBYTES, header_nbytes, parse_header
+from .other_kinds import describe_other_kind
+from .shard_files import ShardFiles, find_shard_files
+from .small_files import read_config
 
-__all__ = ["CheckpointInfo", "read_header", "read_metadata", "read_small_file"]
+__all__ = ["CheckpointInfo", "read_header", "read_metadata"]
 
 _MODEL_CONFIGS = ("config.json", "source_config.json")
 _HOOKED_CONFIG = "tl_config.json"
-_MAX_CONFIG_NBYTES = 1_000_000
-_MAX_INDEX_NBYTES = 25_000_000
 _FIRST_NBYTES = 64  # enough to recognize other kinds of files
 
 
@@ -46,6 +39,8 @@ class CheckpointInfo:
     """Its safetensors files, sorted by name."""
     tensors: Mapping[str, RawTensor]
     """Its tensors by name."""
+    notes: tuple[str, ...] = ()
+    """What users should know about how it was read."""
 
     @property
     def config_name(self) -> str:
@@ -71,43 +66,10 @@ def read_metadata(location: Location) -> CheckpointInfo:
     try:
         location.check()
         configs = _read_configs(location)
-        weight_map = None
-        if location.has(INDEX_NAME):
-            index = location.display_path(INDEX_NAME)
-            text = read_small_file(location, INDEX_NAME, _MAX_INDEX_NBYTES)
-            weight_map = parse_index(text, index)
-            names = sorted(set(weight_map.values()))
-            missing = [name for name in names if not location.has(name)]
-            if missing:
-                raise CheckpointError(
-                    f"{index}: {len(missing)} of its {len(names)} shards do not exist: "
-                    f"{listed(missing, 5)}; download them"
-                )
-        else:
-            names = [n for n in location.names() if n.endswith(".safetensors") and n[0] != "."]
-            if not names:
-                raise CheckpointError(
-                    f"{location}: no {INDEX_NAME} and no .safetensors file; "
-                    "name the folder of a gpt-oss checkpoint"
-                )
-        return _read_shards(location, configs, names, weight_map)
+        config = configs.get("config.json", {})
+        return _read_shards(location, configs, find_shard_files(location, config))
     except OSError as error:
         raise machine_error(error, f"reading {location}") from error
-
-
-def read_small_file(location: Location, name: str, limit: int) -> bytes:
-    """Read a whole file.
-
-    Raises:
-        CheckpointError: If it has more than `limit` bytes.
-    """
-    with closing(location.open(name)) as file:
-        if file.info.nbytes > limit:
-            raise CheckpointError(
-                f"{location.display_path(name)}: more than {limit} bytes; this is not the file "
-                "that it should be"
-            )
-        return read_whole(file)
 
 
 def _read_configs(location: Location) -> Mapping[str, Mapping[str, Any]]:
@@ -115,38 +77,35 @@ def _read_configs(location: Location) -> Mapping[str, Mapping[str, Any]]:
     names: list[str] = []
     for group in (_MODEL_CONFIGS, (_HOOKED_CONFIG,)):
         names += islice((name for name in group if location.has(name)), 1)
+    if "config.json" in names and location.has("adapter_config.json"):
+        raise CheckpointError(
+            f"{location.display_path('adapter_config.json')}: a LoRA adapter beside a checkpoint, "
+            "and nothing says whether it is merged; transformers would load it on top: merge it, "
+            "or move it to another folder"
+        )
     if names:
-        return {name: _read_config(location, name) for name in names}
+        return {name: read_config(location, name) for name in names}
     file = location.display_path("config.json")
     if location.has("model.bin"):
         raise ConfigError(
             f"{file}: missing; this looks like the released metal/, which is not converted: "
             "name the folder above it"
         )
+    other = describe_other_kind(location)
+    if other is not None:
+        raise CheckpointError(other)
     raise ConfigError(f"{file}: missing; a checkpoint folder needs it")
-
-
-def _read_config(location: Location, name: str) -> Mapping[str, Any]:
-    """Read a JSON file whose value is an object."""
-    try:
-        config = strict_json.loads(read_small_file(location, name, _MAX_CONFIG_NBYTES))
-    except ValueError as error:
-        raise ConfigError(f"{location.display_path(name)}: {error}") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{location.display_path(name)}: not a JSON object")
-    return config
 
 
 def _read_shards(
     location: Location,
     configs: Mapping[str, Mapping[str, Any]],
-    names: list[str],
-    weight_map: Mapping[str, str] | None,
+    files: ShardFiles,
 ) -> CheckpointInfo:
     """Read the headers of shards, and check them against the index if there is one."""
     shards: list[FileInfo] = []
     tensors: dict[str, RawTensor] = {}
-    for name in names:
+    for name in files.names:
         shard, found, _ = read_header(location, name)
         shards.append(shard)
         for duplicate in sorted(tensors.keys() & found.keys()):
@@ -155,9 +114,14 @@ def _read_shards(
                 f"{tensors[duplicate].shard} too; remove one of them"
             )
         tensors |= found
-    if weight_map is not None:
-        _check_index(location.display_path(INDEX_NAME), weight_map, tensors)
-    return CheckpointInfo(location, configs, tuple(shards), tensors)
+    if files.weight_map is not None:
+        _check_index(location.display_path(files.index_name), files.weight_map, tensors)
+    if not tensors:
+        raise CheckpointError(
+            f"{location.display_path(files.names[0])}: no tensors in it; the program that saved "
+            "the checkpoint wrote none: save or download it again"
+        )
+    return CheckpointInfo(location, configs, tuple(shards), tensors, files.notes)
 
 
 def _check_index(

@@ -33,6 +33,8 @@ def print_message(message: str) -> None:
 
 def print_warnings(plan: Plan) -> None:
     """Print what the user should know before a conversion, to stderr."""
+    for note in plan.notes:
+        print_message(f"warning: {note}")
     if plan.warning:
         print_message(f"warning: {plan.warning}")
     if plan.unmapped:

@@ -108,6 +108,8 @@ def _inspect_checkpoint(location: Location, arguments: argparse.Namespace) -> No
         f"{counted(len(info.tensors), 'tensor')}, {sized(total)} in "
         f"{counted(len(info.shards), 'shard')}"
     )
+    for note in source.notes:
+        print(f"note: {note}")
     print_tensors(info.tensors)
 
 
@@ -117,6 +119,7 @@ def _checkpoint_as_dict(info: CheckpointInfo, source: SourceModel) -> dict[str, 
         "path": str(info.location),
         "format": source.name,
         "detected_by": source.detected_by,
+        "notes": list(source.notes),
         "model": source.model.dimensions,
         "config": dict(info.config),
         "shards": {shard.name: shard.nbytes for shard in info.shards},

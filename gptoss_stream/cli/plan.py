@@ -160,6 +160,7 @@ def _as_dict(planned: Plan, resources: _Resources) -> dict[str, Any]:
         "bytes": planned.nbytes,
         **resources._asdict(),
         "unmapped": list(planned.unmapped),
+        "notes": list(planned.notes),
         "shards": [_shard_as_dict(shard) for shard in planned.shards],
     }
 

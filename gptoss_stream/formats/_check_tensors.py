@@ -5,49 +5,61 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
+from typing import NamedTuple
 
-from .._utils.messages import counted, listed
+from .._utils.messages import counted
 from ..checkpoint.metadata import CheckpointInfo
 from ..errors import TensorError
 from ..model.config import ModelConfig
 from ..model.tensors import ATTENTION_BIASES
 from ..tensors.dtypes import BLOCK_VALUES
 from ..tensors.raw_tensor import RawTensor
-from ._table import Row, Table, TensorSpec, rows_by_name, tensor_specs
+from ._missing import refuse_missing
+from ._table import Row, Table, TensorSpec, rows_by_name, stored_shape, tensor_specs
 
-__all__ = ["check_tensors", "names_present", "read_table"]
+__all__ = ["AdaptedTable", "check_tensors", "names_present", "read_table"]
 
 _MAX_MISSING = 100_000
 """The most missing tensors that are looked for one by one."""
 
 
-def read_table(table: Table, model: ModelConfig, info: CheckpointInfo) -> tuple[Table, ModelConfig]:
-    """Adapt a format's table and a model to the names of the stored tensors.
+class AdaptedTable(NamedTuple):
+    """A format's table and a model, as a checkpoint stores them."""
+
+    table: Table
+    """The table with the names and the orders of axes that the checkpoint uses."""
+    model: ModelConfig
+    """The model with the tensors that the checkpoint stores."""
+    notes: tuple[str, ...]
+    """What users should know about how the tensors are read."""
+
+
+def read_table(table: Table, model: ModelConfig, info: CheckpointInfo) -> AdaptedTable:
+    """Adapt a format's table and a model to the stored tensors.
 
     What is stored counts, whatever the configuration says. With a stored unembedding the
     embeddings are not tied, and with stored attention biases the model has such biases.
 
-    Returns:
-        The table with the names that the checkpoint uses, and the model with the tensors that it
-        stores.
-
     Raises:
-        TensorError: If a tensor is stored under two of its names, or if the configuration calls
-            for far more tensors than there are.
+        TensorError: If a tensor is stored under two of its names, if nothing shows which of two
+            orders of axes is the right one, or if the configuration calls for far more tensors
+            than there are.
     """
     _refuse_excess(table, model, info)
-    adapted = tuple(_with_stored_name(row, model, info) for row in table)
+    named = tuple(_with_stored_name(row, model, info) for row in table)
+    adapted, notes = _with_stored_axes(named, model, info)
     stored = {
         row.tensor
         for row in adapted
         if not row.optional or _is_stored(row, row.stored, model, info)
     }
-    return adapted, replace(
+    model = replace(
         model,
         attention_bias=model.attention_bias or bool(stored & ATTENTION_BIASES),
         tied_embeddings=model.tied_embeddings and "unembed" not in stored,
         unembed_bias="unembed_bias" in stored,
     )
+    return AdaptedTable(adapted, model, notes)
 
 
 def _refuse_excess(table: Table, model: ModelConfig, info: CheckpointInfo) -> None:
@@ -71,6 +83,50 @@ def _with_stored_name(row: Row, model: ModelConfig, info: CheckpointInfo) -> Row
             "remove one of them"
         )
     return replace(row, stored=found[0], aliases=()) if found else row
+
+
+def _with_stored_axes(
+    table: Table, model: ModelConfig, info: CheckpointInfo
+) -> tuple[Table, tuple[str, ...]]:
+    """Return the table with the orders of axes that the shapes show, and a note if one is another.
+
+    A square matrix shows nothing. It is then taken to be stored as the others are: a program that
+    transposes the experts' matrices does it with all of them.
+    """
+    other = {row: _has_other_axes(row, model, info) for row in table if row.other_axes}
+    if True not in other.values():
+        return table, ()
+    turned = [row.stored for row in other if other[row]]
+    first = next(iter(other))
+    if other[first] is None:
+        raise TensorError(
+            f"{info.location}: {turned[0]} is transposed, and {first.stored} is square, so that "
+            "nothing shows whether it is; compare it with inspect --against, and save it again"
+        )
+    if other[first]:
+        turned += [row.stored for row in other if other[row] is None]
+    adapted = [
+        replace(row, axes=row.other_axes, other_axes="") if row.stored in turned else row
+        for row in table
+    ]
+    names = " and ".join(name.rpartition(".")[2] for name in turned)
+    return tuple(adapted), (f"{names} are stored transposed, and read so",)
+
+
+def _has_other_axes(row: Row, model: ModelConfig, info: CheckpointInfo) -> bool | None:
+    """Return whether a row is stored in its other order of axes; None if its shape does not tell.
+
+    All layers must show the same: `check_tensors` refuses one that differs.
+    """
+    expected = stored_shape(row, model.sizes)
+    other = stored_shape(replace(row, axes=row.other_axes), model.sizes)
+    if expected == other:
+        return None
+    for layer, expert in model.instances(row.stored):
+        raw = info.tensors.get(row.stored.format(l=layer, e=expert))
+        if raw is not None:
+            return raw.shape == other
+    return False
 
 
 def _is_stored(row: Row, name: str, model: ModelConfig, info: CheckpointInfo) -> bool:
@@ -117,11 +173,7 @@ def check_tensors(table: Table, model: ModelConfig, info: CheckpointInfo) -> Non
                     missing[name] = None
                 else:
                     _check_tensor(raw, spec, info)
-    if missing:
-        raise TensorError(
-            f"{info.location}: {counted(len(missing), 'tensor')} missing that {info.config_name} "
-            f"calls for: {listed([*map(repr, missing)])}; download the checkpoint again"
-        )
+    refuse_missing([*missing], table, model, info)
 
 
 def _refuse_further_layer(spec: TensorSpec, model: ModelConfig, info: CheckpointInfo) -> None:
@@ -137,9 +189,14 @@ def _refuse_further_layer(spec: TensorSpec, model: ModelConfig, info: Checkpoint
 
 def _check_tensor(raw: RawTensor, spec: TensorSpec, info: CheckpointInfo) -> None:
     """Check the dtype and shape of a stored tensor."""
-    if raw.dtype not in spec.dtypes or raw.shape != spec.shape:
-        expected = " or ".join(map(str, spec.dtypes))
-        raise TensorError(
-            f"{info.location.display_path(raw.shard)}: tensor {raw.name!r} is {raw.dtype} "
-            f"{list(raw.shape)}; {info.config_name} calls for {expected} {list(spec.shape)}"
-        )
+    if raw.dtype in spec.dtypes and raw.shape == spec.shape:
+        return
+    expected = " or ".join(map(str, spec.dtypes))
+    message = (
+        f"{info.location.display_path(raw.shard)}: tensor {raw.name!r} is {raw.dtype} "
+        f"{list(raw.shape)}; {info.config_name} calls for {expected} {list(spec.shape)}"
+    )
+    experts = spec.rows[0].order[:1] == ("e",) and raw.shape[1:] == spec.shape[1:]
+    if raw.dtype in spec.dtypes and experts:
+        message += "; a model whose layers have different numbers of experts cannot be converted"
+    raise TensorError(message)

@@ -8,6 +8,8 @@ from ..checkpoint.metadata import CheckpointInfo
 from ..errors import CheckpointError
 from ._check_tensors import names_present
 from ._format import Format
+from ._quantization import refuse_other_quantization
+from ._unknown import describe_unknown
 
 __all__ = ["detect_format"]
 
@@ -22,13 +24,16 @@ def detect_format(info: CheckpointInfo, formats: Mapping[str, Format]) -> tuple[
         formats: All formats by name.
 
     Raises:
-        CheckpointError: If it is of no known format or mixes two; the message says what it is.
+        CheckpointError: If it is of no known format, quantized otherwise or mixes two formats; the
+            message says what it is.
     """
     _refuse_duplicates(info)
+    refuse_other_quantization(info)
     reasons = {name: module.detect(info) for name, module in formats.items()}
     claims = [name for name, reason in reasons.items() if reason is not None]
     if not claims:
-        raise CheckpointError(_describe_unknown(info))
+        tables = {name: module.TABLE for name, module in formats.items()}
+        raise CheckpointError(describe_unknown(info, tables))
     present = {name: names_present(module.TABLE, info.tensors) for name, module in formats.items()}
     name = max(claims, key=lambda name: len(present[name]))
     _refuse_mixture(info, name, present)
@@ -56,27 +61,3 @@ def _refuse_mixture(info: CheckpointInfo, name: str, present: Mapping[str, set[s
                 f"{file}: tensor {foreign[0]!r} is one of {other}, beside those of {name}; remove "
                 "the ones that do not count"
             )
-
-
-def _describe_unknown(info: CheckpointInfo) -> str:
-    """Return the message for a checkpoint of no known format: what it is, and what to do."""
-    if info.config_name != "config.json":
-        file = info.location.display_path("config.json")
-        return f"{file}: missing; this is a part of a model, which cannot be converted"
-    config = info.location.display_path(info.config_name)
-    model_type = info.config.get("model_type")
-    if model_type not in (None, "gpt_oss"):
-        found = str(model_type)[:40]
-        return f"{config}: a checkpoint of model type {found!r}; only gpt_oss can be converted"
-    quantization = info.config.get("quantization_config")
-    if quantization is not None and not isinstance(quantization, dict):
-        return f"{config}: quantization_config is not an object"
-    if quantization is not None and quantization.get("quant_method") != "mxfp4":
-        method = str(quantization.get("quant_method"))[:40]
-        return f"{config}: quantized by {method!r}; only mxfp4 can be converted"
-    if model_type == "gpt_oss":
-        return (
-            f"{config}: no quantization_config, and tensors in MXFP4; take config.json from the "
-            "same source as the tensors, or add --from hf-mxfp4"
-        )
-    return f"{config}: not of a gpt-oss checkpoint: it has the model type {model_type!r}"

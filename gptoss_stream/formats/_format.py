@@ -10,14 +10,14 @@ from ..model.config import ModelConfig
 from ..tensors.dtypes import DType
 from ._table import Table
 
-__all__ = ["Format", "default_dtype", "ignored", "warning"]
+__all__ = ["Format", "default_dtype", "ignored", "notes", "warning"]
 
 
 class Format(Protocol):
     """What the module of a format defines.
 
-    It may also define `IGNORED`, `WARNING` and `DEFAULT_DTYPE`: see `ignored`, `warning` and
-    `default_dtype`.
+    It may also define `IGNORED`, `WARNING`, `DEFAULT_DTYPE` and a function `notes`: see `ignored`,
+    `warning`, `default_dtype` and `notes`.
     """
 
     TABLE: Table
@@ -73,6 +73,12 @@ def ignored(module: Format) -> tuple[str, ...]:
 def warning(module: Format) -> str:
     """Return what users who write a format should know; empty if there is nothing."""
     return str(getattr(module, "WARNING", ""))
+
+
+def notes(module: Format, info: CheckpointInfo) -> list[str]:
+    """Return what users should know about how a checkpoint's configuration was read."""
+    function = getattr(module, "notes", None)
+    return [] if function is None else list(function(info))
 
 
 def default_dtype(module: Format) -> str:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..checkpoint.metadata import CheckpointInfo
 from ..errors import ConfigError
 from ..model.config import ModelConfig
 from ._check_tensors import read_table
 from ._detection import detect_format
-from ._format import Format
+from ._format import Format, notes
+from ._mxfp4_views import mxfp4_views
+from ._names import unwrap
+from ._quantization import quantization_notes
 from ._registry import load, names
-from ._table import Table
+from ._table import Table, mxfp4_tensors
 
 __all__ = ["SourceModel", "naming_config", "read_source"]
 
@@ -23,15 +26,21 @@ class SourceModel:
     """A checkpoint, its format and the model that it stores."""
 
     info: CheckpointInfo
+    """The checkpoint. The keys of its tensors are names of the format; `RawTensor.name` is the
+    stored name, which can have a wrapper's name before it."""
     name: str
     """The format's name."""
     detected_by: str
     """Why the checkpoint is of that format."""
     format: Format
     table: Table
-    """The format's table with the names that the checkpoint uses."""
+    """The format's table with the names and the orders of axes that the checkpoint uses."""
     model: ModelConfig
     """The model with the tensors that are stored."""
+    notes: tuple[str, ...] = ()
+    """What users should know about how the checkpoint was read."""
+    outside: tuple[str, ...] = ()
+    """Stored names of tensors that are not part of the gpt-oss."""
 
 
 def read_source(info: CheckpointInfo, source_format: str | None) -> SourceModel:
@@ -47,14 +56,26 @@ def read_source(info: CheckpointInfo, source_format: str | None) -> SourceModel:
         ConfigError: If the configuration does not describe a model.
         TensorError: If a tensor is stored under two names.
     """
+    if source_format is not None:
+        load(source_format)
+    modules = {name: load(name) for name in names()}
+    info, outside = unwrap(info, {name: module.TABLE for name, module in modules.items()})
     if source_format is None:
-        name, reason = detect_format(info, {name: load(name) for name in names()})
+        name, reason = detect_format(info, modules)
     else:
         name, reason = source_format, "as asked"
-    module = load(name)
+    module = modules[name]
     with naming_config(info):
-        table, model = read_table(module.TABLE, module.read_model(info), info)
-    return SourceModel(info, name, reason, module, table, model)
+        model = module.read_model(info)
+        read = read_table(module.TABLE, model, info)
+    info = replace(info, tensors=mxfp4_views(read.table, read.model, info.tensors))
+    found = (
+        *info.notes,
+        *quantization_notes(info, is_mxfp4=bool(mxfp4_tensors(read.table))),
+        *notes(module, info),
+        *read.notes,
+    )
+    return SourceModel(info, name, reason, module, read.table, read.model, found, outside)
 
 
 @contextmanager

@@ -133,6 +133,8 @@ class Row:
         encoding: How the elements are stored.
         optional: Whether a checkpoint may lack the tensor (see `ModelConfig.has`).
         aliases: Other stored names, which are read but not written.
+        other_axes: Another order of the axes, which is read where the shape shows it but not
+            written.
 
     Raises:
         ValueError: If the axes are not those of the model tensor.
@@ -145,6 +147,7 @@ class Row:
     encoding: Encoding = DENSE
     optional: bool = False
     aliases: tuple[str, ...] = ()
+    other_axes: str = ""
 
     def __post_init__(self) -> None:
         found = sorted([*self.order, *self.fixed, *self.axes_in_name])

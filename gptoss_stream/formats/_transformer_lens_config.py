@@ -220,20 +220,13 @@ def hooked_transformer_config(model: ModelConfig, dtype: DType) -> dict[str, Any
 
 
 def _yarn_fields(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of YaRN; raises `ConfigError` if a setting is missing."""
-    factor = number(rope, "factor", 0.0)
-    original = rope.get("original_max_position_embeddings")
-    if type(original) is not int or factor < 1:
-        raise ConfigError(
-            "config.json: YaRN needs factor (1 or more) and original_max_position_embeddings"
-        )
-    attention_factor = number(rope, "attention_factor", yarn_attention_factor(rope))
+    """Return the fields of YaRN."""
     return {
         "use_yarn_rope": True,
-        "yarn_factor": factor,
-        "yarn_attention_factor": attention_factor,
-        "yarn_beta_fast": number(rope, "beta_fast", 32.0),
-        "yarn_beta_slow": number(rope, "beta_slow", 1.0),
-        "yarn_original_max_position_embeddings": original,
-        "yarn_truncate": bool(rope.get("truncate", True)),
+        "yarn_factor": rope["factor"],
+        "yarn_attention_factor": yarn_attention_factor(rope),
+        "yarn_beta_fast": rope["beta_fast"],
+        "yarn_beta_slow": rope["beta_slow"],
+        "yarn_original_max_position_embeddings": rope["original_max_position_embeddings"],
+        "yarn_truncate": rope["truncate"],
     }

@@ -1,6 +1,7 @@
 """Hugging Face unquantized: what transformers, vLLM, PEFT and training code load.
 
-Source of names, shapes and transpositions: transformers, `models/gpt_oss/modeling_gpt_oss.py` and,
+Some programs save the experts' matrices transposed (unsloth-zoo#1114); they are read too. Source of
+names, shapes and transpositions: transformers, `models/gpt_oss/modeling_gpt_oss.py` and,
 for the experts' matrices made of MXFP4, `integrations/mxfp4.py` (`convert_moe_packed_tensors`).
 """
 
@@ -14,20 +15,21 @@ from ._hugging_face import (
     FIRST,
     LAST,
     ROUTER,
-    config_files,
-    is_unquantized,
+    is_hugging_face,
+    notes,
     read_model,
 )
+from ._hugging_face_config import config_files
 from ._table import Row, Table
 
-__all__ = ["TABLE", "check", "detect", "files", "read_model"]
+__all__ = ["TABLE", "check", "detect", "files", "notes", "read_model"]
 
 TABLE: Table = (
     *FIRST,
     *ROUTER,
-    Row(EXPERTS + "gate_up_proj", "gate_up", "e m (i t)"),
+    Row(EXPERTS + "gate_up_proj", "gate_up", "e m (i t)", other_axes="e (i t) m"),
     EXPERT_BIASES[0],
-    Row(EXPERTS + "down_proj", "down", "e i m"),
+    Row(EXPERTS + "down_proj", "down", "e i m", other_axes="e m i"),
     EXPERT_BIASES[1],
     *LAST,
 )
@@ -36,12 +38,10 @@ files = config_files
 
 
 def detect(info: CheckpointInfo) -> str | None:
-    """See `Format.detect`: by config.json, unless each expert of layer 0 has its own tensors."""
-    experts = EXPERTS.format(l=0)
-    unfused = (experts + "gate_up_projs.", experts + "0.")
-    if not is_unquantized(info) or any(name.startswith(unfused) for name in info.tensors):
+    """See `Format.detect`: by config.json and by the stacked tensors of the experts."""
+    if not is_hugging_face(info, ("experts.gate_up_proj", "experts.down_proj")):
         return None
-    return 'config.json has model_type "gpt_oss" and no quantization_config'
+    return 'config.json has model_type "gpt_oss", and the experts are stacked and not in MXFP4'
 
 
 def check(model: ModelConfig) -> None:

@@ -12,10 +12,20 @@ from typing import Any
 from ..checkpoint.metadata import CheckpointInfo
 from ..model.config import ModelConfig
 from ..tensors.dtypes import DType
-from ._hugging_face import EXPERT_BIASES, EXPERTS, FIRST, LAST, ROUTER, config_files, read_model
+from ._hugging_face import (
+    EXPERT_BIASES,
+    EXPERTS,
+    FIRST,
+    LAST,
+    ROUTER,
+    is_hugging_face,
+    notes,
+    read_model,
+)
+from ._hugging_face_config import config_files
 from ._table import Mxfp4Encoding, Row, Table
 
-__all__ = ["QUANTIZATION", "TABLE", "check", "detect", "files", "read_model"]
+__all__ = ["QUANTIZATION", "TABLE", "check", "detect", "files", "notes", "read_model"]
 
 _MXFP4 = Mxfp4Encoding("_blocks", "_scales")
 
@@ -42,13 +52,10 @@ QUANTIZATION: Mapping[str, Any] = {
 
 
 def detect(info: CheckpointInfo) -> str | None:
-    """See `Format.detect`: by config.json alone, against which the tensors are checked later."""
-    quantization = info.config.get("quantization_config")
-    if info.config.get("model_type") != "gpt_oss" or not isinstance(quantization, dict):
+    """See `Format.detect`: by config.json, and because the experts are in blocks and scales."""
+    if not is_hugging_face(info, ("_proj_blocks", "_proj_scales")):
         return None
-    if quantization.get("quant_method") != "mxfp4" or info.config_name != "config.json":
-        return None
-    return 'config.json has model_type "gpt_oss" and quant_method "mxfp4"'
+    return 'config.json has model_type "gpt_oss", and the experts are in MXFP4'
 
 
 def check(model: ModelConfig) -> None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 from ..checkpoint.metadata import CheckpointInfo
 from ..errors import CheckpointError
 from ..model.config import ModelConfig
-from ._hugging_face import EXPERTS, FIRST, LAST, LAYER, config_files, is_unquantized, read_model
+from ._hugging_face import EXPERTS, FIRST, LAST, LAYER, is_hugging_face, notes, read_model
+from ._hugging_face_config import config_files
 from ._table import Row, Table
 
-__all__ = ["TABLE", "WARNING", "check", "detect", "files", "read_model"]
+__all__ = ["TABLE", "WARNING", "check", "detect", "files", "notes", "read_model"]
 
 
 def _expert(module: str, kind: str, tensor: str, axes: str) -> Row:
@@ -48,17 +49,15 @@ files = config_files
 
 def detect(info: CheckpointInfo) -> str | None:
     """See `Format.detect`: by the names of the first expert."""
-    if not is_unquantized(info):
-        return None
     singular = EXPERTS.format(l=0) + "0.gate_up_proj.weight"
-    if singular in info.tensors:
+    if is_hugging_face(info, (".0.gate_up_proj.weight",)) and singular in info.tensors:
         file = info.location.display_path(info.tensors[singular].shard)
         raise CheckpointError(
             f"{file}: tensor {singular!r}: some programs write under this name rows that alternate "
             "between gate and up, others write gate and up as two halves; if you know that the "
             "rows alternate, add --from hf-unfused"
         )
-    if EXPERTS.format(l=0) + "gate_up_projs.0.weight" not in info.tensors:
+    if not is_hugging_face(info, ("gate_up_projs.0.weight", "down_projs.0.weight")):
         return None
     return 'config.json has model_type "gpt_oss", and each expert is a module (gate_up_projs.0)'
 

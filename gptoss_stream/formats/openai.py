@@ -16,6 +16,7 @@ from ..checkpoint.metadata import CheckpointInfo
 from ..errors import ConfigError
 from ..model.config import ModelConfig, alternating_layers, integer, number, yarn_attention_factor
 from ..tensors.dtypes import DType
+from ._rotary import parse_rope
 from ._table import Mxfp4Encoding, Row, Table
 
 __all__ = ["TABLE", "check", "detect", "files", "parse_config", "read_model"]
@@ -49,6 +50,15 @@ TABLE: Table = (
 )
 # fmt: on
 
+_LENGTH = "original_max_position_embeddings"
+_ROPE_NAMES = {
+    "rope_scaling_factor": "factor",
+    "rope_ntk_beta": "beta_fast",
+    "rope_ntk_alpha": "beta_slow",
+    "initial_context_length": _LENGTH,
+}
+"""OpenAI's entries for the rotary embedding, and the names of the same in `ModelConfig.rope`."""
+
 
 def detect(info: CheckpointInfo) -> str | None:
     """See `Format.detect`: by the fused qkv tensor, and by a config.json without model type."""
@@ -71,10 +81,10 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
         ConfigError: If it does not describe one.
     """
     num_layers = integer(config, "num_hidden_layers")
-    context = integer(config, "initial_context_length", 4096)
-    factor = number(config, "rope_scaling_factor", 32.0)
+    head_dim = integer(config, "head_dim")
+    theta, rope = _parse_rope(config, head_dim)
     try:
-        positions = round(context * factor)
+        positions = round(rope.get(_LENGTH, 131_072) * rope.get("factor", 1.0))
     except OverflowError:
         raise ConfigError(
             "config.json: initial_context_length times rope_scaling_factor is too large"
@@ -88,21 +98,54 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
         intermediate_size=integer(config, "intermediate_size"),
         num_heads=integer(config, "num_attention_heads"),
         num_kv_heads=integer(config, "num_key_value_heads"),
-        head_dim=integer(config, "head_dim"),
+        head_dim=head_dim,
         layer_types=alternating_layers(num_layers),
         sliding_window=integer(config, "sliding_window", 128),
         max_position_embeddings=positions,
-        rope_theta=number(config, "rope_theta", 150000.0),
-        rope={
-            "rope_type": "yarn",
-            "factor": factor,
-            "beta_fast": number(config, "rope_ntk_beta", 32.0),
-            "beta_slow": number(config, "rope_ntk_alpha", 1.0),
-            "truncate": False,
-            "original_max_position_embeddings": context,
-        },
+        rope_theta=theta,
+        rope=rope,
         swiglu_limit=number(config, "swiglu_limit", 7.0),
     )
+
+
+def _parse_rope(config: Mapping[str, Any], head_dim: int) -> tuple[float, dict[str, Any]]:
+    """Return the base and the settings of the rotary embedding (see `parse_rope`).
+
+    Some programs replace OpenAI's entries by Hugging Face's `rope_parameters` or `rope_scaling`
+    (huggingface/transformers#42007). If the configuration has both kinds, they must agree.
+    """
+    settings = {
+        "rope_type": "yarn",
+        "factor": number(config, "rope_scaling_factor", 32.0),
+        "beta_fast": number(config, "rope_ntk_beta", 32.0),
+        "beta_slow": number(config, "rope_ntk_alpha", 1.0),
+        "truncate": False,
+        _LENGTH: integer(config, "initial_context_length", 4096),
+    }
+    own = parse_rope({**config, "rope_scaling": settings, "rope_parameters": None}, head_dim)
+    if not config.get("rope_scaling") and config.get("rope_parameters") is None:
+        return own
+    theta, rope = parse_rope(config, head_dim)
+    found = config.get("rope_scaling") or config["rope_parameters"]
+    if rope["rope_type"] not in ("yarn", "default"):
+        raise ConfigError(
+            f"config.json: rotary embeddings of the type {rope['rope_type']!r}, which a "
+            "configuration with OpenAI's entries cannot have"
+        )
+    if rope["rope_type"] == "yarn" and _LENGTH not in {**config, **found}:
+        raise ConfigError(f"config.json: the rotary settings have no {_LENGTH}; add it")
+    for name, key in _ROPE_NAMES.items():
+        if name in config and rope.get(key) != own[1][key]:
+            raise ConfigError(
+                f"config.json: {name} is {own[1][key]:g}, and the rotary settings beside it have "
+                f"{key} {rope.get(key)}; remove the ones that are wrong"
+            )
+    if "rope_theta" in config and theta != own[0]:
+        raise ConfigError(
+            f"config.json: rope_theta is {own[0]:g}, and the one in the rotary settings {theta:g}; "
+            "remove the wrong one"
+        )
+    return theta, rope
 
 
 def check(model: ModelConfig) -> None:
@@ -125,11 +168,14 @@ def check(model: ModelConfig) -> None:
         "rope_type": "yarn",
     }
     if model.rope_type == "yarn":
-        found |= {"rope truncate": bool(rope.get("truncate", True))}
-        fixed |= {"rope truncate": False}
-        if rope.get("attention_factor") is not None:
-            found["rope attention_factor"] = number(rope, "attention_factor")
-            fixed["rope attention_factor"] = yarn_attention_factor(rope)
+        found |= {
+            "rope truncate": rope["truncate"],
+            "rope attention_factor": yarn_attention_factor(rope),
+        }
+        fixed |= {
+            "rope truncate": False,
+            "rope attention_factor": yarn_attention_factor({"factor": rope["factor"]}),
+        }
     for name, value in fixed.items():
         if found[name] != value:
             raise ConfigError(
@@ -147,11 +193,11 @@ def _refuse_frequencies(model: ModelConfig) -> None:
     interpolates between two dimensions and asserts 0 < low < high < head_dim / 2 - 1.
     """
     rope, half = model.rope, model.head_dim / 2
-    factor, length = number(rope, "factor"), integer(rope, "original_max_position_embeddings")
+    factor, length = rope["factor"], rope[_LENGTH]
     if factor == 1:
         return
-    betas = number(rope, "beta_fast", 32.0), number(rope, "beta_slow", 1.0)
-    if factor > 1 and model.rope_theta > 1 and length > 0 and min(betas) > 0:
+    betas = rope["beta_fast"], rope["beta_slow"]
+    if factor > 1 and model.rope_theta > 1:
         low, high = (
             half * math.log(length / (beta * 2 * math.pi)) / math.log(model.rope_theta)
             for beta in betas
@@ -173,9 +219,8 @@ def files(
     model: ModelConfig, config: Mapping[str, Any], dtype: DType, *, partial: bool
 ) -> dict[str, bytes]:
     """See `Format.files`: OpenAI's config.json, named source_config.json for a partial model."""
-    is_openai = bool(config) and "model_type" not in config
-    target = dict(config) if is_openai else openai_config(model)
-    return {"source_config.json" if partial else "config.json": strict_json.dumps(target)}
+    target = strict_json.dumps(openai_config(model))
+    return {"source_config.json" if partial else "config.json": target}
 
 
 def openai_config(model: ModelConfig) -> dict[str, Any]:
@@ -192,9 +237,9 @@ def openai_config(model: ModelConfig) -> dict[str, Any]:
         "num_attention_heads": model.num_heads,
         "num_key_value_heads": model.num_kv_heads,
         "sliding_window": model.sliding_window,
-        "initial_context_length": integer(model.rope, "original_max_position_embeddings"),
+        "initial_context_length": model.rope[_LENGTH],
         "rope_theta": model.rope_theta,
-        "rope_scaling_factor": number(model.rope, "factor"),
-        "rope_ntk_alpha": number(model.rope, "beta_slow", 1.0),
-        "rope_ntk_beta": number(model.rope, "beta_fast", 32.0),
+        "rope_scaling_factor": model.rope["factor"],
+        "rope_ntk_alpha": model.rope["beta_slow"],
+        "rope_ntk_beta": model.rope["beta_fast"],
     }

@@ -14,7 +14,8 @@ from ..checkpoint.metadata import CheckpointInfo
 from ..errors import ConfigError, TensorError
 from ..model.config import ModelConfig
 from ..tensors.dtypes import KEEP, DType
-from . import _hugging_face, openai
+from . import openai
+from ._hugging_face_config import parse_config
 from ._table import Row, Table
 from ._transformer_lens_config import (
     CONFIG_NAME,
@@ -89,7 +90,7 @@ def read_model(info: CheckpointInfo) -> ModelConfig:
             f"config.json: a model of type {str(info.config['model_type'])[:40]!r}, beside tensors "
             "of a gpt-oss; take the configuration from the same source as the tensors"
         )
-    parse = _hugging_face.parse_config if "model_type" in info.config else openai.parse_config
+    parse = parse_config if "model_type" in info.config else openai.parse_config
     model = parse(info.config)
     check(model)
     if described is not None:

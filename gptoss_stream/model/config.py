@@ -64,9 +64,10 @@ class ModelConfig:
     max_position_embeddings: int
     rope_theta: float
     rope: Mapping[str, Any] = field(repr=False)
-    """The rotary embedding's settings, named as in Hugging Face's config.json: `rope_type`,
-    `factor`, `beta_fast`, `beta_slow`, `truncate`, `original_max_position_embeddings`,
-    `attention_factor`."""
+    """The rotary embedding's settings, named as in Hugging Face's config.json, complete and
+    checked. For YaRN: `rope_type`, `factor`, `beta_fast`, `beta_slow`, `truncate`,
+    `original_max_position_embeddings`, and where set `attention_factor` or `mscale` with
+    `mscale_all_dim`."""
     rms_norm_eps: float = 1e-5
     swiglu_limit: float = 7.0
     swiglu_alpha: float = 1.702
@@ -93,6 +94,10 @@ class ModelConfig:
         for name, value in positive.items():
             if not value > 0:
                 raise ConfigError(f"config.json: {name} is {value}; it must be positive")
+        if self.head_dim % 2:
+            raise ConfigError(
+                f"config.json: head_dim is {self.head_dim}; rotary embeddings need an even one"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"config.json: {self.num_heads} attention heads cannot share "
@@ -139,7 +144,7 @@ class ModelConfig:
     @property
     def rope_type(self) -> str:
         """The kind of rotary embedding, named as in transformers: yarn, default or another."""
-        return str(self.rope.get("rope_type", self.rope.get("type", "default")))
+        return str(self.rope["rope_type"])
 
     def has(self, tensor: str) -> bool:
         """Return whether the model has a tensor of its own, which a checkpoint can store.
@@ -187,15 +192,27 @@ def alternating_layers(num_layers: int) -> tuple[str, ...]:
 
 
 def yarn_attention_factor(rope: Mapping[str, Any]) -> float:
-    """Return YaRN's default attention factor.
+    """Return the factor by which YaRN scales cosines and sines.
 
-    Source: transformers, `modeling_rope_utils.py` (`get_mscale`).
+    It is `attention_factor` if that is set, else it follows from `factor` and, where both are set
+    and not zero, `mscale` and `mscale_all_dim`. Source: transformers, `modeling_rope_utils.py`
+    (`_compute_yarn_parameters`).
 
     Args:
-        rope: Settings as in `ModelConfig.rope`.
+        rope: Settings as in `ModelConfig.rope`, for YaRN.
     """
+    if rope.get("attention_factor") is not None:
+        return number(rope, "attention_factor")
     factor = number(rope, "factor")
-    return 1.0 if factor <= 1 else 0.1 * math.log(factor) + 1.0
+    scales = [number(rope, key, 0.0) for key in ("mscale", "mscale_all_dim")]
+    if not all(scales):
+        return _mscale(factor, 1.0)
+    return _mscale(factor, scales[0]) / _mscale(factor, scales[1])
+
+
+def _mscale(factor: float, scale: float) -> float:
+    """Return YaRN's attention factor for a scaling factor, with the logarithm scaled."""
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 
 def integer(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
@@ -211,7 +228,7 @@ def integer(config: Mapping[str, Any], key: str, default: int | None = None) -> 
     """
     value = config.get(key, default)
     if value is None:
-        raise ConfigError(f"config.json: {key} is missing")
+        raise ConfigError(f"config.json: {key} is {'null' if key in config else 'missing'}")
     if type(value) is not int:
         raise ConfigError(f"config.json: {key} is {str(value)[:40]!r}; it must be an integer")
     return value
@@ -231,7 +248,7 @@ def number(config: Mapping[str, Any], key: str, default: float | None = None) ->
     value = config.get(key)
     value = default if value is None else value
     if value is None:
-        raise ConfigError(f"config.json: {key} is missing")
+        raise ConfigError(f"config.json: {key} is {'null' if key in config else 'missing'}")
     if type(value) not in (int, float) or not abs(value) < 1e300:
         raise ConfigError(f"config.json: {key} is {str(value)[:40]!r}; it must be a number")
     return float(value)

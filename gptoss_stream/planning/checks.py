@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Collection, Iterable
 
 from .. import formats
 from ..checkpoint.metadata import CheckpointInfo
@@ -14,7 +15,25 @@ from ..model.tensors import ABSENT_IS_ZERO
 from ..tensors.dtypes import KEEP, DType, torch_name
 from ..transforms.output_tensor import OutputTensor
 
-__all__ = ["choose_dtype", "refuse_cut_stacks", "refuse_quantizing", "refuse_unmappable"]
+__all__ = [
+    "choose_dtype",
+    "refuse_cut_stacks",
+    "refuse_quantizing",
+    "refuse_unmappable",
+    "unmapped_tensors",
+]
+
+_HARMLESS = re.compile(
+    r"rotary_emb\.|rotary_(sin|cos)$|(^|[._])inv_freq$"  # follow from the configuration
+    r"|(^|[._])([kvq]|kv|kv_cache|prob)_scale$|[kv]_(cache|bmm)_quantizer\._amax$"
+    r"|input_(scale|quantizer\._amax)$|output_scale$"  # activations and KV cache, when served
+)
+"""Names of tensors that do not change the weights."""
+_SIGNIFICANT = re.compile(
+    r"scales?(_\w*)?$|zeros?$|_blocks$|\.blocks$|lora_|absmax|quant|qweight|g_idx|weight_packed"
+    r"|experts|attn|attention|router"
+)
+"""Parts of names without which the other tensors cannot have been read rightly."""
 
 
 def choose_dtype(dtype: str | None, source_format: str, to: str) -> str:
@@ -70,12 +89,45 @@ def refuse_unmappable(
         for layer, expert in source.model.instances(row.stored):
             raw = info.tensors[row.stored.format(l=layer, e=expert)]
             if row.tensor not in ABSENT_IS_ZERO or not is_zero(info, raw):
+                reason = "is not zero, and" if row.tensor in ABSENT_IS_ZERO else "is one that"
                 raise TensorError(
-                    f"{info.location.display_path(raw.shard)}: tensor {raw.name!r} is not zero, "
-                    f"and the format {to} cannot hold it: the output would compute something else"
+                    f"{info.location.display_path(raw.shard)}: tensor {raw.name!r} {reason} the "
+                    f"format {to} cannot hold: the output would compute something else"
                 )
             names.add(raw.name)
     return names
+
+
+def unmapped_tensors(
+    source: SourceModel, used: Collection[str], left_out: Collection[str]
+) -> tuple[str, ...]:
+    """Return the stored tensors that no output tensor reads, if they change nothing.
+
+    Args:
+        source: The source.
+        used: The stored names of tensors that are read.
+        left_out: Those that the output cannot hold and need not.
+
+    Raises:
+        TensorError: If a tensor is within the model or belongs to a quantization or an adapter:
+            then the model was not understood.
+    """
+    layers = range(source.model.num_layers)
+    ignored = {name.format(l=layer) for name in formats.ignored(source.format) for layer in layers}
+    roots = {row.stored.partition(".")[0] for row in source.table}
+    unmapped = []
+    for name, raw in source.info.tensors.items():
+        if raw.name in used or raw.name in left_out or name in ignored:
+            continue
+        is_within = name.partition(".")[0] in roots
+        if not _HARMLESS.search(name) and (is_within or _SIGNIFICANT.search(name)):
+            raise TensorError(
+                f"{source.info.location.display_path(raw.shard)}: tensor {raw.name!r} has no place "
+                f"in the format {source.name}: without it the output would be another model; check "
+                "whether the checkpoint is in another format, quantized, or with an adapter"
+            )
+        unmapped.append(raw.name)
+    return tuple(sorted([*unmapped, *source.outside]))
 
 
 def refuse_cut_stacks(

@@ -21,7 +21,13 @@ from ..storage.location import LocationLike
 from ..storage.open_location import open_location
 from ..tensors.dtypes import KEEP, DType, is_exact, output_dtype
 from ..transforms.output_tensor import OutputTensor, element_ranges
-from .checks import choose_dtype, refuse_cut_stacks, refuse_quantizing, refuse_unmappable
+from .checks import (
+    choose_dtype,
+    refuse_cut_stacks,
+    refuse_quantizing,
+    refuse_unmappable,
+    unmapped_tensors,
+)
 from .mapping import output_tensors, raw_tensors
 from .options import DEFAULT_FORMAT, ConversionOptions
 from .shards import DEFAULT_SHARD_SIZE, PlannedShard, parse_size, plan_shards
@@ -58,6 +64,8 @@ class Plan:
     """The number of output tensors that lose precision, by dtypes: {"F32 to BF16": 12}."""
     warning: str
     """What users of this format should know; empty if there is nothing."""
+    notes: tuple[str, ...] = ()
+    """What users should know about how the source was read."""
 
     @property
     def num_tensors(self) -> int:
@@ -147,6 +155,9 @@ def plan_conversion(source: SourceModel, options: ConversionOptions) -> Plan:
     written_dtype = None if dtype == KEEP else output_dtype(dtype)
     every = [*output_tensors(source.table, target.TABLE, source.model, info.tensors, written_dtype)]
     refuse_cut_stacks(every, selection, to)
+    used = {
+        raw.name for t in every for segment in t.segments for raw in raw_tensors(segment.operand)
+    }
     tensors = [tensor for tensor in every if selection.matches(tensor.name, *tensor.origin)]
     if not tensors:
         raise OptionError(f"the selection {selection.as_dict()} matches no tensor of {to}")
@@ -163,22 +174,11 @@ def plan_conversion(source: SourceModel, options: ConversionOptions) -> Plan:
         selection=selection,
         is_partial=len(tensors) < len(every),
         shards=plan_shards(tensors, max_shard_size),
-        unmapped=_unmapped(info, source, every, left_out),
+        unmapped=unmapped_tensors(source, used, left_out),
         narrowed=_count_narrowed(tensors),
         warning=formats.warning(target) if to != source.name else "",
+        notes=source.notes,
     )
-
-
-def _unmapped(
-    info: CheckpointInfo, source: SourceModel, every: Iterable[OutputTensor], left_out: set[str]
-) -> tuple[str, ...]:
-    """Return the raw tensors that no output tensor reads and that are not known to be needless."""
-    used = {
-        raw.name for t in every for segment in t.segments for raw in raw_tensors(segment.operand)
-    }
-    layers = range(source.model.num_layers)
-    ignored = {name.format(l=layer) for name in formats.ignored(source.format) for layer in layers}
-    return tuple(sorted(info.tensors.keys() - used - ignored - left_out))
 
 
 def _main_dtype(tensors: Iterable[OutputTensor]) -> DType:

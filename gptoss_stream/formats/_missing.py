@@ -1,0 +1,84 @@
+"""Refuses checkpoints that lack tensors, with the likely reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import count, groupby
+
+from .._utils.messages import counted, listed
+from ..checkpoint.metadata import CheckpointInfo
+from ..errors import TensorError
+from ..model.config import ModelConfig
+from ._registry import load, names
+from ._table import Table, rows_by_name, tensor_specs
+from ._unknown import describe_other_names
+
+__all__ = ["refuse_missing"]
+
+
+def refuse_missing(
+    missing: Sequence[str], table: Table, model: ModelConfig, info: CheckpointInfo
+) -> None:
+    """Refuse a checkpoint that lacks tensors.
+
+    Args:
+        missing: The names that are missing; with none, nothing is refused.
+        table: The table of the format.
+        model: The model.
+        info: The checkpoint.
+
+    Raises:
+        TensorError: If there are names. It says which layers are missing if whole ones are, and
+            which names there are instead if none of the format's names is there.
+    """
+    if not missing:
+        return
+    lacking = set(missing)
+    of_layers = [_names_of_layer(table, model, layer) for layer in range(model.num_layers)]
+    whole = [n for n, needed in enumerate(of_layers) if needed and needed <= lacking]
+    if len(whole) == model.num_layers:
+        tables: Mapping[str, Table] = {name: load(name).TABLE for name in names()}
+        raise TensorError(f"{info.location}: {describe_other_names(info, tables)}")
+    others = lacking.difference(*(of_layers[layer] for layer in whole))
+    parts = []
+    if whole:
+        word = "layer" if len(whole) == 1 else "layers"
+        parts.append(f"{word} {_ranges(whole)} missing")
+    if others:
+        shown = listed([repr(name) for name in missing if name in others])
+        parts.append(f"{counted(len(others), 'tensor')} missing: {shown}")
+    raise TensorError(
+        f"{info.location}: {'; '.join(parts)}; {info.config_name} calls for them"
+        f"{_advice(others, info)}"
+    )
+
+
+def _names_of_layer(table: Table, model: ModelConfig, layer: int) -> set[str]:
+    """Return the names of all tensors of a layer."""
+    rows = rows_by_name(row for row in table if row.is_in(model) and "{l}" in row.stored)
+    specs = [spec for same_name in rows.values() for spec in tensor_specs(same_name, model.sizes)]
+    experts = range(model.num_experts)
+    return {
+        spec.name.format(l=layer, e=expert)
+        for spec in specs
+        for expert in (experts if "{e}" in spec.name else range(1))
+    }
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Return numbers as text, such as "3, 19 to 23"."""
+    counter = count()
+    runs = [[*run] for _, run in groupby(numbers, lambda number: number - next(counter))]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
+
+
+def _advice(missing: set[str], info: CheckpointInfo) -> str:
+    """Return what to do. Only an incomplete download is mended by another one."""
+    if missing == {"lm_head.weight"}:
+        return "; if the unembedding is the embedding, set tie_word_embeddings to true there"
+    if len(info.shards) > 1 and not info.location.has("model.safetensors.index.json"):
+        return "; if a shard is missing, download it"
+    return (
+        "; the files are complete, so they were saved without: save the model again, or check "
+        f"{info.config_name}"
+    )
