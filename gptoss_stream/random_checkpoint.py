@@ -201,9 +201,12 @@ def random_checkpoint(
     if format in _AS_RELEASED:
         tensors.sort(key=lambda tensor: tensor.name)
     files = target.files(model, {}, DType.BF16, partial=False)
-    config = strict_json.loads(next(iter(files.values())))
-    if "eos_token_id" in config:
-        generation = {"eos_token_id": config["eos_token_id"]}
+    config = strict_json.loads(files.get("config.json", b"{}"))
+    if "model_type" in config:  # Hugging Face's; any token can be the one that ends a text
+        last = model.vocab_size - 1
+        tokens = {"eos_token_id": last, "pad_token_id": last, **config}
+        files["config.json"] = strict_json.dumps({**config, **tokens})
+        generation = {"eos_token_id": tokens["eos_token_id"]}
         files["generation_config.json"] = strict_json.dumps(generation)
     return RandomCheckpoint(
         plan_shards(tensors, limit, **_AS_RELEASED.get(format, {})),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ..checkpoint.metadata import CheckpointInfo
 from ..model.config import ModelConfig
-from ._hugging_face_config import config_notes, parse_config
+from ._hugging_face_config import config_files, config_notes, parse_config
 from ._table import Row, Table
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "LAST",
     "LAYER",
     "ROUTER",
+    "config_files",
     "is_hugging_face",
     "notes",
     "read_model",

@@ -15,6 +15,9 @@ from ._unknown import describe_other_names
 
 __all__ = ["refuse_missing"]
 
+_RECORD = "gptoss_stream.json"
+"""The file in which a conversion says what it wrote."""
+
 
 def refuse_missing(
     missing: Sequence[str], table: Table, model: ModelConfig, info: CheckpointInfo
@@ -42,14 +45,13 @@ def refuse_missing(
     others = lacking.difference(*(of_layers[layer] for layer in whole))
     parts = []
     if whole:
-        word = "layer" if len(whole) == 1 else "layers"
-        parts.append(f"{word} {_ranges(whole)} missing")
+        parts.append(f"{'layer' if len(whole) == 1 else 'layers'} {_ranges(whole)}")
     if others:
-        shown = listed([repr(name) for name in missing if name in others])
-        parts.append(f"{counted(len(others), 'tensor')} missing: {shown}")
+        parts.append(counted(len(others), "tensor"))
+    shown = listed([repr(name) for name in missing if name in others])
     raise TensorError(
-        f"{info.location}: {'; '.join(parts)}; {info.config_name} calls for them"
-        f"{_advice(others, info)}"
+        f"{info.location}: {' and '.join(parts)} missing that {info.config_name} calls for"
+        f"{': ' if others else ''}{shown}{_advice(others, info)}"
     )
 
 
@@ -74,6 +76,8 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 def _advice(missing: set[str], info: CheckpointInfo) -> str:
     """Return what to do. Only an incomplete download is mended by another one."""
+    if info.location.has(_RECORD):
+        return "; this is a part of a model, or an unfinished output: convert the whole model"
     if missing == {"lm_head.weight"}:
         return "; if the unembedding is the embedding, set tie_word_embeddings to true there"
     if len(info.shards) > 1 and not info.location.has("model.safetensors.index.json"):

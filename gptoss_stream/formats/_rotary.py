@@ -47,6 +47,10 @@ def parse_rope(config: Mapping[str, Any], head_dim: int) -> tuple[float, dict[st
         ConfigError: For settings that transformers refuses or cannot compute, and for those that
             contradict themselves.
     """
+    if head_dim % 2:
+        raise ConfigError(
+            f"config.json: head_dim is {head_dim}; rotary embeddings need an even one"
+        )
     key, found = _chosen(config)
     nested = [name for name, value in found.items() if isinstance(value, dict)]
     if nested:

@@ -15,11 +15,11 @@ from ._hugging_face import (
     FIRST,
     LAST,
     ROUTER,
+    config_files,
     is_hugging_face,
     notes,
     read_model,
 )
-from ._hugging_face_config import config_files
 from ._table import Row, Table
 
 __all__ = ["TABLE", "check", "detect", "files", "notes", "read_model"]

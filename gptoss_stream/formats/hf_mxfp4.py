@@ -18,11 +18,11 @@ from ._hugging_face import (
     FIRST,
     LAST,
     ROUTER,
+    config_files,
     is_hugging_face,
     notes,
     read_model,
 )
-from ._hugging_face_config import config_files
 from ._table import Mxfp4Encoding, Row, Table
 
 __all__ = ["QUANTIZATION", "TABLE", "check", "detect", "files", "notes", "read_model"]

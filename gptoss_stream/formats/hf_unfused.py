@@ -9,8 +9,16 @@ from __future__ import annotations
 from ..checkpoint.metadata import CheckpointInfo
 from ..errors import CheckpointError
 from ..model.config import ModelConfig
-from ._hugging_face import EXPERTS, FIRST, LAST, LAYER, is_hugging_face, notes, read_model
-from ._hugging_face_config import config_files
+from ._hugging_face import (
+    EXPERTS,
+    FIRST,
+    LAST,
+    LAYER,
+    config_files,
+    is_hugging_face,
+    notes,
+    read_model,
+)
 from ._table import Row, Table
 
 __all__ = ["TABLE", "WARNING", "check", "detect", "files", "notes", "read_model"]

@@ -94,10 +94,6 @@ class ModelConfig:
         for name, value in positive.items():
             if not value > 0:
                 raise ConfigError(f"config.json: {name} is {value}; it must be positive")
-        if self.head_dim % 2:
-            raise ConfigError(
-                f"config.json: head_dim is {self.head_dim}; rotary embeddings need an even one"
-            )
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"config.json: {self.num_heads} attention heads cannot share "

@@ -81,10 +81,6 @@ NOT_OPENAIS = {
         yarn(original_max_position_embeddings=128),
         "what OpenAI's code cannot compute",
     ),
-    "no original length": (
-        yarn(original_max_position_embeddings=None),
-        "original_max.* is missing",
-    ),
     "another attention factor": (yarn(attention_factor=1.0), "rope attention_factor is 1.0"),
     "no YaRN": (yarn(rope_type="linear"), "rope_type is linear"),
 }

@@ -191,13 +191,14 @@ def test_a_repository_with_two_formats(checkpoints, tmp_path):
 
 
 def test_the_format_can_be_given(checkpoints, tmp_path):
-    """It must be if config.json has no quantization_config and the tensors are in MXFP4."""
+    """Without a quantization_config the tensors decide, unless the format is given."""
     source = shutil.copytree(checkpoints(layers=1), tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
     del config["quantization_config"]
     (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="add --from hf-mxfp4"):
-        gptoss_stream.plan(source)
+    found = gptoss_stream.plan(source)
+    assert found.source_format == "hf-mxfp4"
+    assert any("no quantization_config" in note for note in found.notes)
     assert gptoss_stream.plan(source, source_format="hf-mxfp4").source_format == "hf-mxfp4"
     with pytest.raises(CheckpointError, match=r"'model.layers.0.mlp.experts.gate_up_proj'"):
         gptoss_stream.plan(source, source_format="hf")

@@ -98,7 +98,15 @@ def test_the_configuration_converts_back(original, converted, tmp_path):
     """From source_config.json with all keys, from tl_config.json with the same meaning."""
     gptoss_stream.convert(converted, tmp_path / "both", to="hf")
     before, after = (independent.config_of(folder) for folder in (original, tmp_path / "both"))
-    assert after == before | {"dtype": "float32", "torch_dtype": "float32"}
+    rope = before["rope_parameters"]
+    assert after == before | {
+        "dtype": "float32",
+        "torch_dtype": "float32",
+        "experts_per_token": before["num_experts_per_tok"],
+        "initial_context_length": rope["original_max_position_embeddings"],
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": {key: rope[key] for key in rope if key != "rope_theta"},
+    }
     without = shutil.copytree(converted, tmp_path / "without")
     (without / "source_config.json").unlink()
     gptoss_stream.convert(without, tmp_path / "fields", to="hf")
@@ -175,7 +183,7 @@ def test_fields_that_change_nothing_computed_may_differ(values, converted, tmp_p
 
 
 REFUSED_FIELDS = {
-    "no layers": ({"n_layers": None}, "n_layers is missing"),
+    "no layers": ({"n_layers": None}, "n_layers is null"),
     "unknown types": ({"attn_types": ["x", "y"]}, "attn_types must be a list of local and glob"),
     "no rotary embedding": ({"positional_embedding_type": "standard"}, "'standard'; gpt-oss has"),
     "a part of a head": ({"rotary_dim": 8}, "rotary_dim is '8'; gpt-oss has 24"),
@@ -330,7 +338,10 @@ def test_a_part_of_a_model_is_not_converted(original, tmp_path):
     """It is not a checkpoint, in either format."""
     part = gptoss_stream.Selection(layers="0")
     gptoss_stream.convert(original, tmp_path / "tl", selection=part)
-    with pytest.raises(CheckpointError, match=r"tensors missing that source_config.json calls for"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"layer 1.* missing that source_config.json calls for.*part of a model",
+    ):
         gptoss_stream.convert(tmp_path / "tl", tmp_path / "out", to="hf")
     gptoss_stream.convert(original, tmp_path / "hf", to="hf", selection=part)
     with pytest.raises(CheckpointError, match=r"config.json: missing; .* a part of a model"):
