@@ -133,13 +133,13 @@ def _check_index(
             where = f"in {tensors[tensor].shard}" if tensor in tensors else "in none of the shards"
             raise CheckpointError(
                 f"{index}: it says that tensor {tensor!r} is in {shard}, but it is {where}; "
-                "download index and shards again"
+                "the two are not of the same checkpoint: save or download both again"
             )
     for tensor, raw in tensors.items():
         if tensor not in weight_map:
             raise CheckpointError(
                 f"{index}: tensor {tensor!r} of {raw.shard} is missing from it; "
-                "download index and shards again"
+                "the two are not of the same checkpoint: save or download both again"
             )
 
 

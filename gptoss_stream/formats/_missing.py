@@ -7,13 +7,14 @@ from itertools import count, groupby
 
 from .._utils.messages import counted, listed
 from ..checkpoint.metadata import CheckpointInfo
+from ..checkpoint.small_files import read_config
 from ..errors import TensorError
 from ..model.config import ModelConfig
 from ._registry import load, names
 from ._table import Table, rows_by_name, tensor_specs
 from ._unknown import describe_other_names
 
-__all__ = ["refuse_missing"]
+__all__ = ["is_partial_output", "refuse_missing"]
 
 _RECORD = "gptoss_stream.json"
 """The file in which a conversion says what it wrote."""
@@ -39,7 +40,7 @@ def refuse_missing(
     lacking = set(missing)
     of_layers = [_names_of_layer(table, model, layer) for layer in range(model.num_layers)]
     whole = [n for n, needed in enumerate(of_layers) if needed and needed <= lacking]
-    if len(whole) == model.num_layers:
+    if len(whole) == model.num_layers and not is_partial_output(info):
         tables: Mapping[str, Table] = {name: load(name).TABLE for name in names()}
         raise TensorError(f"{info.location}: {describe_other_names(info, tables)}")
     others = lacking.difference(*(of_layers[layer] for layer in whole))
@@ -53,6 +54,13 @@ def refuse_missing(
         f"{info.location}: {' and '.join(parts)} missing that {info.config_name} calls for"
         f"{': ' if others else ''}{shown}{_advice(others, info)}"
     )
+
+
+def is_partial_output(info: CheckpointInfo) -> bool:
+    """Return whether a checkpoint is an output of this package with some of the tensors only."""
+    if not info.location.has(_RECORD):
+        return False
+    return read_config(info.location, _RECORD).get("partial") is True
 
 
 def _names_of_layer(table: Table, model: ModelConfig, layer: int) -> set[str]:
@@ -76,8 +84,8 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 def _advice(missing: set[str], info: CheckpointInfo) -> str:
     """Return what to do. Only an incomplete download is mended by another one."""
-    if info.location.has(_RECORD):
-        return "; this is a part of a model, or an unfinished output: convert the whole model"
+    if is_partial_output(info):
+        return "; this is a part of a model, converted with a selection: convert the whole model"
     if missing == {"lm_head.weight"}:
         return "; if the unembedding is the embedding, set tie_word_embeddings to true there"
     if len(info.shards) > 1 and not info.location.has("model.safetensors.index.json"):

@@ -16,6 +16,7 @@ from ..model.config import ModelConfig
 from ..tensors.dtypes import KEEP, DType
 from . import openai
 from ._hugging_face_config import parse_config
+from ._missing import is_partial_output
 from ._table import Row, Table
 from ._transformer_lens_config import (
     CONFIG_NAME,
@@ -101,7 +102,9 @@ def read_model(info: CheckpointInfo) -> ModelConfig:
 def _refuse_processed(info: CheckpointInfo) -> None:
     """Refuse weights that TransformerLens has processed, of which the norms' are missing."""
     first = _BLOCK.format(l=0) + "ln1.w"
-    if first not in info.tensors and any(name.startswith("blocks.0.") for name in info.tensors):
+    if first in info.tensors or is_partial_output(info):
+        return
+    if any(name.startswith("blocks.0.") for name in info.tensors):
         raise TensorError(
             f"{info.location}: tensor {first!r} is missing, so the weights were processed "
             "(fold_ln), which cannot be undone; load the HookedTransformer without processing "

@@ -16,7 +16,7 @@ from .._utils.thread_pool import count_workers, run_steps
 from ..checkpoint.local_reader import LocalReader
 from ..checkpoint.metadata import CheckpointInfo
 from ..checkpoint.open_reader import open_reader
-from ..errors import OptionError
+from ..errors import OptionError, OutputError
 from ..model.selection import Selection
 from ..planning.plan import plan
 from ..storage.location import LocationLike
@@ -74,7 +74,7 @@ def verify(
     Raises:
         OptionError: If an argument is invalid.
         CheckpointError: If the source is not a valid checkpoint.
-        OutputError: If there is no output.
+        OutputError: If there is no output, or it is of another format.
         MachineError: If reading fails.
         MissingPackageError: If an optional package is not installed.
     """
@@ -87,6 +87,11 @@ def verify(
         options["selection"] = selection or options["selection"]
         planned = plan(source, source_format=source_format, **options)
         expected = {tensor.name: tensor for shard in planned.shards for tensor in shard.tensors}
+        if found.tensors and not found.tensors.keys() & expected.keys():
+            raise OutputError(
+                f"{folder}: none of its tensors is one of {planned.to}; name the source first and "
+                "the converted output second, or give its format with --to"
+            )
         differences += compare_structure(folder, found.tensors, expected, planned)
         tensors = [t for t in expected.values() if is_comparable(t, found.tensors)]
         if sample is not None:
