@@ -87,7 +87,7 @@ def verify(
         options["selection"] = selection or options["selection"]
         planned = plan(source, source_format=source_format, **options)
         expected = {tensor.name: tensor for shard in planned.shards for tensor in shard.tensors}
-        if found.tensors and not found.tensors.keys() & expected.keys():
+        if selection is None and found.tensors and not found.tensors.keys() & expected.keys():
             raise OutputError(
                 f"{folder}: none of its tensors is one of {planned.to}; name the source first and "
                 "the converted output second, or give its format with --to"

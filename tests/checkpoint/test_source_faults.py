@@ -31,6 +31,7 @@ from runs import (
 )
 
 SHARD = "model.safetensors"
+INDEXED = "model-00001-of-00001.safetensors"
 
 
 # --- a source that changes during the run ---------------------------------------------------------
@@ -250,7 +251,7 @@ def copied_to(name: str) -> Put:
 
     def put(source: Path) -> str:
         (source / name).parent.mkdir(exist_ok=True)
-        shutil.copy(source / SHARD, source / name)
+        shutil.copy(source / INDEXED, source / name)
         return name
 
     return put
@@ -273,21 +274,21 @@ def device(file: Path) -> None:
 
 
 def link_out(file: Path) -> None:
-    file.symlink_to(shutil.move(file.parent / SHARD, file.parent.parent))
+    file.symlink_to(shutil.move(file.parent / INDEXED, file.parent.parent))
 
 
 INDEX_NAMES: dict[str, Put] = {
-    "absolute": lambda source: str(source / SHARD),
+    "absolute": lambda source: str(source / INDEXED),
     "outside": copied_to("../other.safetensors"),
     "in a folder": copied_to("sub/model.safetensors"),
-    "with a dot": lambda source: f"./{SHARD}",
+    "with a dot": lambda source: f"./{INDEXED}",
     "a backslash": copied_to("..\\model.safetensors"),
-    "NUL": lambda source: f"{SHARD}\0",
+    "NUL": lambda source: f"{INDEXED}\0",
     "empty": lambda source: "",
     "dots": lambda source: "..",
     "hidden": copied_to(".model.safetensors"),
     "another suffix": copied_to("model.bin"),
-    "home": lambda source: f"~/{SHARD}",
+    "home": lambda source: f"~/{INDEXED}",
     "a pipe": created("pipe.safetensors", os.mkfifo),
     "a device": created("zero.safetensors", device),
     "a folder": created("folder.safetensors", Path.mkdir),
@@ -308,6 +309,7 @@ INDEX_NAMES: dict[str, Put] = {
 def test_a_name_in_the_index_that_is_not_the_name_of_a_shard(put, tiny, tmp_path):
     """It is refused by one printable line; nothing is written, and the run does not block."""
     index = json.loads((tiny / INDEX_NAME).read_text())
+    (tiny / SHARD).rename(tiny / INDEXED)  # a file named SHARD is read without the index
     name = put(tiny)
     index["weight_map"] = dict.fromkeys(index["weight_map"], name)
     (tiny / INDEX_NAME).write_text(json.dumps(index))

@@ -148,11 +148,19 @@ def test_configurations_of_all_sources_are_equal(checkpoints, tmp_path):
         assert "quantization_config" not in text
         assert text["torch_dtype"] == text["dtype"] == "bfloat16"
         configs[source] = AutoConfig.from_pretrained(tmp_path / source).to_dict()
-        configs[source].pop("_name_or_path", None)
+        for key in ("_name_or_path", "eos_token_id", "pad_token_id"):  # OpenAI's has no tokens
+            configs[source].pop(key, None)
     assert configs["openai"] == configs["hf-mxfp4"] == configs["hf"]
     original = AutoConfig.from_pretrained(checkpoints()).to_dict()
     for config in (original, configs["openai"]):
-        for key in ("quantization_config", "_name_or_path", "dtype", "torch_dtype"):
+        for key in (
+            "quantization_config",
+            "_name_or_path",
+            "dtype",
+            "torch_dtype",
+            "eos_token_id",
+            "pad_token_id",
+        ):
             config.pop(key, None)
     assert configs["openai"] == original
 
