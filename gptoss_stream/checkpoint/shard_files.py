@@ -19,9 +19,9 @@ from ..tensors.safetensors_header import INDEX_NAME, parse_index
 from .other_kinds import describe_other_kind
 from .small_files import read_small_file
 
-__all__ = ["ShardFiles", "find_shard_files"]
+__all__ = ["SINGLE_NAME", "ShardFiles", "find_shard_files"]
 
-_SINGLE_NAME = "model.safetensors"
+SINGLE_NAME = "model.safetensors"
 _MAX_INDEX_NBYTES = 25_000_000
 
 
@@ -57,8 +57,8 @@ def find_shard_files(location: Location, config: Mapping[str, Any]) -> ShardFile
         note = f"config.json names {named} (transformers_weights); no other file is read"
         return ShardFiles([named], notes=(note,))
     has_index = location.has(INDEX_NAME)
-    if location.has(_SINGLE_NAME):
-        return ShardFiles([_SINGLE_NAME], notes=_note_on_index(location) if has_index else ())
+    if location.has(SINGLE_NAME):
+        return ShardFiles([SINGLE_NAME], notes=_note_on_index(location) if has_index else ())
     if has_index:
         return _from_index(location, INDEX_NAME)
     names = [name for name in location.names() if name.endswith(".safetensors") and name[0] != "."]
@@ -109,11 +109,11 @@ def _note_on_index(location: Location) -> tuple[str, ...]:
     index = location.display_path(INDEX_NAME)
     try:
         text = read_small_file(location, INDEX_NAME, _MAX_INDEX_NBYTES)
-        if set(parse_index(text, index).values()) == {_SINGLE_NAME}:
+        if set(parse_index(text, index).values()) == {SINGLE_NAME}:
             return ()
     except CheckpointError:
         pass  # It is not read, so its faults do not matter.
     return (
-        f"{_SINGLE_NAME} is read, as by transformers; {INDEX_NAME} beside it names other files, "
+        f"{SINGLE_NAME} is read, as by transformers; {INDEX_NAME} beside it names other files, "
         "which are not read",
     )

@@ -7,9 +7,11 @@ from itertools import count, groupby
 
 from .._utils.messages import counted, listed
 from ..checkpoint.metadata import CheckpointInfo
+from ..checkpoint.shard_files import SINGLE_NAME
 from ..checkpoint.small_files import read_config
 from ..errors import TensorError
 from ..model.config import ModelConfig
+from ..tensors.safetensors_header import INDEX_NAME
 from ._registry import load, names
 from ._table import Table, rows_by_name, tensor_specs
 from ._unknown import describe_other_names
@@ -88,8 +90,14 @@ def _advice(missing: set[str], info: CheckpointInfo) -> str:
         return "; this is a part of a model, converted with a selection: convert the whole model"
     if missing == {"lm_head.weight"}:
         return "; if the unembedding is the embedding, set tie_word_embeddings to true there"
-    if len(info.shards) > 1 and not info.location.has("model.safetensors.index.json"):
+    has_index = info.location.has(INDEX_NAME)
+    if len(info.shards) > 1 and not has_index:
         return "; if a shard is missing, download it"
+    if has_index and [shard.name for shard in info.shards] == [SINGLE_NAME]:
+        return (
+            f"; {SINGLE_NAME} was read, as by transformers, and {INDEX_NAME} beside it was not: "
+            "remove the one that is out of date"
+        )
     return (
         "; the files are complete, so they were saved without: save the model again, or check "
         f"{info.config_name}"
