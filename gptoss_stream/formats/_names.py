@@ -60,7 +60,10 @@ def unwrap(info: CheckpointInfo, tables: Mapping[str, Table]) -> Unwrapped:
     """
     _refuse_adapter(info)
     tensors, removed = _without_wrappers(info)
-    found = inner_config(info.config) if info.config.get("model_type") != "gpt_oss" else None
+    model_type = info.config.get("model_type")
+    found = inner_config(info.config) if model_type != "gpt_oss" else None
+    if found is None and model_type not in (None, "gpt_oss"):
+        return Unwrapped(replace(info, tensors=tensors), ())  # of another kind: see `_unknown`
     anchors = {row.stored for table in tables.values() for row in table if row.tensor == "embed"}
     prefix, lacks_model = _prefix(info, tensors, anchors)
     notes = [*info.notes]
