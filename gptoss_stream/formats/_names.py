@@ -71,8 +71,7 @@ def unwrap(info: CheckpointInfo, tables: Mapping[str, Table]) -> Unwrapped:
     if found is not None and (prefix or lacks_model):
         key, config = found
         info = replace(info, configs={**info.configs, info.config_name: config})
-        if not any(name.startswith(prefix + "lm_head.") for name in tensors):
-            outside = [name for name in outside if name != "lm_head.weight"]
+        outside = [name for name in outside if not name.startswith("lm_head.")]
         notes.append(
             f"the gpt-oss inside is read: {key} of config.json, and the tensors of {prefix}*"
             + (f"; {counted(len(outside), 'tensor')} beside it not" if outside else "")
@@ -93,6 +92,7 @@ def unwrap(info: CheckpointInfo, tables: Mapping[str, Table]) -> Unwrapped:
         short = name.removeprefix(prefix)
         if lacks_model and short.startswith(_INNER):
             short = "model." + short
+        _refuse_copy(info, named.get(short), raw)
         named[short] = raw
     if lacks_model:
         notes.append("tensor names are read with 'model.' before them, which they lack")
@@ -120,13 +120,18 @@ def _without_wrappers(info: CheckpointInfo) -> tuple[dict[str, RawTensor], list[
             if wrapper in short:
                 short = ".".join(part for part in short.split(".") if part + "." != wrapper)
                 removed += [wrapper] if wrapper not in removed else []
-        if short in tensors:
-            raise CheckpointError(
-                f"{info.location}: tensors {tensors[short].name!r} and {name!r} are the same one "
-                "without what is around their names; remove one of them"
-            )
+        _refuse_copy(info, tensors.get(short), raw)
         tensors[short] = raw
     return tensors, removed
+
+
+def _refuse_copy(info: CheckpointInfo, one: RawTensor | None, other: RawTensor) -> None:
+    """Refuse two tensors whose names differ only in what is around them."""
+    if one is not None:
+        raise CheckpointError(
+            f"{info.location}: tensors {one.name!r} and {other.name!r} are the same one without "
+            "what is around their names; remove one of them"
+        )
 
 
 def _prefix(
