@@ -36,7 +36,6 @@ OPEN = {
     "an adapter: self_attn.q_proj.lora_down.weight",
     "one layer transposed",
     "the first layer transposed",
-    "blocks with the bytes before the groups",
     "the first layer of OpenAI's names missing",
     "OpenAI's names, a tensor missing",
     "a tensor under another name",
