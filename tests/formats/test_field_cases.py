@@ -31,8 +31,6 @@ OPEN = {
     "a wrapper around one layer",
     "a wrapper around one tensor",
     "no model. before one layer",
-    "every name with and without module.",
-    "one name with and without module.",
     "an adapter: self_attn.q_proj.lora_down.weight",
     "one layer transposed",
     "the first layer transposed",
