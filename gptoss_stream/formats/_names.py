@@ -139,19 +139,25 @@ def _prefix(
 ) -> tuple[str, bool]:
     """Return what is before the names of the model, and whether they lack `model.` after it.
 
-    It is what is before the embedding's name, which every format has.
+    It is what is before the embedding's name, which every format has, and before that of sinks.
     """
-    prefixes = {
-        name.removesuffix(anchor)
-        for name in tensors
-        for anchor in anchors
-        if name == anchor or name.endswith("." + anchor)
-    }
-    lacks_model = False
-    if not prefixes:
-        last = "embed_tokens.weight"
-        prefixes = {n.removesuffix(last) for n in tensors if n == last or n.endswith("." + last)}
-        lacks_model = bool(prefixes)
+    with_model, lacking = (
+        {
+            name.removesuffix(anchor)
+            for name in tensors
+            for anchor in names
+            if name == anchor or name.endswith("." + anchor)
+        }
+        for names in (anchors, {"embed_tokens.weight"})
+    )
+    # Other parts of a model, such as a vision tower, may have an embedding, but no sinks.
+    sinks = [name for name in tensors if name.endswith("attn.sinks")]
+    choices = [
+        ({p for p in found if any(name.startswith(p) for name in sinks)}, lacks_model)
+        for found, lacks_model in ((with_model, False), (lacking, True))
+    ]
+    choices += [(with_model, False), (lacking, True)]
+    prefixes, lacks_model = next((choice for choice in choices if choice[0]), (set(), False))
     if "" in prefixes or not prefixes:
         return "", lacks_model
     if len(prefixes) > 1:

@@ -27,7 +27,6 @@ NEVER_WRITTEN = {"auto_map", "quantization", "quantization_config", "transformer
 
 OPEN = {
     "a buffer of integers, and a configuration left over",
-    "inside, a vision tower with an embedding",
     "a wrapper around one layer",
     "a wrapper around one tensor",
     "no model. before one layer",
