@@ -22,8 +22,8 @@ from ._table import Table
 __all__ = ["Unwrapped", "inner_config", "unwrap"]
 
 _ADAPTER = re.compile(
-    r"(^|\.)(base_layer|original_module|modules_to_save|lora_(A|B|a|b|embedding_A|embedding_B)"
-    r"|lora_magnitude_vector)(\.|$)"
+    r"(^|\.)(base_layer|original_module|modules_to_save"
+    r"|lora_(A|B|a|b|down|up|embedding_A|embedding_B|magnitude_vector))(\.|$)"
 )
 _WRAPPERS = (
     "_orig_mod.",

@@ -26,11 +26,9 @@ NEVER_WRITTEN = {"auto_map", "quantization", "quantization_config", "transformer
 
 
 OPEN = {
-    "a buffer of integers, and a configuration left over",
     "a wrapper around one layer",
     "a wrapper around one tensor",
     "no model. before one layer",
-    "an adapter: self_attn.q_proj.lora_down.weight",
     "one layer transposed",
     "the first layer transposed",
     "the first layer of OpenAI's names missing",
