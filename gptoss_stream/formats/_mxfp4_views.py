@@ -73,4 +73,8 @@ def _is_same_order(shape: tuple[int, ...], blocks: tuple[int, ...]) -> bool:
         return True
     if len(rest) != 3 or rest[0] * rest[1] * rest[2] != rows * groups * BLOCK_NBYTES:
         return False
-    return rest[0] == rows or (rest[0] % rows == 0 and rest[2] == BLOCK_NBYTES)
+    if rest in ((groups, rows, BLOCK_NBYTES), (rows, BLOCK_NBYTES, groups)):
+        return False  # more likely transposed
+    if rest[0] == rows:
+        return rest[2] % BLOCK_NBYTES == 0
+    return rest[0] % rows == 0 and rest[2] == BLOCK_NBYTES

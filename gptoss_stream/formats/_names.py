@@ -22,8 +22,8 @@ from ._table import Table
 __all__ = ["Unwrapped", "inner_config", "unwrap"]
 
 _ADAPTER = re.compile(
-    r"(^|\.)(base_layer|original_module|modules_to_save|lora_(A|B|a|b|embedding_A|embedding_B)"
-    r"|lora_magnitude_vector)(\.|$)"
+    r"(^|\.)(base_layer|original_module|modules_to_save"
+    r"|lora_(A|B|a|b|down|up|embedding_A|embedding_B|magnitude_vector))(\.|$)"
 )
 _WRAPPERS = (
     "_orig_mod.",
@@ -60,7 +60,10 @@ def unwrap(info: CheckpointInfo, tables: Mapping[str, Table]) -> Unwrapped:
     """
     _refuse_adapter(info)
     tensors, removed = _without_wrappers(info)
-    found = inner_config(info.config) if info.config.get("model_type") != "gpt_oss" else None
+    model_type = info.config.get("model_type")
+    found = inner_config(info.config) if model_type != "gpt_oss" else None
+    if found is None and model_type not in (None, "gpt_oss"):
+        return Unwrapped(replace(info, tensors=tensors), ())  # of another kind: see `_unknown`
     anchors = {row.stored for table in tables.values() for row in table if row.tensor == "embed"}
     prefix, lacks_model = _prefix(info, tensors, anchors)
     notes = [*info.notes]
@@ -68,8 +71,7 @@ def unwrap(info: CheckpointInfo, tables: Mapping[str, Table]) -> Unwrapped:
     if found is not None and (prefix or lacks_model):
         key, config = found
         info = replace(info, configs={**info.configs, info.config_name: config})
-        if not any(name.startswith(prefix + "lm_head.") for name in tensors):
-            outside = [name for name in outside if name != "lm_head.weight"]
+        outside = [name for name in outside if not name.startswith("lm_head.")]
         notes.append(
             f"the gpt-oss inside is read: {key} of config.json, and the tensors of {prefix}*"
             + (f"; {counted(len(outside), 'tensor')} beside it not" if outside else "")
@@ -90,6 +92,7 @@ def unwrap(info: CheckpointInfo, tables: Mapping[str, Table]) -> Unwrapped:
         short = name.removeprefix(prefix)
         if lacks_model and short.startswith(_INNER):
             short = "model." + short
+        _refuse_copy(info, named.get(short), raw)
         named[short] = raw
     if lacks_model:
         notes.append("tensor names are read with 'model.' before them, which they lack")
@@ -117,13 +120,18 @@ def _without_wrappers(info: CheckpointInfo) -> tuple[dict[str, RawTensor], list[
             if wrapper in short:
                 short = ".".join(part for part in short.split(".") if part + "." != wrapper)
                 removed += [wrapper] if wrapper not in removed else []
-        if short in tensors:
-            raise CheckpointError(
-                f"{info.location}: tensors {tensors[short].name!r} and {name!r} are the same one "
-                "without what is around their names; remove one of them"
-            )
+        _refuse_copy(info, tensors.get(short), raw)
         tensors[short] = raw
     return tensors, removed
+
+
+def _refuse_copy(info: CheckpointInfo, one: RawTensor | None, other: RawTensor) -> None:
+    """Refuse two tensors whose names differ only in what is around them."""
+    if one is not None:
+        raise CheckpointError(
+            f"{info.location}: tensors {one.name!r} and {other.name!r} are the same one without "
+            "what is around their names; remove one of them"
+        )
 
 
 def _prefix(
@@ -131,19 +139,25 @@ def _prefix(
 ) -> tuple[str, bool]:
     """Return what is before the names of the model, and whether they lack `model.` after it.
 
-    It is what is before the embedding's name, which every format has.
+    It is what is before the embedding's name, which every format has, and before that of sinks.
     """
-    prefixes = {
-        name.removesuffix(anchor)
-        for name in tensors
-        for anchor in anchors
-        if name == anchor or name.endswith("." + anchor)
-    }
-    lacks_model = False
-    if not prefixes:
-        last = "embed_tokens.weight"
-        prefixes = {n.removesuffix(last) for n in tensors if n == last or n.endswith("." + last)}
-        lacks_model = bool(prefixes)
+    with_model, lacking = (
+        {
+            name.removesuffix(anchor)
+            for name in tensors
+            for anchor in names
+            if name == anchor or name.endswith("." + anchor)
+        }
+        for names in (anchors, {"embed_tokens.weight"})
+    )
+    # Other parts of a model, such as a vision tower, may have an embedding, but no sinks.
+    sinks = [name for name in tensors if name.endswith("attn.sinks")]
+    choices = [
+        ({p for p in found if any(name.startswith(p) for name in sinks)}, lacks_model)
+        for found, lacks_model in ((with_model, False), (lacking, True))
+    ]
+    choices += [(with_model, False), (lacking, True)]
+    prefixes, lacks_model = next((choice for choice in choices if choice[0]), (set(), False))
     if "" in prefixes or not prefixes:
         return "", lacks_model
     if len(prefixes) > 1:

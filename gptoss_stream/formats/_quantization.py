@@ -25,7 +25,8 @@ _MARKS = (
 """Names of tensors that only one program writes."""
 
 _PROGRAMS = {"quark": "AMD Quark", "modelopt": "ModelOpt"}
-_FLOATS = (DType.BF16, DType.F16, DType.F32)
+_NOT_PACKED = (DType.BF16, DType.F16, DType.F32, DType.I64, DType.BOOL)
+"""Dtypes of unquantized tensors, and of buffers such as positions and masks."""
 _SIDE_FILE = "hf_quant_config.json"
 
 
@@ -40,7 +41,7 @@ def refuse_other_quantization(info: CheckpointInfo) -> None:
     quantization = info.config.get("quantization_config")
     if not isinstance(quantization, (dict, type(None))):
         raise ConfigError(f"{config}: quantization_config is not an object")
-    dense = all(raw.dtype in _FLOATS for raw in info.tensors.values())
+    dense = all(raw.dtype in _NOT_PACKED for raw in info.tensors.values())
     for pattern, program in _MARKS:
         for name, raw in info.tensors.items():
             if pattern.search(name):

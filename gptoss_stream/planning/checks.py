@@ -119,6 +119,7 @@ def unmapped_tensors(
     for name, raw in source.info.tensors.items():
         if raw.name in used or raw.name in left_out or name in ignored:
             continue
+        _refuse_copy(source, name)
         is_within = name.partition(".")[0] in roots
         if not _HARMLESS.search(name) and (is_within or _SIGNIFICANT.search(name)):
             raise TensorError(
@@ -128,6 +129,19 @@ def unmapped_tensors(
             )
         unmapped.append(raw.name)
     return tuple(sorted([*unmapped, *source.outside]))
+
+
+def _refuse_copy(source: SourceModel, name: str) -> None:
+    """Refuse a tensor whose name is that of another with something before it."""
+    tensors = source.info.tensors
+    parts = name.split(".")
+    ends = (".".join(parts[number:]) for number in range(1, len(parts)))
+    one = next((tensors[end] for end in ends if end in tensors), None)
+    if one is not None:
+        raise TensorError(
+            f"{source.info.location}: tensor {tensors[name].name!r} is the same as {one.name!r} "
+            "but for what is before its name; remove the one that does not count"
+        )
 
 
 def refuse_cut_stacks(
