@@ -235,7 +235,7 @@ GONE = {
     "shards without an index, a layer missing": Refused(
         Source(without("layers.1.", "model.norm"), file="a.safetensors",
                files={"b.safetensors": b"\x10\0\0\0\0\0\0\0{}              "}),
-        ("layer 1 missing", "1 tensor missing: 'model.norm.weight'")),
+        ("layer 1 and 1 tensor missing", "'model.norm.weight'")),
     **{f"missing: {name}": Refused(Source(without(name)), (name,), DOWNLOAD)
        for name in ("model.embed_tokens.weight", "model.norm.weight", f"{ATTENTION}sinks",
                     f"{EXPERTS}gate_up_proj_bias", "0.mlp.router.bias")},
