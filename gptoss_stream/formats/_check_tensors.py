@@ -32,6 +32,8 @@ class AdaptedTable(NamedTuple):
     """The model with the tensors that the checkpoint stores."""
     notes: tuple[str, ...]
     """What users should know about how the tensors are read."""
+    doubt: str = ""
+    """Why the values may be read in the wrong order; empty if they are not."""
 
 
 def read_table(table: Table, model: ModelConfig, info: CheckpointInfo) -> AdaptedTable:
@@ -41,13 +43,12 @@ def read_table(table: Table, model: ModelConfig, info: CheckpointInfo) -> Adapte
     embeddings are not tied, and with stored attention biases the model has such biases.
 
     Raises:
-        TensorError: If a tensor is stored under two of its names, if nothing shows which of two
-            orders of axes is the right one, or if the configuration calls for far more tensors
-            than there are.
+        TensorError: If a tensor is stored under two of its names, or if the configuration calls
+            for far more tensors than there are.
     """
     _refuse_excess(table, model, info)
     named = tuple(_with_stored_name(row, model, info) for row in table)
-    adapted, notes = _with_stored_axes(named, model, info)
+    adapted, notes, doubt = _with_stored_axes(named, model, info)
     stored = {
         row.tensor
         for row in adapted
@@ -59,7 +60,7 @@ def read_table(table: Table, model: ModelConfig, info: CheckpointInfo) -> Adapte
         tied_embeddings=model.tied_embeddings and "unembed" not in stored,
         unembed_bias="unembed_bias" in stored,
     )
-    return AdaptedTable(adapted, model, notes)
+    return AdaptedTable(adapted, model, notes, doubt)
 
 
 def _refuse_excess(table: Table, model: ModelConfig, info: CheckpointInfo) -> None:
@@ -87,19 +88,20 @@ def _with_stored_name(row: Row, model: ModelConfig, info: CheckpointInfo) -> Row
 
 def _with_stored_axes(
     table: Table, model: ModelConfig, info: CheckpointInfo
-) -> tuple[Table, tuple[str, ...]]:
-    """Return the table with the orders of axes that the shapes show, and a note if one is another.
+) -> tuple[Table, tuple[str, ...], str]:
+    """Return the table with the orders of axes that the shapes show, with notes and a doubt.
 
     A square matrix shows nothing. It is then taken to be stored as the others are: a program that
     transposes the experts' matrices does it with all of them.
     """
     other = {row: _has_other_axes(row, model, info) for row in table if row.other_axes}
     if True not in other.values():
-        return table, ()
+        return table, (), ""
     turned = [row.stored for row in other if other[row]]
     first = next(iter(other))
+    doubt = ""
     if other[first] is None:
-        raise TensorError(
+        doubt = (
             f"{info.location}: {turned[0]} is transposed, and {first.stored} is square, so that "
             "nothing shows whether it is; compare it with inspect --against, and save it again"
         )
@@ -110,7 +112,7 @@ def _with_stored_axes(
         for row in table
     ]
     names = " and ".join(name.rpartition(".")[2] for name in turned)
-    return tuple(adapted), (f"{names} are stored transposed, and read so",)
+    return tuple(adapted), (f"{names} are stored transposed, and read so",), doubt
 
 
 def _has_other_axes(row: Row, model: ModelConfig, info: CheckpointInfo) -> bool | None:

@@ -39,6 +39,8 @@ class SourceModel:
     """The model with the tensors that are stored."""
     notes: tuple[str, ...] = ()
     """What users should know about how the checkpoint was read."""
+    doubt: str = ""
+    """Why values may be read in the wrong order, so that nothing can be converted; mostly empty."""
     outside: tuple[str, ...] = ()
     """Stored names of tensors that are not part of the gpt-oss."""
 
@@ -75,7 +77,9 @@ def read_source(info: CheckpointInfo, source_format: str | None) -> SourceModel:
         *notes(module, info),
         *read.notes,
     )
-    return SourceModel(info, name, reason, module, read.table, read.model, found, outside)
+    return SourceModel(
+        info, name, reason, module, read.table, read.model, found, read.doubt, outside
+    )
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from .. import formats
 from ..checkpoint.metadata import CheckpointInfo, read_metadata
-from ..errors import OptionError
+from ..errors import OptionError, TensorError
 from ..formats import SourceModel, check_tensors
 from ..model.config import ModelConfig
 from ..model.selection import ResolvedSelection, Selection
@@ -149,6 +149,8 @@ def plan_conversion(source: SourceModel, options: ConversionOptions) -> Plan:
     with formats.naming_config(info):
         target.check(source.model)
     check_tensors(source.table, source.model, info)
+    if source.doubt:
+        raise TensorError(source.doubt)
     refuse_quantizing(source, target.TABLE, to)
     left_out = refuse_unmappable(source, target.TABLE, info, to)
     selection = (options.selection or Selection()).resolve(source.model)
