@@ -31,8 +31,6 @@ OPEN = {
     "no model. before one layer",
     "one layer transposed",
     "the first layer transposed",
-    "the first layer of OpenAI's names missing",
-    "OpenAI's names, a tensor missing",
     "a tensor under another name",
     "the router as in separate experts",
 }
