@@ -29,8 +29,6 @@ OPEN = {
     "a wrapper around one layer",
     "a wrapper around one tensor",
     "no model. before one layer",
-    "one layer transposed",
-    "the first layer transposed",
     "a tensor under another name",
     "the router as in separate experts",
 }

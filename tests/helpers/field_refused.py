@@ -103,9 +103,9 @@ ADAPTERS = {
 MATRIX = "0.mlp.experts.down_proj"
 SHAPES = {
     "one layer transposed": Refused(
-        Source(transposed("1.mlp.experts.down_proj")), ("1.mlp.experts.down_proj'", "transposed")),
+        Source(transposed("1.mlp.experts.down_proj")), ("1.mlp.experts.down_proj' is transposed",)),
     "the first layer transposed": Refused(
-        Source(transposed(MATRIX)), ("mlp.experts.down_proj'", "transposed")),
+        Source(transposed(MATRIX)), (f"{MATRIX}' is transposed",)),
     "all transposed, and nothing tells of gate_up_proj": Refused(
         Source(transposed(), sizes=ODD), ("gate_up_proj is square", "nothing shows")),
     "down_proj transposed, and nothing tells of gate_up_proj": Refused(
