@@ -244,9 +244,6 @@ GONE = {
     "a tensor under another name": Refused(
         Source(sub(r"1\.mlp\.router\.weight", "1.mlp.gate.weight")),
         ("1.mlp.router.weight'", "'model.layers.1.mlp.gate.weight'"), DOWNLOAD),
-    "the router as in separate experts": Refused(
-        Source(sub(r"router\.", "router.linear.")),
-        ("mlp.router.weight'", "mlp.router.linear.weight'"), DOWNLOAD),
     "some biases missing": Refused(
         Source(without(*BIASES)), ("q_proj.bias'",), DOWNLOAD),
     "names of another architecture": Refused(
