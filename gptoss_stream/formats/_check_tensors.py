@@ -118,17 +118,22 @@ def _with_stored_axes(
 def _has_other_axes(row: Row, model: ModelConfig, info: CheckpointInfo) -> bool | None:
     """Return whether a row is stored in its other order of axes; None if its shape does not tell.
 
-    All layers must show the same: `check_tensors` refuses one that differs.
+    Raises:
+        TensorError: If layers or experts differ in it.
     """
     expected = stored_shape(row, model.sizes)
     other = stored_shape(replace(row, axes=row.other_axes), model.sizes)
     if expected == other:
         return None
-    for layer, expert in model.instances(row.stored):
-        raw = info.tensors.get(row.stored.format(l=layer, e=expert))
-        if raw is not None:
-            return raw.shape == other
-    return False
+    names = (row.stored.format(l=layer, e=expert) for layer, expert in model.instances(row.stored))
+    raws = [info.tensors[name] for name in names if name in info.tensors]
+    by_shape = {raw.shape: raw.name for raw in raws}
+    if {expected, other} <= by_shape.keys():
+        raise TensorError(
+            f"{info.location}: tensor {by_shape[other]!r} is transposed, {list(other)}, and "
+            f"{by_shape[expected]!r} is not; correct the program that saved them"
+        )
+    return other in by_shape
 
 
 def _is_stored(row: Row, name: str, model: ModelConfig, info: CheckpointInfo) -> bool:

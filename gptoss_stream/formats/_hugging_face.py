@@ -45,10 +45,12 @@ FIRST: Table = (
 )
 """The rows before the router."""
 
+_ROUTER = LAYER + "mlp.router."
 ROUTER: Table = (
-    Row(LAYER + "mlp.router.weight", "router", "e m"),
-    Row(LAYER + "mlp.router.bias", "router_bias", "e"),
+    Row(_ROUTER + "weight", "router", "e m", aliases=(_ROUTER + "linear.weight",)),
+    Row(_ROUTER + "bias", "router_bias", "e", aliases=(_ROUTER + "linear.bias",)),
 )
+"""The router's rows. With experts of their own modules, the router's is a module in it too."""
 
 EXPERT_BIASES: Table = (
     Row(EXPERTS + "gate_up_proj_bias", "gate_up_bias", "e (i t)"),

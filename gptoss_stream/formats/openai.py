@@ -64,9 +64,11 @@ def detect(info: CheckpointInfo) -> str | None:
     """See `Format.detect`: by the fused qkv tensor, and by a config.json without model type."""
     if info.config_name != "config.json" or "model_type" in info.config:
         return None
-    if _ATTENTION.format(l=0) + "qkv.weight" not in info.tensors:
+    ends = (".attn.qkv.weight", ".attn.sinks")
+    found = next((n for n in info.tensors if n.startswith("block.") and n.endswith(ends)), None)
+    if found is None:
         return None
-    return "config.json has no model_type, and the tensors OpenAI's names (block.0.attn.qkv.weight)"
+    return f"config.json has no model_type, and the tensors OpenAI's names ({found})"
 
 
 def read_model(info: CheckpointInfo) -> ModelConfig:

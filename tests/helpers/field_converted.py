@@ -36,6 +36,7 @@ def openai(tensors):
 
 
 TIED = {"tie_word_embeddings": True}
+PACKED = {"quantization_config": MXFP4}
 
 # fmt: off
 HEADS = {
@@ -126,6 +127,12 @@ WRAPPED = {
         ("base_model",), (HEAD,)),
 }
 
+ROUTERS = {
+    "the router as with separate experts": Converted(Source(sub(r"router\.", "router.linear."))),
+    "the router as with separate experts, MXFP4": Converted(
+        Source(sub(r"router\.", "router.linear."), PACKED, mxfp4=True)),
+}
+
 ODD = {"hidden_size": 64, "intermediate_size": 32}
 SQUARE = {"hidden_size": 96, "intermediate_size": 96}
 TRANSPOSED = {
@@ -158,7 +165,6 @@ def fixed_groups(ends: str, k: int):
 E8M0 = each("_scales", lambda scales: scales.view(torch.float8_e8m0fnu))
 FLAT = each("_blocks", lambda blocks: blocks.flatten(2))
 HARD = chain(fixed_groups("gate_up_proj_blocks", 2), fixed_groups("down_proj_blocks", 3))
-PACKED = {"quantization_config": MXFP4}
 BLOCKS = {
     "MXFP4 as transformers saves it": Converted(
         Source(config=PACKED, mxfp4=True), same_as_transformers=True),
@@ -285,6 +291,7 @@ CONVERTED: dict[str, Converted] = {
     **HEADS,
     **STALE,
     **WRAPPED,
+    **ROUTERS,
     **TRANSPOSED,
     **BLOCKS,
     **FILES,

@@ -103,9 +103,9 @@ ADAPTERS = {
 MATRIX = "0.mlp.experts.down_proj"
 SHAPES = {
     "one layer transposed": Refused(
-        Source(transposed("1.mlp.experts.down_proj")), ("1.mlp.experts.down_proj'", "transposed")),
+        Source(transposed("1.mlp.experts.down_proj")), ("1.mlp.experts.down_proj' is transposed",)),
     "the first layer transposed": Refused(
-        Source(transposed(MATRIX)), ("mlp.experts.down_proj'", "transposed")),
+        Source(transposed(MATRIX)), (f"{MATRIX}' is transposed",)),
     "all transposed, and nothing tells of gate_up_proj": Refused(
         Source(transposed(), sizes=ODD), ("gate_up_proj is square", "nothing shows")),
     "down_proj transposed, and nothing tells of gate_up_proj": Refused(
@@ -244,9 +244,6 @@ GONE = {
     "a tensor under another name": Refused(
         Source(sub(r"1\.mlp\.router\.weight", "1.mlp.gate.weight")),
         ("1.mlp.router.weight'", "'model.layers.1.mlp.gate.weight'"), DOWNLOAD),
-    "the router as in separate experts": Refused(
-        Source(sub(r"router\.", "router.linear.")),
-        ("mlp.router.weight'", "mlp.router.linear.weight'"), DOWNLOAD),
     "some biases missing": Refused(
         Source(without(*BIASES)), ("q_proj.bias'",), DOWNLOAD),
     "names of another architecture": Refused(
