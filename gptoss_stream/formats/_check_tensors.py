@@ -102,7 +102,7 @@ def _with_stored_axes(
     doubt = ""
     if other[first] is None:
         doubt = (
-            f"{info.location}: {turned[0]} is transposed, and {first.stored} is square, so that "
+            f"{info.location}: {_short(turned[0])} is transposed, and {_short(first.stored)} is square, so that "
             "nothing shows whether it is; compare it with inspect --against, and save it again"
         )
     if other[first]:
@@ -111,8 +111,13 @@ def _with_stored_axes(
         replace(row, axes=row.other_axes, other_axes="") if row.stored in turned else row
         for row in table
     ]
-    names = " and ".join(name.rpartition(".")[2] for name in turned)
+    names = " and ".join(map(_short, turned))
     return tuple(adapted), (f"{names} are stored transposed, and read so",), doubt
+
+
+def _short(name: str) -> str:
+    """Return the last part of a stored name."""
+    return name.rpartition(".")[2]
 
 
 def _has_other_axes(row: Row, model: ModelConfig, info: CheckpointInfo) -> bool | None:
