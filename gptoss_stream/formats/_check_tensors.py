@@ -102,8 +102,9 @@ def _with_stored_axes(
     doubt = ""
     if other[first] is None:
         doubt = (
-            f"{info.location}: {_short(turned[0])} is transposed, and {_short(first.stored)} is square, so that "
-            "nothing shows whether it is; compare it with inspect --against, and save it again"
+            f"{info.location}: {_short(turned[0])} is transposed, and {_short(first.stored)} is "
+            "square, so that nothing shows whether it is; compare it with inspect --against, and "
+            "save it again"
         )
     if other[first]:
         turned += [row.stored for row in other if other[row] is None]
