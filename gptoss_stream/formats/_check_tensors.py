@@ -175,7 +175,7 @@ def check_tensors(table: Table, model: ModelConfig, info: CheckpointInfo) -> Non
         TensorError: If a tensor has another dtype or shape, if some are missing, or if there is
             one of a further layer.
     """
-    missing: dict[str, None] = {}
+    missing: dict[str, tuple[int, ...]] = {}
     for rows in rows_by_name(row for row in table if row.is_in(model)).values():
         for spec in tensor_specs(rows, model.sizes):
             _refuse_further_layer(spec, model, info)
@@ -183,10 +183,10 @@ def check_tensors(table: Table, model: ModelConfig, info: CheckpointInfo) -> Non
                 name = spec.name.format(l=layer, e=expert)
                 raw = info.tensors.get(name)
                 if raw is None:
-                    missing[name] = None
+                    missing[name] = spec.shape
                 else:
                     _check_tensor(raw, spec, info)
-    refuse_missing([*missing], table, model, info)
+    refuse_missing(missing, table, model, info)
 
 
 def _refuse_further_layer(spec: TensorSpec, model: ModelConfig, info: CheckpointInfo) -> None:

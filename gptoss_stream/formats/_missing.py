@@ -23,38 +23,49 @@ _RECORD = "gptoss_stream.json"
 
 
 def refuse_missing(
-    missing: Sequence[str], table: Table, model: ModelConfig, info: CheckpointInfo
+    missing: Mapping[str, tuple[int, ...]], table: Table, model: ModelConfig, info: CheckpointInfo
 ) -> None:
     """Refuse a checkpoint that lacks tensors.
 
     Args:
-        missing: The names that are missing; with none, nothing is refused.
+        missing: The shapes of the missing tensors by name; without any, nothing is refused.
         table: The table of the format.
         model: The model.
         info: The checkpoint.
 
     Raises:
         TensorError: If there are names. It says which layers are missing if whole ones are, and
-            which names there are instead if none of the format's names is there.
+            which other names there are that the missing tensors may have.
     """
     if not missing:
         return
-    lacking = set(missing)
+    lacking = missing.keys()
     of_layers = [_names_of_layer(table, model, layer) for layer in range(model.num_layers)]
     whole = [n for n, needed in enumerate(of_layers) if needed and needed <= lacking]
     if len(whole) == model.num_layers and not is_partial_output(info):
         tables: Mapping[str, Table] = {name: load(name).TABLE for name in names()}
         raise TensorError(f"{info.location}: {describe_other_names(info, tables)}")
-    others = lacking.difference(*(of_layers[layer] for layer in whole))
+    others = set(lacking).difference(*(of_layers[layer] for layer in whole))
     parts = []
     if whole:
         parts.append(f"{'layer' if len(whole) == 1 else 'layers'} {_ranges(whole)}")
     if others:
         parts.append(counted(len(others), "tensor"))
     shown = listed([repr(name) for name in missing if name in others])
+    known = {row.stored for row in table if "{l}" not in row.stored}.union(*of_layers)
+    shapes = {*missing.values()}
+    instead = [
+        raw.name for n, raw in info.tensors.items() if n not in known and raw.shape in shapes
+    ]
+    advice = _advice(others, info)
+    if instead:
+        advice = (
+            f"; they may be there under other names: {listed([*map(repr, instead)])}; save the "
+            "model again with all names alike"
+        )
     raise TensorError(
         f"{info.location}: {' and '.join(parts)} missing that {info.config_name} calls for"
-        f"{': ' if others else ''}{shown}{_advice(others, info)}"
+        f"{': ' if others else ''}{shown}{advice}"
     )
 
 

@@ -25,20 +25,8 @@ import gptoss_stream
 NEVER_WRITTEN = {"auto_map", "quantization", "quantization_config", "transformers_weights"}
 
 
-OPEN = {
-    "a wrapper around one layer",
-    "a wrapper around one tensor",
-    "no model. before one layer",
-    "a tensor under another name",
-}
-"""Rows that are not right yet."""
-
-
 def rows(table: dict) -> list:
-    return [
-        pytest.param(row, id=name, marks=[pytest.mark.xfail] if name in OPEN else [])
-        for name, row in table.items()
-    ]
+    return [pytest.param(row, id=name) for name, row in table.items()]
 
 
 def differing(found: dict, expected: dict) -> list[str]:

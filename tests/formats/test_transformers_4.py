@@ -24,7 +24,7 @@ from gptoss_stream.tensors.dtypes import DType
 
 pytestmark = pytest.mark.slow
 
-COUNT = 500
+COUNT = 3000
 SCRIPT = """
 import json, sys
 import torch
