@@ -84,6 +84,8 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 def _advice(missing: set[str], info: CheckpointInfo) -> str:
     """Return what to do. Only an incomplete download is mended by another one."""
+    if info.config_name != "config.json":  # an output of this package, maybe of a selection
+        return "; a part of a model cannot be converted: convert the whole one"
     if missing == {"lm_head.weight"}:
         return "; if the unembedding is the embedding, set tie_word_embeddings to true there"
     if len(info.shards) > 1 and not info.location.has("model.safetensors.index.json"):
