@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from .. import formats
 from ..checkpoint.metadata import CheckpointInfo
@@ -13,6 +13,7 @@ from ..formats import SourceModel, Table, mxfp4_tensors
 from ..model.selection import GROUPS, ResolvedSelection
 from ..model.tensors import ABSENT_IS_ZERO
 from ..tensors.dtypes import KEEP, DType, torch_name
+from ..tensors.raw_tensor import RawTensor
 from ..transforms.output_tensor import OutputTensor
 
 __all__ = [
@@ -115,11 +116,12 @@ def unmapped_tensors(
     layers = range(source.model.num_layers)
     ignored = {name.format(l=layer) for name in formats.ignored(source.format) for layer in layers}
     roots = {row.stored.partition(".")[0] for row in source.table}
+    stored = {**source.info.tensors, **{raw.name: raw for raw in source.info.tensors.values()}}
     unmapped = []
     for name, raw in source.info.tensors.items():
         if raw.name in used or raw.name in left_out or name in ignored:
             continue
-        _refuse_copy(source, name)
+        _refuse_copy(source, name, stored)
         is_within = name.partition(".")[0] in roots
         if not _HARMLESS.search(name) and (is_within or _SIGNIFICANT.search(name)):
             raise TensorError(
@@ -131,17 +133,23 @@ def unmapped_tensors(
     return tuple(sorted([*unmapped, *source.outside]))
 
 
-def _refuse_copy(source: SourceModel, name: str) -> None:
-    """Refuse a tensor whose name is that of another with something before it."""
-    tensors = source.info.tensors
-    parts = name.split(".")
-    ends = (".".join(parts[number:]) for number in range(1, len(parts)))
-    one = next((tensors[end] for end in ends if end in tensors), None)
-    if one is not None:
-        raise TensorError(
-            f"{source.info.location}: tensor {tensors[name].name!r} is the same as {one.name!r} "
-            "but for what is before its name; remove the one that does not count"
-        )
+def _refuse_copy(source: SourceModel, name: str, stored: Mapping[str, RawTensor]) -> None:
+    """Refuse a tensor whose name is that of another with something before it.
+
+    Args:
+        source: The source.
+        name: The tensor's name.
+        stored: All tensors, both by their names in the format and by those that are stored.
+    """
+    raw = source.info.tensors[name]
+    for parts in (name.split("."), raw.name.split(".")):
+        ends = (".".join(parts[number:]) for number in range(1, len(parts)))
+        one = next((stored[end] for end in ends if end in stored), raw)
+        if one is not raw:
+            raise TensorError(
+                f"{source.info.location}: tensor {raw.name!r} is the same as {one.name!r} but for "
+                "what is before its name; remove the one that does not count"
+            )
 
 
 def refuse_cut_stacks(

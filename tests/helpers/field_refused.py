@@ -69,6 +69,11 @@ NAMES = {
     "one name with and without model.": Refused(
         Source(chain(sub(r"^model\.", ""), copied("norm.weight", "model.norm.weight"))),
         ("'norm.weight'", "'model.norm.weight'", "same")),
+    "one name without model., with and without a wrapper": Refused(
+        Source(chain(sub(r"^model\.", ""),
+                     copied("layers.1.input_layernorm.weight",
+                            "other.layers.1.input_layernorm.weight"))),
+        ("'other.layers.1.input_layernorm.weight'", "same")),
     "a layer with and without a wrapper in the middle": Refused(
         Source(lambda t: {**t, **around_layers("_checkpoint_wrapped_module.")(t)}), ("same",)),
     "two copies of the model": Refused(
