@@ -15,25 +15,23 @@ _KINDS = (
         "PEFT's merge_and_unload, and name the folder of the merged model",
     ),
     (
-        re.compile(r".*\.distcp|\.metadata"),
+        re.compile(r".*\.distcp|\.metadata|pytorch_model_fsdp.*"),
         "a distributed checkpoint of PyTorch (DCP or FSDP, {name}); convert it to safetensors with "
         "the program that wrote it, or with torch.distributed.checkpoint.format_utils and "
         "save_pretrained",
     ),
     (
-        re.compile(r"model_world_size_\d+_rank_\d+\.pt|fsdp_config\.json"),
+        re.compile(r"model_world_size_\d+_rank_\d+\.pt|fsdp_config\.json|global_step_\d+"),
         "a distributed checkpoint (FSDP shards of verl, {name}); merge it to safetensors with "
         "python -m verl.model_merger",
     ),
     (
-        re.compile(
-            r"latest_checkpointed_iteration\.txt|common\.pt|metadata\.json|run_config\.yaml"
-        ),
+        re.compile(r"latest_checkpointed_iteration\.txt|common\.pt|iter_\d+"),
         "a distributed checkpoint of Megatron ({name}); export it to Hugging Face's format with "
         "Megatron-Bridge",
     ),
     (
-        re.compile(r"zero_to_fp32\.py|mp_rank_\d+_model_states\.pt|.*_optim_states\.pt"),
+        re.compile(r"zero_to_fp32\.py|global_step\d+|mp_rank_\d+_model_states\.pt|.*_optim_.*\.pt"),
         "a distributed checkpoint of DeepSpeed ({name}); convert it with its zero_to_fp32.py "
         "--safe_serialization",
     ),

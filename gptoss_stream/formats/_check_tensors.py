@@ -54,6 +54,11 @@ def read_table(table: Table, model: ModelConfig, info: CheckpointInfo) -> Adapte
         for row in adapted
         if not row.optional or _is_stored(row, row.stored, model, info)
     }
+    if not model.attention_bias and stored & ATTENTION_BIASES:
+        notes += (
+            f"{info.config_name} has attention_bias false, and biases are stored: they count, and "
+            "the output has attention_bias true",
+        )
     model = replace(
         model,
         attention_bias=model.attention_bias or bool(stored & ATTENTION_BIASES),

@@ -122,5 +122,7 @@ def files(
     """
     found = {CONFIG_NAME: strict_json.dumps(hooked_transformer_config(model, dtype))}
     if config:
-        found["source_config.json"] = strict_json.dumps(config)
+        # The entry names a file of the source.
+        kept = {key: value for key, value in config.items() if key != "transformers_weights"}
+        found["source_config.json"] = strict_json.dumps(kept)
     return found
