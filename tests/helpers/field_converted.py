@@ -54,6 +54,12 @@ HEADS = {
         Source(transposed(), TIED), ("transposed",), config={"tie_word_embeddings": False}),
 }
 
+DENIED = {
+    "biases that the configuration denies": Converted(
+        Source(config={"attention_bias": False}), ("attention_bias false",),
+        config={"attention_bias": True}),
+}
+
 METHODS = ("mxfp4", "bitsandbytes", "gptq", "awq", "fp8", "compressed-tensors", "quark",
            "modelopt", "auto-round", "torchao", "x" * 200)
 STALE = {
@@ -289,6 +295,7 @@ HARMLESS = {
 
 CONVERTED: dict[str, Converted] = {
     **HEADS,
+    **DENIED,
     **STALE,
     **WRAPPED,
     **ROUTERS,
