@@ -45,8 +45,6 @@ class State:
     config: dict = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
     """Reasons for which it must be refused."""
-    either: list[str] = field(default_factory=list)
-    """Reasons for which it may be refused."""
     harmless: int = 0
     """The number of tensors that are not part of the model."""
 
@@ -67,7 +65,9 @@ PARTS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "
 
 def wrap_all(rng, state):
     prefix = rng.choice(PREFIXES)
-    rename(state, lambda name: prefix + name)
+    # "model.embed_tokens.weight" would not show whether "model." is of the prefix.
+    if not (prefix.endswith("model.") and "embed_tokens.weight" in state.stored):
+        rename(state, lambda name: prefix + name)
 
 
 def wrap_layers(rng, state):
@@ -118,7 +118,7 @@ def tie(rng, state):
 
 
 def drop_tied_head(rng, state):
-    if state.config.get("tie_word_embeddings"):
+    if state.config.get("tie_word_embeddings") and not state.refused:
         state.stored = {n: t for n, t in state.stored.items() if not n.endswith(HEAD)}
         state.right.pop(HEAD, None)
 

@@ -17,7 +17,7 @@ from field_models import (
     to_hooked,
     transposed,
 )
-from independent import to_openai
+from independent import to_openai, to_unfused
 
 HEAD = "lm_head.weight"
 BIASES = ("q_proj.bias", "k_proj.bias")
@@ -134,6 +134,12 @@ WRAPPED = {
 }
 
 ROUTERS = {
+    "separate experts": Converted(Source(to_unfused)),
+    "separate experts in shards, in any order": Converted(
+        Source(lambda t: dict(reversed(to_unfused(t).items())), shards=5)),
+    "separate experts after module., one layer compiled": Converted(
+        Source(chain(to_unfused, sub(r"layers\.1\.", "layers.1._orig_mod."), before("module."))),
+        ("'module.'", "'_orig_mod.'")),
     "the router as with separate experts": Converted(Source(sub(r"router\.", "router.linear."))),
     "the router as with separate experts, MXFP4": Converted(
         Source(sub(r"router\.", "router.linear."), PACKED, mxfp4=True)),
