@@ -68,12 +68,16 @@ def unwrap(info: CheckpointInfo, tables: Mapping[str, Table]) -> Unwrapped:
     prefix, lacks_model = _prefix(info, tensors, anchors)
     notes = [*info.notes]
     outside = [name for name in tensors if not name.startswith(prefix)]
-    if found is not None and (prefix or lacks_model):
+    is_at_top = not prefix and "model.embed_tokens.weight" in tensors
+    if found is not None and (prefix or lacks_model or is_at_top):
         key, config = found
+        if is_at_top:
+            outside = [name for name in tensors if not name.startswith(("model.", "lm_head."))]
         info = replace(info, configs={**info.configs, info.config_name: config})
         outside = [name for name in outside if not name.startswith("lm_head.")]
         notes.append(
-            f"the gpt-oss inside is read: {key} of config.json, and the tensors of {prefix}*"
+            f"the gpt-oss inside is read: {key} of config.json, and the tensors of "
+            f"{prefix or 'model.'}*"
             + (f"; {counted(len(outside), 'tensor')} beside it not" if outside else "")
         )
     elif outside:

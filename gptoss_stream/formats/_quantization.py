@@ -59,7 +59,7 @@ def refuse_other_quantization(info: CheckpointInfo) -> None:
         found = algorithm.get("quant_algo") if isinstance(algorithm, dict) else None
         where = info.location.display_path(_SIDE_FILE)
         raise _refusal(where, "quantization", f"ModelOpt ({str(found)[:40]})")
-    if method not in (None, "mxfp4"):
+    if method not in (None, "mxfp4", "gpt_oss_mxfp4"):  # vLLM's name for it
         algorithm = quantization.get("quant_algo") if quantization else None
         program = _PROGRAMS.get(str(method), str(method)[:40])
         kind = f"{program} ({str(algorithm)[:40]})" if algorithm else program

@@ -268,6 +268,9 @@ INSIDE = {
                      also("vision_model.q_proj.weight", 4, dtype=torch.uint8),
                      also("vision_model.q_proj.weight.absmax", 4)),
                outer=inside("llm_config")), ("2 tensors beside",), unmapped=2),
+    "inside, at the top": Converted(
+        Source(also("visual.blocks.0.attn.qkv.weight", 3), outer=inside("text_config")),
+        ("1 tensor beside",), unmapped=1),
     "inside, a vision tower with an embedding": Converted(
         Source(chain(before("language_model."), also("vision_model.position.embedding.weight", 3)),
                outer=inside("llm_config")), ("1 tensor beside",), unmapped=1),

@@ -176,9 +176,6 @@ INSIDE = {
         Source(chain(before("language_model."), also("vision.x.weight", 3)),
                outer=config_is({"model_type": "internvl_chat"})),
         ("'internvl_chat'", "gpt-oss is inside")),
-    "inside, without a prefix": Refused(
-        Source(also("visual.blocks.0.attn.weight", 3), outer=inside("text_config")),
-        ("'internvl_chat'", "gpt-oss is inside")),
     "another vision-language model": Refused(
         Source(lambda t: {"language_model.model.embed_tokens.weight": torch.ones(2),
                           "vision.x": torch.ones(2)}, outer=config_is({"model_type": "llava"})),
@@ -235,7 +232,7 @@ GONE = {
                outer=config_is(openai_config())), ("'block.0.attn.qkv.weight'",), DOWNLOAD),
     "one of the separate experts missing": Refused(
         Source(chain(to_unfused, without("1.mlp.experts.down_projs.2.weight"))),
-        ("1 tensor missing: 'model.layers.1.mlp.experts.down_projs.2.weight'",), DOWNLOAD),
+        ("1 tensor missing that config.json calls for: 'model.layers.1.mlp.experts.down_projs.2.weight'",), DOWNLOAD),
     "separate experts in a name of two meanings": Refused(
         Source(chain(to_unfused, sub(r"(gate_up|down)_projs\.(\d)", r"\2.\1_proj"))),
         ("'model.layers.0.mlp.experts.0.gate_up_proj.weight'", "--from hf-unfused"), DOWNLOAD),
