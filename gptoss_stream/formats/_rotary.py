@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ConfigError
-from ..model.config import ModelConfig, integer, number
+from ..model.config import LAYER_KINDS, ModelConfig, integer, number, yarn_attention_factor
 
-__all__ = ["parse_rope", "rope_config"]
+__all__ = ["parse_rope", "refuse_frequencies", "rope_config"]
 
 _DEFAULT_THETA = 150_000.0
 _DEFAULT_ROPE = {
@@ -29,6 +29,7 @@ _DEFAULT_ROPE = {
 
 _LENGTH = "original_max_position_embeddings"
 _PARTIAL = "partial_rotary_factor"
+_BETAS = ("beta_fast", "beta_slow")
 _UNSCALED = {"type", "rope_type", "rope_theta", _PARTIAL}
 
 
@@ -52,7 +53,7 @@ def parse_rope(config: Mapping[str, Any], head_dim: int) -> tuple[float, dict[st
             f"config.json: head_dim is {head_dim}; rotary embeddings need an even one"
         )
     key, found = _chosen(config)
-    nested = [name for name, value in found.items() if isinstance(value, dict)]
+    nested = [k for k, value in found.items() if k in LAYER_KINDS or isinstance(value, dict)]
     if nested:
         raise ConfigError(
             f"config.json: {key} has settings of their own for {nested[0]!r}; transformers cannot "
@@ -64,7 +65,7 @@ def parse_rope(config: Mapping[str, Any], head_dim: int) -> tuple[float, dict[st
     parsers = {
         "default": _parse_default,
         "linear": _parse_scaled,
-        "dynamic": _parse_scaled,
+        "dynamic": _parse_dynamic,
         "yarn": _parse_yarn,
         "llama3": _parse_llama3,
         "longrope": _parse_longrope,
@@ -77,7 +78,7 @@ def parse_rope(config: Mapping[str, Any], head_dim: int) -> tuple[float, dict[st
         )
     rope = {"rope_type": rope_type, **parsers[rope_type](config, found, head_dim)}
     if rope_type == "yarn":
-        _refuse_frequencies(rope, theta, head_dim)
+        refuse_frequencies(rope, theta)
     return theta, rope
 
 
@@ -150,7 +151,16 @@ def _parse_default(
 def _parse_scaled(
     config: Mapping[str, Any], found: Mapping[str, Any], head_dim: int
 ) -> dict[str, Any]:
-    """Return the settings of linear scaling and of dynamic NTK scaling."""
+    """Return the settings of linear scaling."""
+    return {"factor": _positive(found, "factor")}
+
+
+def _parse_dynamic(
+    config: Mapping[str, Any], found: Mapping[str, Any], head_dim: int
+) -> dict[str, Any]:
+    """Return the settings of dynamic NTK scaling."""
+    if head_dim == 2:
+        raise ConfigError("config.json: head_dim is 2; dynamic scaling needs a larger one")
     return {"factor": _positive(found, "factor")}
 
 
@@ -257,12 +267,29 @@ def _numbers(found: Mapping[str, Any], *names: str) -> dict[str, float]:
     return {name: number(found, name) for name in names if found.get(name) is not None}
 
 
-def _refuse_frequencies(rope: Mapping[str, Any], theta: float, head_dim: int) -> None:
-    """Refuse settings of YaRN from which no frequencies can be computed."""
-    if min(rope["beta_fast"], rope["beta_slow"]) <= 0 or theta <= 0 or theta == 1:
+def refuse_frequencies(rope: Mapping[str, Any], theta: float) -> None:
+    """Refuse settings of YaRN from which no frequencies or attention factor can be computed.
+
+    Args:
+        rope: Settings as in `ModelConfig.rope`.
+        theta: The base of the rotary embedding.
+
+    Raises:
+        ConfigError: If transformers' formulas fail with them, or give what is not finite.
+    """
+    try:
+        computed = [
+            yarn_attention_factor(rope),
+            *(math.log(rope[_LENGTH] / (rope[key] * 2 * math.pi)) for key in _BETAS),
+            1 / math.log(theta),
+        ]
+    except (ValueError, ZeroDivisionError):
+        computed = [math.inf]
+    if rope["factor"] <= 0 or not all(map(math.isfinite, computed)):
+        names = ("factor", *_BETAS, _LENGTH, "mscale", "mscale_all_dim")
+        values = ", ".join(f"{name} {rope[name]:g}" for name in names if name in rope)
         raise ConfigError(
-            f"config.json: YaRN cannot be computed with beta_fast {rope['beta_fast']:g}, beta_slow "
-            f"{rope['beta_slow']:g} and rope_theta {theta:g}"
+            f"config.json: YaRN cannot be computed with {values} and rope_theta {theta:g}"
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..model.config import ModelConfig, integer, number, yarn_attention_factor
 from ..tensors.dtypes import DType, torch_name
+from ._rotary import refuse_frequencies
 
 __all__ = [
     "CONFIG_NAME",
@@ -130,6 +131,7 @@ def _parse_rope(fields: Mapping[str, Any]) -> dict[str, Any]:
             fields, "yarn_original_max_position_embeddings", 4096
         ),
     }
+    refuse_frequencies(rope, number(fields, "rotary_base", 10_000.0))
     factor = number(fields, "yarn_attention_factor", 1.0)
     is_default = factor == yarn_attention_factor(rope)
     return rope if is_default else {**rope, "attention_factor": factor}

@@ -220,13 +220,16 @@ def integer(config: Mapping[str, Any], key: str, default: int | None = None) -> 
         default: Its value if the key is absent; None if it may not be absent.
 
     Raises:
-        ConfigError: If the key is absent or its value is not an integer.
+        ConfigError: If the key is absent or its value is not an integer, or is one that floats
+            cannot hold.
     """
     value = config.get(key, default)
     if value is None:
         raise ConfigError(f"config.json: {key} is {'null' if key in config else 'missing'}")
     if type(value) is not int:
         raise ConfigError(f"config.json: {key} is {str(value)[:40]!r}; it must be an integer")
+    if abs(value) > 2**53:
+        raise ConfigError(f"config.json: {key} is {str(value)[:40]}, beyond what programs compute")
     return value
 
 
