@@ -245,8 +245,8 @@ def _original_length(config: Mapping[str, Any], found: Mapping[str, Any]) -> int
     for place in (config, found):
         if _LENGTH in place and place[_LENGTH] is None:
             raise ConfigError(f"config.json: {_LENGTH} is null; remove it, or give the number")
-    place = next((place for place in (config, found) if _LENGTH in place), {})
-    length = integer(place, _LENGTH, integer(config, "max_position_embeddings", 131_072))
+    lengths = [integer(place, _LENGTH) for place in (config, found) if _LENGTH in place]
+    length = lengths[0] if lengths else integer(config, "max_position_embeddings", 131_072)
     if length < 1:
         raise ConfigError(f"config.json: {_LENGTH} is {length}; it must be positive")
     return length

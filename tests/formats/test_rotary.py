@@ -98,6 +98,30 @@ CASES = {
         },
         "settings of their own for 'full_attention'",
     ),
+    "null for a kind of layer": (
+        {"rope_scaling": ..., "rope_parameters": {"full_attention": None}},
+        "settings of their own for 'full_attention'",
+    ),
+    "a tiny beta": (scaling(beta_slow=1e-320), "cannot be computed"),
+    "mscale that divides by zero": (
+        scaling(factor=2.718281828459045, mscale=1.0, mscale_all_dim=-10.0),
+        "cannot be computed",
+    ),
+    "a string for the inner of two lengths": (
+        {
+            "rope_scaling": {**YARN, "original_max_position_embeddings": "32"},
+            "original_max_position_embeddings": 2048,
+        },
+        "original_max_position_embeddings is '32'",
+    ),
+    "an integer beyond floats": (
+        {"max_position_embeddings": 10**30},
+        "beyond what programs compute",
+    ),
+    "dynamic, heads of 2": (
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}, "head_dim": 2},
+        "head_dim is 2",
+    ),
     "no original length": ({"rope_scaling": NO_LENGTH}, SAME),
     "no original length, a short context": (
         {"rope_scaling": NO_LENGTH, "max_position_embeddings": 2048},

@@ -232,7 +232,8 @@ GONE = {
                outer=config_is(openai_config())), ("'block.0.attn.qkv.weight'",), DOWNLOAD),
     "one of the separate experts missing": Refused(
         Source(chain(to_unfused, without("1.mlp.experts.down_projs.2.weight"))),
-        ("1 tensor missing that config.json calls for: 'model.layers.1.mlp.experts.down_projs.2.weight'",), DOWNLOAD),
+        ("1 tensor missing that config.json calls for: ",
+         "'model.layers.1.mlp.experts.down_projs.2.weight'"), DOWNLOAD),
     "separate experts in a name of two meanings": Refused(
         Source(chain(to_unfused, sub(r"(gate_up|down)_projs\.(\d)", r"\2.\1_proj"))),
         ("'model.layers.0.mlp.experts.0.gate_up_proj.weight'", "--from hf-unfused"), DOWNLOAD),
