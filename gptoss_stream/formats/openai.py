@@ -85,12 +85,11 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
     num_layers = integer(config, "num_hidden_layers")
     head_dim = integer(config, "head_dim")
     theta, rope = _parse_rope(config, head_dim)
-    try:
-        positions = round(rope.get(_LENGTH, 131_072) * rope.get("factor", 1.0))
-    except OverflowError:
+    positions = rope.get(_LENGTH, 131_072) * rope.get("factor", 1.0)
+    if positions > 2**53:
         raise ConfigError(
             "config.json: initial_context_length times rope_scaling_factor is too large"
-        ) from None
+        )
     return ModelConfig(
         num_layers=num_layers,
         num_experts=integer(config, "num_experts"),
@@ -103,7 +102,7 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
         head_dim=head_dim,
         layer_types=alternating_layers(num_layers),
         sliding_window=integer(config, "sliding_window", 128),
-        max_position_embeddings=positions,
+        max_position_embeddings=round(positions),
         rope_theta=theta,
         rope=rope,
         swiglu_limit=number(config, "swiglu_limit", 7.0),
@@ -122,9 +121,15 @@ def _parse_rope(config: Mapping[str, Any], head_dim: int) -> tuple[float, dict[s
         "beta_fast": number(config, "rope_ntk_beta", 32.0),
         "beta_slow": number(config, "rope_ntk_alpha", 1.0),
         "truncate": False,
-        _LENGTH: integer(config, "initial_context_length", 4096),
+        _LENGTH: integer(config, "initial_context_length", integer(config, _LENGTH, 4096)),
     }
     own = parse_rope({**config, "rope_scaling": settings, "rope_parameters": None}, head_dim)
+    for name, key in _ROPE_NAMES.items():
+        if own[1][key] != settings[key]:
+            raise ConfigError(
+                f"config.json: {name} is {settings[key]:g}, which is 0 or contradicts "
+                f"{key} {own[1][key]:g}; correct it"
+            )
     if not config.get("rope_scaling") and config.get("rope_parameters") is None:
         return own
     theta, rope = parse_rope(config, head_dim)
@@ -142,6 +147,15 @@ def _parse_rope(config: Mapping[str, Any], head_dim: int) -> tuple[float, dict[s
                 f"config.json: {name} is {own[1][key]:g}, and the rotary settings beside it have "
                 f"{key} {rope.get(key)}; remove the ones that are wrong"
             )
+    is_own = any(name in config for name in _ROPE_NAMES if name.startswith("rope_"))
+    if is_own and (
+        rope["truncate"] or yarn_attention_factor(rope) != yarn_attention_factor(own[1])
+    ):
+        raise ConfigError(
+            "config.json: the rotary settings have truncate (the default) or an attention factor, "
+            'which contradicts the rope_* entries beside them; add "truncate": false, or remove '
+            "what is wrong"
+        )
     if "rope_theta" in config and theta != own[0]:
         raise ConfigError(
             f"config.json: rope_theta is {own[0]:g}, and the one in the rotary settings {theta:g}; "
