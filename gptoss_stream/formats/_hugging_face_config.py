@@ -63,6 +63,9 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
     for flag in ("attention_bias", "tie_word_embeddings"):
         if not isinstance(config.get(flag, True), bool):
             raise ConfigError(f"config.json: {flag} is neither true nor false")
+    hidden_act = config.get("hidden_act", "silu")
+    if not isinstance(hidden_act, str):
+        raise ConfigError("config.json: hidden_act is not a name")
     return ModelConfig(
         num_layers=num_layers,
         num_experts=_count(config, "num_local_experts"),
@@ -81,7 +84,7 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
         rms_norm_eps=number(config, "rms_norm_eps", 1e-5),
         swiglu_limit=number(config, "swiglu_limit", 7.0),
         swiglu_alpha=number(config, "swiglu_alpha", 1.702),
-        hidden_act=str(config.get("hidden_act", "silu")),
+        hidden_act=hidden_act,
         attention_bias=config.get("attention_bias", True),
         tied_embeddings=config.get("tie_word_embeddings", False),
     )
@@ -95,7 +98,7 @@ def _refuse_nulls(config: Mapping[str, Any]) -> None:
                 f"config.json: {key} is null, which transformers refuses too; give its value, or "
                 "remove it for the default"
             )
-    if config.get("per_layer_config"):
+    if config.get("per_layer_config") not in (None, {}):
         raise ConfigError(
             "config.json: per_layer_config has settings that differ between layers, which no "
             "format here can hold"
