@@ -159,9 +159,13 @@ def _parse_dynamic(
     config: Mapping[str, Any], found: Mapping[str, Any], head_dim: int
 ) -> dict[str, Any]:
     """Return the settings of dynamic NTK scaling."""
-    if head_dim == 2:
-        raise ConfigError("config.json: head_dim is 2; dynamic scaling needs a larger one")
-    return {"factor": _positive(found, "factor")}
+    factor = _positive(found, "factor")
+    if head_dim == 2 or factor > 2**24:
+        raise ConfigError(
+            f"config.json: dynamic scaling cannot be computed with head_dim {head_dim} and factor "
+            f"{factor:g}"
+        )
+    return {"factor": factor}
 
 
 def _parse_yarn(
