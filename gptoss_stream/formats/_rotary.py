@@ -30,7 +30,6 @@ _DEFAULT_ROPE = {
 _LENGTH = "original_max_position_embeddings"
 _PARTIAL = "partial_rotary_factor"
 _BETAS = ("beta_fast", "beta_slow")
-_UNSCALED = {"type", "rope_type", "rope_theta", _PARTIAL}
 
 
 def parse_rope(config: Mapping[str, Any], head_dim: int) -> tuple[float, dict[str, Any]]:
@@ -49,9 +48,7 @@ def parse_rope(config: Mapping[str, Any], head_dim: int) -> tuple[float, dict[st
             contradict themselves.
     """
     if head_dim % 2:
-        raise ConfigError(
-            f"config.json: head_dim is {head_dim}; rotary embeddings need an even one"
-        )
+        raise ConfigError(f"config.json: head_dim is {head_dim}; rotation needs an even one")
     key, found = _chosen(config)
     nested = [k for k, value in found.items() if k in LAYER_KINDS or isinstance(value, dict)]
     if nested:
@@ -108,8 +105,7 @@ def _rope_type(key: str, found: Mapping[str, Any]) -> str:
             f"config.json: {key} has rope_type {rope_type[:40]!r} and type {str(types[1])[:40]!r}; "
             "remove the wrong one"
         )
-    ignored = sorted(found.keys() - _UNSCALED)
-    if rope_type == "default" and "factor" in ignored:
+    if rope_type == "default" and "factor" in found:
         said = 'rope_type "default"' if types else "no rope_type"
         raise ConfigError(
             f"config.json: {key} has a factor and {said}, with which transformers scales nothing; "
@@ -250,10 +246,10 @@ def _original_length(config: Mapping[str, Any], found: Mapping[str, Any]) -> int
         if _LENGTH in place and place[_LENGTH] is None:
             raise ConfigError(f"config.json: {_LENGTH} is null; remove it, or give the number")
     lengths = [integer(place, _LENGTH) for place in (config, found) if _LENGTH in place]
-    length = lengths[0] if lengths else integer(config, "max_position_embeddings", 131_072)
-    if length < 1:
-        raise ConfigError(f"config.json: {_LENGTH} is {length}; it must be positive")
-    return length
+    lengths = lengths or [integer(config, "max_position_embeddings", 131_072)]
+    if min(lengths) < 1:
+        raise ConfigError(f"config.json: {_LENGTH} is {min(lengths)}; it must be positive")
+    return lengths[0]
 
 
 def _positive(found: Mapping[str, Any], key: str) -> float:

@@ -229,7 +229,7 @@ def test_experts_of_two_formats_are_refused(sources, tmp_path):
     stored |= {name: tensor for name, tensor in model.items() if "experts" in name}
     config = json.loads((folder / "config.json").read_text())
     source = independent.save(tmp_path / "source", stored, config=config)
-    with pytest.raises(CheckpointError, match=r"one of hf, beside those of hf-unfused; remove the"):
+    with pytest.raises(CheckpointError, match=r"one of hf-unfused, beside those of hf; remove the"):
         gptoss_stream.plan(source, to="hf")
 
 
