@@ -99,6 +99,8 @@ def _advice(missing: set[str], info: CheckpointInfo) -> str:
     """Return what to do. Only an incomplete download is mended by another one."""
     if is_partial_output(info):
         return "; this is a part of a model, converted with a selection: convert the whole model"
+    if missing == {"lm_head.weight"} and "score.weight" in info.tensors:
+        return "; the model is a classifier (score.weight) and has no unembedding to convert"
     if missing == {"lm_head.weight"}:
         return "; if the unembedding is the embedding, set tie_word_embeddings to true there"
     has_index = info.location.has(INDEX_NAME)

@@ -253,6 +253,8 @@ GONE = {
     "a tensor under another name": Refused(
         Source(sub(r"1\.mlp\.router\.weight", "1.mlp.gate.weight")),
         ("1.mlp.router.weight'", "'model.layers.1.mlp.gate.weight'"), DOWNLOAD),
+    "a classifier": Refused(
+        Source(chain(no_head, also("score.weight", 2, 64))), ("is a classifier",), DOWNLOAD),
     "some biases missing": Refused(
         Source(without(*BIASES)), ("q_proj.bias'",), DOWNLOAD),
     "names of another architecture": Refused(
