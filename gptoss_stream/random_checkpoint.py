@@ -19,7 +19,7 @@ from . import __version__, formats
 from ._utils import strict_json
 from .checkpoint.reader import Reader
 from .errors import ConfigError, OptionError
-from .formats import hf_mxfp4, rows_by_name, tensor_specs
+from .formats import hf_mxfp4, table_specs
 from .model.config import ModelConfig, alternating_layers
 from .planning.mapping import output_tensors
 from .planning.shards import DEFAULT_SHARD_SIZE, PlannedShard, parse_size, plan_shards
@@ -235,10 +235,7 @@ name, with layer numbers as text."""
 def _raws(model: ModelConfig) -> dict[str, RawTensor]:
     """Return the raw tensors of the model in Hugging Face's MXFP4 format, which are in no file."""
     return {
-        (name := stored.name.format(l=layer)): RawTensor(
-            name, stored.dtypes[0], stored.shape, "", 0
-        )
-        for rows in rows_by_name(hf_mxfp4.TABLE).values()
-        for stored in tensor_specs(rows, model.sizes)
-        for layer, _ in model.instances(stored.name)
+        name: RawTensor(name, spec.dtypes[0], spec.shape, "", 0)
+        for spec in table_specs(hf_mxfp4.TABLE, model)
+        for _, name in spec.names(model)
     }

@@ -15,13 +15,12 @@ from typing import Any
 from .._utils.messages import listed
 from ..errors import CheckpointError, ConfigError
 from ..storage.location import Location
-from ..tensors.safetensors_header import INDEX_NAME, parse_index
+from ..tensors.safetensors_header import INDEX_NAME, SINGLE_NAME, parse_index
 from .other_kinds import describe_other_kind
 from .small_files import read_small_file
 
-__all__ = ["SINGLE_NAME", "ShardFiles", "find_shard_files"]
+__all__ = ["ShardFiles", "find_shard_files"]
 
-SINGLE_NAME = "model.safetensors"
 _MAX_INDEX_NBYTES = 25_000_000
 
 

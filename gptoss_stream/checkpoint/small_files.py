@@ -10,7 +10,10 @@ from .._utils import strict_json
 from ..errors import CheckpointError, ConfigError
 from ..storage.location import Location, read_whole
 
-__all__ = ["read_config", "read_small_file"]
+__all__ = ["RECORD_NAME", "read_config", "read_small_file"]
+
+RECORD_NAME = "gptoss_stream.json"
+"""The file in which a conversion says what it wrote."""
 
 _MAX_CONFIG_NBYTES = 1_000_000
 

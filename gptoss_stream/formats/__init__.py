@@ -15,7 +15,7 @@ from ._check_tensors import check_tensors
 from ._format import Format, default_dtype, ignored, warning
 from ._registry import load, names
 from ._source import SourceModel, naming_config, read_source
-from ._table import Row, Table, TensorSpec, mxfp4_tensors, rows_by_name, tensor_specs
+from ._table import Row, Table, TensorSpec, mxfp4_tensors, rows_by_name, table_specs
 
 __all__ = [
     "Format",
@@ -32,7 +32,7 @@ __all__ = [
     "naming_config",
     "read_source",
     "rows_by_name",
-    "tensor_specs",
+    "table_specs",
     "warning",
 ]
 

@@ -15,7 +15,7 @@ from ..model.tensors import ATTENTION_BIASES
 from ..tensors.dtypes import BLOCK_VALUES
 from ..tensors.raw_tensor import RawTensor
 from ._missing import refuse_missing
-from ._table import Row, Table, TensorSpec, rows_by_name, stored_shape, tensor_specs
+from ._table import Row, Table, TensorSpec, stored_shape, table_specs
 
 __all__ = ["AdaptedTable", "check_tensors", "names_present", "read_table"]
 
@@ -33,7 +33,7 @@ class AdaptedTable(NamedTuple):
     notes: tuple[str, ...]
     """What users should know about how the tensors are read."""
     doubt: str = ""
-    """Why the values may be read in the wrong order; empty if they are not."""
+    """Why it is not certain in which order the values are stored; empty if it is."""
 
 
 def read_table(table: Table, model: ModelConfig, info: CheckpointInfo) -> AdaptedTable:
@@ -181,16 +181,14 @@ def check_tensors(table: Table, model: ModelConfig, info: CheckpointInfo) -> Non
             one of a further layer.
     """
     missing: dict[str, tuple[int, ...]] = {}
-    for rows in rows_by_name(row for row in table if row.is_in(model)).values():
-        for spec in tensor_specs(rows, model.sizes):
-            _refuse_further_layer(spec, model, info)
-            for layer, expert in model.instances(spec.name):
-                name = spec.name.format(l=layer, e=expert)
-                raw = info.tensors.get(name)
-                if raw is None:
-                    missing[name] = spec.shape
-                else:
-                    _check_tensor(raw, spec, info)
+    for spec in table_specs(table, model):
+        _refuse_further_layer(spec, model, info)
+        for _, name in spec.names(model):
+            raw = info.tensors.get(name)
+            if raw is None:
+                missing[name] = spec.shape
+            else:
+                _check_tensor(raw, spec, info)
     refuse_missing(missing, table, model, info)
 
 
@@ -214,7 +212,7 @@ def _check_tensor(raw: RawTensor, spec: TensorSpec, info: CheckpointInfo) -> Non
         f"{info.location.display_path(raw.shard)}: tensor {raw.name!r} is {raw.dtype} "
         f"{list(raw.shape)}; {info.config_name} calls for {expected} {list(spec.shape)}"
     )
-    experts = spec.rows[0].order[:1] == ("e",) and raw.shape[1:] == spec.shape[1:]
-    if raw.dtype in spec.dtypes and experts:
+    is_stack = spec.rows[0].order[:1] == ("e",)
+    if is_stack and raw.dtype in spec.dtypes and raw.shape[1:] == spec.shape[1:]:
         message += "; a model whose layers have different numbers of experts cannot be converted"
     raise TensorError(message)

@@ -7,19 +7,15 @@ from itertools import count, groupby
 
 from .._utils.messages import counted, listed
 from ..checkpoint.metadata import CheckpointInfo
-from ..checkpoint.shard_files import SINGLE_NAME
-from ..checkpoint.small_files import read_config
+from ..checkpoint.small_files import RECORD_NAME, read_config
 from ..errors import TensorError
 from ..model.config import ModelConfig
-from ..tensors.safetensors_header import INDEX_NAME
+from ..tensors.safetensors_header import INDEX_NAME, SINGLE_NAME
 from ._registry import load, names
-from ._table import Table, rows_by_name, tensor_specs
+from ._table import Table, table_specs
 from ._unknown import describe_other_names
 
 __all__ = ["is_partial_output", "refuse_missing"]
-
-_RECORD = "gptoss_stream.json"
-"""The file in which a conversion says what it wrote."""
 
 
 def refuse_missing(
@@ -40,9 +36,10 @@ def refuse_missing(
     if not missing:
         return
     lacking = missing.keys()
-    of_layers = [_names_of_layer(table, model, layer) for layer in range(model.num_layers)]
+    of_layers = _names_by_layer(table, model)
     whole = [n for n, needed in enumerate(of_layers) if needed and needed <= lacking]
-    if len(whole) == model.num_layers and not is_partial_output(info):
+    is_partial = is_partial_output(info)
+    if len(whole) == model.num_layers and not is_partial:
         tables: Mapping[str, Table] = {name: load(name).TABLE for name in names()}
         raise TensorError(f"{info.location}: {describe_other_names(info, tables)}")
     others = set(lacking).difference(*(of_layers[layer] for layer in whole))
@@ -57,7 +54,7 @@ def refuse_missing(
     instead = [
         raw.name for n, raw in info.tensors.items() if n not in known and raw.shape in shapes
     ]
-    advice = _advice(others, info)
+    advice = _advice(others, info, is_partial=is_partial)
     if instead:
         advice = (
             f"; they may be there under other names: {listed([*map(repr, instead)])}; save the "
@@ -71,21 +68,18 @@ def refuse_missing(
 
 def is_partial_output(info: CheckpointInfo) -> bool:
     """Return whether a checkpoint is an output of this package with some of the tensors only."""
-    if not info.location.has(_RECORD):
+    if not info.location.has(RECORD_NAME):
         return False
-    return read_config(info.location, _RECORD).get("partial") is True
+    return read_config(info.location, RECORD_NAME).get("partial") is True
 
 
-def _names_of_layer(table: Table, model: ModelConfig, layer: int) -> set[str]:
-    """Return the names of all tensors of a layer."""
-    rows = rows_by_name(row for row in table if row.is_in(model) and "{l}" in row.stored)
-    specs = [spec for same_name in rows.values() for spec in tensor_specs(same_name, model.sizes)]
-    experts = range(model.num_experts)
-    return {
-        spec.name.format(l=layer, e=expert)
-        for spec in specs
-        for expert in (experts if "{e}" in spec.name else range(1))
-    }
+def _names_by_layer(table: Table, model: ModelConfig) -> list[set[str]]:
+    """Return the names of all tensors of each layer."""
+    found: list[set[str]] = [set() for _ in range(model.num_layers)]
+    for spec in table_specs((row for row in table if "{l}" in row.stored), model):
+        for layer, name in spec.names(model):
+            found[layer].add(name)
+    return found
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -95,9 +89,9 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
 
 
-def _advice(missing: set[str], info: CheckpointInfo) -> str:
+def _advice(missing: set[str], info: CheckpointInfo, *, is_partial: bool) -> str:
     """Return what to do. Only an incomplete download is mended by another one."""
-    if is_partial_output(info):
+    if is_partial:
         return "; this is a part of a model, converted with a selection: convert the whole model"
     if missing == {"lm_head.weight"} and "score.weight" in info.tensors:
         return "; the model is a classifier (score.weight) and has no unembedding to convert"

@@ -15,14 +15,7 @@ from dataclasses import replace
 from ..model.config import ModelConfig
 from ..tensors.dtypes import BLOCK_NBYTES, BLOCK_VALUES, DType
 from ..tensors.raw_tensor import RawTensor
-from ._table import (
-    Mxfp4Encoding,
-    Table,
-    TensorSpec,
-    rows_by_name,
-    stored_shape,
-    tensor_specs,
-)
+from ._table import Mxfp4Encoding, Table, TensorSpec, stored_shape, table_specs
 
 __all__ = ["mxfp4_views"]
 
@@ -43,12 +36,10 @@ def mxfp4_views(
     rows = [row for row in table if isinstance(row.encoding, Mxfp4Encoding)]
     if any(stored_shape(row, model.sizes)[-1] % BLOCK_VALUES for row in rows):
         return viewed  # `check_tensors` refuses such sizes
-    for same_name in rows_by_name(rows).values():
-        for spec in tensor_specs(same_name, model.sizes):
-            for layer, expert in model.instances(spec.name):
-                name = spec.name.format(l=layer, e=expert)
-                if name in tensors:
-                    viewed[name] = _view(tensors[name], spec)
+    for spec in table_specs(rows, model):
+        for _, name in spec.names(model):
+            if name in tensors:
+                viewed[name] = _view(tensors[name], spec)
     return viewed
 
 

@@ -1,4 +1,4 @@
-"""The names of a checkpoint's tensors without what other programs put around them.
+"""The names of a checkpoint's tensors without the wrappers that other programs put around a model.
 
 Modules that wrap a model add to the names of its tensors: `module.` (DistributedDataParallel),
 `_orig_mod.` (torch.compile), `base_model.model.` (PEFT), `_checkpoint_wrapped_module.` and
@@ -41,22 +41,22 @@ class Unwrapped(NamedTuple):
     """A checkpoint whose tensors have the names of a format."""
 
     info: CheckpointInfo
-    """The checkpoint. The keys of `tensors` are the names without what was around them, and
-    `RawTensor.name` is still the stored name."""
+    """The checkpoint. The keys of `tensors` are the names without wrappers, and `RawTensor.name` is
+    still the stored name."""
     outside: tuple[str, ...]
     """Stored names of tensors that are not part of the gpt-oss."""
 
 
 def unwrap(info: CheckpointInfo, tables: Mapping[str, Table]) -> Unwrapped:
-    """Return a checkpoint under the names of a format, if something is around all its names.
+    """Return a checkpoint under the names of a format, without a wrapper that all names have.
 
     Args:
         info: The checkpoint.
         tables: The tables of all formats.
 
     Raises:
-        CheckpointError: If it has an adapter that is not merged, or if something is around some of
-            its names only.
+        CheckpointError: If it has an adapter that is not merged, or if only some names have the
+            wrapper.
     """
     _refuse_adapter(info)
     tensors, removed = _without_wrappers(info)
@@ -66,33 +66,30 @@ def unwrap(info: CheckpointInfo, tables: Mapping[str, Table]) -> Unwrapped:
         return Unwrapped(replace(info, tensors=tensors), ())  # of another kind: see `_unknown`
     anchors = {row.stored for table in tables.values() for row in table if row.tensor == "embed"}
     prefix, lacks_model = _prefix(info, tensors, anchors)
-    notes = [*info.notes]
     outside = [name for name in tensors if not name.startswith(prefix)]
-    is_at_top = not prefix and "model.embed_tokens.weight" in tensors
-    if found is not None and (prefix or lacks_model or is_at_top):
+    notes = [*info.notes]
+    is_inside = prefix or lacks_model or "model.embed_tokens.weight" in tensors
+    if found is not None and is_inside:
         key, config = found
-        if is_at_top:
-            outside = [name for name in tensors if not name.startswith(("model.", "lm_head."))]
         info = replace(info, configs={**info.configs, info.config_name: config})
-        outside = [name for name in outside if not name.startswith("lm_head.")]
+        begin = prefix if prefix or lacks_model else "model."
+        outside = [name for name in tensors if not name.startswith((begin, "lm_head."))]
         notes.append(
-            f"the gpt-oss inside is read: {key} of config.json, and the tensors of "
-            f"{prefix or 'model.'}*"
+            f"the gpt-oss inside is read: {key} of config.json, and the tensors of {begin}*"
             + (f"; {counted(len(outside), 'tensor')} beside it not" if outside else "")
         )
     elif outside:
         raise CheckpointError(
             f"{info.location}: tensor names begin with {prefix!r}, but not all of them: "
-            f"{listed([*map(repr, outside)], 3)}; save the model again without what is around it"
+            f"{listed([*map(repr, outside)], 3)}; save the model again without its wrapper"
         )
     elif prefix:
         removed = [prefix, *removed]
     if removed:
         notes.append(f"tensor names are read without {' and '.join(map(repr, removed))}")
+    skipped = tuple(sorted(tensors.pop(name).name for name in outside))
     named: dict[str, RawTensor] = {}
     for name, raw in tensors.items():
-        if name in outside:
-            continue
         short = name.removeprefix(prefix)
         if lacks_model and short.startswith(_INNER):
             short = "model." + short
@@ -100,7 +97,6 @@ def unwrap(info: CheckpointInfo, tables: Mapping[str, Table]) -> Unwrapped:
         named[short] = raw
     if lacks_model:
         notes.append("tensor names are read with 'model.' before them, which they lack")
-    skipped = tuple(sorted(tensors[name].name for name in outside))
     return Unwrapped(replace(info, tensors=named, notes=tuple(notes)), skipped)
 
 
@@ -130,11 +126,11 @@ def _without_wrappers(info: CheckpointInfo) -> tuple[dict[str, RawTensor], list[
 
 
 def _refuse_copy(info: CheckpointInfo, one: RawTensor | None, other: RawTensor) -> None:
-    """Refuse two tensors whose names differ only in what is around them."""
+    """Refuse two tensors whose names differ only in a wrapper."""
     if one is not None:
         raise CheckpointError(
-            f"{info.location}: tensors {one.name!r} and {other.name!r} are the same one without "
-            "what is around their names; remove one of them"
+            f"{info.location}: tensors {one.name!r} and {other.name!r} have the same name "
+            "without wrappers; remove one of them"
         )
 
 

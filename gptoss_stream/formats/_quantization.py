@@ -54,11 +54,10 @@ def refuse_other_quantization(info: CheckpointInfo) -> None:
     if method is None and {"bits", "group_size"} <= (quantization or {}).keys():
         raise _refusal(config, "quantization_config", "MLX")
     if method is None and info.location.has(_SIDE_FILE):
-        fields = read_config(info.location, _SIDE_FILE)
-        algorithm = fields.get("quantization", {})
-        found = algorithm.get("quant_algo") if isinstance(algorithm, dict) else None
+        settings = read_config(info.location, _SIDE_FILE).get("quantization")
+        algorithm = settings.get("quant_algo") if isinstance(settings, dict) else None
         where = info.location.display_path(_SIDE_FILE)
-        raise _refusal(where, "quantization", f"ModelOpt ({str(found)[:40]})")
+        raise _refusal(where, "quantization", f"ModelOpt ({str(algorithm)[:40]})")
     if method not in (None, "mxfp4", "gpt_oss_mxfp4"):  # vLLM's name for it
         algorithm = quantization.get("quant_algo") if quantization else None
         program = _PROGRAMS.get(str(method), str(method)[:40])
@@ -82,10 +81,17 @@ def quantization_notes(info: CheckpointInfo, is_mxfp4: bool) -> list[str]:
     """
     if info.config_name != "config.json" or "model_type" not in info.config:
         return []
-    if is_mxfp4 and info.config.get("quantization_config") is None:
-        return ["config.json has no quantization_config, and the experts are in MXFP4: they are "
-                "read as MXFP4"]  # fmt: skip
-    if not is_mxfp4 and info.config.get("quantization_config") is not None:
-        return ["quantization_config in config.json is out of date: the tensors are not quantized, "
-                "and the output's config.json does not have it"]  # fmt: skip
-    return []
+    is_configured = info.config.get("quantization_config") is not None
+    if is_mxfp4 == is_configured:
+        return []
+    if is_mxfp4:
+        note = (
+            "config.json has no quantization_config, and the experts are in MXFP4: they are read "
+            "as MXFP4"
+        )
+    else:
+        note = (
+            "quantization_config in config.json is out of date: the tensors are not quantized, "
+            "and the output's config.json does not have it"
+        )
+    return [note]

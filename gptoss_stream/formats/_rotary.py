@@ -57,8 +57,8 @@ def parse_rope(config: Mapping[str, Any], head_dim: int) -> tuple[float, dict[st
             "run gpt-oss with rotary embeddings that differ between layers: give one object for all"
         )
     rope_type = _rope_type(key, found)
-    theta = _theta(config, key, found)
-    _refuse_partial(config, key, found, rope_type)
+    theta = _theta(config, found)
+    _refuse_partial(rope_type, _partial(config, found))
     parsers = {
         "default": _parse_default,
         "linear": _parse_scaled,
@@ -114,7 +114,7 @@ def _rope_type(key: str, found: Mapping[str, Any]) -> str:
     return rope_type
 
 
-def _theta(config: Mapping[str, Any], key: str, found: Mapping[str, Any]) -> float:
+def _theta(config: Mapping[str, Any], found: Mapping[str, Any]) -> float:
     """Return the base; the one among the settings counts before the one beside them."""
     place = found if "rope_theta" in found else config
     if place.get("rope_theta", _DEFAULT_THETA) is None:
@@ -122,18 +122,19 @@ def _theta(config: Mapping[str, Any], key: str, found: Mapping[str, Any]) -> flo
     return number(place, "rope_theta", _DEFAULT_THETA)
 
 
-def _refuse_partial(
-    config: Mapping[str, Any], key: str, found: Mapping[str, Any], rope_type: str
-) -> None:
+def _partial(config: Mapping[str, Any], found: Mapping[str, Any]) -> float:
+    """Return the part of each head to rotate; the one among the settings counts first."""
+    if _PARTIAL in found:
+        return number(found, _PARTIAL)
+    return number(config, _PARTIAL, 1.0)
+
+
+def _refuse_partial(rope_type: str, partial: float) -> None:
     """Refuse to rotate a part of each head, which gpt-oss's code in transformers cannot do."""
-    place = found if _PARTIAL in found else config
-    if place.get(_PARTIAL) is None and place is config:
-        return
-    value = number(place, _PARTIAL)
-    if rope_type != "proportional" and value != 1:
+    if rope_type != "proportional" and partial != 1:
         raise ConfigError(
-            f"config.json: {_PARTIAL} is {value:g}, and transformers' gpt-oss always rotates whole "
-            "heads; remove it, or set it to 1"
+            f"config.json: {_PARTIAL} is {partial:g}, and transformers' gpt-oss always rotates "
+            "whole heads; remove it, or set it to 1"
         )
 
 
@@ -228,8 +229,7 @@ def _parse_proportional(
     config: Mapping[str, Any], found: Mapping[str, Any], head_dim: int
 ) -> dict[str, Any]:
     """Return the settings of the proportional type, which rotates a part of each head."""
-    place = found if _PARTIAL in found else config
-    partial = number(place, _PARTIAL, 1.0)
+    partial = _partial(config, found)
     if not 0 <= partial <= 1:
         raise ConfigError(f"config.json: {_PARTIAL} is {partial:g}; it must be 0 to 1")
     factor = _positive(found, "factor") if "factor" in found else 1.0

@@ -40,7 +40,8 @@ class SourceModel:
     notes: tuple[str, ...] = ()
     """What users should know about how the checkpoint was read."""
     doubt: str = ""
-    """Why values may be read in the wrong order, so that nothing can be converted; mostly empty."""
+    """Why it is not certain in which order the values are stored, so that they cannot be converted;
+    empty if it is."""
     outside: tuple[str, ...] = ()
     """Stored names of tensors that are not part of the gpt-oss."""
 
@@ -59,7 +60,7 @@ def read_source(info: CheckpointInfo, source_format: str | None) -> SourceModel:
         TensorError: If a tensor is stored under two names.
     """
     if source_format is not None:
-        load(source_format)
+        load(source_format)  # raises if there is none of that name
     modules = {name: load(name) for name in names()}
     info, outside = unwrap(info, {name: module.TABLE for name, module in modules.items()})
     if source_format is None:

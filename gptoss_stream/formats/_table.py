@@ -39,6 +39,7 @@ __all__ = [
     "mxfp4_tensors",
     "rows_by_name",
     "stored_shape",
+    "table_specs",
     "tensor_specs",
 ]
 
@@ -197,6 +198,11 @@ class TensorSpec(NamedTuple):
     component: int
     """The number of the encoding's component that it is."""
 
+    def names(self, model: ModelConfig) -> Iterator[tuple[int, str]]:
+        """Yield the layer and the stored name of each tensor that it describes."""
+        for layer, expert in model.instances(self.name):
+            yield layer, self.name.format(l=layer, e=expert)
+
 
 def stored_shape(row: Row, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """Return the shape of a row's elements, before they are encoded.
@@ -236,3 +242,13 @@ def tensor_specs(rows: Sequence[Row], sizes: Mapping[str, int]) -> Iterator[Tens
     for number, component in enumerate(components):
         name = rows[0].stored + component.suffix
         yield TensorSpec(name, tuple(rows), component.dtypes, component.shape, number)
+
+
+def table_specs(table: Iterable[Row], model: ModelConfig) -> Iterator[TensorSpec]:
+    """Yield the tensors that are stored for a model, in the order of the table.
+
+    Raises:
+        TensorError: If the model's sizes cannot be encoded.
+    """
+    for rows in rows_by_name(row for row in table if row.is_in(model)).values():
+        yield from tensor_specs(rows, model.sizes)

@@ -13,15 +13,15 @@ from itertools import groupby
 from math import prod
 
 from ..errors import OptionError
-from ..formats import Row, Table, TensorSpec, rows_by_name, tensor_specs
-from ..formats._table import DENSE, Mxfp4Encoding, stored_shape
+from ..formats import Row, Table, TensorSpec, table_specs
+from ..formats._table import DENSE, Mxfp4Encoding
 from ..model.config import ModelConfig
 from ..model.tensors import ABSENT_IS_ZERO
 from ..tensors.dtypes import DType
 from ..tensors.raw_tensor import RawTensor
 from ..transforms.operands import DenseOperand, InterleavedOperand, Mxfp4Operand, Operand
 from ..transforms.output_tensor import Origin, OutputTensor, Segment
-from .operand_binding import SegmentBuilder, SourceRow
+from .operand_binding import SegmentBuilder, SourceRow, source_rows
 
 __all__ = ["output_tensors", "raw_tensors"]
 
@@ -50,9 +50,7 @@ def output_tensors(
         OptionError: If the target cannot be made of the source.
     """
     mapping = _Mapping(source, model, raws, dtype)
-    rows = rows_by_name(row for row in target if row.is_in(model))
-    specs = [spec for same_name in rows.values() for spec in tensor_specs(same_name, model.sizes)]
-    for spec, layer, expert in _in_order(specs, model.sizes):
+    for spec, layer, expert in _in_order(table_specs(target, model), model.sizes):
         yield mapping.output_tensor(spec, layer, expert)
 
 
@@ -103,13 +101,7 @@ class _Mapping:
         self._sizes = model.sizes
         self._raws = raws
         self._dtype = dtype
-        self._source_rows: dict[str, list[SourceRow]] = {}  # by model tensor
-        for rows in rows_by_name(source).values():
-            first = 0
-            for row in rows:
-                if row.is_in(model):
-                    self._source_rows.setdefault(row.tensor, []).append(SourceRow(row, first))
-                first += prod(stored_shape(row, self._sizes))
+        self._source_rows = source_rows(source, model)
         # Tied embeddings: the embedding is the unembedding too.
         self._source_rows.setdefault("unembed", self._source_rows["embed"])
 

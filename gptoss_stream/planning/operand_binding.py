@@ -22,8 +22,9 @@ from math import prod
 from typing import TypeAlias
 
 from ..errors import OptionError
-from ..formats import Row
-from ..formats._table import Mxfp4Encoding
+from ..formats import Row, Table, rows_by_name
+from ..formats._table import Mxfp4Encoding, stored_shape
+from ..model.config import ModelConfig
 from ..tensors.raw_tensor import RawTensor
 from ..transforms.operands import (
     DenseOperand,
@@ -35,7 +36,7 @@ from ..transforms.operands import (
 from ..transforms.output_tensor import Segment
 from ..transforms.rearrangement import make_rearrangement
 
-__all__ = ["SegmentBuilder", "SourceRow"]
+__all__ = ["SegmentBuilder", "SourceRow", "source_rows"]
 
 _Groups: TypeAlias = "Sequence[tuple[str, ...]]"
 """The model axes that make up each stored axis."""
@@ -48,6 +49,23 @@ class SourceRow:
     row: Row
     first: int = 0
     """The row's first element in the stored tensor, which several rows may share."""
+
+
+def source_rows(table: Table, model: ModelConfig) -> dict[str, list[SourceRow]]:
+    """Return the rows that hold each model tensor, by its name.
+
+    Args:
+        table: The source's table.
+        model: The model; rows of tensors that it lacks are left out.
+    """
+    found: dict[str, list[SourceRow]] = {}
+    for rows in rows_by_name(table).values():
+        first = 0
+        for row in rows:
+            if row.is_in(model):
+                found.setdefault(row.tensor, []).append(SourceRow(row, first))
+            first += prod(stored_shape(row, model.sizes))
+    return found
 
 
 @dataclass(frozen=True, slots=True)

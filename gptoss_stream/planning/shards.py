@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 from ..errors import OptionError
-from ..tensors.safetensors_header import build_header
+from ..tensors.safetensors_header import SINGLE_NAME, build_header
 from ..transforms.operands import DenseOperand, as_dense
 from ..transforms.output_tensor import OutputTensor, Segment
 
@@ -142,7 +142,7 @@ def plan_shards(
         header = build_header((t.name, t.dtype, t.shape) for t in members)
         *offsets, end = accumulate(sizes[first : first + count], initial=len(header))
         name = (
-            "model.safetensors"
+            SINGLE_NAME
             if len(groups) == 1
             else f"{stem}-{number:05d}-of-{last_number:05d}.safetensors"
         )

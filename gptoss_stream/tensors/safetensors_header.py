@@ -31,6 +31,7 @@ __all__ = [
     "LENGTH_NBYTES",
     "MAX_HEADER_NBYTES",
     "METADATA",
+    "SINGLE_NAME",
     "build_header",
     "build_index",
     "header_nbytes",
@@ -39,6 +40,8 @@ __all__ = [
 ]
 
 INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+"""The name of the only shard of a checkpoint that has no more."""
 LENGTH_NBYTES = 8
 """Bytes of the header's length, at the beginning of a file."""
 MAX_HEADER_NBYTES = 25_000_000  # huggingface_hub: SAFETENSORS_MAX_HEADER_LENGTH

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from math import prod
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from ..checkpoint.reader import ElementRange, Reader
-from ..formats import SourceModel, rows_by_name
-from ..formats._table import Mxfp4Encoding, Row, stored_shape
+from ..formats import SourceModel
+from ..formats._table import Mxfp4Encoding, Row
+from ..planning.operand_binding import source_rows
 from ..tensors.cast import cast
 from ..tensors.dtypes import BLOCK_NBYTES, BLOCK_VALUES, DType
 from ..tensors.mxfp4 import NAN_SCALE, decode
@@ -105,13 +105,7 @@ class ModelElements:
     def __init__(self, source: SourceModel) -> None:
         self._sizes = source.model.sizes
         self._raws = source.info.tensors
-        self._rows: dict[str, list[tuple[Row, int]]] = {}  # by model tensor
-        for rows in rows_by_name(source.table).values():
-            first = 0
-            for row in rows:
-                if row.is_in(source.model):
-                    self._rows.setdefault(row.tensor, []).append((row, first))
-                first += prod(stored_shape(row, self._sizes))
+        self._rows = source_rows(source.table, source.model)
 
     def stores(self, tensor: str) -> bool:
         """Return whether the checkpoint stores a model tensor."""
@@ -119,7 +113,7 @@ class ModelElements:
 
     def is_split(self, tensor: str) -> bool:
         """Return whether gate and up of a model tensor are stored in tensors of their own."""
-        return any("t" in row.fixed for row, _ in self._rows.get(tensor, ()))
+        return any("t" in source.row.fixed for source in self._rows.get(tensor, ()))
 
     def ranges(self, elements: Elements) -> Iterator[ElementRange]:
         """Yield what `read` reads."""
@@ -146,14 +140,15 @@ class ModelElements:
         tensor, indices = elements
         if tensor == "unembed" and not self.stores(tensor):
             tensor = "embed"
-        for row, first in self._rows.get(tensor, ()):
+        for source in self._rows.get(tensor, ()):
+            row = source.row
             every = next(iter(indices.values()))
             chosen = np.ones(len(every), bool)
             for axis, index in row.fixed.items():
                 chosen &= indices[axis] == index
             if not chosen.any():
                 continue
-            offsets, stride = np.full(len(every), first, np.int64), 1
+            offsets, stride = np.full(len(every), source.first, np.int64), 1
             for axis in reversed(row.order):
                 offsets += indices[axis] * stride
                 stride *= self._sizes[axis]

@@ -16,6 +16,7 @@ from typing import Any
 
 from .._utils import strict_json
 from .._utils.messages import listed
+from ..checkpoint.small_files import RECORD_NAME
 from ..errors import OutputError
 
 __all__ = [
@@ -29,7 +30,6 @@ __all__ = [
     "refuse_other_run",
 ]
 
-RECORD_NAME = "gptoss_stream.json"
 WORK_NAME = ".gptoss_stream"
 RUN_NAME = f"{WORK_NAME}/run.json"
 _DERIVED = ("plan", "files", "unused")  # named only if nothing else differs
