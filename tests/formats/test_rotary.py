@@ -4,25 +4,21 @@ source: transformers 5 and TransformerLens compute from both, and what they comp
 from __future__ import annotations
 
 import copy
-import json
 import random
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from rotary_configs import YARN
+from rotary_judge import ENTRIES, differences, written
 from transformer_lens.components.abstract_attention import AbstractAttention
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
-from transformers.utils import logging
 
 from gptoss_stream.errors import ConfigError, GptOssStreamError
 from gptoss_stream.formats import openai
-from gptoss_stream.formats._hugging_face_config import (
-    config_files,
-    hugging_face_config,
-    parse_config,
-)
+from gptoss_stream.formats._hugging_face_config import hugging_face_config, parse_config
 from gptoss_stream.formats._transformer_lens_config import (
     check,
     hooked_transformer_config,
@@ -31,19 +27,13 @@ from gptoss_stream.formats._transformer_lens_config import (
 from gptoss_stream.model.config import ModelConfig
 from gptoss_stream.tensors.dtypes import DType
 
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
+
 HEAD = 16
 SIZES = {"head_dim": HEAD, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 259}
 SIZES |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 BASE = {**SIZES, "model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2}
 BASE["max_position_embeddings"] = 131_072
-YARN = {
-    "rope_type": "yarn",
-    "factor": 32.0,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-    "truncate": False,
-    "original_max_position_embeddings": 4096,
-}
 LENGTH = "original_max_position_embeddings"
 PARTIAL = "partial_rotary_factor"
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, LENGTH: 8192}
@@ -54,10 +44,6 @@ LONGROPE = {
     "long_factor": [4 + i / 2 for i in range(HEAD // 2)],
     LENGTH: 4096,
 }
-KEPT = {"initializer_range", "attention_dropout", "router_aux_loss_coef", "output_router_logits"}
-KEPT |= {"use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "rope_parameters"}
-ENTRIES = sorted(GptOssConfig.__annotations__.keys() - KEPT)
-"""The entries that the package reads; the others are written as they are."""
 
 
 def settings(base: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -73,44 +59,6 @@ def scaling(**changes: Any) -> dict[str, Any]:
 def parameters(base: dict[str, Any] = YARN, **changes: Any) -> dict[str, Any]:
     """Return settings as transformers 5 writes them."""
     return {"rope_parameters": settings(base, **changes)}
-
-
-def written(model: ModelConfig, config: dict[str, Any]) -> dict[str, Any]:
-    """Return the config.json that is written for a source's configuration."""
-    files = config_files(model, copy.deepcopy(config), DType.BF16, partial=False)
-    return json.loads(files["config.json"])
-
-
-def judged(config: dict[str, Any]) -> tuple[list[torch.Tensor], dict[str, Any]]:
-    """Return what transformers computes for a configuration, and the entries that it reads."""
-    read = GptOssConfig.from_dict(copy.deepcopy(config))
-    rotary = GptOssRotaryEmbedding(read)
-    initial = rotary.inv_freq.clone()
-    positions = torch.tensor([[0, 1, 1000, read.max_position_embeddings + 5]])
-    parts = rotary(torch.zeros(1), positions)
-    if any(part.shape[-1] * 2 != read.head_dim for part in parts):
-        raise ValueError("the rotary embedding does not have the size of the heads")
-    scaling = torch.tensor(rotary.attention_scaling, dtype=torch.float64)
-    return [initial, scaling, *parts], {name: getattr(read, name) for name in ENTRIES}
-
-
-def differences(config: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """Return what transformers computes or reads otherwise from two configurations, bit by bit."""
-    (tensors, entries), (others, other_entries) = judged(config), judged(other)
-    found = [name for name in ENTRIES if entries[name] != other_entries[name]]
-    for number, (one, two) in enumerate(zip(tensors, others, strict=True)):
-        if not torch.allclose(one, two, rtol=0, atol=0, equal_nan=True):
-            found.append(f"tensor {number}")
-    return found
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quiet():
-    """Turn off what transformers prints about unusual settings."""
-    level = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    yield
-    logging.set_verbosity(level)
 
 
 TYPES = {

@@ -6,8 +6,7 @@ The configuration that is written must mean to transformers what the source's me
 
 from __future__ import annotations
 
-import json
-import math
+import copy
 import random
 from collections import Counter
 from types import SimpleNamespace
@@ -15,33 +14,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rotary_configs import BASE, YARN, mutated
+from rotary_judge import differences, written
 from transformer_lens.components.abstract_attention import AbstractAttention
 from transformer_lens.config import HookedTransformerConfig
-from transformers import GptOssConfig, logging
-from transformers.models.gpt_oss.modeling_gpt_oss import (
-    GptOssRotaryEmbedding,
-    apply_rotary_pos_emb,
-)
+from transformers import GptOssConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
 from gptoss_stream.errors import GptOssStreamError
 from gptoss_stream.formats import _transformer_lens_config
-from gptoss_stream.formats._hugging_face_config import config_files, config_notes, parse_config
+from gptoss_stream.formats._hugging_face_config import config_notes, parse_config
 from gptoss_stream.tensors.dtypes import DType
 
-FIELDS = (
-    "attention_bias",
-    "head_dim",
-    "hidden_act",
-    "layer_types",
-    "max_position_embeddings",
-    "num_experts_per_tok",
-    "num_key_value_heads",
-    "num_local_experts",
-    "rms_norm_eps",
-    "sliding_window",
-    "swiglu_alpha",
-    "swiglu_limit",
-)
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 
 def parameters(**values) -> dict:
@@ -49,39 +33,9 @@ def parameters(**values) -> dict:
     return {"rope_scaling": ..., "rope_theta": ..., "rope_parameters": {**YARN, **values}}
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    """Let transformers not warn about the settings."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    yield
-    logging.set_verbosity(before)
-
-
-def judged(config: dict) -> tuple[GptOssConfig, GptOssRotaryEmbedding]:
-    """Return what transformers reads and computes; raises if it cannot rotate heads with it."""
-    read = GptOssConfig.from_dict(json.loads(json.dumps(config)))
-    rotary = GptOssRotaryEmbedding(read)
-    heads = torch.zeros(1, 1, 3, read.head_dim)
-    cos, sin = rotary(heads, torch.arange(3)[None])
-    assert cos.shape[-1] * 2 == read.head_dim
-    apply_rotary_pos_emb(heads, heads, cos, sin)
-    return read, rotary
-
-
-def written(config: dict) -> dict:
+def output_of(config: dict) -> dict:
     """Return the config.json that is written for a source's."""
-    model = parse_config(json.loads(json.dumps(config)))
-    return json.loads(config_files(model, config, DType.BF16, partial=False)["config.json"])
-
-
-def assert_same(config: dict, output: dict) -> None:
-    """Compare what transformers computes from a source's configuration and from the output's."""
-    (expected, rotary), (found, found_rotary) = judged(config), judged(output)
-    assert torch.equal(found_rotary.inv_freq, rotary.inv_freq)
-    assert math.isclose(found_rotary.attention_scaling, rotary.attention_scaling, rel_tol=1e-14)
-    differing = [key for key in FIELDS if getattr(found, key) != getattr(expected, key)]
-    assert differing == []
+    return written(parse_config(copy.deepcopy(config)), config)
 
 
 def changed(values: dict) -> dict:
@@ -99,7 +53,7 @@ def test_the_length_that_does_not_count_is_checked_too(inner):
 
 def test_two_spellings_are_written():
     """So transformers 4 and other programs read the same."""
-    output = written(changed(parameters(rope_theta=1e5, factor=16.0)))
+    output = output_of(changed(parameters(rope_theta=1e5, factor=16.0)))
     assert output["rope_theta"] == output["rope_parameters"]["rope_theta"] == 1e5
     assert output["rope_scaling"] | {"rope_theta": 1e5} == output["rope_parameters"]
     assert output["rope_scaling"]["factor"] == 16.0
@@ -108,7 +62,7 @@ def test_two_spellings_are_written():
 def test_experts_per_token_alone_is_written_under_both_names():
     """transformers ignores that name and takes 4 experts; a note says so."""
     config = changed({"num_experts_per_tok": ..., "experts_per_token": 2})
-    output = written(config)
+    output = output_of(config)
     assert output["num_experts_per_tok"] == output["experts_per_token"] == 2
     assert ["experts_per_token 2" in note for note in config_notes(config)] == [True]
 
@@ -122,11 +76,11 @@ def test_random_settings(seed, count):
     for _ in range(count):
         config = mutated(source)
         try:
-            output = written(config)
+            output = output_of(config)
         except GptOssStreamError:
             outcomes["refused"] += 1
             continue
-        assert_same(config, output)
+        assert differences(config, output) == [], config
         outcomes["the same"] += 1
     assert min(outcomes.values()) > count / 5, outcomes
 
@@ -147,7 +101,8 @@ def test_random_settings_in_transformer_lens():
         sin, cos = AbstractAttention.calculate_sin_cos_rotary(
             attention, hooked.rotary_dim, 64, base=hooked.rotary_base, dtype=torch.float32
         )
-        rotary, half = judged(config)[1], model.head_dim // 2
+        rotary = GptOssRotaryEmbedding(GptOssConfig.from_dict(copy.deepcopy(config)))
+        half = model.head_dim // 2
         expected = rotary(torch.zeros(1, 1, 64, model.head_dim), torch.arange(64)[None])
         limit = 2e-5 * max(1.0, abs(rotary.attention_scaling))
         for mine, theirs in zip((cos, sin), expected, strict=True):

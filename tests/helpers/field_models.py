@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from rotary_configs import YARN
 from safetensors.torch import save_file
 
 Tensors = dict[str, torch.Tensor]
@@ -31,14 +32,6 @@ SIZES = {
 }
 """Sizes of which no two axes of a matrix are equal, so that a wrong orientation shows."""
 
-YARN = {
-    "rope_type": "yarn",
-    "factor": 32.0,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-    "truncate": False,
-    "original_max_position_embeddings": 4096,
-}
 MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
 VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 """The values of FP4 E2M1 by code (OCP Microscaling Formats v1.0)."""
