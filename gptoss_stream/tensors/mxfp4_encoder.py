@@ -1,0 +1,266 @@
+"""Encodes floats to MXFP4 blocks and scales, by one of several rules.
+
+OCP Microscaling Formats (MX) v1.0, sections 5.1 to 6.3. 32 values of a row become a block: a scale
+byte s, which means 2^(s-127), and 32 codes of 4 bits. The specification leaves open how the scale
+follows from the largest magnitude m of a block and where ties go, and programs differ. The rules
+that have names here (exponents before they are limited to bytes 0 to 254):
+
+    name      exponent of the scale           a tie goes to      codes of zeros
+    openai    ceil(log2(m / 6))               the even code      keep the sign
+    modelopt  ceil(log2(m / 6))               zero               are -0
+    ocp       floor(log2(m)) - 2              the even code      keep the sign
+    even      floor(log2(r(m))) - 2           the even code      keep the sign
+
+r(m) is m rounded to one bit of mantissa, so that the exponent is one larger from 1.75 * 2^k on.
+With ceil(log2(m / 6)) no value exceeds 6, the largest code; with the two others some are clipped.
+
+Sources: openai is ROUND_UP of triton_kernels, `numerics_details/mxfp.py` (`downcast_to_mxfp_torch`)
+since September 2025, which OpenAI's code, transformers and vLLM call; the same scales as RCEIL of
+torchao. modelopt is nvidia-modelopt, `MXFP4QTensor.quantize`. ocp is section 6.3 of the
+specification, FLOOR of torchao. even is the rule of compressed-tensors and AMD Quark, EVEN of
+torchao. All of them take values in bfloat16, as those programs do: others are rounded to it first.
+
+How it works: the bits of a bfloat16 magnitude are an integer of the same order, so the largest
+magnitude of a block is an integer maximum. The bits of a magnitude minus those of a quarter of the
+scale are a *distance*, 128 for each power of two, and the value's code is the number of midpoints
+that the distance exceeds. Blocks are handled side by side, so that each operation works on long
+runs of memory: arrays of a tile have the axes [groups, 32, rows].
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from math import prod, sqrt
+from typing import Any
+
+import numpy as np
+
+from .dtypes import BLOCK_VALUES
+
+__all__ = ["DEFAULT_RULE", "RULES", "EncodingLoss", "encode"]
+
+_Array = np.ndarray[Any, Any]
+
+_MIDPOINTS = (0, 192, 288, 352, 416, 480, 544)
+"""The midpoints between the magnitudes 0, 0.5, 1, 1.5, 2, 3, 4 and 6 of codes 0 to 7, which are
+0.25, 0.75, 1.25, 1.75, 2.5, 3.5 and 5, as distances."""
+_LARGEST = 576
+"""The largest code's magnitude, 6, as a distance."""
+_MAGNITUDES = np.array((0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
+
+_INFINITY = 0x7F80
+_LINEAR_SCALE = 3
+"""The smallest scale byte with which a quarter of the scale is a normal number: below it, bits are
+not linear in the exponent."""
+
+_TILE_GROUPS, _TILE_ROWS = 3, 1024
+"""Blocks that are encoded at a time. Arrays of this size stay in a processor's cache, and are large
+enough that calls cost little."""
+
+_memory = threading.local()
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """How the scale follows from a block's largest magnitude, and where ties go."""
+
+    carry: int
+    """What is added to the bits of the largest magnitude: its exponent is then one larger if its
+    mantissa, of 7 bits, is at least 128 - carry."""
+    ties_to_even: bool
+    """Whether a tie goes to the even code; otherwise to the smaller one."""
+    zero_is_negative: bool
+    """Whether zeros of either sign get the code of -0."""
+
+    @property
+    def midpoints(self) -> tuple[int, ...]:
+        """The distances that a value must exceed for each code after the first."""
+        return tuple(
+            midpoint - (self.ties_to_even and code % 2 == 0)
+            for code, midpoint in enumerate(_MIDPOINTS, 1)
+        )
+
+
+_RULES: Mapping[str, _Rule] = {
+    "openai": _Rule(carry=0x3F, ties_to_even=True, zero_is_negative=False),
+    "modelopt": _Rule(carry=0x3F, ties_to_even=False, zero_is_negative=True),
+    "ocp": _Rule(carry=0, ties_to_even=True, zero_is_negative=False),
+    "even": _Rule(carry=0x20, ties_to_even=True, zero_is_negative=False),
+}
+
+RULES = tuple(_RULES)
+"""The names of the rules."""
+DEFAULT_RULE = "openai"
+
+
+@dataclass(slots=True)
+class EncodingLoss:
+    """What encoding loses of a tensor's values."""
+
+    step: int = 1
+    """The error is measured on the rows with numbers that are multiples of this."""
+    blocks: int = 0
+    """Blocks that were written."""
+    kept: int = 0
+    """Blocks of these with the bytes of the reference."""
+    flushed: int = 0
+    """Values that are not zero and became zero."""
+    clipped: int = 0
+    """Values larger than the largest code."""
+    squared_error: float = 0.0
+    """The sum of the squared errors, over the rows that were measured."""
+    squared_norm: float = 0.0
+    """The sum of the squared values, over the same rows."""
+
+    def add(self, other: EncodingLoss) -> None:
+        """Add what was lost of other values."""
+        for name in (field.name for field in fields(self) if field.name != "step"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    @property
+    def relative_error(self) -> float:
+        """The norm of the errors relative to that of the values."""
+        return sqrt(self.squared_error / self.squared_norm) if self.squared_norm else 0.0
+
+
+class _Scratch:
+    """Memory for a tile that a thread uses again: new pages would cost more than the arithmetic."""
+
+    def __init__(self) -> None:
+        shape = _TILE_GROUPS * BLOCK_VALUES * _TILE_ROWS
+        self._wide = [np.empty(shape, np.uint16) for _ in range(3)]
+        self._narrow = [np.empty(shape, np.uint8) for _ in range(2)]
+
+    def arrays(self, shape: tuple[int, ...]) -> list[_Array]:
+        """Return three arrays of uint16 and two of uint8, of a shape."""
+        return [memory[: prod(shape)].reshape(shape) for memory in (*self._wide, *self._narrow)]
+
+
+def encode(
+    values: _Array,
+    rule: str,
+    blocks: _Array,
+    scales: _Array,
+    loss: EncodingLoss | None = None,
+    first_row: int = 0,
+) -> None:
+    """Encode rows of bfloat16 to MXFP4.
+
+    Args:
+        values: The bits of the values, [rows, groups * 32] uint16. The transpose of a C-contiguous
+            array is encoded fastest.
+        rule: The name of a rule, one of `RULES`.
+        blocks: Memory for the blocks, [rows, groups, 16] uint8. The first value of two is in the
+            low nibble.
+        scales: Memory for the scales, [rows, groups] uint8.
+        loss: What is lost is added to it.
+        first_row: The number of the first row, for `EncodingLoss.step`.
+
+    Raises:
+        ValueError: If a value is infinite or NaN.
+    """
+    rows, groups = scales.shape
+    planes = values.T.reshape(groups, BLOCK_VALUES, rows)
+    if not hasattr(_memory, "scratch"):
+        _memory.scratch = _Scratch()
+    for first_group in range(0, groups, _TILE_GROUPS):
+        some_groups = slice(first_group, first_group + _TILE_GROUPS)
+        for row in range(0, rows, _TILE_ROWS):
+            some_rows = slice(row, row + _TILE_ROWS)
+            _encode_tile(
+                planes[some_groups, :, some_rows],
+                _RULES[rule],
+                blocks[some_rows, some_groups],
+                scales[some_rows, some_groups],
+                loss,
+                first_row + row,
+            )
+
+
+def _encode_tile(
+    source: _Array,
+    rule: _Rule,
+    blocks: _Array,
+    scales: _Array,
+    loss: EncodingLoss | None,
+    first_row: int,
+) -> None:
+    """Encode values [groups, 32, rows] (see `encode`)."""
+    values, magnitudes, distances, codes, exceeds = _memory.scratch.arrays(source.shape)
+    np.copyto(values, source)
+    np.bitwise_and(values, np.uint16(0x7FFF), out=magnitudes)
+    largest = magnitudes.max(axis=1)  # [groups, rows]
+    if largest.max(initial=0) >= _INFINITY:
+        raise ValueError("values that are infinite or NaN")
+    exponents = (largest + np.uint16(rule.carry)) >> np.uint16(7)
+    scale = np.maximum(exponents, 2) - np.uint16(2)
+    _measure(magnitudes, scale, largest, distances)
+    first, *others = rule.midpoints
+    np.greater(distances, np.uint16(first), out=codes.view(bool))
+    for midpoint in others:
+        np.greater(distances, np.uint16(midpoint), out=exceeds.view(bool))
+        np.add(codes, exceeds, out=codes)
+    if loss is not None:
+        is_zero = np.equal(magnitudes, 0, out=exceeds.view(bool))
+        loss.flushed += int(np.count_nonzero(codes == 0)) - int(np.count_nonzero(is_zero))
+        loss.clipped += int(np.count_nonzero(distances > _LARGEST))
+        loss.blocks += scale.size
+        measured = slice(-first_row % loss.step, None, loss.step)
+        _add_error(loss, magnitudes[..., measured], scale[:, None, measured], codes[..., measured])
+    np.right_shift(values, np.uint16(12), out=values)
+    np.copyto(exceeds, values, casting="unsafe")
+    np.bitwise_and(exceeds, np.uint8(8), out=exceeds)
+    np.bitwise_or(codes, exceeds, out=codes)
+    if rule.zero_is_negative:
+        np.equal(magnitudes, 0, out=exceeds.view(bool))
+        codes |= exceeds * np.uint8(8)
+    # The second value of two is in the high nibble.
+    packed = codes[:, 1::2] * np.uint8(16)
+    packed |= codes[:, ::2]
+    blocks[...] = packed.transpose(2, 0, 1)
+    scales[...] = scale.T
+
+
+def _measure(magnitudes: _Array, scale: _Array, largest: _Array, distances: _Array) -> None:
+    """Compute the distances of values from a quarter of their scale; 0 for those below it.
+
+    Args:
+        magnitudes: The bits of the magnitudes, [groups, 32, rows] uint16.
+        scale: The scale bytes, [groups, rows] uint16.
+        largest: The largest magnitude of each block, [groups, rows] uint16.
+        distances: Memory for the distances, [groups, 32, rows] uint16.
+    """
+    quarter = (np.maximum(scale, _LINEAR_SCALE) - np.uint16(2)) << np.uint16(7)
+    np.maximum(magnitudes, quarter[:, None], out=distances)
+    np.subtract(distances, quarter[:, None], out=distances)
+    is_tiny = (scale < _LINEAR_SCALE) & (largest > 0)
+    if is_tiny.any():
+        group, row = np.nonzero(is_tiny)
+        relative = np.ldexp(
+            _as_float(magnitudes[group, :, row]), 129 - scale[group, row].astype(int)[:, None]
+        )
+        mantissa, exponent = np.frexp(np.maximum(relative, 1.0))  # mantissas from 0.5 to 1
+        distances[group, :, row] = 128 * (exponent + 2 * mantissa - 2)
+
+
+def _as_float(magnitudes: _Array) -> _Array:
+    """Return bfloat16 magnitudes as float64."""
+    bits = magnitudes.astype(np.uint32) << np.uint32(16)
+    return bits.view(np.float32).astype(np.float64)
+
+
+def _add_error(loss: EncodingLoss, magnitudes: _Array, scale: _Array, codes: _Array) -> None:
+    """Add the error of values to a loss.
+
+    Args:
+        loss: The loss.
+        magnitudes: The bits of the magnitudes, [groups, 32, rows] uint16.
+        scale: The scale bytes, [groups, 1, rows] uint16.
+        codes: The codes without sign, [groups, 32, rows] uint8.
+    """
+    exact = _as_float(magnitudes)
+    error = exact - _MAGNITUDES[codes] * np.ldexp(1.0, scale.astype(int) - 127)
+    loss.squared_error += float(np.vdot(error, error))
+    loss.squared_norm += float(np.vdot(exact, exact))
