@@ -22,8 +22,9 @@ from ..planning.shards import is_spilled
 from ..tensors.cast import STORAGE, cast
 from ..tensors.dtypes import DType
 from ..tensors.raw_tensor import RawTensor
-from ..transforms.materialize import TargetRows, materialize, materialize_rows
+from ..transforms.materialize import materialize, materialize_rows
 from ..transforms.output_tensor import OutputTensor, Segment, element_ranges
+from ..transforms.tiles import TargetRows
 from ..writing.executor import CHUNK_NBYTES
 from .differences import Difference
 
