@@ -16,6 +16,7 @@ __all__ = [
     "add_json",
     "add_max_shard_size",
     "add_overwrite",
+    "add_quantization",
     "add_quiet",
     "add_remote_output",
     "add_remote_source",
@@ -116,6 +117,11 @@ def add_conversion_options(parser: argparse.ArgumentParser) -> None:
         "format to itself and from transformer-lens, otherwise bfloat16)",
     )
     add_max_shard_size(parser)
+    add_quantization(parser)
+
+
+def add_quantization(parser: argparse.ArgumentParser) -> None:
+    """Add `--mxfp4-rule` and `--reference`."""
     parser.add_argument(
         "--mxfp4-rule",
         metavar="RULE",

@@ -132,6 +132,9 @@ def _print_plan(planned: Plan, resources: _Resources, workers: int) -> None:
         f"{': NOT ENOUGH' if resources.disk_needed > resources.disk_free else ''}\n"
         f"memory   {sized(resources.memory)} at most, {counted(workers, 'worker')}"
     )
+    if planned.mxfp4_rule is not None:
+        kept = "" if planned.reference is None else f", blocks of {planned.reference.location} kept"
+        print(f"mxfp4    experts encoded by the rule {planned.mxfp4_rule}{kept}")
     print_narrowed(planned.narrowed)
     for shard in planned.shards:
         print(f"  {shard.name}  {sized(shard.nbytes):>9}  {counted(len(shard.tensors), 'tensor')}")

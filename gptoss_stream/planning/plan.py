@@ -228,8 +228,7 @@ def _count_narrowed(tensors: Iterable[OutputTensor]) -> dict[str, int]:
     for tensor in tensors:
         found = {raw.dtype for s in tensor.segments for raw in raw_tensors(s.operand)}
         if any(segment.encoding is not None for segment in tensor.segments):
-            counts.update(f"{dtype} to MXFP4" for dtype in found if not tensor.made_with)
-            continue
+            continue  # the report says what encoding loses
         counts.update(
             f"{'MXFP4' if dtype is DType.U8 else dtype} to {tensor.dtype}"
             for dtype in found
