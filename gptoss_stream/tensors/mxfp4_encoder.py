@@ -157,13 +157,17 @@ def _encode_tile(
     _measure(magnitudes, scale, largest, distances)
     first, *others = rule.midpoints
     np.greater(distances, np.uint16(first), out=codes.view(bool))
+    if loss is not None:
+        is_zero = np.equal(magnitudes, np.uint16(0), out=exceeds.view(bool))
+        nonzero = codes.size - int(np.count_nonzero(is_zero))
+        loss.flushed += nonzero - int(np.count_nonzero(codes.view(bool)))
     for midpoint in others:
         np.greater(distances, np.uint16(midpoint), out=exceeds.view(bool))
         np.add(codes, exceeds, out=codes)
     if loss is not None:
-        is_zero = np.equal(magnitudes, 0, out=exceeds.view(bool))
-        loss.flushed += int(np.count_nonzero(codes == 0)) - int(np.count_nonzero(is_zero))
-        loss.clipped += int(np.count_nonzero(distances > _LARGEST))
+        if rule.clips:
+            exceeding = np.greater(distances, np.uint16(_LARGEST), out=exceeds.view(bool))
+            loss.clipped += int(np.count_nonzero(exceeding))
         loss.blocks += scale.size
         measured = slice(-first_row % loss.step, None, loss.step)
         _add_error(loss, magnitudes[..., measured], scale[:, None, measured], codes[..., measured])

@@ -24,7 +24,7 @@ torchao. All of them take values in bfloat16, as those programs do: others are r
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 __all__ = ["DEFAULT_RULE", "RULES", "Rule"]
 
@@ -45,13 +45,20 @@ class Rule:
     zero_is_negative: bool
     """Whether zeros of either sign get the code of -0."""
 
-    @property
-    def midpoints(self) -> tuple[int, ...]:
-        """The distances that a value must exceed for each code after the first."""
-        return tuple(
+    midpoints: tuple[int, ...] = field(init=False)
+    """The distances (see `mxfp4_encoder`) that a value must exceed for each code after the first."""
+
+    def __post_init__(self) -> None:
+        midpoints = tuple(
             midpoint - (self.ties_to_even and code % 2 == 0)
             for code, midpoint in enumerate(_MIDPOINTS, 1)
         )
+        object.__setattr__(self, "midpoints", midpoints)
+
+    @property
+    def clips(self) -> bool:
+        """Whether values can exceed the largest code: the mantissa of 6, 1.5, has 64 of 128."""
+        return self.carry < 128 - 64 - 1
 
 
 RULES: Mapping[str, Rule] = {
