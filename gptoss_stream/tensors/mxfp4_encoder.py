@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from .dtypes import BLOCK_VALUES
+from .dtypes import BLOCK_VALUES, DType
+from .mxfp4 import largest_scale
 from .mxfp4_rules import RULES, Rule
 
 __all__ = ["EncodingLoss", "encode", "measured_step"]
@@ -28,6 +29,10 @@ _LARGEST = 576
 _MAGNITUDES = np.array((0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
 
 _INFINITY = 0x7F80
+_LARGEST_SCALE = largest_scale(DType.BF16)
+_VANISHING = (np.ldexp(np.float32(1), np.arange(256) - 277).view(np.uint32) >> 16).astype(np.uint16)
+"""By scale byte, the bits of the largest magnitude that is zero when it is divided by the scale in
+float32, as nvidia-modelopt does."""
 _LINEAR_SCALE = 3
 """The smallest scale byte with which a quarter of the scale is a normal number: below it, bits are
 not linear in the exponent."""
@@ -117,7 +122,8 @@ def encode(
         first_row: The number of the first row, for `EncodingLoss.step`.
 
     Raises:
-        ValueError: If a value is infinite or NaN.
+        ValueError: If a value is infinite or NaN, or so large that its code would be infinite in
+            bfloat16.
     """
     rows, groups = scales.shape
     planes = values.T.reshape(groups, BLOCK_VALUES, rows)
@@ -154,6 +160,9 @@ def _encode_tile(
         raise ValueError("values that are infinite or NaN")
     exponents = (largest + np.uint16(rule.carry)) >> np.uint16(7)
     scale = np.maximum(exponents, 2) - np.uint16(2)
+    np.maximum(scale, (largest > 0) * np.uint16(rule.smallest_scale), out=scale)
+    if scale.max(initial=0) > _LARGEST_SCALE:
+        raise ValueError("values whose codes are infinite in bfloat16")
     _measure(magnitudes, scale, largest, distances)
     first, *others = rule.midpoints
     np.greater(distances, np.uint16(first), out=codes.view(bool))
@@ -176,7 +185,7 @@ def _encode_tile(
     np.bitwise_and(exceeds, np.uint8(8), out=exceeds)
     np.bitwise_or(codes, exceeds, out=codes)
     if rule.zero_is_negative:
-        np.equal(magnitudes, 0, out=exceeds.view(bool))
+        np.less_equal(magnitudes, _VANISHING[scale][:, None], out=exceeds.view(bool))
         codes |= exceeds * np.uint8(8)
     # The second value of two is in the high nibble.
     packed = codes[:, 1::2] * np.uint8(16)

@@ -3,16 +3,21 @@
 OCP Microscaling Formats (MX) v1.0, sections 5.1 to 6.3. 32 values of a row become a block: a scale
 byte s, which means 2^(s-127), and 32 codes of 4 bits. The specification leaves open how the scale
 follows from the largest magnitude m of a block and where ties go, and programs differ. The rules
-that have names here (exponents before they are limited to bytes 0 to 254):
+that have names here:
 
     name      exponent of the scale           a tie goes to      codes of zeros
     openai    ceil(log2(m / 6))               the even code      keep the sign
-    modelopt  ceil(log2(m / 6))               zero               are -0
+    modelopt  ceil(log2(m / 6))               the smaller code   are -0
     ocp       floor(log2(m)) - 2              the even code      keep the sign
     even      floor(log2(r(m))) - 2           the even code      keep the sign
 
 r(m) is m rounded to one bit of mantissa, so that the exponent is one larger from 1.75 * 2^k on.
-With ceil(log2(m / 6)) no value exceeds 6, the largest code; with the two others some are clipped.
+With ceil(log2(m / 6)) no value exceeds 6, the largest code; with the two others some are clipped,
+which get the largest code. The smallest scale byte is 0, and with openai 1 unless a block is zero.
+Blocks with a scale byte above 252 are refused: their largest codes are infinite in bfloat16.
+
+Values that MXFP4 holds are encoded without loss, whatever the rule. The one exception is openai
+with the scale byte 0, 2^-127, which it writes for no block that is not zero.
 
 Sources: openai is ROUND_UP of triton_kernels, `numerics_details/mxfp.py` (`downcast_to_mxfp_torch`)
 since September 2025, which OpenAI's code, transformers and vLLM call; the same scales as RCEIL of
@@ -45,8 +50,10 @@ class Rule:
     zero_is_negative: bool
     """Whether zeros of either sign get the code of -0."""
 
+    smallest_scale: int = 0
+    """The smallest scale byte of a block that is not zero."""
     midpoints: tuple[int, ...] = field(init=False)
-    """The distances (see `mxfp4_encoder`) that a value must exceed for each code after the first."""
+    """The distances (see `mxfp4_encoder`) that a value must exceed for each further code."""
 
     def __post_init__(self) -> None:
         midpoints = tuple(
@@ -62,7 +69,7 @@ class Rule:
 
 
 RULES: Mapping[str, Rule] = {
-    "openai": Rule(carry=0x3F, ties_to_even=True, zero_is_negative=False),
+    "openai": Rule(carry=0x3F, ties_to_even=True, zero_is_negative=False, smallest_scale=1),
     "modelopt": Rule(carry=0x3F, ties_to_even=False, zero_is_negative=True),
     "ocp": Rule(carry=0, ties_to_even=True, zero_is_negative=False),
     "even": Rule(carry=0x20, ties_to_even=True, zero_is_negative=False),
