@@ -60,7 +60,6 @@ if TYPE_CHECKING:  # the same names for type checkers
         plan as plan,
     )
     from .planning.shards import PlannedShard as PlannedShard
-    from .report import Report as Report
     from .storage.location import (
         File as File,
         FileInfo as FileInfo,
@@ -89,6 +88,7 @@ if TYPE_CHECKING:  # the same names for type checkers
         verify as verify,
         verify_checksums as verify_checksums,
     )
+    from .writing.report import Report as Report
 
 __version__ = "0.1.0"
 
@@ -117,7 +117,7 @@ _MODULES = {
     "PlannedShard": "planning.shards",
     "RawTensor": "tensors.raw_tensor",
     "Relation": "verification.relations",
-    "Report": "report",
+    "Report": "writing.report",
     "ResolvedSelection": "model.selection",
     "Selection": "model.selection",
     "StateDict": "loading.state_dict",

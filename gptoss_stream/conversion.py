@@ -20,10 +20,10 @@ from .planning.output_files import output_files
 from .planning.plan import Plan, plan_conversion, read_reference
 from .planning.run_identity import encoding_identity, run_identity
 from .planning.shards import DEFAULT_SHARD_SIZE
-from .report import Report, make_report
 from .storage.local_folder import LocalFolder
 from .storage.location import Location, LocationLike, WritableLocation
 from .storage.open_location import open_location, open_writable_location
+from .writing.report import Report, make_report
 from .writing.run_state import RUN_NAME, parse_state
 
 if TYPE_CHECKING:

@@ -113,9 +113,11 @@ def test_only_formats_know_what_tensors_are_called():
     """Outside `formats` no code that reads, plans or writes holds the name of a stored tensor."""
     for room in ("checkpoint", "transforms", "planning", "writing", "distributed"):
         for file in (PACKAGE / room).glob("*.py"):
-            code = ast.unparse(without_docstrings(tree_of(file)))
+            tree = without_docstrings(tree_of(file))
+            texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)]
             for word in ("blocks.", "layers.", "q_proj", "lm_head", "W_U"):
-                assert word not in code, f"{file} speaks of {word}"
+                speaks = any(isinstance(text, str) and word in text for text in texts)
+                assert not speaks, f"{file} speaks of {word}"
     for name in gptoss_stream.formats.names():
         for file in [*(PACKAGE / "writing").glob("*.py"), PACKAGE / "planning/mapping.py"]:
             code = ast.unparse(without_docstrings(tree_of(file)))

@@ -35,7 +35,7 @@ from ._progress import progress_bar
 
 if TYPE_CHECKING:
     from ..planning.plan import Plan
-    from ..report import Report
+    from ..writing.report import Report
 
 __all__ = ["add_parser", "run"]
 

@@ -26,13 +26,9 @@ from ..formats import Row, Table, rows_by_name
 from ..formats._table import Mxfp4Encoding, stored_shape
 from ..model.config import ModelConfig
 from ..tensors.raw_tensor import RawTensor
-from ..transforms.operands import (
-    DenseOperand,
-    InterleavedOperand,
-    Mxfp4Operand,
-    Operand,
-    ZeroOperand,
-)
+from ..transforms.mxfp4_operand import Mxfp4Operand
+from ..transforms.operand import Operand
+from ..transforms.operands import DenseOperand, InterleavedOperand, ZeroOperand
 from ..transforms.output_tensor import Segment
 from ..transforms.rearrangement import make_rearrangement
 

@@ -13,7 +13,7 @@ from ..model.config import ModelConfig
 from ..tensors.dtypes import BLOCK_VALUES, DType
 from ..tensors.mxfp4_rules import DEFAULT_RULE
 from ..transforms.mxfp4_encoding import Mxfp4Encoding
-from ..transforms.operands import Mxfp4Operand
+from ..transforms.mxfp4_operand import Mxfp4Operand
 from ..transforms.output_tensor import Segment
 from .operand_binding import SegmentBuilder, source_rows
 

@@ -19,7 +19,8 @@ from ..tensors.dtypes import BLOCK_NBYTES, BLOCK_VALUES, DType
 from ..tensors.mxfp4 import NAN_SCALE, decode
 from ..tensors.mxfp4_encoder import EncodingLoss, encode
 from .mxfp4_encoding import BLOCKS, Mxfp4Encoding
-from .operands import Packed, raw_tensors
+from .mxfp4_operand import Packed
+from .operands import raw_tensors
 from .output_tensor import Segment
 from .tiles import TargetRows, load_rows, row_intervals, transposed_tiles
 

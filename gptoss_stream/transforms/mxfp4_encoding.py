@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..tensors.dtypes import BLOCK_NBYTES, BLOCK_VALUES
-from .operands import Mxfp4Operand
+from .mxfp4_operand import Mxfp4Operand
 
 __all__ = ["BLOCKS", "SCALES", "Mxfp4Encoding"]
 

@@ -23,7 +23,7 @@ from typing import NamedTuple
 from ..checkpoint.reader import ElementRange
 from ..tensors.dtypes import DType, nbytes
 from .mxfp4_encoding import Mxfp4Encoding
-from .operands import Operand
+from .operand import Operand
 from .rearrangement import Rearrangement
 
 __all__ = ["Origin", "OutputTensor", "Segment", "element_ranges"]

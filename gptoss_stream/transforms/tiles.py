@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.reader import Reader
 from ..tensors.dtypes import BLOCK_VALUES, DType
-from .operands import Interval, Loaded, Tile
+from .operand import Interval, Loaded, Tile
 from .output_tensor import Segment
 
 if TYPE_CHECKING:

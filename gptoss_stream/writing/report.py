@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .planning.plan import Plan
-
-if TYPE_CHECKING:
-    from .writing.output_spec import OutputResult
+from ..planning.plan import Plan
+from .output_spec import OutputResult
 
 __all__ = ["Report", "make_report"]
 
