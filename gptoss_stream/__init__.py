@@ -33,10 +33,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # the same names for type checkers
     from . import formats as formats
     from .checkpoint.metadata import CheckpointInfo as CheckpointInfo
-    from .conversion import (
-        Report as Report,
-        convert as convert,
-    )
+    from .conversion import convert as convert
     from .errors import (
         CheckpointError as CheckpointError,
         ConfigError as ConfigError,
@@ -63,6 +60,7 @@ if TYPE_CHECKING:  # the same names for type checkers
         plan as plan,
     )
     from .planning.shards import PlannedShard as PlannedShard
+    from .report import Report as Report
     from .storage.location import (
         File as File,
         FileInfo as FileInfo,
@@ -119,7 +117,7 @@ _MODULES = {
     "PlannedShard": "planning.shards",
     "RawTensor": "tensors.raw_tensor",
     "Relation": "verification.relations",
-    "Report": "conversion",
+    "Report": "report",
     "ResolvedSelection": "model.selection",
     "Selection": "model.selection",
     "StateDict": "loading.state_dict",

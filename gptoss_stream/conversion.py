@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +17,10 @@ from .model.selection import Selection
 from .planning.array_task import ArrayTask
 from .planning.options import DEFAULT_FORMAT, ConversionOptions
 from .planning.output_files import output_files
-from .planning.plan import Plan, plan_conversion
-from .planning.run_identity import run_identity
+from .planning.plan import Plan, plan_conversion, read_reference
+from .planning.run_identity import encoding_identity, run_identity
 from .planning.shards import DEFAULT_SHARD_SIZE
+from .report import Report, make_report
 from .storage.local_folder import LocalFolder
 from .storage.location import Location, LocationLike, WritableLocation
 from .storage.open_location import open_location, open_writable_location
@@ -32,42 +32,7 @@ if TYPE_CHECKING:
     from .writing.executor import Executor
     from .writing.output_spec import OutputResult, OutputSpec
 
-__all__ = ["Report", "convert"]
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What a conversion did. Sizes are in bytes."""
-
-    output: str
-    format: str
-    dtype: str
-    partial: bool
-    """Whether only some of the model's tensors were written."""
-    complete: bool
-    """Whether the output is complete; it is not before the last of several array tasks ends."""
-    tensors: int
-    bytes_in: int
-    """Bytes of the source that the whole output takes."""
-    bytes_out: int
-    """Bytes of the whole output's shards."""
-    bytes_resumed: int
-    """Bytes of shards (of this array task) that were finished before."""
-    seconds: float
-    peak_rss: int
-    """The largest peak resident memory of all processes."""
-    shards: dict[str, int]
-    """The size of each shard."""
-    unmapped: tuple[str, ...]
-    """Raw tensors of the source that the output does not use."""
-    notes: tuple[str, ...]
-    """What users should know about how the source was read."""
-    narrowed: Mapping[str, int]
-    """The number of tensors that lost precision, by dtypes: {"F32 to BF16": 12}."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the report as JSON types."""
-        return asdict(self)
+__all__ = ["convert"]
 
 
 def convert(
@@ -86,6 +51,8 @@ def convert(
     max_staged: int = 2,
     client: distributed.Client | None = None,
     task: tuple[int, int] | None = None,
+    mxfp4_rule: str | None = None,
+    reference: LocationLike | None = None,
     on_plan: Callable[[Plan], None] | None = None,
     on_start: Callable[[int, int], None] | None = None,
     on_progress: Callable[[int], None] | None = None,
@@ -115,6 +82,9 @@ def convert(
             and output under the same names.
         task: (index, count): write only this part of the shards, while other processes write the
             others. The last one writes the index.
+        mxfp4_rule: How floats become MXFP4: "openai" (the default), "modelopt", "ocp" or "even".
+        reference: A checkpoint in MXFP4, such as openai/gpt-oss-20b. Its blocks are kept where they
+            decode to the source's values, so that what was not trained keeps its bytes.
         on_plan: Called with the plan when the output can be written, before `on_start`.
         on_start: Called with the bytes to write (by this task), and how many of them were finished
             before.
@@ -131,13 +101,17 @@ def convert(
         MissingPackageError: If an extra is not installed.
     """
     from ._utils.thread_pool import count_workers
-    from .checkpoint.open_reader import open_reader
+    from .checkpoint.open_reader import open_readers
     from .writing.output_spec import OutputSpec
     from .writing.spill_file import is_memory_low
     from .writing.thread_executor import ThreadExecutor
 
     started = time.perf_counter()
-    options = ConversionOptions(to, source_format, dtype, max_shard_size, selection)
+    base = None if reference is None else open_location(reference)
+    base_name = None if base is None else base.identity
+    options = ConversionOptions(
+        to, source_format, dtype, max_shard_size, selection, mxfp4_rule, base_name
+    )
     threads = count_workers(workers)
     array_task = None if task is None else ArrayTask(*task)
     if array_task is not None and client is not None:
@@ -147,9 +121,13 @@ def convert(
     if not overwrite:
         location = location.pinned_to(_unfinished_state(target))
     source_model = read_source(read_metadata(location), source_format)
-    plan = plan_conversion(source_model, options)
-    _refuse_overlap(location, target)
-    spec = OutputSpec(run_identity(plan), plan.shards, output_files(plan), checksums)
+    plan = plan_conversion(source_model, options, read_reference(base))
+    for read in (location, *([base] if base else [])):
+        _refuse_overlap(read, target)
+    identity = run_identity(plan)
+    spec = OutputSpec(
+        identity, plan.shards, output_files(plan), checksums, encoding_identity(identity)
+    )
     low_memory = is_memory_low(plan.spill_nbytes)
 
     def start(total: int, done: int) -> None:
@@ -158,7 +136,8 @@ def convert(
         if on_start is not None:
             on_start(total, done)
 
-    with open_reader(plan.info, ahead=0 if low_memory else threads) as reader:
+    ahead = 0 if low_memory else threads
+    with open_readers(plan.info, plan.reference, ahead) as reader:
         executor: Executor = ThreadExecutor(reader, threads, low_memory=low_memory)
         if client is not None:
             executor = _dask_executor(client, location, target, options, spec, workers, staging)
@@ -174,7 +153,7 @@ def convert(
             on_progress=on_progress,
         )
     peak_rss = max(executor.peak_rss, peak_rss_nbytes())
-    return _report(plan, target, result, time.perf_counter() - started, peak_rss)
+    return make_report(plan, str(target), result, time.perf_counter() - started, peak_rss)
 
 
 def _open_target(
@@ -273,30 +252,4 @@ def _write(
         staging=staging_folder(target, staging, task),
         max_staged=max_staged,
         **options,
-    )
-
-
-def _report(
-    plan: Plan,
-    target: Path | WritableLocation,
-    result: OutputResult,
-    seconds: float,
-    peak_rss: int,
-) -> Report:
-    return Report(
-        output=str(target),
-        format=plan.to,
-        dtype=plan.dtype,
-        partial=plan.is_partial,
-        complete=result.is_complete,
-        tensors=plan.num_tensors,
-        bytes_in=plan.source_nbytes,
-        bytes_out=plan.nbytes,
-        bytes_resumed=result.resumed,
-        seconds=seconds,
-        peak_rss=peak_rss,
-        shards={shard.name: shard.nbytes for shard in plan.shards},
-        unmapped=plan.unmapped,
-        notes=plan.notes,
-        narrowed=plan.narrowed,
     )

@@ -16,6 +16,7 @@ __all__ = [
     "add_json",
     "add_max_shard_size",
     "add_overwrite",
+    "add_quantization",
     "add_quiet",
     "add_remote_output",
     "add_remote_source",
@@ -24,6 +25,7 @@ __all__ = [
     "add_source_format",
     "add_workers",
     "open_output",
+    "open_reference",
     "open_source",
     "parse_selection",
 ]
@@ -115,6 +117,22 @@ def add_conversion_options(parser: argparse.ArgumentParser) -> None:
         "format to itself and from transformer-lens, otherwise bfloat16)",
     )
     add_max_shard_size(parser)
+    add_quantization(parser)
+
+
+def add_quantization(parser: argparse.ArgumentParser) -> None:
+    """Add `--mxfp4-rule` and `--reference`."""
+    parser.add_argument(
+        "--mxfp4-rule",
+        metavar="RULE",
+        help="how floats become MXFP4: openai (default), modelopt, ocp or even; see docs/mxfp4.md",
+    )
+    parser.add_argument(
+        "--reference",
+        metavar="BASE",
+        help="checkpoint in MXFP4 that SOURCE was trained from, such as openai/gpt-oss-20b: its "
+        "blocks are kept where they have the values of SOURCE",
+    )
 
 
 def add_max_shard_size(parser: argparse.ArgumentParser) -> None:
@@ -219,6 +237,18 @@ def open_output(arguments: argparse.Namespace) -> WritableLocation | None:
     from ..storage.open_location import open_writable_location
 
     return open_writable_location(arguments.output, token=arguments.token)
+
+
+def open_reference(arguments: argparse.Namespace) -> Location | None:
+    """Open the checkpoint that `--reference` names, if any; print where it is read from."""
+    from ..storage.open_location import open_location
+
+    if arguments.reference is None:
+        return None
+    location = open_location(arguments.reference, token=arguments.token)
+    if not location.is_local and not arguments.quiet:
+        print_message(f"comparing with {location}")
+    return location
 
 
 def parse_selection(arguments: argparse.Namespace) -> Selection | None:

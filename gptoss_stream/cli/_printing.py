@@ -18,6 +18,7 @@ __all__ = [
     "describe_format",
     "describe_model",
     "describe_selection",
+    "print_encoding",
     "print_json",
     "print_message",
     "print_narrowed",
@@ -53,6 +54,24 @@ def print_narrowed(narrowed: Mapping[str, int]) -> None:
     """Print how many tensors lose precision, by dtypes (see `Plan.narrowed`)."""
     for dtypes, count in narrowed.items():
         print(f"precision lost in {counted(count, 'tensor')}: {dtypes}")
+
+
+def print_encoding(report: Mapping[str, Any]) -> None:
+    """Print what encoding to MXFP4 lost: in all, and the three tensors that lost most."""
+    print(f"MXFP4 by the rule {report['rule']}: {_describe_loss(report['total'])}")
+    tensors = report["tensors"]
+    worst = sorted(tensors, key=lambda name: -tensors[name]["relative_error"])[:3]
+    for name in worst if report["total"]["relative_error"] else ():
+        print(f"  {name}: {_describe_loss(tensors[name])}")
+
+
+def _describe_loss(loss: Mapping[str, Any]) -> str:
+    """Return in words what encoding lost."""
+    kept = f"{loss['blocks_kept']} of {loss['blocks']} blocks kept, " if loss["blocks_kept"] else ""
+    return (
+        f"{kept}relative error {loss['relative_error']:.2%}, {loss['clipped']:.2%} of values "
+        f"clipped, {loss['flushed']:.2%} became zero"
+    )
 
 
 def print_tensors(tensors: Mapping[str, RawTensor]) -> None:

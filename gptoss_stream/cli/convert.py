@@ -18,12 +18,14 @@ from ._options import (
     add_source,
     add_workers,
     open_output,
+    open_reference,
     open_source,
     parse_selection,
 )
 from ._parser import Commands
 from ._printing import (
     describe_format,
+    print_encoding,
     print_json,
     print_message,
     print_narrowed,
@@ -32,8 +34,8 @@ from ._printing import (
 from ._progress import progress_bar
 
 if TYPE_CHECKING:
-    from ..conversion import Report
     from ..planning.plan import Plan
+    from ..report import Report
 
 __all__ = ["add_parser", "run"]
 
@@ -121,6 +123,8 @@ def _convert(arguments: argparse.Namespace, task: tuple[int, int] | None) -> Rep
             max_staged=arguments.max_staged,
             client=client,
             task=task,
+            mxfp4_rule=arguments.mxfp4_rule,
+            reference=open_reference(arguments),
             on_plan=on_plan,
             on_start=on_start,
             on_progress=on_progress,
@@ -135,6 +139,8 @@ def _print_report(report: Report, task: tuple[int, int] | None) -> None:
         f"{', part of the model' if report.partial else ''}"
     )
     print_narrowed(report.narrowed)
+    if report.mxfp4 is not None:
+        print_encoding(report.mxfp4)
     written = report.bytes_out - report.bytes_resumed
     if task is not None:
         state = "the output is complete" if report.complete else "other tasks are not finished yet"

@@ -17,6 +17,7 @@ from ._options import (
     add_source,
     add_workers,
     open_output,
+    open_reference,
     open_source,
     parse_selection,
 )
@@ -85,6 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         max_shard_size=arguments.max_shard_size,
         selection=parse_selection(arguments),
+        mxfp4_rule=arguments.mxfp4_rule,
+        reference=open_reference(arguments),
     )
     workers = count_workers(arguments.workers)
     resources = _resources(planned, output, workers, arguments)
@@ -129,6 +132,9 @@ def _print_plan(planned: Plan, resources: _Resources, workers: int) -> None:
         f"{': NOT ENOUGH' if resources.disk_needed > resources.disk_free else ''}\n"
         f"memory   {sized(resources.memory)} at most, {counted(workers, 'worker')}"
     )
+    if planned.mxfp4_rule is not None:
+        kept = "" if planned.reference is None else f", blocks of {planned.reference.location} kept"
+        print(f"mxfp4    experts encoded by the rule {planned.mxfp4_rule}{kept}")
     print_narrowed(planned.narrowed)
     for shard in planned.shards:
         print(f"  {shard.name}  {sized(shard.nbytes):>9}  {counted(len(shard.tensors), 'tensor')}")
@@ -153,6 +159,8 @@ def _as_dict(planned: Plan, resources: _Resources) -> dict[str, Any]:
         "selection": planned.selection.as_dict(),
         "dtype": planned.dtype,
         "narrowed": dict(planned.narrowed),
+        "mxfp4_rule": planned.mxfp4_rule,
+        "reference": None if planned.reference is None else str(planned.reference.location),
         "max_shard_size": planned.max_shard_size,
         "tensors": planned.num_tensors,
         "source_bytes": planned.source_nbytes,

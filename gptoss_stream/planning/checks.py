@@ -13,13 +13,16 @@ from ..formats import SourceModel, Table, mxfp4_tensors
 from ..model.selection import GROUPS, ResolvedSelection
 from ..model.tensors import ABSENT_IS_ZERO
 from ..tensors.dtypes import KEEP, DType, torch_name
+from ..tensors.mxfp4_rules import DEFAULT_RULE
 from ..tensors.raw_tensor import RawTensor
 from ..transforms.output_tensor import OutputTensor
+from .options import ConversionOptions
+from .quantization import Quantization, refuse_reference
 
 __all__ = [
     "choose_dtype",
+    "choose_quantization",
     "refuse_cut_stacks",
-    "refuse_quantizing",
     "refuse_unmappable",
     "unmapped_tensors",
 ]
@@ -58,17 +61,33 @@ def choose_dtype(dtype: str | None, source_format: str, to: str) -> str:
     return dtype
 
 
-def refuse_quantizing(source: SourceModel, target: Table, to: str) -> None:
-    """Refuse to make MXFP4 of floats, which needs an encoder.
+def choose_quantization(
+    options: ConversionOptions, source: SourceModel, reference: SourceModel | None, target: Table
+) -> Quantization | None:
+    """Return how floats become MXFP4; None if none do.
+
+    Args:
+        options: The options of the conversion.
+        source: The source.
+        reference: The checkpoint that `--reference` names, if any.
+        target: The table of the format that is written.
 
     Raises:
-        OptionError: If the target stores a tensor in MXFP4 and the source does not.
+        OptionError: If there is nothing to encode, and an option says how.
     """
     if mxfp4_tensors(target) - mxfp4_tensors(source.table):
-        raise OptionError(
-            f"{source.name} to {to}: {to} has the experts in MXFP4, and floats are not quantized "
-            "by this version; --to hf is the unquantized format that most readers load"
-        )
+        if reference is not None:
+            refuse_reference(reference, source.model)
+        return Quantization(options.mxfp4_rule or DEFAULT_RULE, reference)
+    for option, value in (("--mxfp4-rule", options.mxfp4_rule), ("--reference", reference)):
+        if value is not None:
+            reason = (
+                "the source's experts are in MXFP4 already, and are copied byte for byte"
+                if mxfp4_tensors(target)
+                else f"{options.to} holds no MXFP4"
+            )
+            raise OptionError(f"{option} is for floats that become MXFP4: {reason}; remove it")
+    return None
 
 
 def refuse_unmappable(

@@ -19,11 +19,13 @@ from ..model.config import ModelConfig
 from ..model.tensors import ABSENT_IS_ZERO
 from ..tensors.dtypes import DType
 from ..tensors.raw_tensor import RawTensor
-from ..transforms.operands import DenseOperand, InterleavedOperand, Mxfp4Operand, Operand
+from ..transforms.mxfp4_encoding import BLOCKS, SCALES
+from ..transforms.operands import raw_tensors
 from ..transforms.output_tensor import Origin, OutputTensor, Segment
 from .operand_binding import SegmentBuilder, SourceRow, source_rows
+from .quantization import Quantization, encoded_segments
 
-__all__ = ["output_tensors", "raw_tensors"]
+__all__ = ["output_tensors"]
 
 _MAX_ROW_NBYTES = 64 << 20
 """The largest row of an output tensor (a slice of length 1 along its first axis), which is made in
@@ -36,6 +38,7 @@ def output_tensors(
     model: ModelConfig,
     raws: Mapping[str, RawTensor],
     dtype: DType | None,
+    quantization: Quantization | None = None,
 ) -> Iterator[OutputTensor]:
     """Yield every tensor of the target, in the order in which they are written.
 
@@ -45,11 +48,12 @@ def output_tensors(
         model: The model.
         raws: The source's tensors by name.
         dtype: The dtype of dense tensors; None keeps that of the source.
+        quantization: How floats are encoded; the default rule without a reference if it is None.
 
     Raises:
         OptionError: If the target cannot be made of the source.
     """
-    mapping = _Mapping(source, model, raws, dtype)
+    mapping = _Mapping(source, model, raws, dtype, quantization or Quantization())
     for spec, layer, expert in _in_order(table_specs(target, model), model.sizes):
         yield mapping.output_tensor(spec, layer, expert)
 
@@ -74,17 +78,6 @@ def _in_order(
                         yield spec, layer, expert
 
 
-def raw_tensors(operand: Operand) -> Iterator[RawTensor]:
-    """Yield the raw tensors that an operand reads."""
-    if isinstance(operand, DenseOperand):
-        yield operand.raw
-    elif isinstance(operand, Mxfp4Operand):
-        yield from (operand.blocks, operand.scales)
-    elif isinstance(operand, InterleavedOperand):
-        for one in operand.operands:
-            yield from raw_tensors(one)
-
-
 class _Mapping:
     """A mapping from a source's tensors to those of any format.
 
@@ -93,11 +86,19 @@ class _Mapping:
         model: The model.
         raws: The source's tensors by name.
         dtype: The dtype of dense tensors; None keeps that of the source.
+        quantization: How floats are encoded.
     """
 
     def __init__(
-        self, source: Table, model: ModelConfig, raws: Mapping[str, RawTensor], dtype: DType | None
+        self,
+        source: Table,
+        model: ModelConfig,
+        raws: Mapping[str, RawTensor],
+        dtype: DType | None,
+        quantization: Quantization,
     ) -> None:
+        self._model = model
+        self._quantization = quantization
         self._sizes = model.sizes
         self._raws = raws
         self._dtype = dtype
@@ -116,18 +117,28 @@ class _Mapping:
         for row in spec.rows:
             source_rows = self._source_rows.get(row.tensor, [])
             sizes: Mapping[str, int] = self._sizes
+            fixed = {**row.fixed, **in_name}
             if not source_rows and row.tensor not in ABSENT_IS_ZERO:
                 raise OptionError(f"the source holds nothing that {name!r} can be made of")
+            if is_mxfp4 and not _is_packed(source_rows):
+                builder = SegmentBuilder(self._raws, source_rows, sizes, row.order[-1])
+                segments += encoded_segments(
+                    builder, row, fixed, spec.component, self._model, self._quantization
+                )
+                continue
             if is_mxfp4:
                 source_rows, sizes = self._stored_bytes(row, source_rows, spec)
-            builder = SegmentBuilder(self._raws, source_rows, sizes)
-            segments += builder.segments(row.groups, {**row.fixed, **in_name})
+            segments += SegmentBuilder(self._raws, source_rows, sizes).segments(row.groups, fixed)
         dtype = DType.U8 if is_mxfp4 else self._dtype or self._kept_dtype(segments)
         for segment in segments:
-            if prod(segment.rearrangement.row_shape) * dtype.itemsize > _MAX_ROW_NBYTES:
+            if prod(segment.row_shape) * dtype.itemsize > _MAX_ROW_NBYTES:
                 raise OptionError(f"output tensor {name!r} cannot be made in bounded memory")
         origin = Origin(spec.rows[0].tensor, layer, expert)
-        return OutputTensor(name, dtype, spec.shape, tuple(segments), origin)
+        made_with = ""
+        if any(segment.encoding is not None for segment in segments) and spec.component == SCALES:
+            first = _component_row(spec.rows[0], BLOCKS)
+            made_with = first.stored.format(l=layer, e=expert)
+        return OutputTensor(name, dtype, spec.shape, tuple(segments), origin, made_with)
 
     def _stored_bytes(
         self, target: Row, source_rows: Sequence[SourceRow], spec: TensorSpec
@@ -162,6 +173,11 @@ class _Mapping:
             raws = [self._raws[self._source_rows["embed"][0].row.stored]]
         dtypes = {DType.BF16 if raw.dtype is DType.U8 else raw.dtype for raw in raws}
         return dtypes.pop() if len(dtypes) == 1 else DType.F32
+
+
+def _is_packed(source_rows: Sequence[SourceRow]) -> bool:
+    """Return whether the source stores a model tensor in MXFP4."""
+    return any(isinstance(source.row.encoding, Mxfp4Encoding) for source in source_rows)
 
 
 def _component_row(row: Row, component: int) -> Row:

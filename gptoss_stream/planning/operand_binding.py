@@ -78,6 +78,8 @@ class SegmentBuilder:
     """The source's rows with the model tensor; none if it is absent and zero."""
     sizes: Mapping[str, int]
     """The size of each axis."""
+    block_axis: str = ""
+    """The axis along which the target's rows are encoded, its last one; empty if they are not."""
 
     def segments(self, groups: _Groups, fixed: Mapping[str, int]) -> Iterator[Segment]:
         """Yield the segments for a row of the target.
@@ -140,7 +142,7 @@ class SegmentBuilder:
         else:
             operand, operand_groups = self._operand(fixed)
         is_contiguous = isinstance(operand, DenseOperand) and operand.selected is None
-        merged = _merge_axes(operand_groups, order, across_groups=is_contiguous)
+        merged = _merge_axes(operand_groups, order, self.block_axis, across_groups=is_contiguous)
         shape = tuple(prod(self.sizes[axis] for axis in axes) for axes in merged)
         if isinstance(operand, DenseOperand) and is_contiguous:
             operand = replace(operand, stored_shape=shape)
@@ -234,12 +236,15 @@ def _indices_with(axis: str, index: int, group: tuple[str, ...], sizes: Mapping[
     raise OptionError(f"the axis {axis} is within ({' '.join(group)}), where it cannot be sliced")
 
 
-def _merge_axes(groups: _Groups, order: list[str], *, across_groups: bool) -> list[list[str]]:
+def _merge_axes(
+    groups: _Groups, order: list[str], block_axis: str, *, across_groups: bool
+) -> list[list[str]]:
     """Merge axes that follow on each other in both source and target: they need no rearranging.
 
     Args:
         groups: The source's axes, as it stores them.
         order: The target's axes.
+        block_axis: An axis that is not merged with those before it.
         across_groups: Whether axes of different groups may be merged.
 
     Returns:
@@ -250,7 +255,8 @@ def _merge_axes(groups: _Groups, order: list[str], *, across_groups: bool) -> li
         may_merge = across_groups
         for axis in group:
             position = order.index(axis)
-            if merged and may_merge and position and order[position - 1] == merged[-1][-1]:
+            follows = position > 0 and bool(merged) and order[position - 1] == merged[-1][-1]
+            if may_merge and follows and axis != block_axis:
                 merged[-1].append(axis)
             else:
                 merged.append([axis])

@@ -20,19 +20,20 @@ from ..model.selection import ResolvedSelection, Selection
 from ..storage.location import LocationLike
 from ..storage.open_location import open_location
 from ..tensors.dtypes import KEEP, DType, is_exact, output_dtype
+from ..transforms.operands import raw_tensors
 from ..transforms.output_tensor import OutputTensor, element_ranges
 from .checks import (
     choose_dtype,
+    choose_quantization,
     refuse_cut_stacks,
-    refuse_quantizing,
     refuse_unmappable,
     unmapped_tensors,
 )
-from .mapping import output_tensors, raw_tensors
+from .mapping import output_tensors
 from .options import DEFAULT_FORMAT, ConversionOptions
 from .shards import DEFAULT_SHARD_SIZE, PlannedShard, parse_size, plan_shards
 
-__all__ = ["Plan", "plan", "plan_conversion"]
+__all__ = ["Plan", "plan", "plan_conversion", "read_reference"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,10 @@ class Plan:
     """What users of this format should know; empty if there is nothing."""
     notes: tuple[str, ...] = ()
     """What users should know about how the source was read."""
+    mxfp4_rule: str | None = None
+    """The rule by which floats become MXFP4; None if none do."""
+    reference: CheckpointInfo | None = field(default=None, repr=False)
+    """The checkpoint whose MXFP4 blocks are kept where they decode to the source's values."""
 
     @property
     def num_tensors(self) -> int:
@@ -90,6 +95,8 @@ class Plan:
         for shard in self.shards:
             for tensor in shard.tensors:
                 for found in element_ranges(tensor, 0, tensor.nbytes):
+                    if found.raw.checkpoint:
+                        continue
                     itemsizes[found.raw.name] = found.raw.dtype.itemsize
                     of_tensor = ranges.setdefault(found.raw.name, [])
                     of_tensor.append((found.first, found.first + found.count))
@@ -118,6 +125,8 @@ def plan(
     dtype: str | None = None,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     selection: Selection | None = None,
+    mxfp4_rule: str | None = None,
+    reference: LocationLike | None = None,
 ) -> Plan:
     """Plan the conversion of a checkpoint; moves no data.
 
@@ -129,6 +138,9 @@ def plan(
             default "keep" from a format to itself and from `transformer-lens`, else bfloat16.
         max_shard_size: In bytes, or a text such as "5GB" (decimal units).
         selection: Which tensors of the output; all by default.
+        mxfp4_rule: How floats become MXFP4: "openai" (the default), "modelopt", "ocp" or "even".
+        reference: A checkpoint in MXFP4, such as openai/gpt-oss-20b. Its blocks are kept where they
+            decode to the source's values.
 
     Raises:
         OptionError: For an argument that cannot be used, and if the format cannot be written.
@@ -136,13 +148,25 @@ def plan(
         MachineError: If reading fails.
         MissingPackageError: If an extra is not installed.
     """
-    options = ConversionOptions(to, source_format, dtype, max_shard_size, selection)
+    options = ConversionOptions(to, source_format, dtype, max_shard_size, selection, mxfp4_rule)
     info = read_metadata(open_location(source))
-    return plan_conversion(formats.read_source(info, source_format), options)
+    read = formats.read_source(info, source_format)
+    return plan_conversion(read, options, read_reference(reference))
 
 
-def plan_conversion(source: SourceModel, options: ConversionOptions) -> Plan:
-    """Plan the conversion of a checkpoint that was read; raises as `plan` does."""
+def read_reference(reference: LocationLike | None) -> SourceModel | None:
+    """Read the format and the model of a reference, if there is one; raises as `plan` does."""
+    if reference is None:
+        return None
+    source = formats.read_source(read_metadata(open_location(reference)), None)
+    check_tensors(source.table, source.model, source.info)
+    return source
+
+
+def plan_conversion(
+    source: SourceModel, options: ConversionOptions, reference: SourceModel | None = None
+) -> Plan:
+    """Plan the conversion of a checkpoint that was read, and of a reference; raises as `plan`."""
     info = source.info
     target, to = formats.load(options.to), options.to
     dtype = choose_dtype(options.dtype, source.name, to)
@@ -151,11 +175,15 @@ def plan_conversion(source: SourceModel, options: ConversionOptions) -> Plan:
     check_tensors(source.table, source.model, info)
     if source.doubt:
         raise TensorError(source.doubt)
-    refuse_quantizing(source, target.TABLE, to)
+    quantization = choose_quantization(options, source, reference, target.TABLE)
     left_out = refuse_unmappable(source, target.TABLE, info, to)
     selection = (options.selection or Selection()).resolve(source.model)
     written_dtype = None if dtype == KEEP else output_dtype(dtype)
-    every = [*output_tensors(source.table, target.TABLE, source.model, info.tensors, written_dtype)]
+    every = [
+        *output_tensors(
+            source.table, target.TABLE, source.model, info.tensors, written_dtype, quantization
+        )
+    ]
     refuse_cut_stacks(every, selection, to)
     used = {
         raw.name for t in every for segment in t.segments for raw in raw_tensors(segment.operand)
@@ -180,6 +208,8 @@ def plan_conversion(source: SourceModel, options: ConversionOptions) -> Plan:
         narrowed=_count_narrowed(tensors),
         warning=formats.warning(target) if to != source.name else "",
         notes=source.notes,
+        mxfp4_rule=None if quantization is None else quantization.rule,
+        reference=None if quantization is None or reference is None else reference.info,
     )
 
 
@@ -197,6 +227,8 @@ def _count_narrowed(tensors: Iterable[OutputTensor]) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for tensor in tensors:
         found = {raw.dtype for s in tensor.segments for raw in raw_tensors(s.operand)}
+        if any(segment.encoding is not None for segment in tensor.segments):
+            continue  # the report says what encoding loses
         counts.update(
             f"{'MXFP4' if dtype is DType.U8 else dtype} to {tensor.dtype}"
             for dtype in found

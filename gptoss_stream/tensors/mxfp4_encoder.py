@@ -1,24 +1,4 @@
-"""Encodes floats to MXFP4 blocks and scales, by one of several rules.
-
-OCP Microscaling Formats (MX) v1.0, sections 5.1 to 6.3. 32 values of a row become a block: a scale
-byte s, which means 2^(s-127), and 32 codes of 4 bits. The specification leaves open how the scale
-follows from the largest magnitude m of a block and where ties go, and programs differ. The rules
-that have names here (exponents before they are limited to bytes 0 to 254):
-
-    name      exponent of the scale           a tie goes to      codes of zeros
-    openai    ceil(log2(m / 6))               the even code      keep the sign
-    modelopt  ceil(log2(m / 6))               zero               are -0
-    ocp       floor(log2(m)) - 2              the even code      keep the sign
-    even      floor(log2(r(m))) - 2           the even code      keep the sign
-
-r(m) is m rounded to one bit of mantissa, so that the exponent is one larger from 1.75 * 2^k on.
-With ceil(log2(m / 6)) no value exceeds 6, the largest code; with the two others some are clipped.
-
-Sources: openai is ROUND_UP of triton_kernels, `numerics_details/mxfp.py` (`downcast_to_mxfp_torch`)
-since September 2025, which OpenAI's code, transformers and vLLM call; the same scales as RCEIL of
-torchao. modelopt is nvidia-modelopt, `MXFP4QTensor.quantize`. ocp is section 6.3 of the
-specification, FLOOR of torchao. even is the rule of compressed-tensors and AMD Quark, EVEN of
-torchao. All of them take values in bfloat16, as those programs do: others are rounded to it first.
+"""Encodes floats to MXFP4 blocks and scales, by one of the rules in `mxfp4_rules`.
 
 How it works: the bits of a bfloat16 magnitude are an integer of the same order, so the largest
 magnitude of a block is an integer maximum. The bits of a magnitude minus those of a quarter of the
@@ -30,27 +10,29 @@ runs of memory: arrays of a tile have the axes [groups, 32, rows].
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from math import prod, sqrt
 from typing import Any
 
 import numpy as np
 
-from .dtypes import BLOCK_VALUES
+from .dtypes import BLOCK_VALUES, DType
+from .mxfp4 import largest_scale
+from .mxfp4_rules import RULES, Rule
 
-__all__ = ["DEFAULT_RULE", "RULES", "EncodingLoss", "encode"]
+__all__ = ["EncodingLoss", "encode", "measured_step"]
 
 _Array = np.ndarray[Any, Any]
 
-_MIDPOINTS = (0, 192, 288, 352, 416, 480, 544)
-"""The midpoints between the magnitudes 0, 0.5, 1, 1.5, 2, 3, 4 and 6 of codes 0 to 7, which are
-0.25, 0.75, 1.25, 1.75, 2.5, 3.5 and 5, as distances."""
 _LARGEST = 576
 """The largest code's magnitude, 6, as a distance."""
 _MAGNITUDES = np.array((0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
 
 _INFINITY = 0x7F80
+_LARGEST_SCALE = largest_scale(DType.BF16)
+_VANISHING = (np.ldexp(np.float32(1), np.arange(256) - 277).view(np.uint32) >> 16).astype(np.uint16)
+"""By scale byte, the bits of the largest magnitude that is zero when it is divided by the scale in
+float32, as nvidia-modelopt does."""
 _LINEAR_SCALE = 3
 """The smallest scale byte with which a quarter of the scale is a normal number: below it, bits are
 not linear in the exponent."""
@@ -62,37 +44,17 @@ enough that calls cost little."""
 _memory = threading.local()
 
 
-@dataclass(frozen=True, slots=True)
-class _Rule:
-    """How the scale follows from a block's largest magnitude, and where ties go."""
-
-    carry: int
-    """What is added to the bits of the largest magnitude: its exponent is then one larger if its
-    mantissa, of 7 bits, is at least 128 - carry."""
-    ties_to_even: bool
-    """Whether a tie goes to the even code; otherwise to the smaller one."""
-    zero_is_negative: bool
-    """Whether zeros of either sign get the code of -0."""
-
-    @property
-    def midpoints(self) -> tuple[int, ...]:
-        """The distances that a value must exceed for each code after the first."""
-        return tuple(
-            midpoint - (self.ties_to_even and code % 2 == 0)
-            for code, midpoint in enumerate(_MIDPOINTS, 1)
-        )
+_MEASURED_ROWS = 1 << 14
+_MEASURED_STEP = 16
 
 
-_RULES: Mapping[str, _Rule] = {
-    "openai": _Rule(carry=0x3F, ties_to_even=True, zero_is_negative=False),
-    "modelopt": _Rule(carry=0x3F, ties_to_even=False, zero_is_negative=True),
-    "ocp": _Rule(carry=0, ties_to_even=True, zero_is_negative=False),
-    "even": _Rule(carry=0x20, ties_to_even=True, zero_is_negative=False),
-}
+def measured_step(rows: int) -> int:
+    """Return on how many rows of a tensor the error is measured: 1 of so many.
 
-RULES = tuple(_RULES)
-"""The names of the rules."""
-DEFAULT_RULE = "openai"
+    On all rows of a small tensor. Of a large one, 1 of 16 rows give the relative error as well, in
+    a tenth of the time.
+    """
+    return 1 if rows <= _MEASURED_ROWS else _MEASURED_STEP
 
 
 @dataclass(slots=True)
@@ -110,9 +72,9 @@ class EncodingLoss:
     clipped: int = 0
     """Values larger than the largest code."""
     squared_error: float = 0.0
-    """The sum of the squared errors, over the rows that were measured."""
+    """The sum of the squared errors, estimated from the rows that were measured."""
     squared_norm: float = 0.0
-    """The sum of the squared values, over the same rows."""
+    """The sum of the squared values, from the same rows."""
 
     def add(self, other: EncodingLoss) -> None:
         """Add what was lost of other values."""
@@ -135,7 +97,8 @@ class _Scratch:
 
     def arrays(self, shape: tuple[int, ...]) -> list[_Array]:
         """Return three arrays of uint16 and two of uint8, of a shape."""
-        return [memory[: prod(shape)].reshape(shape) for memory in (*self._wide, *self._narrow)]
+        memories: list[_Array] = [*self._wide, *self._narrow]
+        return [memory[: prod(shape)].reshape(shape) for memory in memories]
 
 
 def encode(
@@ -159,7 +122,8 @@ def encode(
         first_row: The number of the first row, for `EncodingLoss.step`.
 
     Raises:
-        ValueError: If a value is infinite or NaN.
+        ValueError: If a value is infinite or NaN, or so large that its code would be infinite in
+            bfloat16.
     """
     rows, groups = scales.shape
     planes = values.T.reshape(groups, BLOCK_VALUES, rows)
@@ -171,7 +135,7 @@ def encode(
             some_rows = slice(row, row + _TILE_ROWS)
             _encode_tile(
                 planes[some_groups, :, some_rows],
-                _RULES[rule],
+                RULES[rule],
                 blocks[some_rows, some_groups],
                 scales[some_rows, some_groups],
                 loss,
@@ -181,7 +145,7 @@ def encode(
 
 def _encode_tile(
     source: _Array,
-    rule: _Rule,
+    rule: Rule,
     blocks: _Array,
     scales: _Array,
     loss: EncodingLoss | None,
@@ -196,16 +160,23 @@ def _encode_tile(
         raise ValueError("values that are infinite or NaN")
     exponents = (largest + np.uint16(rule.carry)) >> np.uint16(7)
     scale = np.maximum(exponents, 2) - np.uint16(2)
+    np.maximum(scale, (largest > 0) * np.uint16(rule.smallest_scale), out=scale)
+    if scale.max(initial=0) > _LARGEST_SCALE:
+        raise ValueError("values whose codes are infinite in bfloat16")
     _measure(magnitudes, scale, largest, distances)
     first, *others = rule.midpoints
     np.greater(distances, np.uint16(first), out=codes.view(bool))
+    if loss is not None:
+        is_zero = np.equal(magnitudes, np.uint16(0), out=exceeds.view(bool))
+        nonzero = codes.size - int(np.count_nonzero(is_zero))
+        loss.flushed += nonzero - int(np.count_nonzero(codes.view(bool)))
     for midpoint in others:
         np.greater(distances, np.uint16(midpoint), out=exceeds.view(bool))
         np.add(codes, exceeds, out=codes)
     if loss is not None:
-        is_zero = np.equal(magnitudes, 0, out=exceeds.view(bool))
-        loss.flushed += int(np.count_nonzero(codes == 0)) - int(np.count_nonzero(is_zero))
-        loss.clipped += int(np.count_nonzero(distances > _LARGEST))
+        if rule.clips:
+            exceeding = np.greater(distances, np.uint16(_LARGEST), out=exceeds.view(bool))
+            loss.clipped += int(np.count_nonzero(exceeding))
         loss.blocks += scale.size
         measured = slice(-first_row % loss.step, None, loss.step)
         _add_error(loss, magnitudes[..., measured], scale[:, None, measured], codes[..., measured])
@@ -214,7 +185,7 @@ def _encode_tile(
     np.bitwise_and(exceeds, np.uint8(8), out=exceeds)
     np.bitwise_or(codes, exceeds, out=codes)
     if rule.zero_is_negative:
-        np.equal(magnitudes, 0, out=exceeds.view(bool))
+        np.less_equal(magnitudes, _VANISHING[scale][:, None], out=exceeds.view(bool))
         codes |= exceeds * np.uint8(8)
     # The second value of two is in the high nibble.
     packed = codes[:, 1::2] * np.uint8(16)
@@ -262,5 +233,5 @@ def _add_error(loss: EncodingLoss, magnitudes: _Array, scale: _Array, codes: _Ar
     """
     exact = _as_float(magnitudes)
     error = exact - _MAGNITUDES[codes] * np.ldexp(1.0, scale.astype(int) - 127)
-    loss.squared_error += float(np.vdot(error, error))
-    loss.squared_norm += float(np.vdot(exact, exact))
+    loss.squared_error += loss.step * float(np.vdot(error, error))
+    loss.squared_norm += loss.step * float(np.vdot(exact, exact))

@@ -30,6 +30,7 @@ __all__ = [
     "Tile",
     "ZeroOperand",
     "as_dense",
+    "raw_tensors",
 ]
 
 Interval: TypeAlias = tuple[int, int]
@@ -51,6 +52,8 @@ class Tile(NamedTuple):
 
 Loaded: TypeAlias = "tuple[np.ndarray[Any, Any], DType]"
 """The elements of a tile and their dtype."""
+Packed: TypeAlias = "tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]"
+"""Blocks and scales of MXFP4."""
 
 
 class Operand(Protocol):
@@ -162,22 +165,27 @@ class Mxfp4Operand:
         return slice(self.first_row + indices[0], self.first_row + indices[-1] + 1, indices.step)
 
     @contextmanager
-    def load(self, reader: Reader, tile: Tile) -> Iterator[Loaded]:
-        """See `Operand`; the values are decoded to the tile's dtype."""
-        rows = self._stored_rows(tile.rows)
-        num_rows, num_groups = rows.stop - rows.start, self.stored_shape[1] // BLOCK_VALUES
-        left, right = tile.columns or (0, self.stored_shape[1])
-        groups = slice(left // BLOCK_VALUES, -(-right // BLOCK_VALUES))
+    def load_packed(self, reader: Reader, rows: Interval) -> Iterator[Packed]:
+        """Load the blocks [rows, groups, 16] and the scales [rows, groups] of rows."""
+        stored = self._stored_rows(rows)
+        num_rows, num_groups = stored.stop - stored.start, self.stored_shape[1] // BLOCK_VALUES
         with (
             reader.read(
                 self.blocks,
-                rows.start * num_groups * BLOCK_NBYTES,
+                stored.start * num_groups * BLOCK_NBYTES,
                 (num_rows, num_groups, BLOCK_NBYTES),
             ) as blocks,
-            reader.read(self.scales, rows.start * num_groups, (num_rows, num_groups)) as scales,
+            reader.read(self.scales, stored.start * num_groups, (num_rows, num_groups)) as scales,
         ):
-            step = rows.step
-            values = self._decode(blocks[::step, groups], scales[::step, groups], tile)
+            yield blocks[:: stored.step], scales[:: stored.step]
+
+    @contextmanager
+    def load(self, reader: Reader, tile: Tile) -> Iterator[Loaded]:
+        """See `Operand`; the values are decoded to the tile's dtype."""
+        left, right = tile.columns or (0, self.stored_shape[1])
+        groups = slice(left // BLOCK_VALUES, -(-right // BLOCK_VALUES))
+        with self.load_packed(reader, tile.rows) as (blocks, scales):
+            values = self._decode(blocks[:, groups], scales[:, groups], tile)
             first_column = groups.start * BLOCK_VALUES
             if tile.columns is not None:
                 values = values[:, left - first_column : right - first_column]
@@ -296,6 +304,17 @@ class ZeroOperand:
     def element_ranges(self, rows: Interval) -> Iterator[ElementRange]:
         """Yield nothing, since zeros are not read."""
         return iter(())
+
+
+def raw_tensors(operand: Operand) -> Iterator[RawTensor]:
+    """Yield the raw tensors that an operand reads."""
+    if isinstance(operand, DenseOperand):
+        yield operand.raw
+    elif isinstance(operand, Mxfp4Operand):
+        yield from (operand.blocks, operand.scales)
+    elif isinstance(operand, InterleavedOperand):
+        for one in operand.operands:
+            yield from raw_tensors(one)
 
 
 def as_dense(operand: Operand) -> DenseOperand:

@@ -90,18 +90,21 @@ def recorded_options(folder: Path, found: CheckpointInfo) -> dict[str, Any]:
         found: The tensors in it.
 
     Returns:
-        `to`, `dtype` and `selection`, from the output's record. Without a valid record, `to` and
-        `selection` are the defaults, and `dtype` follows from the tensors.
+        `to`, `dtype`, `selection`, `mxfp4_rule` and `reference`, from the output's record. Without
+        a valid record they are the defaults, but `dtype` follows from the tensors.
     """
     dtype, keeps_dtypes = _dtype_of_tensors(found)
     to, selection = DEFAULT_FORMAT, Selection()
+    encoding = {"mxfp4_rule": None, "reference": None}
     try:
         record = strict_json.loads((folder / RECORD_NAME).read_bytes())
         to, keeps_dtypes = str(record["format"]), record["dtype"] == KEEP
         selection = Selection.from_dict(record["selection"])
+        encoding = {key: record.get(key) for key in encoding}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         pass  # compare_record reports it
-    return {"to": to, "dtype": KEEP if keeps_dtypes else dtype, "selection": selection}
+    dtype = KEEP if keeps_dtypes else dtype
+    return {"to": to, "dtype": dtype, "selection": selection, **encoding}
 
 
 def _dtype_of_tensors(found: CheckpointInfo) -> tuple[str, bool]:

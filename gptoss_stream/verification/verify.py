@@ -15,10 +15,10 @@ from .._utils.failures import machine_error
 from .._utils.thread_pool import count_workers, run_steps
 from ..checkpoint.local_reader import LocalReader
 from ..checkpoint.metadata import CheckpointInfo
-from ..checkpoint.open_reader import open_reader
+from ..checkpoint.open_reader import open_readers
 from ..errors import OptionError, OutputError
 from ..model.selection import Selection
-from ..planning.plan import plan
+from ..planning.plan import Plan, plan
 from ..storage.location import LocationLike
 from ..storage.open_location import local_path
 from ..transforms.output_tensor import OutputTensor
@@ -47,6 +47,8 @@ def verify(
     sample: int | None = None,
     seed: int = 0,
     workers: int | None = None,
+    mxfp4_rule: str | None = None,
+    reference: LocationLike | None = None,
     on_start: Callable[[int, int], None] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Verification:
@@ -63,6 +65,8 @@ def verify(
         sample: Compare the data of this many random tensors only.
         seed: Random seed of the sample.
         workers: Number of threads; by default one more than processors, at most 8.
+        mxfp4_rule: How floats became MXFP4; by default as recorded in the output.
+        reference: The checkpoint whose MXFP4 blocks were kept; by default as recorded, too.
         on_start: Called with the bytes to compare, and 0.
         on_progress: Called with the bytes compared since the last call, from any thread.
 
@@ -85,6 +89,8 @@ def verify(
         options = recorded_options(folder, found)
         options["to"] = to or options["to"]
         options["selection"] = selection or options["selection"]
+        options["mxfp4_rule"] = mxfp4_rule or options["mxfp4_rule"]
+        options["reference"] = reference or options["reference"]
         planned = plan(source, source_format=source_format, **options)
         expected = {tensor.name: tensor for shard in planned.shards for tensor in shard.tensors}
         if selection is None and found.tensors and not found.tensors.keys() & expected.keys():
@@ -99,7 +105,7 @@ def verify(
         nbytes = sum(tensor.nbytes for tensor in tensors)
         if on_start is not None:
             on_start(nbytes, 0)
-        differences += _compare_data(planned.info, found, tensors, threads, on_progress)
+        differences += _compare_data(planned, found, tensors, threads, on_progress)
     except OSError as error:
         raise machine_error(error, f"verifying {folder}") from error
     return Verification(
@@ -122,7 +128,7 @@ def _sample(tensors: list[OutputTensor], count: int, seed: int) -> list[OutputTe
 
 
 def _compare_data(
-    source: CheckpointInfo,
+    planned: Plan,
     output: CheckpointInfo,
     tensors: Iterable[OutputTensor],
     threads: int,
@@ -133,7 +139,10 @@ def _compare_data(
     Raises:
         CheckpointError: If a file changes meanwhile.
     """
-    with open_reader(source) as source_reader, LocalReader(output) as output_reader:
+    with (
+        open_readers(planned.info, planned.reference) as source_reader,
+        LocalReader(output) as output_reader,
+    ):
         comparison = DataComparison(
             source_reader, output_reader, tensors, output.tensors, on_progress or _ignore
         )

@@ -20,6 +20,7 @@ from .executor import Callbacks, Executor
 from .output_run import OutputRun
 from .output_spec import OutputResult, OutputSpec
 from .run_state import fingerprint
+from .shard_summary import ShardSummary
 
 __all__ = ["refuse_overwriting_task", "write_output"]
 
@@ -84,14 +85,14 @@ def _write_missing(
         executor.setup(run.work)
         on_start(resumed)
         if not missing and run.is_complete:
-            return OutputResult(resumed, is_complete=True)
+            return OutputResult(resumed, is_complete=True, encoding=run.encoding_report())
         run.begin()
         fingerprint_ = fingerprint(run.state)
 
-        def before_commit(name: str, sha256: str | None) -> None:
+        def before_commit(name: str, summary: ShardSummary) -> None:
             if task is not None:  # another run may have replaced this one
                 run.check_run(fingerprint_)
-            run.before_commit(name, sha256)
+            run.before_commit(name, summary)
 
         executor.write_shards(
             missing,
@@ -107,7 +108,7 @@ def _write_missing(
                 f"{run.path}: a finished shard no longer exists; leave the folder alone and run "
                 "the same command again"
             )
-        return OutputResult(resumed, is_complete)
+        return OutputResult(resumed, is_complete, run.encoding_report())
 
 
 def refuse_overwriting_task(task: ArrayTask | None, *, overwrite: bool) -> None:

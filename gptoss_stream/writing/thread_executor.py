@@ -24,14 +24,19 @@ from ..checkpoint.reader import ElementRange, Reader, ReadSchedule
 from ..errors import OutputError
 from ..planning.shards import PlannedShard
 from ..tensors.dtypes import DType
-from ..transforms.materialize import TargetRows, materialize, materialize_rows
-from ..transforms.output_tensor import Segment, element_ranges
+from ..tensors.mxfp4_encoder import EncodingLoss, measured_step
+from ..transforms.encode import encode_rows
+from ..transforms.materialize import materialize, materialize_rows
+from ..transforms.output_tensor import OutputTensor, Segment, element_ranges
+from ..transforms.tiles import TargetRows
 from . import executor
 from .checksums import RunningChecksum
 from .executor import Callbacks
 from .safetensors_check import find_problem
 from .shard_file import ShardFile
+from .shard_summary import ShardSummary
 from .spill_file import SpilledTranspose
+from .spilled_scales import SpilledScales
 
 __all__ = ["ThreadExecutor"]
 
@@ -59,16 +64,26 @@ class _ShardInProgress:
     chunks_left: int
     checksum: RunningChecksum | None
     transposes: dict[Segment, SpilledTranspose] = field(default_factory=dict)
+    scales: dict[Segment, SpilledScales] = field(default_factory=dict)
+    """By the segments of blocks and those of scales."""
+    losses: dict[str, EncodingLoss] = field(default_factory=dict)
+    """What encoding has lost, by the name of the tensor of blocks."""
     file: ShardFile | None = None
     """None until the first chunk: spill files begin earlier."""
     counting: threading.Lock = field(default_factory=threading.Lock)
 
     def close(self) -> None:
         """Close all files and delete those that are not finished."""
-        for transpose in self.transposes.values():
-            transpose.close()
+        self.close_spill_files()
         if self.file is not None:
             self.file.discard()
+
+    def close_spill_files(self) -> None:
+        """Close and delete the spill files."""
+        for transpose in self.transposes.values():
+            transpose.close()
+        for scales in self.scales.values():
+            scales.close()
 
 
 class ThreadExecutor:
@@ -123,7 +138,7 @@ class ThreadExecutor:
         self._callbacks, self._checksums = callbacks, checksums
         self._stop = threading.Event()
         self._in_progress: dict[str, _ShardInProgress] = {}
-        self._spilled = {s.name: {segment for segment, _ in s.spilled()} for s in shards}
+        self._spilled = {shard.name: _spilled_segments(shard) for shard in shards}
         self._order = self._ordered_steps(shards)
         self._reader.set_schedule(ReadSchedule(len(self._order), self._ranges_read), self._stop)
         try:
@@ -190,6 +205,13 @@ class ThreadExecutor:
         for number, (segment, _) in enumerate(shard.spilled()):
             file = self._partial_folder / f"{shard.name}.spill-{number}"
             progress.transposes[segment] = SpilledTranspose(segment, file, self._chunk_nbytes)
+        for number, (blocks, scales) in enumerate(shard.encoded_pairs()):
+            offset = shard.offsets[shard.tensors.index(blocks)]
+            last = (offset + blocks.nbytes - 1) // self._chunk_nbytes
+            count = last - offset // self._chunk_nbytes + 1
+            file = self._partial_folder / f"{shard.name}.scales-{number}"
+            spilled = SpilledScales(blocks, scales, count, file)
+            progress.scales |= dict.fromkeys((*blocks.segments, *scales.segments), spilled)
         return progress
 
     # --- in the threads ----------------------------------------------------------------------
@@ -213,7 +235,9 @@ class ThreadExecutor:
             buffer[: len(header)] = np.frombuffer(header, np.uint8)
         for tensor, low, high, offset in shard.overlapping(begin, end):
             out = buffer[offset - begin : offset - begin + high - low]
-            materialize(tensor, low, high, out, partial(self._materialize_rows, progress))
+            materialize(tensor, low, high, out, partial(self._materialize_rows, progress, tensor))
+            if not tensor.made_with and tensor.segments[0] in progress.scales:
+                progress.scales[tensor.segments[0]].end_chunk()
         if self._stop.is_set():
             return
         length = end - begin
@@ -232,28 +256,57 @@ class ThreadExecutor:
     def _materialize_rows(
         self,
         progress: _ShardInProgress,
+        tensor: OutputTensor,
         segment: Segment,
         targets: list[TargetRows],
         dtype: DType,
     ) -> None:
         """Make rows of a segment, from its spill file if it has one."""
         transpose = progress.transposes.get(segment) if progress.transposes else None
+        scales = progress.scales.get(segment) if progress.scales else None
         if transpose is not None:
             transpose.read_rows(targets, dtype, self._stop, ahead=self._threads)
+        elif scales is not None and tensor.made_with:
+            scales.read_rows(segment, targets, self._stop)
+        elif segment.encoding is not None and not tensor.made_with:
+            self._encode_rows(progress, tensor, segment, targets, scales)
         else:
             materialize_rows(segment, targets, dtype, self._reader)
+
+    def _encode_rows(
+        self,
+        progress: _ShardInProgress,
+        tensor: OutputTensor,
+        segment: Segment,
+        targets: list[TargetRows],
+        scales: SpilledScales | None,
+    ) -> None:
+        """Make rows of blocks, and write their scales to the spill file if there is one."""
+        loss = EncodingLoss(measured_step(tensor.nbytes // segment.row_shape[0]))
+        found = encode_rows(segment, targets, self._reader, loss)
+        if scales is not None:
+            for target, rows in zip(targets, found, strict=True):
+                scales.write_rows(segment, target.first, rows)
+        with progress.counting:
+            progress.losses.setdefault(tensor.name, EncodingLoss(loss.step)).add(loss)
 
     def _commit(self, progress: _ShardInProgress, file: ShardFile) -> None:
         if self._stop.is_set():
             return  # a chunk may have been skipped
         name, checksum = progress.shard.name, progress.checksum
         self._reader.check_unchanged()
-        self._callbacks.before_commit(name, None if checksum is None else checksum.hexdigest())
+        sha256 = None if checksum is None else checksum.hexdigest()
+        self._callbacks.before_commit(name, ShardSummary(sha256, progress.losses))
         file.commit()
-        for transpose in progress.transposes.values():
-            transpose.close()
+        progress.close_spill_files()
         del self._in_progress[name]
         self._callbacks.on_shard_finished(name)
+
+
+def _spilled_segments(shard: PlannedShard) -> set[Segment]:
+    """Return the segments of a shard that are read from spill files."""
+    transposed = {segment for segment, _ in shard.spilled()}
+    return transposed.union(*(scales.segments for _, scales in shard.encoded_pairs()))
 
 
 def _spread(some: list[_T], others: list[_T], begin: int, end: int) -> list[_T]:
