@@ -10,9 +10,11 @@ from ..checkpoint.metadata import CheckpointInfo
 from ..checkpoint.zero_check import is_zero
 from ..errors import OptionError, TensorError
 from ..formats import SourceModel, Table, mxfp4_tensors
+from ..formats._table import stored_shape
+from ..model.config import ModelConfig
 from ..model.selection import GROUPS, ResolvedSelection
 from ..model.tensors import ABSENT_IS_ZERO
-from ..tensors.dtypes import KEEP, DType, torch_name
+from ..tensors.dtypes import BLOCK_VALUES, KEEP, DType, torch_name
 from ..tensors.mxfp4_rules import DEFAULT_RULE
 from ..tensors.raw_tensor import RawTensor
 from ..transforms.output_tensor import OutputTensor
@@ -51,9 +53,12 @@ def choose_dtype(dtype: str | None, source_format: str, to: str) -> str:
     Raises:
         OptionError: If the format cannot be written in the dtype.
     """
+    bfloat16, has_mxfp4 = torch_name(DType.BF16), bool(mxfp4_tensors(formats.load(to).TABLE))
     if dtype is None:
-        return KEEP if to == source_format else formats.default_dtype(formats.load(source_format))
-    if mxfp4_tensors(formats.load(to).TABLE) and dtype not in (KEEP, torch_name(DType.BF16)):
+        if to == source_format:
+            return KEEP
+        return bfloat16 if has_mxfp4 else formats.default_dtype(formats.load(source_format))
+    if has_mxfp4 and dtype not in (KEEP, bfloat16):
         raise OptionError(
             f"dtype {dtype!r}: {to} has its experts in MXFP4 and all else in bfloat16; choose "
             "bfloat16 or keep"
@@ -76,6 +81,7 @@ def choose_quantization(
         OptionError: If there is nothing to encode, and an option says how.
     """
     if mxfp4_tensors(target) - mxfp4_tensors(source.table):
+        _refuse_widths(options.to, target, source.model)
         if reference is not None:
             refuse_reference(reference, source.model)
         return Quantization(options.mxfp4_rule or DEFAULT_RULE, reference)
@@ -88,6 +94,17 @@ def choose_quantization(
             )
             raise OptionError(f"{option} is for floats that become MXFP4: {reason}; remove it")
     return None
+
+
+def _refuse_widths(to: str, target: Table, model: ModelConfig) -> None:
+    """Refuse sizes that do not divide into the blocks of a format."""
+    for row in target:
+        width = stored_shape(row, model.sizes)[-1]
+        if row.tensor in mxfp4_tensors(target) and width % BLOCK_VALUES:
+            raise OptionError(
+                f"format {to} has MXFP4 blocks of {BLOCK_VALUES} values, into which rows of "
+                f"{width} values do not divide; choose another format"
+            )
 
 
 def refuse_unmappable(

@@ -100,9 +100,10 @@ def encode_rows(
                 for one in encoded:
                     _encode_in_order(segment, one, reader, loss)
         except ValueError:
-            names = " or ".join(repr(raw.name) for raw in raw_tensors(segment.operand))
+            raws = list(raw_tensors(segment.operand))
+            names = " or ".join(repr(raw.name) for raw in raws)
             raise TensorError(
-                f"tensor {names} has values that are NaN, infinite or too large for bfloat16, "
+                f"{raws[0].shard}: tensor {names} has values that are NaN, infinite or too large for bfloat16, "
                 "which MXFP4 cannot hold; correct the program that saved it"
             ) from None
         return [one.scales if encoding.component == BLOCKS else one.blocks for one in encoded]
