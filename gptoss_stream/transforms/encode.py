@@ -103,8 +103,8 @@ def encode_rows(
             raws = list(raw_tensors(segment.operand))
             names = " or ".join(repr(raw.name) for raw in raws)
             raise TensorError(
-                f"{raws[0].shard}: tensor {names} has values that are NaN, infinite or too large for bfloat16, "
-                "which MXFP4 cannot hold; correct the program that saved it"
+                f"{raws[0].shard}: tensor {names} has values that are NaN, infinite or too large "
+                "for bfloat16, which MXFP4 cannot hold; correct the program that saved it"
             ) from None
         return [one.scales if encoding.component == BLOCKS else one.blocks for one in encoded]
 
