@@ -13,6 +13,7 @@ from ._utils.paths import user_path
 from .checkpoint.metadata import read_metadata
 from .errors import OptionError, OutputError
 from .formats import read_source
+from .model.pruning import ExpertsByLayer, Pruning
 from .model.selection import Selection
 from .planning.array_task import ArrayTask
 from .planning.options import DEFAULT_FORMAT, ConversionOptions
@@ -53,6 +54,8 @@ def convert(
     task: tuple[int, int] | None = None,
     mxfp4_rule: str | None = None,
     reference: LocationLike | None = None,
+    keep_layers: str | None = None,
+    keep_experts: str | ExpertsByLayer | None = None,
     on_plan: Callable[[Plan], None] | None = None,
     on_start: Callable[[int, int], None] | None = None,
     on_progress: Callable[[int], None] | None = None,
@@ -85,6 +88,8 @@ def convert(
         mxfp4_rule: How floats become MXFP4: "openai" (the default), "modelopt", "ocp" or "even".
         reference: A checkpoint in MXFP4, such as openai/gpt-oss-20b. Its blocks are kept where they
             decode to the source's values, so that what was not trained keeps its bytes.
+        keep_layers: The layers of which a smaller model is made, such as "0-5"; all by default.
+        keep_experts: The experts of which a smaller model is made (see `plan`); all by default.
         on_plan: Called with the plan when the output can be written, before `on_start`.
         on_start: Called with the bytes to write (by this task), and how many of them were finished
             before.
@@ -110,8 +115,9 @@ def convert(
     base = None if reference is None else open_location(reference)
     base_name = None if base is None else base.identity
     options = ConversionOptions(
-        to, source_format, dtype, max_shard_size, selection, mxfp4_rule, base_name
-    )
+        to, source_format, dtype, max_shard_size, selection, mxfp4_rule, base_name,
+        Pruning.of(keep_layers, keep_experts),
+    )  # fmt: skip
     threads = count_workers(workers)
     array_task = None if task is None else ArrayTask(*task)
     if array_task is not None and client is not None:

@@ -11,6 +11,7 @@ from ._options import (
     add_conversion_options,
     add_json,
     add_overwrite,
+    add_pruning,
     add_quiet,
     add_remote_output,
     add_remote_source,
@@ -20,6 +21,7 @@ from ._options import (
     open_output,
     open_reference,
     open_source,
+    parse_keep_experts,
     parse_selection,
 )
 from ._parser import Commands
@@ -66,6 +68,7 @@ def add_parser(commands: Commands) -> None:
     add_quiet(parser)
     add_json(parser)
     add_selection(parser)
+    add_pruning(parser)
     add_remote_source(parser, can_download=True)
     add_remote_output(parser)
     add_distributed_options(parser)
@@ -125,6 +128,8 @@ def _convert(arguments: argparse.Namespace, task: tuple[int, int] | None) -> Rep
             task=task,
             mxfp4_rule=arguments.mxfp4_rule,
             reference=open_reference(arguments),
+            keep_layers=arguments.keep_layers,
+            keep_experts=parse_keep_experts(arguments),
             on_plan=on_plan,
             on_start=on_start,
             on_progress=on_progress,

@@ -10,6 +10,7 @@ from .._utils.paths import user_path
 from ._options import (
     add_conversion_options,
     add_json,
+    add_pruning,
     add_quiet,
     add_remote_output,
     add_remote_source,
@@ -19,6 +20,7 @@ from ._options import (
     open_output,
     open_reference,
     open_source,
+    parse_keep_experts,
     parse_selection,
 )
 from ._parser import Commands
@@ -68,6 +70,7 @@ def add_parser(commands: Commands) -> None:
     add_quiet(parser, "the plan and errors")
     add_json(parser)
     add_selection(parser)
+    add_pruning(parser)
     add_remote_source(parser)
     add_remote_output(parser)
     parser.set_defaults(run=run)
@@ -88,6 +91,8 @@ def run(arguments: argparse.Namespace) -> int:
         selection=parse_selection(arguments),
         mxfp4_rule=arguments.mxfp4_rule,
         reference=open_reference(arguments),
+        keep_layers=arguments.keep_layers,
+        keep_experts=parse_keep_experts(arguments),
     )
     workers = count_workers(arguments.workers)
     resources = _resources(planned, output, workers, arguments)
@@ -157,6 +162,7 @@ def _as_dict(planned: Plan, resources: _Resources) -> dict[str, Any]:
         "format": planned.to,
         "partial": planned.is_partial,
         "selection": planned.selection.as_dict(),
+        "pruning": None if planned.pruning is None else planned.pruning.as_dict(),
         "dtype": planned.dtype,
         "narrowed": dict(planned.narrowed),
         "mxfp4_rule": planned.mxfp4_rule,

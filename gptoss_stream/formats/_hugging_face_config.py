@@ -14,7 +14,7 @@ from ..model.config import LAYER_KINDS, ModelConfig, alternating_layers, integer
 from ..tensors.dtypes import DType, torch_name
 from ._rotary import parse_rope, rope_config
 
-__all__ = ["config_files", "config_notes", "hugging_face_config", "parse_config"]
+__all__ = ["config_files", "config_notes", "hugging_face_config", "parse_config", "source_config"]
 
 _NOT_NULL = (
     "attention_bias",
@@ -200,6 +200,23 @@ def hugging_face_config(model: ModelConfig) -> dict[str, Any]:
         "use_cache": True,
         **_decided_by_model(model),
     }
+
+
+def source_config(model: ModelConfig, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the source's configuration for a file beside tensors of another format.
+
+    It is unchanged, unless the model has fewer layers or experts than the source.
+    """
+    sizes = model.num_layers, model.num_experts, model.experts_per_token
+    names = ("num_local_experts", "num_experts"), ("num_experts_per_tok", "experts_per_token")
+    found = (
+        config.get("num_hidden_layers"),
+        *(next((config[name] for name in some if name in config), None) for some in names),
+    )
+    if all(value in (size, None) for value, size in zip(found, sizes, strict=True)):
+        return config
+    kept = config if config.get("model_type") == "gpt_oss" else hugging_face_config(model)
+    return {**kept, **_decided_by_model(model)}
 
 
 def _decided_by_model(model: ModelConfig) -> dict[str, Any]:

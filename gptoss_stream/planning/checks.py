@@ -9,9 +9,10 @@ from .. import formats
 from ..checkpoint.metadata import CheckpointInfo
 from ..checkpoint.zero_check import is_zero
 from ..errors import OptionError, TensorError
-from ..formats import SourceModel, Table, mxfp4_tensors
+from ..formats import SourceModel, Table, mxfp4_tensors, table_specs
 from ..formats._table import stored_shape
 from ..model.config import ModelConfig
+from ..model.pruning import ResolvedPruning
 from ..model.selection import GROUPS, ResolvedSelection
 from ..model.tensors import ABSENT_IS_ZERO
 from ..tensors.dtypes import BLOCK_VALUES, KEEP, DType, torch_name
@@ -24,6 +25,7 @@ from .quantization import Quantization, refuse_reference
 __all__ = [
     "choose_dtype",
     "choose_quantization",
+    "pruned_tensors",
     "refuse_cut_stacks",
     "refuse_unmappable",
     "unmapped_tensors",
@@ -132,6 +134,17 @@ def refuse_unmappable(
                     f"format {to} cannot hold: the output would compute something else"
                 )
             names.add(raw.name)
+    return names
+
+
+def pruned_tensors(source: SourceModel, pruning: ResolvedPruning) -> set[str]:
+    """Return the stored names of tensors of layers and experts that are not kept."""
+    names = set()
+    for spec in table_specs(source.table, source.model):
+        axes = spec.rows[0].axes_in_name
+        for layer, expert in source.model.instances(spec.name) if "l" in axes else ():
+            if not pruning.keeps(layer, expert if "e" in axes else None):
+                names.add(source.info.tensors[spec.name.format(l=layer, e=expert)].name)
     return names
 
 

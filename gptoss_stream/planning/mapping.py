@@ -16,6 +16,7 @@ from ..errors import OptionError
 from ..formats import Row, Table, TensorSpec, table_specs
 from ..formats._table import DENSE, Mxfp4Encoding
 from ..model.config import ModelConfig
+from ..model.pruning import ResolvedPruning
 from ..model.tensors import ABSENT_IS_ZERO
 from ..tensors.dtypes import DType
 from ..tensors.raw_tensor import RawTensor
@@ -39,21 +40,23 @@ def output_tensors(
     raws: Mapping[str, RawTensor],
     dtype: DType | None,
     quantization: Quantization | None = None,
+    pruning: ResolvedPruning | None = None,
 ) -> Iterator[OutputTensor]:
     """Yield every tensor of the target, in the order in which they are written.
 
     Args:
         source: The source's table, checked against the raw tensors.
         target: The target's table.
-        model: The model.
+        model: The model as it is written.
         raws: The source's tensors by name.
         dtype: The dtype of dense tensors; None keeps that of the source.
         quantization: How floats are encoded; the default rule without a reference if it is None.
+        pruning: The source's layers and experts that are kept; None for all.
 
     Raises:
         OptionError: If the target cannot be made of the source.
     """
-    mapping = _Mapping(source, model, raws, dtype, quantization or Quantization())
+    mapping = _Mapping(source, model, raws, dtype, quantization or Quantization(), pruning)
     for spec, layer, expert in _in_order(table_specs(target, model), model.sizes):
         yield mapping.output_tensor(spec, layer, expert)
 
@@ -87,6 +90,7 @@ class _Mapping:
         raws: The source's tensors by name.
         dtype: The dtype of dense tensors; None keeps that of the source.
         quantization: How floats are encoded.
+        pruning: The source's layers and experts that are kept; None for all.
     """
 
     def __init__(
@@ -96,7 +100,9 @@ class _Mapping:
         raws: Mapping[str, RawTensor],
         dtype: DType | None,
         quantization: Quantization,
+        pruning: ResolvedPruning | None,
     ) -> None:
+        self._pruning = pruning
         self._model = model
         self._quantization = quantization
         self._sizes = model.sizes
@@ -121,14 +127,17 @@ class _Mapping:
             if not source_rows and row.tensor not in ABSENT_IS_ZERO:
                 raise OptionError(f"the source holds nothing that {name!r} can be made of")
             if is_mxfp4 and not _is_packed(source_rows):
-                builder = SegmentBuilder(self._raws, source_rows, sizes, row.order[-1])
+                builder = SegmentBuilder(
+                    self._raws, source_rows, sizes, row.order[-1], self._pruning
+                )
                 segments += encoded_segments(
                     builder, row, fixed, spec.component, self._model, self._quantization
                 )
                 continue
             if is_mxfp4:
                 source_rows, sizes = self._stored_bytes(row, source_rows, spec)
-            segments += SegmentBuilder(self._raws, source_rows, sizes).segments(row.groups, fixed)
+            builder = SegmentBuilder(self._raws, source_rows, sizes, pruning=self._pruning)
+            segments += builder.segments(row.groups, fixed)
         dtype = DType.U8 if is_mxfp4 else self._dtype or self._kept_dtype(segments)
         for segment in segments:
             if prod(segment.row_shape) * dtype.itemsize > _MAX_ROW_NBYTES:

@@ -25,6 +25,7 @@ from ..errors import OptionError
 from ..formats import Row, Table, rows_by_name
 from ..formats._table import Mxfp4Encoding, stored_shape
 from ..model.config import ModelConfig
+from ..model.pruning import ResolvedPruning
 from ..tensors.raw_tensor import RawTensor
 from ..transforms.mxfp4_operand import Mxfp4Operand
 from ..transforms.operand import Operand
@@ -76,6 +77,8 @@ class SegmentBuilder:
     """The size of each axis."""
     block_axis: str = ""
     """The axis along which the target's rows are encoded, its last one; empty if they are not."""
+    pruning: ResolvedPruning | None = None
+    """The source's layers and experts of which the target's are made; None if all are the same."""
 
     def segments(self, groups: _Groups, fixed: Mapping[str, int]) -> Iterator[Segment]:
         """Yield the segments for a row of the target.
@@ -91,6 +94,8 @@ class SegmentBuilder:
         if not self.source_rows:
             size = prod(self.sizes[axis] for axis in order)
             yield Segment(ZeroOperand((size,)), make_rearrangement(("x",), ("x",), (size,)))
+        elif not order:
+            yield self._single_element(fixed)
         elif self._needs_split(order, fixed):
             first = order[0]
             others = [tuple(axis for axis in group if axis != first) for group in groups]
@@ -104,14 +109,24 @@ class SegmentBuilder:
 
         It does if the source stores each index in a tensor or row of its own. It also does if the
         axis is that of experts or of gate and up, and the axes after it are in another order: in
-        one segment of all indices, a row would be a whole matrix.
+        one segment of all indices, a row would be a whole matrix. And it does if only some experts
+        are taken.
         """
         first, stored = order[0], self._stored_order(fixed)
         if first not in stored:
             return True
+        if first == "e" and self.pruning and not self.pruning.keeps_first_experts(fixed["l"]):
+            return True
         if first not in ("e", "t") or stored == order:
             return False
         return first == "t" or stored[0] == first
+
+    def _single_element(self, fixed: Mapping[str, int]) -> Segment:
+        """Return a segment of one element, such as the router's bias of an expert."""
+        operand = self._operand(fixed)[0]
+        if operand.shape != (1,):
+            raise self._refusal("it has more elements")
+        return Segment(operand, make_rearrangement(("x",), ("x",), (1,)))
 
     def _stored_order(self, fixed: Mapping[str, int]) -> list[str]:
         """Return the source's axes in order, without those that are fixed."""
@@ -172,6 +187,8 @@ class SegmentBuilder:
 
     def _operand(self, fixed: Mapping[str, int]) -> tuple[Operand, list[tuple[str, ...]]]:
         """Return the source's elements with the fixed indices, and the axes of each stored axis."""
+        if self.pruning is not None:
+            fixed = self.pruning.source_indices(fixed)
         source = self._source_row(fixed)
         row, first = source.row, source.first
         groups = list(row.groups)

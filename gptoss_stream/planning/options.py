@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from .. import formats
 from ..errors import OptionError
+from ..model.pruning import Pruning
 from ..model.selection import Selection
 from ..tensors.dtypes import KEEP, OUTPUT_DTYPES
 from ..tensors.mxfp4_rules import RULES
@@ -28,6 +29,7 @@ class ConversionOptions:
         selection: Which tensors to write; None for all.
         mxfp4_rule: How floats become MXFP4 (see `tensors.mxfp4_rules`); None for the default.
         reference: A checkpoint in MXFP4 whose blocks are kept where they have the source's values.
+        pruning: The layers and experts of which a smaller model is made; None for all.
 
     Raises:
         OptionError: For a value that cannot be used.
@@ -40,6 +42,7 @@ class ConversionOptions:
     selection: Selection | None = None
     mxfp4_rule: str | None = None
     reference: str | None = None
+    pruning: Pruning | None = None
 
     def __post_init__(self) -> None:
         parse_size(self.max_shard_size)

@@ -8,14 +8,15 @@ the first byte is written.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from .. import formats
 from ..checkpoint.metadata import CheckpointInfo, read_metadata
-from ..errors import OptionError, TensorError
+from ..errors import ConfigError, OptionError, TensorError
 from ..formats import SourceModel, check_tensors
 from ..model.config import ModelConfig
+from ..model.pruning import ExpertsByLayer, Pruning, ResolvedPruning, prune
 from ..model.selection import ResolvedSelection, Selection
 from ..storage.location import LocationLike
 from ..storage.open_location import open_location
@@ -25,6 +26,7 @@ from ..transforms.output_tensor import OutputTensor, element_ranges
 from .checks import (
     choose_dtype,
     choose_quantization,
+    pruned_tensors,
     refuse_cut_stacks,
     refuse_unmappable,
     unmapped_tensors,
@@ -69,6 +71,8 @@ class Plan:
     """What users should know about how the source was read."""
     mxfp4_rule: str | None = None
     """The rule by which floats become MXFP4; None if none do."""
+    pruning: ResolvedPruning | None = field(default=None, repr=False)
+    """The source's layers and experts of which a smaller model is made; None for all."""
     reference: CheckpointInfo | None = field(default=None, repr=False)
     """The checkpoint whose MXFP4 blocks are kept where they decode to the source's values."""
 
@@ -127,6 +131,8 @@ def plan(
     selection: Selection | None = None,
     mxfp4_rule: str | None = None,
     reference: LocationLike | None = None,
+    keep_layers: str | None = None,
+    keep_experts: str | ExpertsByLayer | None = None,
 ) -> Plan:
     """Plan the conversion of a checkpoint; moves no data.
 
@@ -141,6 +147,9 @@ def plan(
         mxfp4_rule: How floats become MXFP4: "openai" (the default), "modelopt", "ocp" or "even".
         reference: A checkpoint in MXFP4, such as openai/gpt-oss-20b. Its blocks are kept where they
             decode to the source's values.
+        keep_layers: The layers of which a smaller model is made, such as "0-5"; all by default.
+        keep_experts: The experts of each layer of which a smaller model is made, such as
+            "0,3,7-12", or lists of as many numbers by layer; all by default.
 
     Raises:
         OptionError: For an argument that cannot be used, and if the format cannot be written.
@@ -148,7 +157,10 @@ def plan(
         MachineError: If reading fails.
         MissingPackageError: If an extra is not installed.
     """
-    options = ConversionOptions(to, source_format, dtype, max_shard_size, selection, mxfp4_rule)
+    pruning = Pruning.of(keep_layers, keep_experts)
+    options = ConversionOptions(
+        to, source_format, dtype, max_shard_size, selection, mxfp4_rule, pruning=pruning
+    )
     info = read_metadata(open_location(source))
     read = formats.read_source(info, source_format)
     return plan_conversion(read, options, read_reference(reference))
@@ -170,18 +182,27 @@ def plan_conversion(
     info = source.info
     target, to = formats.load(options.to), options.to
     dtype = choose_dtype(options.dtype, source.name, to)
-    with formats.naming_config(info):
-        target.check(source.model)
+    pruning = prune(source.model, options.pruning)
+    model = source.model if pruning is None else pruning.model(source.model)
+    try:
+        with formats.naming_config(info):
+            target.check(model)
+    except ConfigError as error:
+        if pruning is None:
+            raise
+        raise OptionError(f"of what is kept: {error}") from None
     check_tensors(source.table, source.model, info)
     if source.doubt:
         raise TensorError(source.doubt)
     quantization = choose_quantization(options, source, reference, target.TABLE)
     left_out = refuse_unmappable(source, target.TABLE, info, to)
-    selection = (options.selection or Selection()).resolve(source.model)
+    if pruning is not None:
+        left_out |= pruned_tensors(source, pruning)
+    selection = (options.selection or Selection()).resolve(model)
     written_dtype = None if dtype == KEEP else output_dtype(dtype)
     every = [
         *output_tensors(
-            source.table, target.TABLE, source.model, info.tensors, written_dtype, quantization
+            source.table, target.TABLE, model, info.tensors, written_dtype, quantization, pruning
         )
     ]
     refuse_cut_stacks(every, selection, to)
@@ -196,7 +217,7 @@ def plan_conversion(
         info=info,
         source_format=source.name,
         detected_by=source.detected_by,
-        model=source.model,
+        model=model,
         to=to,
         dtype=dtype,
         main_dtype=_main_dtype(tensors),
@@ -207,10 +228,20 @@ def plan_conversion(
         unmapped=unmapped_tensors(source, used, left_out),
         narrowed=_count_narrowed(tensors),
         warning=formats.warning(target) if to != source.name else "",
-        notes=source.notes,
+        notes=(*source.notes, *_notes(source.model, model)),
+        pruning=pruning,
         mxfp4_rule=None if quantization is None else quantization.rule,
         reference=None if quantization is None or reference is None else reference.info,
     )
+
+
+def _notes(source: ModelConfig, model: ModelConfig) -> Iterator[str]:
+    """Yield what users should know about a smaller model."""
+    if model.experts_per_token < source.experts_per_token:
+        yield (
+            f"each token went to {source.experts_per_token} experts and goes to all "
+            f"{model.experts_per_token} that are kept"
+        )
 
 
 def _main_dtype(tensors: Iterable[OutputTensor]) -> DType:

@@ -76,7 +76,7 @@ def encoded_segments(
     Raises:
         OptionError: If the floats cannot be encoded in bounded memory.
     """
-    kept = list(_reference_segments(row, fixed, model, quantization.reference))
+    kept = list(_reference_segments(builder, row, fixed, model, quantization.reference))
     first = 0
     for segment in builder.segments(row.groups, fixed):
         how = segment.rearrangement
@@ -94,14 +94,19 @@ def encoded_segments(
 
 
 def _reference_segments(
-    row: Row, fixed: Mapping[str, int], model: ModelConfig, reference: SourceModel | None
+    builder: SegmentBuilder,
+    row: Row,
+    fixed: Mapping[str, int],
+    model: ModelConfig,
+    reference: SourceModel | None,
 ) -> Iterator[Segment]:
     """Yield the same tensor as the reference holds it."""
     if reference is None:
         return
     rows = source_rows(reference.table, model).get(row.tensor, [])
     raws = {name: replace(raw, checkpoint=1) for name, raw in reference.info.tensors.items()}
-    yield from SegmentBuilder(raws, rows, model.sizes, row.order[-1]).segments(row.groups, fixed)
+    same = replace(builder, raws=raws, source_rows=rows, sizes=model.sizes)
+    yield from same.segments(row.groups, fixed)
 
 
 def _reference_rows(segments: Sequence[Segment], first: int, count: int) -> Mxfp4Operand | None:

@@ -13,6 +13,7 @@ from typing import Any
 from .._utils import strict_json
 from ..checkpoint.metadata import CheckpointInfo, read_header
 from ..errors import CheckpointError, OutputError
+from ..model.pruning import ResolvedPruning
 from ..model.selection import Selection
 from ..planning.options import DEFAULT_FORMAT
 from ..planning.output_files import output_files
@@ -90,21 +91,25 @@ def recorded_options(folder: Path, found: CheckpointInfo) -> dict[str, Any]:
         found: The tensors in it.
 
     Returns:
-        `to`, `dtype`, `selection`, `mxfp4_rule` and `reference`, from the output's record. Without
-        a valid record they are the defaults, but `dtype` follows from the tensors.
+        `to`, `dtype`, `selection`, `mxfp4_rule`, `reference`, `keep_layers` and `keep_experts`,
+        from the output's record. Without a valid record they are the defaults, but `dtype` follows
+        from the tensors.
     """
     dtype, keeps_dtypes = _dtype_of_tensors(found)
     to, selection = DEFAULT_FORMAT, Selection()
     encoding = {"mxfp4_rule": None, "reference": None}
+    kept: dict[str, Any] = {"keep_layers": None, "keep_experts": None}
     try:
         record = strict_json.loads((folder / RECORD_NAME).read_bytes())
         to, keeps_dtypes = str(record["format"]), record["dtype"] == KEEP
         selection = Selection.from_dict(record["selection"])
         encoding = {key: record.get(key) for key in encoding}
+        if "pruning" in record:
+            kept["keep_layers"], kept["keep_experts"] = ResolvedPruning.options(record["pruning"])
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         pass  # compare_record reports it
     dtype = KEEP if keeps_dtypes else dtype
-    return {"to": to, "dtype": dtype, "selection": selection, **encoding}
+    return {"to": to, "dtype": dtype, "selection": selection, **encoding, **kept}
 
 
 def _dtype_of_tensors(found: CheckpointInfo) -> tuple[str, bool]:

@@ -1,0 +1,156 @@
+"""The choice of layers and experts of which a smaller model is made, numbered anew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+from ..errors import OptionError
+from .config import ModelConfig
+from .selection import parse_numbers
+
+__all__ = ["ExpertsByLayer", "Pruning", "ResolvedPruning", "prune"]
+
+ExpertsByLayer: TypeAlias = "Mapping[int, Sequence[int]]"
+"""Expert numbers by the source's layer number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pruning:
+    """What to keep of a model.
+
+    Args:
+        layers: Layer numbers such as "0-5,8"; -1 is the last. None for all.
+        experts: Expert numbers, likewise, which are kept in every layer; or pairs of a layer's
+            number and its experts. None for all.
+    """
+
+    layers: str | None = None
+    experts: str | tuple[tuple[int, tuple[int, ...]], ...] | None = None
+
+    @classmethod
+    def of(cls, layers: str | None, experts: str | ExpertsByLayer | None) -> Pruning | None:
+        """Return what to keep; None if that is everything.
+
+        Raises:
+            OptionError: If `experts` is not a text, and not lists of numbers by layer.
+        """
+        if layers is None and experts is None:
+            return None
+        if experts is None or isinstance(experts, str):
+            return cls(layers, experts)
+        try:
+            pairs = tuple((int(layer), tuple(experts[layer])) for layer in sorted(experts))
+        except (TypeError, ValueError):
+            pairs = ((0, (-1,)),)
+        numbers = [number for layer, some in pairs for number in (layer, *some)]
+        if any(type(number) is not int or number < 0 for number in numbers):
+            raise OptionError(
+                "the experts to keep are given by layer, as numbers from 0 on: {0: [0, 3], …}"
+            )
+        return cls(layers, pairs)
+
+    def resolve(self, model: ModelConfig) -> ResolvedPruning:
+        """Return what is kept of a model.
+
+        Raises:
+            OptionError: For numbers that the model does not have, for a layer without experts, and
+                if layers would have different numbers of experts.
+        """
+        layers = tuple(range(model.num_layers))
+        if self.layers is not None:
+            layers = parse_numbers(self.layers, model.num_layers, "layer")
+        if self.experts is None or isinstance(self.experts, str):
+            everything = f"0-{model.num_experts - 1}"
+            experts = parse_numbers(self.experts or everything, model.num_experts, "expert")
+            return ResolvedPruning(layers, (experts,) * len(layers))
+        by_layer = dict(self.experts)
+        for layer, some in by_layer.items():
+            if layer >= model.num_layers:
+                raise OptionError(f"layer {layer}: there are layers 0 to {model.num_layers - 1}")
+            if not some or len(set(some)) < len(some):
+                raise OptionError(f"layer {layer} keeps no expert, or one of them twice")
+            if max(some) >= model.num_experts:
+                raise OptionError(
+                    f"expert {max(some)} of layer {layer}: there are experts 0 to "
+                    f"{model.num_experts - 1}"
+                )
+        for layer in layers:
+            if layer not in by_layer:
+                raise OptionError(f"layer {layer} is kept, and nothing says which of its experts")
+            if len(by_layer[layer]) != len(by_layer[layers[0]]):
+                raise OptionError(
+                    f"layer {layers[0]} keeps {len(by_layer[layers[0]])} experts and layer {layer} "
+                    f"{len(by_layer[layer])}; a gpt-oss has as many in each: keep equal numbers"
+                )
+        return ResolvedPruning(layers, tuple(tuple(sorted(by_layer[layer])) for layer in layers))
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedPruning:
+    """What is kept of one model, by numbers of the source. Positions are the new numbers."""
+
+    layers: tuple[int, ...]
+    experts: tuple[tuple[int, ...], ...]
+    """Of each layer that is kept, the experts that are kept."""
+
+    def model(self, model: ModelConfig) -> ModelConfig:
+        """Return the smaller model."""
+        num_experts = len(self.experts[0])
+        return replace(
+            model,
+            num_layers=len(self.layers),
+            layer_types=tuple(model.layer_types[layer] for layer in self.layers),
+            num_experts=num_experts,
+            experts_per_token=min(model.experts_per_token, num_experts),
+        )
+
+    def keeps(self, layer: int, expert: int | None) -> bool:
+        """Return whether a layer of the source is kept, or one of its experts."""
+        if layer not in self.layers:
+            return False
+        return expert is None or expert in self.experts[self.layers.index(layer)]
+
+    def keeps_first_experts(self, layer: int) -> bool:
+        """Return whether the experts of a layer, by its new number, keep their numbers."""
+        return self.experts[layer] == tuple(range(len(self.experts[layer])))
+
+    def source_indices(self, fixed: Mapping[str, int]) -> dict[str, int]:
+        """Return indices of axes with the source's layer and expert instead of the new ones.
+
+        Args:
+            fixed: An index for each of some axes. An expert is of a layer that is given too.
+        """
+        found = dict(fixed)
+        if "l" in fixed:
+            found["l"] = self.layers[fixed["l"]]
+            if "e" in fixed:
+                found["e"] = self.experts[fixed["l"]][fixed["e"]]
+        return found
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what is kept as JSON types."""
+        return {
+            "layers": list(self.layers),
+            "experts": {str(n): list(e) for n, e in zip(self.layers, self.experts, strict=True)},
+        }
+
+    @staticmethod
+    def options(record: Mapping[str, Any]) -> tuple[str, ExpertsByLayer]:
+        """Return the layers and the experts of `Pruning.of` that `as_dict` describes."""
+        experts = {int(layer): some for layer, some in record["experts"].items()}
+        return ",".join(map(str, record["layers"])), experts
+
+
+def prune(model: ModelConfig, pruning: Pruning | None) -> ResolvedPruning | None:
+    """Return what is kept of a model; None if that is everything.
+
+    Raises:
+        OptionError: As `Pruning.resolve`.
+    """
+    if pruning is None:
+        return None
+    resolved = pruning.resolve(model)
+    sizes = len(resolved.layers), len(resolved.experts[0])
+    return None if sizes == (model.num_layers, model.num_experts) else resolved
