@@ -66,25 +66,31 @@ class Pruning:
             experts = parse_numbers(self.experts or everything, model.num_experts, "expert")
             return ResolvedPruning(layers, (experts,) * len(layers))
         by_layer = dict(self.experts)
-        for layer, some in by_layer.items():
-            if layer >= model.num_layers:
-                raise OptionError(f"layer {layer}: there are layers 0 to {model.num_layers - 1}")
-            if not some or len(set(some)) < len(some):
-                raise OptionError(f"layer {layer} keeps no expert, or one of them twice")
-            if max(some) >= model.num_experts:
-                raise OptionError(
-                    f"expert {max(some)} of layer {layer}: there are experts 0 to "
-                    f"{model.num_experts - 1}"
-                )
+        if max(by_layer, default=0) >= model.num_layers:
+            raise OptionError(
+                f"layer {max(by_layer)}: there are layers 0 to {model.num_layers - 1}"
+            )
         for layer in layers:
-            if layer not in by_layer:
-                raise OptionError(f"layer {layer} is kept, and nothing says which of its experts")
+            _check_experts(layer, by_layer.get(layer), model)
             if len(by_layer[layer]) != len(by_layer[layers[0]]):
                 raise OptionError(
                     f"layer {layers[0]} keeps {len(by_layer[layers[0]])} experts and layer {layer} "
                     f"{len(by_layer[layer])}; a gpt-oss has as many in each: keep equal numbers"
                 )
         return ResolvedPruning(layers, tuple(tuple(sorted(by_layer[layer])) for layer in layers))
+
+
+def _check_experts(layer: int, experts: Sequence[int] | None, model: ModelConfig) -> None:
+    """Check the experts that are kept of a layer that is kept."""
+    if experts is None:
+        raise OptionError(f"layer {layer} is kept, and nothing says which of its experts")
+    if not experts or len(set(experts)) < len(experts):
+        raise OptionError(f"layer {layer} keeps no expert, or one of them twice")
+    if max(experts) >= model.num_experts:
+        raise OptionError(
+            f"expert {max(experts)} of layer {layer}: there are experts 0 to "
+            f"{model.num_experts - 1}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
