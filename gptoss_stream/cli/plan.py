@@ -162,7 +162,7 @@ def _as_dict(planned: Plan, resources: _Resources) -> dict[str, Any]:
         "format": planned.to,
         "partial": planned.is_partial,
         "selection": planned.selection.as_dict(),
-        "pruning": None if planned.pruning is None else planned.pruning.as_dict(),
+        "pruning": planned.pruning,
         "dtype": planned.dtype,
         "narrowed": dict(planned.narrowed),
         "mxfp4_rule": planned.mxfp4_rule,

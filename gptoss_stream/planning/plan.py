@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from .. import formats
 from ..checkpoint.metadata import CheckpointInfo, read_metadata
 from ..errors import ConfigError, OptionError, TensorError
 from ..formats import SourceModel, check_tensors
 from ..model.config import ModelConfig
-from ..model.pruning import ExpertsByLayer, Pruning, ResolvedPruning, prune
+from ..model.pruning import ExpertsByLayer, Pruning, prune
 from ..model.selection import ResolvedSelection, Selection
 from ..storage.location import LocationLike
 from ..storage.open_location import open_location
@@ -71,8 +72,9 @@ class Plan:
     """What users should know about how the source was read."""
     mxfp4_rule: str | None = None
     """The rule by which floats become MXFP4; None if none do."""
-    pruning: ResolvedPruning | None = field(default=None, repr=False)
-    """The source's layers and experts of which a smaller model is made; None for all."""
+    pruning: Mapping[str, Any] | None = field(default=None, repr=False)
+    """The layers of the source that are kept, and the experts of each: {"layers": [0, 3],
+    "experts": {"0": [1, 4], "3": [0, 2]}}; None if all are."""
     reference: CheckpointInfo | None = field(default=None, repr=False)
     """The checkpoint whose MXFP4 blocks are kept where they decode to the source's values."""
 
@@ -229,7 +231,7 @@ def plan_conversion(
         narrowed=_count_narrowed(tensors),
         warning=formats.warning(target) if to != source.name else "",
         notes=(*source.notes, *_notes(source.model, model)),
-        pruning=pruning,
+        pruning=None if pruning is None else pruning.as_dict(),
         mxfp4_rule=None if quantization is None else quantization.rule,
         reference=None if quantization is None or reference is None else reference.info,
     )

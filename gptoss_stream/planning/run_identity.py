@@ -35,7 +35,7 @@ def run_identity(plan: Plan) -> dict[str, Any]:
         "selection": plan.selection.as_dict(),
         "dtype": plan.dtype,
         "max_shard_size": plan.max_shard_size,
-        **({} if plan.pruning is None else {"pruning": plan.pruning.as_dict()}),
+        **({} if plan.pruning is None else {"pruning": plan.pruning}),
         **_encoding(plan),
         "unused": list(plan.unmapped),
         "plan": _digest(
