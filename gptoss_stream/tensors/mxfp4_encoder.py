@@ -46,8 +46,9 @@ on the same places in the cache when they are transposed."""
 _memory = threading.local()
 
 
-_MEASURED_ROWS = 1 << 14
+_MEASURED_RUN = 32
 _MEASURED_STEP = 64
+_MEASURED_ROWS = 1 << 14
 
 
 def measured_step(rows: int) -> int:
@@ -64,7 +65,7 @@ class EncodingLoss:
     """What encoding loses of a tensor's values."""
 
     step: int = 1
-    """The error is measured on the rows with numbers that are multiples of this."""
+    """The error is measured on 32 rows, then not on 32 * (step - 1), and so on."""
     blocks: int = 0
     """Blocks that were written."""
     kept: int = 0
@@ -163,35 +164,51 @@ def _encode_tile(
         raise ValueError("values that are infinite or NaN")
     scale = _scale(largest, rule)
     if loss is not None:
-        np.equal(wide, np.uint16(0), out=is_set)
-        loss.flushed += flags.size - int(np.count_nonzero(is_set))
+        loss.flushed += int(np.count_nonzero(wide))
     _measure(values, scale, largest, wide)
-    np.greater(wide, np.uint16(rule.midpoints[0]), out=codes.view(bool))
+    # Signed: values below a quarter of their scale have a negative distance.
+    distances = wide.view(np.int16)
+    np.greater(distances, np.int16(rule.midpoints[0]), out=codes.view(bool))
     if loss is not None:
         loss.flushed -= int(np.count_nonzero(codes.view(bool)))
     for midpoint in rule.midpoints[1:]:
-        np.greater(wide, np.uint16(midpoint), out=is_set)
+        np.greater(distances, np.int16(midpoint), out=is_set)
         np.add(codes, flags, out=codes)
     if loss is not None:
         if rule.clips:
-            np.greater(wide, np.uint16(_LARGEST), out=is_set)
+            np.greater(distances, np.int16(_LARGEST), out=is_set)
             loss.clipped += int(np.count_nonzero(is_set))
         loss.blocks += scale.size
-        measured = slice(-first_row % loss.step, None, loss.step)
-        _add_error(loss, values[..., measured], scale[:, None, measured], codes[..., measured])
-    np.right_shift(values, np.uint16(12), out=wide)
-    np.copyto(flags, wide, casting="unsafe")
-    np.bitwise_and(flags, np.uint8(8), out=flags)
-    np.bitwise_or(codes, flags, out=codes)
+        measured = _measured_rows(first_row, loss.step, scale.shape[1])
+        if measured.start < measured.stop:
+            _add_error(loss, values[..., measured], scale[:, None, measured], codes[..., measured])
+    np.greater(values, _MAGNITUDE, out=is_set)
     if rule.zero_is_negative:
         np.bitwise_and(values, _MAGNITUDE, out=wide)
-        np.less_equal(wide, _VANISHING[scale][:, None], out=is_set)
-        codes |= flags * np.uint8(8)
+        is_set |= wide <= _VANISHING[scale][:, None]
+    np.multiply(flags, np.uint8(8), out=flags)
+    np.bitwise_or(codes, flags, out=codes)
     # The second value of two is in the high nibble.
     packed = codes[:, 1::2] * np.uint8(16)
     packed |= codes[:, ::2]
     blocks[...] = packed.transpose(2, 0, 1)
     scales[...] = scale.T
+
+
+def _measured_rows(first_row: int, step: int, rows: int) -> slice:
+    """Return which rows of a tile the error is measured on, of the first run of such rows.
+
+    Args:
+        first_row: The number of the tile's first row.
+        step: See `EncodingLoss`.
+        rows: The number of rows of the tile.
+    """
+    if step == 1:
+        return slice(0, rows)
+    position = first_row % (_MEASURED_RUN * step)
+    begin = 0 if position < _MEASURED_RUN else _MEASURED_RUN * step - position
+    end = _MEASURED_RUN - position if position < _MEASURED_RUN else begin + _MEASURED_RUN
+    return slice(min(begin, rows), min(end, rows))
 
 
 def _scale(largest: _Array, rule: Rule) -> _Array:
@@ -213,16 +230,16 @@ def _scale(largest: _Array, rule: Rule) -> _Array:
 
 
 def _measure(values: _Array, scale: _Array, largest: _Array, distances: _Array) -> None:
-    """Compute the distances of magnitudes from a quarter of their scale; 0 for those below it.
+    """Compute the distances of magnitudes from a quarter of their scale.
 
     Args:
         values: The bits of the values, [groups, 32, rows] uint16.
         scale: The scale bytes, [groups, rows] uint16.
         largest: The bits of the largest magnitude of each block, [groups, rows] uint16.
-        distances: The bits of the magnitudes, [groups, 32, rows] uint16, which become distances.
+        distances: The bits of the magnitudes, [groups, 32, rows] uint16. They become distances, as
+            bits of int16.
     """
     quarter = (np.maximum(scale, _LINEAR_SCALE) - np.uint16(2)) << np.uint16(7)
-    np.maximum(distances, quarter[:, None], out=distances)
     np.subtract(distances, quarter[:, None], out=distances)
     is_tiny = (scale < _LINEAR_SCALE) & (largest > 0)
     if is_tiny.any():
