@@ -10,6 +10,7 @@ runs of memory: arrays of a tile have the axes [groups, 32, rows].
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from math import prod, sqrt
 from typing import Any
@@ -179,9 +180,8 @@ def _encode_tile(
             np.greater(distances, np.int16(_LARGEST), out=is_set)
             loss.clipped += int(np.count_nonzero(is_set))
         loss.blocks += scale.size
-        measured = _measured_rows(first_row, loss.step, scale.shape[1])
-        if measured.start < measured.stop:
-            _add_error(loss, values[..., measured], scale[:, None, measured], codes[..., measured])
+        for run in _measured_runs(first_row, loss.step, scale.shape[1]):
+            _add_error(loss, values[..., run], scale[:, None, run], codes[..., run])
     np.greater(values, _MAGNITUDE, out=is_set)
     if rule.zero_is_negative:
         np.bitwise_and(values, _MAGNITUDE, out=wide)
@@ -195,8 +195,8 @@ def _encode_tile(
     scales[...] = scale.T
 
 
-def _measured_rows(first_row: int, step: int, rows: int) -> slice:
-    """Return which rows of a tile the error is measured on, of the first run of such rows.
+def _measured_runs(first_row: int, step: int, rows: int) -> Iterator[slice]:
+    """Yield the rows of a tile on which the error is measured.
 
     Args:
         first_row: The number of the tile's first row.
@@ -204,11 +204,12 @@ def _measured_rows(first_row: int, step: int, rows: int) -> slice:
         rows: The number of rows of the tile.
     """
     if step == 1:
-        return slice(0, rows)
-    position = first_row % (_MEASURED_RUN * step)
-    begin = 0 if position < _MEASURED_RUN else _MEASURED_RUN * step - position
-    end = _MEASURED_RUN - position if position < _MEASURED_RUN else begin + _MEASURED_RUN
-    return slice(min(begin, rows), min(end, rows))
+        yield slice(0, rows)
+        return
+    period = _MEASURED_RUN * step
+    for begin in range(-(first_row % period), rows, period):
+        if begin + _MEASURED_RUN > 0:
+            yield slice(max(begin, 0), min(begin + _MEASURED_RUN, rows))
 
 
 def _scale(largest: _Array, rule: Rule) -> _Array:
