@@ -156,3 +156,22 @@ class _Quantized:
 
 def _tensor(values: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+
+
+def compressed_tensors(values: np.ndarray) -> Encoded:
+    """Encode by the package compressed-tensors, as llm-compressor does; it has one rule, even.
+
+    It gives zeros of either sign the code 0, and a block of zeros its own smallest scale.
+    """
+    from compressed_tensors.compressors.mx_utils import compress_mx_scale
+    from compressed_tensors.compressors.nvfp4.helpers import quantize_and_pack_fp4
+    from compressed_tensors.quantization import preset_name_to_scheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    x = _tensor(values).float()
+    groups = x.reshape(len(x), -1, 32)
+    arguments = preset_name_to_scheme("MXFP4A16", ["Linear"]).weights
+    scales, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), arguments)
+    packed = quantize_and_pack_fp4(x, scales, group_size=32)
+    exponents = compress_mx_scale(scales, torch.uint8).numpy()
+    return packed.view(torch.uint8).numpy().reshape(*exponents.shape, 16), exponents
