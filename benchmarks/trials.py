@@ -120,6 +120,8 @@ class Case:
     source: Path
     target: str
     planned: Plan
+    options: tuple[str, ...] = ()
+    """Further options of the command."""
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -132,9 +134,9 @@ class Case:
         return self.source.parent / f"{self.source.name}-to-{self.target}"
 
 
-def case(source: Path, target: str = DEFAULT_FORMAT) -> Case:
-    """Return the conversion of a checkpoint to a format."""
-    return Case(source, target, gptoss_stream.plan(source, to=target))
+def case(source: Path, target: str = DEFAULT_FORMAT, *options: str) -> Case:
+    """Return the conversion of a checkpoint to a format, with further options of the command."""
+    return Case(source, target, gptoss_stream.plan(source, to=target), options)
 
 
 def pairs() -> list[tuple[str, str]]:
@@ -179,7 +181,7 @@ def floor(case: Case, *arguments: str, warm: bool = False) -> Measured:
 def convert_command(case: Case) -> list[str]:
     """Return the command that converts, as a user runs it."""
     command = [sys.executable, "-m", "gptoss_stream", "convert", str(case.source)]
-    return [*command, str(case.output), "--to", case.target]
+    return [*command, str(case.output), "--to", case.target, *case.options]
 
 
 def conversion(
