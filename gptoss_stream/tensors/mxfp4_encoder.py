@@ -30,7 +30,6 @@ _LARGEST = 576
 _MAGNITUDES = np.array((0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
 
 _MAGNITUDE = np.uint16(0x7FFF)
-_INFINITY = 0x7F80
 _LARGEST_SCALE = largest_scale(DType.BF16)
 _VANISHING = (np.ldexp(np.float32(1), np.arange(256) - 277).view(np.uint32) >> 16).astype(np.uint16)
 """By scale byte, the bits of the largest magnitude that is zero when it is divided by the scale in
@@ -38,6 +37,8 @@ float32, as nvidia-modelopt does."""
 _LINEAR_SCALE = 3
 """The smallest scale byte with which a quarter of the scale is a normal number: below it, bits are
 not linear in the exponent."""
+_LINEAR = (_LINEAR_SCALE + 2) << 7
+"""The bits of the smallest maximum with such a scale, whatever the rule."""
 
 _TILE_GROUPS, _TILE_ROWS = 6, 960
 """Blocks that are encoded at a time. Arrays of this size stay in a processor's cache, and are large
@@ -160,13 +161,16 @@ def _encode_tile(
     wide, codes, flags = _memory.scratch.arrays(values.shape)
     is_set = flags.view(bool)
     np.bitwise_and(values, _MAGNITUDE, out=wide)
-    largest = wide.max(axis=1)  # [groups, rows]
-    if largest.max(initial=0) >= _INFINITY:
-        raise ValueError("values that are infinite or NaN")
-    scale = _scale(largest, rule)
+    largest = np.maximum.reduce(wide, axis=1)  # [groups, rows]
+    are_linear = int(largest.min()) >= _LINEAR
+    scale = _scale(largest, rule, are_linear=are_linear)
     if loss is not None:
         loss.flushed += int(np.count_nonzero(wide))
-    _measure(values, scale, largest, wide)
+    quarter = (scale if are_linear else np.maximum(scale, _LINEAR_SCALE)) - np.uint16(2)
+    quarter <<= np.uint16(7)
+    np.subtract(wide, quarter[:, None], out=wide)
+    if not are_linear:
+        _measure_tiny(values, scale, largest, wide)
     # Signed: values below a quarter of their scale have a negative distance.
     distances = wide.view(np.int16)
     np.greater(distances, np.int16(rule.midpoints[0]), out=codes.view(bool))
@@ -212,43 +216,42 @@ def _measured_runs(first_row: int, step: int, rows: int) -> Iterator[slice]:
             yield slice(max(begin, 0), min(begin + _MEASURED_RUN, rows))
 
 
-def _scale(largest: _Array, rule: Rule) -> _Array:
+def _scale(largest: _Array, rule: Rule, *, are_linear: bool) -> _Array:
     """Return the scale bytes of blocks, [groups, rows] uint16.
 
     Args:
         largest: The bits of the largest magnitude of each block, [groups, rows] uint16.
         rule: The rule.
+        are_linear: Whether all of them are at least `_LINEAR`.
 
     Raises:
-        ValueError: If a code would be infinite in bfloat16.
+        ValueError: If a value is infinite or NaN, or a code would be infinite in bfloat16.
     """
-    exponents = (largest + np.uint16(rule.carry)) >> np.uint16(7)
+    if (int(largest.max()) + rule.carry >> 7) - 2 > _LARGEST_SCALE:
+        raise ValueError("values that are infinite or NaN, or codes that are infinite in bfloat16")
+    exponents = largest + np.uint16(rule.carry)
+    exponents >>= np.uint16(7)
+    if are_linear:
+        exponents -= np.uint16(2)
+        return exponents
     scale: _Array = np.maximum(exponents, 2) - np.uint16(2)
-    np.maximum(scale, (largest > 0) * np.uint16(rule.smallest_scale), out=scale)
-    if scale.max(initial=0) > _LARGEST_SCALE:
-        raise ValueError("values whose codes are infinite in bfloat16")
-    return scale
+    return np.maximum(scale, (largest > 0) * np.uint16(rule.smallest_scale))
 
 
-def _measure(values: _Array, scale: _Array, largest: _Array, distances: _Array) -> None:
-    """Compute the distances of magnitudes from a quarter of their scale.
+def _measure_tiny(values: _Array, scale: _Array, largest: _Array, distances: _Array) -> None:
+    """Correct the distances in blocks with scales so small that bits are not linear.
 
     Args:
         values: The bits of the values, [groups, 32, rows] uint16.
         scale: The scale bytes, [groups, rows] uint16.
         largest: The bits of the largest magnitude of each block, [groups, rows] uint16.
-        distances: The bits of the magnitudes, [groups, 32, rows] uint16. They become distances, as
-            bits of int16.
+        distances: The distances as bits of int16, [groups, 32, rows] uint16.
     """
-    quarter = (np.maximum(scale, _LINEAR_SCALE) - np.uint16(2)) << np.uint16(7)
-    np.subtract(distances, quarter[:, None], out=distances)
-    is_tiny = (scale < _LINEAR_SCALE) & (largest > 0)
-    if is_tiny.any():
-        group, row = np.nonzero(is_tiny)
-        exponents = 129 - scale[group, row].astype(int)[:, None]
-        relative = np.ldexp(_magnitudes(values[group, :, row]), exponents)
-        mantissa, exponent = np.frexp(np.maximum(relative, 1.0))  # mantissas from 0.5 to 1
-        distances[group, :, row] = 128 * (exponent + 2 * mantissa - 2)
+    group, row = np.nonzero((scale < _LINEAR_SCALE) & (largest > 0))
+    exponents = 129 - scale[group, row].astype(int)[:, None]
+    relative = np.ldexp(_magnitudes(values[group, :, row]), exponents)
+    mantissa, exponent = np.frexp(np.maximum(relative, 1.0))  # mantissas from 0.5 to 1
+    distances[group, :, row] = 128 * (exponent + 2 * mantissa - 2)
 
 
 def _magnitudes(values: _Array) -> _Array:
