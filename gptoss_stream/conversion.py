@@ -128,8 +128,9 @@ def convert(
         location = location.pinned_to(_unfinished_state(target))
     source_model = read_source(read_metadata(location), source_format)
     plan = plan_conversion(source_model, options, read_reference(base))
-    for read in (location, *([base] if base else [])):
-        _refuse_overlap(read, target)
+    _refuse_overlap("source", location, target)
+    if base is not None:
+        _refuse_overlap("reference", base, target)
     identity = run_identity(plan)
     spec = OutputSpec(
         identity, plan.shards, output_files(plan), checksums, encoding_identity(identity)
@@ -183,8 +184,8 @@ def _unfinished_state(target: Path | WritableLocation) -> Mapping[str, Any] | No
         return None  # no run, or a damaged one, which is refused when the folder is locked
 
 
-def _refuse_overlap(source: Location, target: Path | WritableLocation) -> None:
-    """Refuse an output that is the source, or of which one is inside the other."""
+def _refuse_overlap(what: str, source: Location, target: Path | WritableLocation) -> None:
+    """Refuse an output that is what it is made of, or of which one is inside the other."""
     if not isinstance(source, LocalFolder) or not isinstance(target, Path):
         return
     # Not Path.resolve: before Python 3.13 a loop of links is a RuntimeError there.
@@ -192,7 +193,7 @@ def _refuse_overlap(source: Location, target: Path | WritableLocation) -> None:
     for inner, outer in ((one, other), (other, one)):
         if any(_is_same(folder, outer) for folder in (inner, *inner.parents)):
             raise OutputError(
-                f"{target}: output and source ({source}) are the same folder, or one is inside "
+                f"{target}: output and {what} ({source}) are the same folder, or one is inside "
                 "the other; name another output"
             )
 

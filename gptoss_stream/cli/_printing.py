@@ -61,6 +61,10 @@ def print_encoding(report: Mapping[str, Any]) -> None:
     print(f"MXFP4 by the rule {report['rule']}: {_describe_loss(report['total'])}")
     tensors = report["tensors"]
     worst = sorted(tensors, key=lambda name: -tensors[name]["relative_error"])[:3]
+    if report["unknown"]:
+        print(
+            f"  not known of {counted(len(report['unknown']), 'tensor')} that were written before"
+        )
     for name in worst if report["total"]["relative_error"] else ():
         print(f"  {name}: {_describe_loss(tensors[name])}")
 

@@ -97,19 +97,30 @@ def recorded_options(folder: Path, found: CheckpointInfo) -> dict[str, Any]:
     """
     dtype, keeps_dtypes = _dtype_of_tensors(found)
     to, selection = DEFAULT_FORMAT, Selection()
-    encoding = {"mxfp4_rule": None, "reference": None}
+    encoding: dict[str, str | None] = {"mxfp4_rule": None, "reference": None}
     kept: dict[str, Any] = {"keep_layers": None, "keep_experts": None}
     try:
         record = strict_json.loads((folder / RECORD_NAME).read_bytes())
         to, keeps_dtypes = str(record["format"]), record["dtype"] == KEEP
         selection = Selection.from_dict(record["selection"])
-        encoding = {key: record.get(key) for key in encoding}
+        encoding = {key: _as_text(record.get(key)) for key in encoding}
         if "pruning" in record:
             kept["keep_layers"], kept["keep_experts"] = ResolvedPruning.options(record["pruning"])
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         pass  # compare_record reports it
     dtype = KEEP if keeps_dtypes else dtype
     return {"to": to, "dtype": dtype, "selection": selection, **encoding, **kept}
+
+
+def _as_text(value: Any) -> str | None:
+    """Return a value that is a text or None.
+
+    Raises:
+        TypeError: For another value.
+    """
+    if value is None or isinstance(value, str):
+        return value
+    raise TypeError
 
 
 def _dtype_of_tensors(found: CheckpointInfo) -> tuple[str, bool]:

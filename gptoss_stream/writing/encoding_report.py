@@ -6,15 +6,23 @@ before the shard gets its final name, as its checksum is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from math import sqrt
 from typing import Any
 
 from .._utils import strict_json
 from ..tensors.dtypes import BLOCK_VALUES
 from ..tensors.mxfp4_encoder import EncodingLoss
 
-__all__ = ["LOSSES_SUFFIX", "REPORT_NAME", "build_report", "losses_as_text", "parse_losses"]
+__all__ = [
+    "LOSSES_SUFFIX",
+    "REPORT_NAME",
+    "build_report",
+    "losses_as_text",
+    "parse_losses",
+    "parse_report",
+]
 
 REPORT_NAME = "mxfp4_encoding.json"
 LOSSES_SUFFIX = ".mxfp4.json"
@@ -35,12 +43,15 @@ def parse_losses(text: bytes) -> dict[str, EncodingLoss]:
         return {}
 
 
-def build_report(encoding: Mapping[str, Any], losses: Losses) -> dict[str, Any]:
+def build_report(
+    encoding: Mapping[str, Any], losses: Losses, expected: Iterable[str]
+) -> dict[str, Any]:
     """Return the report as JSON types.
 
     Args:
         encoding: The rule and the reference.
         losses: What each tensor has lost, by the name of its blocks.
+        expected: The names of all tensors of blocks that are encoded.
     """
     total = EncodingLoss()
     for loss in losses.values():
@@ -49,7 +60,17 @@ def build_report(encoding: Mapping[str, Any], losses: Losses) -> dict[str, Any]:
         **encoding,
         "total": _as_dict(total),
         "tensors": {name: _as_dict(losses[name]) for name in sorted(losses)},
+        "unknown": sorted({*expected} - losses.keys()),
     }
+
+
+def parse_report(text: bytes) -> dict[str, EncodingLoss]:
+    """Return what the tensors of a report have lost; nothing for a damaged text."""
+    try:
+        tensors = strict_json.loads(text)["tensors"]
+        return {name: _as_loss(tensor) for name, tensor in tensors.items()}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return {}
 
 
 def _as_dict(loss: EncodingLoss) -> dict[str, Any]:
@@ -59,6 +80,20 @@ def _as_dict(loss: EncodingLoss) -> dict[str, Any]:
         "blocks_kept": loss.kept,
         "blocks_encoded": loss.blocks - loss.kept,
         "relative_error": float(f"{loss.relative_error:.6g}"),
+        "norm": float(f"{sqrt(loss.squared_norm):.6g}"),
         "clipped": loss.clipped / values,
         "flushed": loss.flushed / values,
     }
+
+
+def _as_loss(tensor: Mapping[str, Any]) -> EncodingLoss:
+    """Return the loss that `_as_dict` describes."""
+    values, squared_norm = tensor["blocks"] * BLOCK_VALUES, float(tensor["norm"]) ** 2
+    return EncodingLoss(
+        blocks=int(tensor["blocks"]),
+        kept=int(tensor["blocks_kept"]),
+        flushed=round(tensor["flushed"] * values),
+        clipped=round(tensor["clipped"] * values),
+        squared_error=float(tensor["relative_error"]) ** 2 * squared_norm,
+        squared_norm=squared_norm,
+    )

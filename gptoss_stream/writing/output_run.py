@@ -13,10 +13,17 @@ from typing import Any
 from .._utils import strict_json
 from ..checkpoint.auxiliary_files import CopiedFile
 from ..errors import OutputError
+from ..tensors.mxfp4_encoder import EncodingLoss
 from ..tensors.safetensors_header import INDEX_NAME
 from .checksums import CHECKSUMS_NAME, build_checksums, parse_checksums
 from .durable_files import remove, write_durably
-from .encoding_report import LOSSES_SUFFIX, REPORT_NAME, build_report, parse_losses
+from .encoding_report import (
+    LOSSES_SUFFIX,
+    REPORT_NAME,
+    build_report,
+    parse_losses,
+    parse_report,
+)
 from .folder_lock import LOCK_NAME, FolderLock
 from .output_folder import OutputFolder
 from .output_spec import OutputSpec
@@ -44,6 +51,10 @@ class OutputRun(OutputFolder):
         """The state of this run or, once the folder is locked, of the run that it resumes."""
         self._auxiliary_files = spec.auxiliary_files
         self._encoding = spec.encoding
+        self._encoded = [
+            blocks.name for shard in spec.shards for blocks, _ in shard.encoded_pairs()
+        ]
+        self._known_losses: dict[str, EncodingLoss] = {}
         self._partial_folder = self.work
         self._lock = FolderLock(path)
 
@@ -183,6 +194,8 @@ class OutputRun(OutputFolder):
         """Write the state and the auxiliary files; other tasks may then begin."""
         if not self.run_file.exists():
             self._write(self.run_file, strict_json.dumps(self.state))
+        with suppress(FileNotFoundError):
+            self.keep_report((self.path / REPORT_NAME).read_bytes())
         for name in (INDEX_NAME, RECORD_NAME):  # of a finished run that has lost a file
             (self.path / name).unlink(missing_ok=True)
         for name, data in self._auxiliary_files.items():
@@ -202,6 +215,10 @@ class OutputRun(OutputFolder):
         files = self.work.glob(f"*{LOSSES_SUFFIX}")
         return {file.name.removesuffix(LOSSES_SUFFIX): file.read_bytes() for file in files}
 
+    def keep_report(self, text: bytes) -> None:
+        """Keep what a report says of shards that are not written again."""
+        self._known_losses = parse_report(text)
+
     def encoding_report(self) -> dict[str, Any] | None:
         """Return the report of a finished run about encoding to MXFP4; None if nothing was."""
         if REPORT_NAME not in self.state["files"]:
@@ -214,9 +231,10 @@ class OutputRun(OutputFolder):
     def _write_report(self, losses: Mapping[str, bytes]) -> None:
         """Write the report about encoding to MXFP4, if anything was encoded."""
         if self._encoding is not None:
-            found = [parse_losses(text) for text in losses.values()]
-            merged = {name: loss for one in found for name, loss in one.items()}
-            report = strict_json.dumps(build_report(self._encoding, merged))
+            known = dict(self._known_losses)
+            for text in losses.values():
+                known |= parse_losses(text)
+            report = strict_json.dumps(build_report(self._encoding, known, self._encoded))
             self._write_with_checksum(REPORT_NAME, report)
 
     def finish(

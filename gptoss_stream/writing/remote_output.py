@@ -220,7 +220,10 @@ class _RemoteOutput:
     def _finish(self) -> None:
         """Write the small files, and upload them."""
         run = self.run
-        losses = {**self.remote.read_losses(), **run.losses()} if self.spec.encoding else {}
+        losses: dict[str, bytes] = {}
+        if self.spec.encoding is not None:
+            run.keep_report(self.remote.read_report() or b"{}")  # of a run that has lost a file
+            losses = {**self.remote.read_losses(), **run.losses()}
         run.finish(self.spec.index, {}, losses)
         small = [*self.spec.auxiliary_files, REPORT_NAME, CHECKSUMS_NAME, RECORD_NAME, INDEX_NAME]
         files = {name: run.path / name for name in small if name in run.state["files"]}

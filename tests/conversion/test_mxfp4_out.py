@@ -290,12 +290,12 @@ def test_logits_before_and_after(base, tmp_path):
     """transformers computes the same of the original, of the floats and of what is written back."""
     gptoss_stream.convert(base, tmp_path / "floats", to="hf")
     gptoss_stream.convert(tmp_path / "floats", tmp_path / "back", to="hf-mxfp4")
-    gptoss_stream.convert(base, tmp_path / "again", to="hf")
-    gptoss_stream.convert(tmp_path / "back", tmp_path / "back-floats", to="hf")
     tokens = torch.arange(1, 12)[None]
-    logits = [
-        oracle.load_model(folder)(tokens).logits
-        for folder in (tmp_path / "floats", tmp_path / "back-floats")
-    ]
-    assert torch.isfinite(logits[0]).all()
-    assert torch.equal(*logits)
+    with torch.no_grad():
+        original, floats, back = (
+            oracle.load_model(folder)(tokens).logits  # MXFP4 is dequantized by transformers
+            for folder in (base, tmp_path / "floats", tmp_path / "back")
+        )
+    assert torch.isfinite(original).all()
+    assert torch.equal(original, floats)
+    assert torch.equal(original, back)

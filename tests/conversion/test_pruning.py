@@ -152,6 +152,19 @@ def test_logits_are_those_of_the_model_pruned_in_memory(layers, experts, kept, m
     assert torch.equal(found, expected)
 
 
+def test_a_hooked_transformer_of_what_is_kept(model, tmp_path):
+    """TransformerLens computes what transformers does, within the rounding of bfloat16."""
+    options = {"keep_layers": "1-2", "keep_experts": "0,3"}
+    gptoss_stream.convert(model("openai"), tmp_path / "tl", dtype="float32", **options)
+    gptoss_stream.convert(model("openai"), tmp_path / "hf", to="hf", dtype="float32", **options)
+    tokens = torch.arange(1, 14)[None]
+    with torch.no_grad():
+        found = gptoss_stream.load_hooked_transformer(tmp_path / "tl")(tokens)
+        expected = oracle.load_model(tmp_path / "hf", torch.float32)(tokens).logits
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_what_is_kept_has_its_new_numbers_in_a_selection(model, tmp_path):
     gptoss_stream.convert(
         model("hf-mxfp4"),
