@@ -278,9 +278,11 @@ def test_small_values_keep_their_sign_unless_float32_loses_them(rule):
 
 
 @rules
-@pytest.mark.parametrize(("row", "column"), [(0, 0), (1024, 127), (2048, 70), (1023, 31)])
+@pytest.mark.parametrize(
+    ("row", "column"), [(0, 0), (1500, 70), (959, 191), (960, 192), (2048, 255)]
+)
 def test_nan_and_infinity_are_refused_wherever_they_are(rule, row, column):
-    values = np.zeros((2049, 128), np.uint16)
+    values = np.zeros((2049, 256), np.uint16)  # several tiles of rows and of groups
     values[:, ::2] = LARGEST_ENCODED[rule]
     encoded(values, rule)  # without them there is no error
     for bits in (0x7F80, 0xFF80, 0x7FC0, 0xFFC0, 0x7F81, 0xFFFF):
