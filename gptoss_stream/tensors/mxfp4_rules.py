@@ -21,8 +21,8 @@ with the scale byte 0, 2^-127, which it writes for no block that is not zero.
 
 Sources: openai is ROUND_UP of triton_kernels, `numerics_details/mxfp.py` (`downcast_to_mxfp_torch`)
 since September 2025, which OpenAI's code, transformers and vLLM call; the same scales as RCEIL of
-torchao, but for byte 0. modelopt is nvidia-modelopt, `MXFP4QTensor.quantize`. ocp is section 6.3 of the
-specification, FLOOR of torchao. even is the rule of compressed-tensors and AMD Quark, EVEN of
+torchao, but for byte 0. modelopt is nvidia-modelopt, `MXFP4QTensor.quantize`. ocp is section 6.3 of
+the specification, FLOOR of torchao. even is the rule of compressed-tensors and AMD Quark, EVEN of
 torchao. All of them take values in bfloat16, as those programs do: others are rounded to it first.
 """
 

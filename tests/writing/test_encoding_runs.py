@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 
 import pytest
 import torch
@@ -187,3 +188,50 @@ def test_no_spill_file_is_left(trained, options, tmp_path):
     assert not [f for f in out.rglob("*") if "scales-" in f.name]
     state = json.loads((out / ".gptoss_stream/run.json").read_text())
     assert REPORT in state["files"]
+
+
+def test_a_finished_output_that_lost_a_file_keeps_its_report(trained, options, whole, tmp_path):
+    """Of shards that are not written again, the report says what it said; or that it is unknown."""
+    out = tmp_path / "out"
+    gptoss_stream.convert(trained, out, **options)
+    (out / sorted(n for n in whole[0] if n.endswith(".safetensors"))[3]).unlink()
+    report = gptoss_stream.convert(trained, out, **options)
+    assert report.mxfp4["unknown"] == []
+    assert report.mxfp4["tensors"] == whole[1]["tensors"]
+    assert report.mxfp4["total"] == pytest.approx(whole[1]["total"], rel=1e-5)
+    (out / REPORT).unlink()
+    report = gptoss_stream.convert(trained, out, **options)
+    assert report.mxfp4["unknown"] == sorted(whole[1]["tensors"])
+    assert report.mxfp4["total"]["blocks"] == 0
+
+    remote, staging = MemoryLocation(), {"staging": tmp_path / "staging"}
+    gptoss_stream.convert(trained, remote, **staging, **options)
+    del remote.files[sorted(n for n in whole[0] if n.endswith(".safetensors"))[3]]
+    report = gptoss_stream.convert(trained, remote, **staging, **options)
+    assert report.mxfp4["unknown"] == []
+    assert report.mxfp4["tensors"] == whole[1]["tensors"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"tensors": 3}', '{"tensors": {"a": {"blocks": "x"}}}']
+)
+def test_a_damaged_report_is_not_believed(text, trained, options, whole, tmp_path):
+    out = tmp_path / "out"
+    gptoss_stream.convert(trained, out, **options)
+    (out / REPORT).write_text(text)
+    (out / "config.json").unlink()
+    report = gptoss_stream.convert(trained, out, **options)
+    assert report.mxfp4["unknown"] == sorted(whole[1]["tensors"])
+
+
+@pytest.mark.parametrize("key", ["reference", "mxfp4_rule", "pruning"])
+@pytest.mark.parametrize("value", [5, [], {}, True, "nothing"])
+def test_a_damaged_record_is_no_reason_for_a_traceback(
+    key, value, trained, whole, options, tmp_path
+):
+    out = tmp_path / "out"
+    gptoss_stream.convert(trained, out, **options)
+    record = json.loads((out / "gptoss_stream.json").read_text())
+    (out / "gptoss_stream.json").write_text(json.dumps({**record, key: value}))
+    with suppress(gptoss_stream.GptOssStreamError):
+        assert gptoss_stream.verify(trained, out).equal == (key != "reference")
