@@ -16,7 +16,6 @@ __all__ = [
     "add_json",
     "add_max_shard_size",
     "add_overwrite",
-    "add_pruning",
     "add_quantization",
     "add_quiet",
     "add_remote_output",
@@ -28,7 +27,6 @@ __all__ = [
     "open_output",
     "open_reference",
     "open_source",
-    "parse_keep_experts",
     "parse_selection",
 ]
 
@@ -135,47 +133,6 @@ def add_quantization(parser: argparse.ArgumentParser) -> None:
         help="checkpoint in MXFP4 that SOURCE was trained from, such as openai/gpt-oss-20b: its "
         "blocks are kept where they have the values of SOURCE",
     )
-
-
-def add_pruning(parser: argparse.ArgumentParser) -> None:
-    """Add `--keep-layers` and `--keep-experts`."""
-    group = parser.add_argument_group("pruning (makes a smaller model, numbered anew)")
-    group.add_argument(
-        "--keep-layers", metavar="LIST", help="layers to keep, such as 0-5 (default: all)"
-    )
-    group.add_argument(
-        "--keep-experts",
-        metavar="LIST",
-        help="experts to keep in every layer, such as 0,3,7-12; or @FILE, a JSON file with a list "
-        "for each layer of SOURCE, or an object of lists by layer, all of one length",
-    )
-
-
-def parse_keep_experts(arguments: argparse.Namespace) -> str | dict[int, list[int]] | None:
-    """Return the experts to keep, as `plan` and `convert` take them; reads the file, if it is one.
-
-    Raises:
-        OptionError: If the file cannot be read.
-    """
-    from .._utils import strict_json
-    from .._utils.paths import user_path
-    from ..errors import OptionError
-
-    text: str | None = arguments.keep_experts
-    if text is None or not text.startswith("@"):
-        return text
-    file = user_path(text[1:])
-    try:
-        found = strict_json.loads(file.read_bytes())
-        pairs = enumerate(found) if isinstance(found, list) else found.items()
-        return {int(layer): list(experts) for layer, experts in pairs}
-    except OSError as error:
-        raise OptionError(f"--keep-experts {file}: {error.strerror}") from None
-    except (ValueError, TypeError, AttributeError):
-        raise OptionError(
-            f"--keep-experts {file}: it holds no lists of expert numbers; write "
-            '[[0, 3], [1, 2], …] or {"0": [0, 3], …}'
-        ) from None
 
 
 def add_max_shard_size(parser: argparse.ArgumentParser) -> None:

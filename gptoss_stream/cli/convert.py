@@ -11,7 +11,6 @@ from ._options import (
     add_conversion_options,
     add_json,
     add_overwrite,
-    add_pruning,
     add_quiet,
     add_remote_output,
     add_remote_source,
@@ -21,7 +20,6 @@ from ._options import (
     open_output,
     open_reference,
     open_source,
-    parse_keep_experts,
     parse_selection,
 )
 from ._parser import Commands
@@ -34,6 +32,7 @@ from ._printing import (
     print_warnings,
 )
 from ._progress import progress_bar
+from ._pruning_options import add_pruning, parse_keep_experts
 
 if TYPE_CHECKING:
     from ..planning.plan import Plan

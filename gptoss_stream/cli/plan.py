@@ -10,7 +10,6 @@ from .._utils.paths import user_path
 from ._options import (
     add_conversion_options,
     add_json,
-    add_pruning,
     add_quiet,
     add_remote_output,
     add_remote_source,
@@ -20,7 +19,6 @@ from ._options import (
     open_output,
     open_reference,
     open_source,
-    parse_keep_experts,
     parse_selection,
 )
 from ._parser import Commands
@@ -32,6 +30,7 @@ from ._printing import (
     print_narrowed,
     print_warnings,
 )
+from ._pruning_options import add_pruning, parse_keep_experts
 
 if TYPE_CHECKING:
     from ..planning.plan import Plan

@@ -76,7 +76,7 @@ def open_task(spec: TaskSpec) -> _OpenedTask:
             read_reference(spec.options.reference),
         )
         # The revision that a user named may have moved on since it was resolved to a commit.
-        ignored = {"source", "source_revision"}
+        ignored = {"source", "source_revision", "reference"}
         expected, found = (
             {key: value for key, value in json.loads(json.dumps(identity)).items()
              if key not in ignored}

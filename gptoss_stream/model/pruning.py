@@ -38,18 +38,20 @@ class Pruning:
         """
         if layers is None and experts is None:
             return None
+        if layers is not None and not isinstance(layers, str):
+            raise OptionError('the layers to keep are given as a text, such as "0-5,8"')
         if experts is None or isinstance(experts, str):
             return cls(layers, experts)
         try:
-            pairs = tuple((int(layer), tuple(experts[layer])) for layer in sorted(experts))
-        except (TypeError, ValueError):
-            pairs = ((0, (-1,)),)
+            pairs = tuple((layer, tuple(some)) for layer, some in experts.items())
+        except (TypeError, AttributeError):
+            pairs = ((-1, ()),)
         numbers = [number for layer, some in pairs for number in (layer, *some)]
         if any(type(number) is not int or number < 0 for number in numbers):
             raise OptionError(
                 "the experts to keep are given by layer, as numbers from 0 on: {0: [0, 3], …}"
             )
-        return cls(layers, pairs)
+        return cls(layers, tuple(sorted(pairs)))
 
     def resolve(self, model: ModelConfig) -> ResolvedPruning:
         """Return what is kept of a model.
@@ -62,8 +64,8 @@ class Pruning:
         if self.layers is not None:
             layers = parse_numbers(self.layers, model.num_layers, "layer")
         if self.experts is None or isinstance(self.experts, str):
-            everything = f"0-{model.num_experts - 1}"
-            experts = parse_numbers(self.experts or everything, model.num_experts, "expert")
+            text = f"0-{model.num_experts - 1}" if self.experts is None else self.experts
+            experts = parse_numbers(text, model.num_experts, "expert")
             return ResolvedPruning(layers, (experts,) * len(layers))
         by_layer = dict(self.experts)
         if max(by_layer, default=0) >= model.num_layers:

@@ -34,7 +34,7 @@ from .checks import (
 )
 from .mapping import output_tensors
 from .options import DEFAULT_FORMAT, ConversionOptions
-from .shards import DEFAULT_SHARD_SIZE, PlannedShard, parse_size, plan_shards
+from .shards import DEFAULT_SHARD_SIZE, PlannedShard, parse_size, plan_shards, spill_nbytes
 
 __all__ = ["Plan", "plan", "plan_conversion", "read_reference"]
 
@@ -111,7 +111,7 @@ class Plan:
     @property
     def spill_nbytes(self) -> int:
         """Bytes of disk space that spill files need in addition to the output."""
-        return sum(shard.spill_nbytes for shard in self.shards)
+        return spill_nbytes(self.shards)
 
 
 def _union_length(ranges: list[tuple[int, int]]) -> int:

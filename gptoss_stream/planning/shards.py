@@ -22,6 +22,7 @@ __all__ = [
     "is_spilled",
     "parse_size",
     "plan_shards",
+    "spill_nbytes",
     "write_nbytes",
 ]
 
@@ -58,11 +59,20 @@ class PlannedShard:
     @property
     def spill_nbytes(self) -> int:
         """Bytes of disk space that its spill files need while it is written."""
-        transposed = sum(
+        return self.transposed_nbytes + self.scales_nbytes
+
+    @property
+    def transposed_nbytes(self) -> int:
+        """Bytes of its transpositions that go through spill files."""
+        return sum(
             segment.elements * as_dense(segment.operand).raw.dtype.itemsize
             for segment, _ in self.spilled()
         )
-        return transposed + sum(scales.nbytes for _, scales in self.encoded_pairs())
+
+    @property
+    def scales_nbytes(self) -> int:
+        """Bytes of its scales that wait in spill files until their blocks are encoded."""
+        return sum(scales.nbytes for _, scales in self.encoded_pairs())
 
     def overlapping(self, begin: int, end: int) -> Iterator[tuple[OutputTensor, int, int, int]]:
         """Yield the tensors with data in bytes `begin … end` of the file.
@@ -208,6 +218,16 @@ def balanced_groups(sizes: Sequence[int], limit: int) -> list[int]:
         else:
             low = middle + 1
     return _fill_groups(sizes, min(high, limit))
+
+
+def spill_nbytes(shards: Iterable[PlannedShard]) -> int:
+    """Return the bytes of disk space that spill files need while shards are written in order.
+
+    The spilled transpositions of several shards may wait at a time, and the scales of two.
+    """
+    shards = list(shards)
+    scales = sorted((shard.scales_nbytes for shard in shards), reverse=True)
+    return sum(shard.transposed_nbytes for shard in shards) + sum(scales[:2])
 
 
 def write_nbytes(shard: PlannedShard) -> int:

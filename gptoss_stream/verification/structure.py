@@ -24,6 +24,7 @@ from ..tensors.dtypes import KEEP, OUTPUT_DTYPES, DType
 from ..tensors.raw_tensor import RawTensor
 from ..tensors.safetensors_header import INDEX_NAME, METADATA, build_index
 from ..transforms.output_tensor import OutputTensor
+from ..writing.encoding_report import REPORT_NAME
 from ..writing.run_state import RECORD_NAME, WORK_NAME
 from ..writing.safetensors_check import find_problem
 from .differences import Difference
@@ -158,6 +159,8 @@ def compare_structure(
     yield from _compare_tensors(found, expected)
     yield from _compare_index(folder, found)
     yield from _compare_small_files(folder, plan)
+    if plan.mxfp4_rule is not None:
+        yield from _check_object(folder / REPORT_NAME)
     yield from compare_record(folder)
 
 
@@ -213,13 +216,17 @@ def compare_record(folder: Path) -> Iterator[Difference]:
 
     What the record says is not checked.
     """
-    record = folder / RECORD_NAME
-    if not record.is_file():
-        yield Difference("missing", RECORD_NAME)
-    elif not isinstance(_parse(record.read_bytes()), dict):
-        yield Difference("file", RECORD_NAME, found="no JSON object", expected="a record")
+    yield from _check_object(folder / RECORD_NAME)
     if (folder / WORK_NAME).exists():
         yield Difference("unexpected", f"{WORK_NAME}, of an unfinished run")
+
+
+def _check_object(file: Path) -> Iterator[Difference]:
+    """Check that a file is there and holds a JSON object."""
+    if not file.is_file():
+        yield Difference("missing", file.name)
+    elif not isinstance(_parse(file.read_bytes()), dict):
+        yield Difference("file", file.name, found="no JSON object", expected="a JSON object")
 
 
 def _parse(data: bytes) -> Any:

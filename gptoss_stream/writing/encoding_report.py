@@ -6,9 +6,9 @@ before the shard gets its final name, as its checksum is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from math import sqrt
 from typing import Any
 
 from .._utils import strict_json
@@ -38,9 +38,19 @@ def losses_as_text(losses: Losses) -> bytes:
 def parse_losses(text: bytes) -> dict[str, EncodingLoss]:
     """Return what `losses_as_text` has written; nothing for a damaged text."""
     try:
-        return {name: EncodingLoss(**loss) for name, loss in strict_json.loads(text).items()}
+        found = {name: EncodingLoss(**loss) for name, loss in strict_json.loads(text).items()}
     except (ValueError, TypeError, AttributeError):
         return {}
+    return found if all(map(_is_valid, found.values())) else {}
+
+
+def _is_valid(loss: EncodingLoss) -> bool:
+    """Return whether a loss can be one of a tensor."""
+    counts = loss.blocks, loss.kept, loss.flushed, loss.clipped, loss.step
+    sums = loss.squared_error, loss.squared_norm
+    return all(type(count) is int and 0 <= count < 2**60 for count in counts) and all(
+        type(value) in (int, float) and 0 <= value < math.inf for value in sums
+    )
 
 
 def build_report(
@@ -53,6 +63,8 @@ def build_report(
         losses: What each tensor has lost, by the name of its blocks.
         expected: The names of all tensors of blocks that are encoded.
     """
+    expected = set(expected)
+    losses = {name: losses[name] for name in losses if name in expected}
     total = EncodingLoss()
     for loss in losses.values():
         total.add(loss)
@@ -60,7 +72,7 @@ def build_report(
         **encoding,
         "total": _as_dict(total),
         "tensors": {name: _as_dict(losses[name]) for name in sorted(losses)},
-        "unknown": sorted({*expected} - losses.keys()),
+        "unknown": sorted(expected - losses.keys()),
     }
 
 
@@ -68,9 +80,10 @@ def parse_report(text: bytes) -> dict[str, EncodingLoss]:
     """Return what the tensors of a report have lost; nothing for a damaged text."""
     try:
         tensors = strict_json.loads(text)["tensors"]
-        return {name: _as_loss(tensor) for name, tensor in tensors.items()}
-    except (ValueError, TypeError, KeyError, AttributeError):
+        found = {name: _as_loss(tensor) for name, tensor in tensors.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         return {}
+    return found if all(map(_is_valid, found.values())) else {}
 
 
 def _as_dict(loss: EncodingLoss) -> dict[str, Any]:
@@ -80,7 +93,7 @@ def _as_dict(loss: EncodingLoss) -> dict[str, Any]:
         "blocks_kept": loss.kept,
         "blocks_encoded": loss.blocks - loss.kept,
         "relative_error": float(f"{loss.relative_error:.6g}"),
-        "norm": float(f"{sqrt(loss.squared_norm):.6g}"),
+        "norm": float(f"{math.sqrt(loss.squared_norm):.6g}"),
         "clipped": loss.clipped / values,
         "flushed": loss.flushed / values,
     }

@@ -14,7 +14,7 @@ from .._utils.failures import machine_error
 from ..checkpoint.auxiliary_files import CopiedFile
 from ..errors import OptionError, OutputError
 from ..planning.array_task import ArrayTask
-from ..planning.shards import PlannedShard, write_nbytes
+from ..planning.shards import PlannedShard, spill_nbytes
 from .disk_space import check_space, disk_full_error, is_disk_full, size_on_disk
 from .executor import Callbacks, Executor
 from .output_run import OutputRun
@@ -124,4 +124,4 @@ def refuse_overwriting_task(task: ArrayTask | None, *, overwrite: bool) -> None:
 
 
 def _space_needed(shards: Sequence[PlannedShard]) -> int:
-    return sum(map(write_nbytes, shards))
+    return sum(shard.nbytes for shard in shards) + spill_nbytes(shards)

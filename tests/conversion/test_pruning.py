@@ -233,6 +233,12 @@ def test_a_file_of_experts(as_list, model, tmp_path):
         ({"keep_experts": {0: ["1"]}}, "from 0 on"),
         ({"keep_experts": {0: [True]}}, "from 0 on"),
         ({"keep_experts": [[0, 1]]}, "from 0 on"),
+        ({"keep_experts": {0.5: [0]}}, "from 0 on"),
+        ({"keep_experts": {"0": [0]}}, "from 0 on"),
+        ({"keep_experts": b"0"}, "from 0 on"),
+        ({"keep_experts": ""}, "names no experts"),
+        ({"keep_layers": ""}, "names no layers"),
+        ({"keep_layers": [0, 1]}, "as a text"),
         ({"keep_layers": "0,2", "to": "openai"}, "of what is kept"),
     ],
 )
@@ -242,7 +248,21 @@ def test_what_cannot_be_kept_is_refused(options, reason, model, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("text", ["", "3", '"0"', "[1, 2]", '{"a": [0]}', "[[0], null]", None])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "3",
+        '"0"',
+        "[1, 2]",
+        '{"a": [0]}',
+        "[[0], null]",
+        None,
+        '{"0": [0], "00": [1]}',
+        '{" 0": [0]}',
+        '{"1_0": [0]}',
+    ],
+)
 def test_a_damaged_file_of_experts_is_refused(text, model, tmp_path):
     if text is not None:
         (tmp_path / "experts.json").write_text(text)

@@ -134,7 +134,7 @@ def test_a_cluster(trained, options, whole, tmp_path):
 
 
 def test_source_and_reference_by_range(trained, base, options, whole, tmp_path, monkeypatch):
-    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with FileServer(trained) as source, FileServer(base) as reference:
         report = gptoss_stream.convert(
             source.url, tmp_path / "out", **{**options, "reference": reference.url}
@@ -222,6 +222,49 @@ def test_a_damaged_report_is_not_believed(text, trained, options, whole, tmp_pat
     (out / "config.json").unlink()
     report = gptoss_stream.convert(trained, out, **options)
     assert report.mxfp4["unknown"] == sorted(whole[1]["tensors"])
+
+
+@pytest.mark.parametrize(
+    "text", ["", "3", "[]", "{}", '{"a": {}}', '{"a": {"blocks": "x"}}',
+             '{"model.layers.0.mlp.experts.down_proj_blocks": {"squared_norm": -1.0}}',
+             '{"model.layers.0.mlp.experts.down_proj_blocks": {"blocks": 1e400}}',
+             '{"other": {"blocks": 5}}']
+)  # fmt: skip
+def test_a_damaged_file_about_a_shard_is_not_believed(text, trained, options, whole, tmp_path):
+    """What it was about is unknown in the report, and nothing is counted that is not written."""
+    out, shards = tmp_path / "out", sorted(n for n in whole[0] if n.endswith(".safetensors"))
+    total = gptoss_stream.plan(trained, to="hf-mxfp4").nbytes
+    with pytest.raises(Stop):
+        gptoss_stream.convert(
+            trained, out, workers=1, on_progress=stop_after(int(0.8 * total)), **options
+        )
+    files = sorted((out / ".gptoss_stream").glob("*.mxfp4.json"))
+    known = set(json.loads(files[0].read_text()))
+    files[0].write_text(text)
+    (out / ".gptoss_stream/foreign.mxfp4.json").write_text('{"foreign": {"blocks": 57}}')
+    report = gptoss_stream.convert(trained, out, **options)
+    assert set(report.mxfp4["unknown"]) == known
+    expected = sum(t["blocks"] for n, t in whole[1]["tensors"].items() if n not in known)
+    assert report.mxfp4["total"]["blocks"] == expected
+    assert {n: d for n, d in digests(out).items() if n in shards} == {
+        n: whole[0][n] for n in shards
+    }
+
+
+def test_the_reference_may_move(trained, base, options, whole, tmp_path):
+    """The same files under another path are the same reference."""
+    out, reference = tmp_path / "out", tmp_path / "base"
+    shutil.copytree(base, reference)
+    gptoss_stream.convert(trained, out, **{**options, "reference": reference})
+    moved = reference.rename(tmp_path / "moved")
+    report = gptoss_stream.convert(trained, out, **{**options, "reference": moved})
+    assert report.bytes_resumed == report.bytes_out
+    with pytest.raises(gptoss_stream.CheckpointError, match="base"):
+        gptoss_stream.verify(trained, out)
+    assert gptoss_stream.verify(trained, out, reference=moved).equal
+    (out / REPORT).write_text("[]")
+    (found,) = gptoss_stream.verify(trained, out, reference=moved).differences
+    assert found.name == REPORT
 
 
 @pytest.mark.parametrize("key", ["reference", "mxfp4_rule", "pruning"])
