@@ -217,7 +217,7 @@ def hints(found: object) -> list[object]:
     module = inspect.getmodule(found)
     try:
         return [*typing.get_type_hints(found, {**vars(module), **vars(typing)}, names).values()]
-    except (NameError, AttributeError):
+    except (NameError, AttributeError, TypeError):  # TypeError: an alias that is a text
         texts = getattr(found, "__annotations__", {}).values()
         words = {word for text in texts for word in re.findall(r"\w+", str(text))}
         return [value for word, value in vars(module).items() if word in words]

@@ -37,15 +37,20 @@ def parse_keep_experts(arguments: argparse.Namespace) -> str | dict[int, list[in
     file = user_path(text[1:])
     try:
         found = strict_json.loads(file.read_bytes())
-        if isinstance(found, list):
-            found = {str(layer): experts for layer, experts in enumerate(found)}
-        if any(str(int(layer)) != layer for layer in found):
-            raise ValueError
-        return {int(layer): [*experts] for layer, experts in found.items()}
     except OSError as error:
         raise OptionError(f"--keep-experts {file}: {error.strerror}") from None
+    except ValueError as error:
+        raise OptionError(f"--keep-experts {file}: {error}") from None
+    try:
+        if isinstance(found, list):
+            found = {str(layer): experts for layer, experts in enumerate(found)}
+        by_layer = {int(layer): [*experts] for layer, experts in found.items()}
+        numbers = [number for experts in by_layer.values() for number in experts]
+        if [*map(str, by_layer)] != [*found] or any(type(n) is not int or n < 0 for n in numbers):
+            raise ValueError
     except (ValueError, TypeError, AttributeError):
         raise OptionError(
             f"--keep-experts {file}: it holds no lists of expert numbers; write "
             '[[0, 3], [1, 2], …] or {"0": [0, 3], …}'
         ) from None
+    return by_layer

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
+from .._utils.messages import listed
 from ..errors import OptionError
 from .config import ModelConfig
 from .selection import parse_numbers
@@ -86,8 +87,10 @@ def _check_experts(layer: int, experts: Sequence[int] | None, model: ModelConfig
     """Check the experts that are kept of a layer that is kept."""
     if experts is None:
         raise OptionError(f"layer {layer} is kept, and nothing says which of its experts")
-    if not experts or len(set(experts)) < len(experts):
-        raise OptionError(f"layer {layer} keeps no expert, or one of them twice")
+    if not experts:
+        raise OptionError(f"layer {layer} keeps no expert; keep at least one, or not the layer")
+    if len(set(experts)) < len(experts):
+        raise OptionError(f"layer {layer} keeps an expert twice: {listed([*map(str, experts)])}")
     if max(experts) >= model.num_experts:
         raise OptionError(
             f"expert {max(experts)} of layer {layer}: there are experts 0 to "

@@ -241,8 +241,8 @@ def _notes(source: ModelConfig, model: ModelConfig) -> Iterator[str]:
     """Yield what users should know about a smaller model."""
     if model.experts_per_token < source.experts_per_token:
         yield (
-            f"each token went to {source.experts_per_token} experts and goes to all "
-            f"{model.experts_per_token} that are kept"
+            f"each token went to {source.experts_per_token} experts and goes to "
+            f"{model.experts_per_token}, as many as are kept"
         )
 
 

@@ -87,7 +87,7 @@ def encode_rows(
         For each target, the other component's rows: of blocks the scales, [rows, groups].
 
     Raises:
-        TensorError: If a value is infinite or NaN, or too large for bfloat16.
+        TensorError: If a value is infinite or NaN, or too large.
     """
     encoding = segment.encoding
     assert encoding is not None
@@ -103,8 +103,8 @@ def encode_rows(
             raws = list(raw_tensors(segment.operand))
             names = " or ".join(repr(raw.name) for raw in raws)
             raise TensorError(
-                f"{raws[0].shard}: tensor {names} has values that are NaN, infinite or too large "
-                "for bfloat16, which MXFP4 cannot hold; correct the program that saved it"
+                f"{raws[0].shard}: tensor {names} has values that are NaN, infinite or so large "
+                "that MXFP4 cannot hold them in bfloat16; correct the program that saved it"
             ) from None
         return [one.scales if encoding.component == BLOCKS else one.blocks for one in encoded]
 

@@ -16,11 +16,11 @@ from .._utils.thread_pool import count_workers, run_steps
 from ..checkpoint.local_reader import LocalReader
 from ..checkpoint.metadata import CheckpointInfo
 from ..checkpoint.open_reader import open_readers
-from ..errors import OptionError, OutputError
+from ..errors import CheckpointError, OptionError, OutputError
 from ..model.selection import Selection
 from ..planning.plan import Plan, plan
-from ..storage.location import LocationLike
-from ..storage.open_location import local_path
+from ..storage.location import Location, LocationLike
+from ..storage.open_location import local_path, open_location
 from ..transforms.output_tensor import OutputTensor
 from ..writing.executor import CHUNK_NBYTES
 from .checksums import compare_checksums, compare_file_names, read_checksums
@@ -90,7 +90,7 @@ def verify(
         options["to"] = to or options["to"]
         options["selection"] = selection or options["selection"]
         options["mxfp4_rule"] = mxfp4_rule or options["mxfp4_rule"]
-        options["reference"] = reference or options["reference"]
+        options["reference"] = reference or _recorded_reference(options["reference"])
         planned = plan(source, source_format=source_format, **options)
         expected = {tensor.name: tensor for shard in planned.shards for tensor in shard.tensors}
         if selection is None and found.tensors and not found.tensors.keys() & expected.keys():
@@ -117,6 +117,21 @@ def verify(
         nbytes=nbytes,
         differences=tuple(differences),
     )
+
+
+def _recorded_reference(name: str | None) -> Location | None:
+    """Open the reference that an output's record names, if it names one."""
+    if name is None:
+        return None
+    try:
+        location = open_location(name)
+        location.names()
+        return location
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; the output's record names it as the reference: if it has moved, give it "
+            "with --reference"
+        ) from None
 
 
 def _sample(tensors: list[OutputTensor], count: int, seed: int) -> list[OutputTensor]:

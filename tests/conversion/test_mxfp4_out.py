@@ -7,7 +7,6 @@ import shutil
 
 import independent
 import mxfp4_oracles
-import numpy as np
 import oracle
 import pytest
 import torch
@@ -21,22 +20,6 @@ from gptoss_stream.tensors.mxfp4_rules import RULES
 
 DENSE = [name for name in FORMATS if name not in MXFP4_FORMATS]
 EXPERTS = ("gate_up_proj", "down_proj")
-
-
-def encoded(model: independent.Tensors, rule: str) -> independent.Tensors:
-    """Return a model's tensors as in hf-mxfp4, encoded by the plain reference."""
-    out = {}
-    for name, tensor in model.items():
-        if not name.endswith(EXPERTS):
-            out[name] = tensor.to(torch.bfloat16)
-            continue
-        rows = tensor.mT.to(torch.bfloat16).contiguous()  # [experts, out, in]
-        bits = rows.view(torch.int16).numpy().view(np.uint16)
-        blocks, scales = mxfp4_oracles.reference(bits.reshape(-1, bits.shape[-1]), rule)
-        groups = bits.shape[-1] // 32
-        out[name + "_blocks"] = torch.from_numpy(blocks.reshape(*bits.shape[:2], groups, 16))
-        out[name + "_scales"] = torch.from_numpy(scales.reshape(*bits.shape[:2], groups))
-    return out
 
 
 def stored_as_hf_mxfp4(folder, target: str) -> independent.Tensors:
@@ -58,7 +41,7 @@ def test_every_source_and_rule(source, target, rule, sources, tmp_path):
     folder, model = sources(source, "bf16")
     gptoss_stream.convert(folder, tmp_path / "out", to=target, mxfp4_rule=rule)
     found = stored_as_hf_mxfp4(tmp_path / "out", target)
-    expected = encoded(model, rule)
+    expected = mxfp4_oracles.encoded(model, rule)
     if target == "openai":
         expected = {**{n: t for n, t in independent.complete(model).items()
                        if not n.endswith(EXPERTS)}, **expected}  # fmt: skip
@@ -74,7 +57,7 @@ def test_other_dtypes_and_shapes(source, variant, sources, tmp_path, monkeypatch
     folder, model = sources(source, variant)
     gptoss_stream.convert(folder, tmp_path / "out", to="hf-mxfp4")
     found = independent.load_folder(tmp_path / "out")
-    expected = {n: t for n, t in encoded(model, "openai").items() if n in found}
+    expected = {n: t for n, t in mxfp4_oracles.encoded(model, "openai").items() if n in found}
     assert {n for n in expected if n.endswith(("_blocks", "_scales"))}
     assert set(found) - set(expected) <= {"lm_head.weight", *independent.complete(model)}
     assert [n for n in expected if not torch.equal(found[n], expected[n])] == []
@@ -154,7 +137,7 @@ def test_trained_blocks_are_encoded_and_the_others_kept(base, tmp_path, monkeypa
     }  # fmt: skip
     differs = (first[f"{name}_blocks"] != found[f"{name}_blocks"]).any(-1).nonzero()
     assert differs.tolist() == [[1, 3, 1]]
-    expected = encoded({name: tensors[name]}, "openai")
+    expected = mxfp4_oracles.encoded({name: tensors[name]}, "openai")
     assert torch.equal(expected[f"{name}_blocks"][1, 3, 1], found[f"{name}_blocks"][1, 3, 1])
     assert torch.equal(expected[f"{name}_scales"][1, 3, 1], found[f"{name}_scales"][1, 3, 1])
     per_tensor = report.mxfp4["tensors"]

@@ -75,6 +75,21 @@ def reference(values: np.ndarray, rule: str) -> Encoded:
     return codes[..., 0::2] | codes[..., 1::2] << 4, (exponent + 127).astype(np.uint8)
 
 
+def encoded(model: dict[str, torch.Tensor], rule: str) -> dict[str, torch.Tensor]:
+    """A model in floats, with Hugging Face's names, as it is in MXFP4 by the plain reference."""
+    out = {}
+    for name, tensor in model.items():
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            out[name] = tensor.to(torch.bfloat16)
+            continue
+        rows = tensor.mT.to(torch.bfloat16).contiguous()  # [experts, out, in]
+        bits = rows.view(torch.int16).numpy().view(np.uint16)
+        blocks, scales = reference(bits.reshape(-1, bits.shape[-1]), rule)
+        out[name + "_blocks"] = torch.from_numpy(blocks.reshape(*bits.shape[:2], -1, 16))
+        out[name + "_scales"] = torch.from_numpy(scales.reshape(*bits.shape[:2], -1))
+    return out
+
+
 def codes_of(blocks: np.ndarray) -> np.ndarray:
     """The codes [rows, groups, 32] in blocks."""
     return np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(*blocks.shape[:-1], 32)
