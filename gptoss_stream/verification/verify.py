@@ -125,7 +125,7 @@ def _recorded_reference(name: str | None) -> Location | None:
         return None
     try:
         location = open_location(name)
-        location.names()
+        location.check()
         return location
     except CheckpointError as error:
         raise CheckpointError(
