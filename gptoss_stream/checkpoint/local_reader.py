@@ -61,7 +61,10 @@ class LocalReader:
 
         nbytes = prod(shape) * tensor.dtype.itemsize
         free = self._memory.setdefault(threading.get_ident(), [])
-        memory = free.pop() if free else np.empty(0, np.uint8)
+        # The smallest that suffices: otherwise each of several would grow to the largest size.
+        fitting = (number for number, one in enumerate(free) if len(one) >= nbytes)
+        number = min(fitting, key=lambda number: len(free[number]), default=-1)
+        memory = free.pop(number) if free else np.empty(0, np.uint8)
         if len(memory) < nbytes:
             memory = np.empty(nbytes, np.uint8)
         begin = tensor.offset + first * tensor.dtype.itemsize

@@ -119,7 +119,8 @@ def _resources(
         folder = staging_folder(output, arguments.staging)
         needed = staging_nbytes(planned.shards, arguments.max_staged)
     is_local = planned.info.location.is_local and output is None
-    return _Resources(needed, free_nbytes(folder), memory_nbytes(workers, is_local=is_local))
+    memory = memory_nbytes(workers, is_local=is_local, has_reference=planned.reference is not None)
+    return _Resources(needed, free_nbytes(folder), memory)
 
 
 def _print_plan(planned: Plan, resources: _Resources, workers: int) -> None:

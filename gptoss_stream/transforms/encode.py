@@ -28,6 +28,9 @@ __all__ = ["encode_rows"]
 
 _Array = np.ndarray[Any, Any]
 
+_COMPARED_ROWS = 512
+"""Rows that are compared with the reference at a time, in little memory."""
+
 
 @dataclass(frozen=True, slots=True)
 class _EncodedRows:
@@ -61,12 +64,20 @@ class _EncodedRows:
             self.target.first + rows.start,
         )  # fmt: skip
         if self.reference is not None:
-            blocks, scales = (component[place] for component in self.reference)
-            kept = _is_equal(blocks, scales, values)
-            self.blocks[place][kept] = blocks[kept]
-            self.scales[place][kept] = scales[kept]
-            if loss is not None:
-                loss.kept += int(np.count_nonzero(kept))
+            for first in range(0, len(values), _COMPARED_ROWS):
+                some = slice(first, min(first + _COMPARED_ROWS, len(values)))
+                self._keep(slice(rows.start + some.start, rows.start + some.stop), place[1],
+                           values[some], loss)  # fmt: skip
+
+    def _keep(self, rows: slice, groups: slice, values: _Array, loss: EncodingLoss | None) -> None:
+        """Put in the reference's blocks where they decode to the values."""
+        assert self.reference is not None
+        blocks, scales = (component[rows, groups] for component in self.reference)
+        kept = _is_equal(blocks, scales, values)
+        np.copyto(self.blocks[rows, groups], blocks, where=kept[..., None])
+        np.copyto(self.scales[rows, groups], scales, where=kept)
+        if loss is not None:
+            loss.kept += int(np.count_nonzero(kept))
 
 
 def encode_rows(
@@ -178,8 +189,11 @@ def _is_equal(blocks: _Array, scales: _Array, values: _Array) -> _Array:
     decoded = np.empty(values.shape, STORAGE[DType.BF16])
     decode(blocks, scales, decoded, DType.BF16)
     decoded ^= values
-    differs = decoded != 0
-    differs &= ((values << np.uint16(1)) != 0) | (decoded != 0x8000)
-    differs = differs.reshape(*scales.shape, BLOCK_VALUES)
+    differs = (decoded != 0).reshape(*scales.shape, BLOCK_VALUES)
+    if differs.any():
+        # The sign bit alone, of a zero, is no difference.
+        differs &= ((values << np.uint16(1)) != 0).reshape(differs.shape) | (
+            decoded != 0x8000
+        ).reshape(differs.shape)
     found: _Array = ~differs.any(axis=2) & (scales != NAN_SCALE)
     return found

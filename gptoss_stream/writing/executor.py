@@ -22,20 +22,23 @@ CHUNK_NBYTES = 8 << 20
 
 _INTERPRETER_NBYTES = 45_000_000  # Python with numpy, einops and tqdm
 _THREAD_NBYTES = 6_000_000  # tiles, indices, a row that two chunks share
+_REFERENCE_NBYTES = 10_000_000  # of each thread: the blocks of a reference
 _REMOTE_NBYTES = 200_000_000  # blocks that are needed at the same time, and the clients' code
 
 
-def memory_nbytes(threads: int, *, is_local: bool = True) -> int:
+def memory_nbytes(threads: int, *, is_local: bool = True, has_reference: bool = False) -> int:
     """Estimate the peak resident memory of a process that writes shards.
 
     Args:
         threads: Threads that convert.
         is_local: Whether source and output are local; a remote source is read ahead.
+        has_reference: Whether blocks of a reference are kept.
 
     Returns:
         An upper estimate in bytes.
     """
-    nbytes = _INTERPRETER_NBYTES + threads * (CHUNK_NBYTES + _THREAD_NBYTES)
+    per_thread = CHUNK_NBYTES + _THREAD_NBYTES + (_REFERENCE_NBYTES if has_reference else 0)
+    nbytes = _INTERPRETER_NBYTES + threads * per_thread
     return nbytes if is_local else nbytes + _REMOTE_NBYTES
 
 
