@@ -54,6 +54,7 @@ if TYPE_CHECKING:  # the same names for type checkers
         open_state_dict as open_state_dict,
     )
     from .model.config import ModelConfig as ModelConfig
+    from .model.pruning import ResolvedPruning as ResolvedPruning
     from .model.selection import (
         ResolvedSelection as ResolvedSelection,
         Selection as Selection,
@@ -120,6 +121,7 @@ _MODULES = {
     "RawTensor": "tensors.raw_tensor",
     "Relation": "verification.relations",
     "Report": "conversion",
+    "ResolvedPruning": "model.pruning",
     "ResolvedSelection": "model.selection",
     "Selection": "model.selection",
     "StateDict": "loading.state_dict",

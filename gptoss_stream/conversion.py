@@ -14,6 +14,7 @@ from ._utils.paths import user_path
 from .checkpoint.metadata import read_metadata
 from .errors import OptionError, OutputError
 from .formats import read_source
+from .model.pruning import KeepExperts, KeepLayers, Pruning
 from .model.selection import Selection
 from .planning.array_task import ArrayTask
 from .planning.options import DEFAULT_FORMAT, ConversionOptions
@@ -64,6 +65,9 @@ class Report:
     """What users should know about how the source was read."""
     narrowed: Mapping[str, int]
     """The number of tensors that lost precision, by dtypes: {"F32 to BF16": 12}."""
+    pruning: Mapping[str, Any]
+    """The layers and experts of the source of which a smaller model was made, as
+    `ResolvedPruning.as_dict`; empty for all."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as JSON types."""
@@ -79,6 +83,8 @@ def convert(
     dtype: str | None = None,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     selection: Selection | None = None,
+    keep_layers: KeepLayers | None = None,
+    keep_experts: KeepExperts | None = None,
     workers: int | None = None,
     overwrite: bool = False,
     checksums: bool = False,
@@ -103,6 +109,8 @@ def convert(
         dtype: bfloat16, float16, float32 or "keep" (see `plan`).
         max_shard_size: In bytes, or a text such as "5GB" (decimal units).
         selection: Which tensors to write; all by default.
+        keep_layers: The layers of which to make a smaller model; all by default (see `plan`).
+        keep_experts: The experts of which to make one; all by default (see `plan`).
         workers: The number of threads, by default one more than there are processors, at most 8.
             It changes speed and memory, never the bytes that are written.
         overwrite: Whether to delete what an earlier run of this tool wrote to `output`.
@@ -137,7 +145,8 @@ def convert(
     from .writing.thread_executor import ThreadExecutor
 
     started = time.perf_counter()
-    options = ConversionOptions(to, source_format, dtype, max_shard_size, selection)
+    pruning = Pruning.of(keep_layers, keep_experts)
+    options = ConversionOptions(to, source_format, dtype, max_shard_size, selection, pruning)
     threads = count_workers(workers)
     array_task = None if task is None else ArrayTask(*task)
     if array_task is not None and client is not None:
@@ -299,4 +308,5 @@ def _report(
         unmapped=plan.unmapped,
         notes=plan.notes,
         narrowed=plan.narrowed,
+        pruning=plan.pruning.as_dict(),
     )

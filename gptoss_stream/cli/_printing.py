@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .._utils.messages import counted, listed
+from .._utils.messages import as_ranges, counted, listed
 
 if TYPE_CHECKING:
     from ..model.config import ModelConfig
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "describe_format",
     "describe_model",
+    "describe_pruning",
     "describe_selection",
     "print_json",
     "print_message",
@@ -75,6 +76,21 @@ def describe_selection(selection: Mapping[str, Any]) -> str:
     """
     chosen = [f"{name} {','.join(map(str, value))}" for name, value in selection.items()]
     return f" ({'; '.join(chosen)})" if chosen else ""
+
+
+def describe_pruning(pruning: Mapping[str, Any]) -> str:
+    """Return which layers and experts of the source a smaller model has; empty for all.
+
+    Args:
+        pruning: As from `ResolvedPruning.as_dict`.
+    """
+    parts = []
+    for name, numbers in pruning.items():
+        if isinstance(numbers, Mapping):
+            parts.append(f"{len(next(iter(numbers.values())))} {name} chosen for each layer")
+        else:
+            parts.append(f"{name} {as_ranges(numbers)}")
+    return f", of {' and '.join(parts)} of the source" if parts else ""
 
 
 def describe_model(model: ModelConfig) -> str:

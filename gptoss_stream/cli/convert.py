@@ -11,6 +11,7 @@ from ._options import (
     add_conversion_options,
     add_json,
     add_overwrite,
+    add_pruning,
     add_quiet,
     add_remote_output,
     add_remote_source,
@@ -19,11 +20,13 @@ from ._options import (
     add_workers,
     open_output,
     open_source,
+    parse_pruning,
     parse_selection,
 )
 from ._parser import Commands
 from ._printing import (
     describe_format,
+    describe_pruning,
     print_json,
     print_message,
     print_narrowed,
@@ -63,6 +66,7 @@ def add_parser(commands: Commands) -> None:
     )
     add_quiet(parser)
     add_json(parser)
+    add_pruning(parser)
     add_selection(parser)
     add_remote_source(parser, can_download=True)
     add_remote_output(parser)
@@ -114,6 +118,7 @@ def _convert(arguments: argparse.Namespace, task: tuple[int, int] | None) -> Rep
             dtype=arguments.dtype,
             max_shard_size=arguments.max_shard_size,
             selection=parse_selection(arguments),
+            **parse_pruning(arguments),
             workers=arguments.workers,
             overwrite=arguments.overwrite,
             checksums=arguments.checksums,
@@ -132,7 +137,7 @@ def _print_report(report: Report, task: tuple[int, int] | None) -> None:
     print(
         f"{report.output}: {counted(report.tensors, 'tensor')}, {sized(report.bytes_out)} in "
         f"{counted(len(report.shards), 'shard')}, {describe_format(report.format, report.dtype)}"
-        f"{', part of the model' if report.partial else ''}"
+        f"{', part of the model' if report.partial else ''}{describe_pruning(report.pruning)}"
     )
     print_narrowed(report.narrowed)
     written = report.bytes_out - report.bytes_resumed

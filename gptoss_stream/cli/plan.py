@@ -10,6 +10,7 @@ from .._utils.paths import user_path
 from ._options import (
     add_conversion_options,
     add_json,
+    add_pruning,
     add_quiet,
     add_remote_output,
     add_remote_source,
@@ -18,12 +19,14 @@ from ._options import (
     add_workers,
     open_output,
     open_source,
+    parse_pruning,
     parse_selection,
 )
 from ._parser import Commands
 from ._printing import (
     describe_format,
     describe_model,
+    describe_pruning,
     describe_selection,
     print_json,
     print_narrowed,
@@ -66,6 +69,7 @@ def add_parser(commands: Commands) -> None:
     add_workers(parser)
     add_quiet(parser, "the plan and errors")
     add_json(parser)
+    add_pruning(parser)
     add_selection(parser)
     add_remote_source(parser)
     add_remote_output(parser)
@@ -85,6 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         max_shard_size=arguments.max_shard_size,
         selection=parse_selection(arguments),
+        **parse_pruning(arguments),
     )
     workers = count_workers(arguments.workers)
     resources = _resources(planned, output, workers, arguments)
@@ -119,7 +124,8 @@ def _print_plan(planned: Plan, resources: _Resources, workers: int) -> None:
     """Print the plan: source, model, output, resources, and a line for each shard."""
     print(
         f"source   {planned.info.location}: {planned.source_format} ({planned.detected_by})\n"
-        f"model    {describe_model(planned.model)}\n"
+        f"model    {describe_model(planned.model)}"
+        f"{describe_pruning(planned.pruning.as_dict())}\n"
         f"output   {counted(planned.num_tensors, 'tensor')}"
         f"{describe_selection(planned.selection.as_dict())}, "
         f"{describe_format(planned.to, planned.dtype)}, "
@@ -151,6 +157,7 @@ def _as_dict(planned: Plan, resources: _Resources) -> dict[str, Any]:
         "format": planned.to,
         "partial": planned.is_partial,
         "selection": planned.selection.as_dict(),
+        "pruning": planned.pruning.as_dict(),
         "dtype": planned.dtype,
         "narrowed": dict(planned.narrowed),
         "max_shard_size": planned.max_shard_size,

@@ -8,8 +8,10 @@ from collections.abc import Collection, Iterable, Mapping
 from .. import formats
 from ..checkpoint.metadata import CheckpointInfo
 from ..checkpoint.zero_check import is_zero
-from ..errors import OptionError, TensorError
-from ..formats import SourceModel, Table, mxfp4_tensors
+from ..errors import ConfigError, OptionError, TensorError
+from ..formats import Format, SourceModel, Table, mxfp4_tensors, table_specs
+from ..model.config import ModelConfig
+from ..model.pruning import ResolvedPruning
 from ..model.selection import GROUPS, ResolvedSelection
 from ..model.tensors import ABSENT_IS_ZERO
 from ..tensors.dtypes import KEEP, DType, torch_name
@@ -17,7 +19,9 @@ from ..tensors.raw_tensor import RawTensor
 from ..transforms.output_tensor import OutputTensor
 
 __all__ = [
+    "check_model",
     "choose_dtype",
+    "pruned_tensors",
     "refuse_cut_stacks",
     "refuse_quantizing",
     "refuse_unmappable",
@@ -35,6 +39,41 @@ _SIGNIFICANT = re.compile(
     r"|experts|attn|attention|router"
 )
 """Parts of names without which the other tensors cannot have been read rightly."""
+
+
+def check_model(source: SourceModel, model: ModelConfig, target: Format) -> None:
+    """Check that programs that load the target compute what the model computes.
+
+    Args:
+        source: The source.
+        model: Its model, or a smaller one made of it.
+        target: The format that is written.
+
+    Raises:
+        ConfigError: If they would not with the whole model either.
+        OptionError: If they would with the whole model.
+    """
+    try:
+        target.check(model)
+    except ConfigError as error:
+        with formats.naming_config(source.info):
+            target.check(source.model)
+        what = str(error).partition(": ")[2]
+        raise OptionError(f"the model of what is kept: its {what}") from None
+
+
+def pruned_tensors(source: SourceModel, pruning: ResolvedPruning) -> set[str]:
+    """Return the stored names of tensors that hold only layers or experts that are left out."""
+    names: set[str] = set()
+    if pruning.is_whole:
+        return names
+    for spec in table_specs(source.table, source.model):
+        axes = spec.rows[0].axes_in_name
+        for layer, expert in source.model.instances(spec.name):
+            numbers = (layer if "l" in axes else None), (expert if "e" in axes else None)
+            if not pruning.keeps(*numbers):
+                names.add(source.info.tensors[spec.name.format(l=layer, e=expert)].name)
+    return names
 
 
 def choose_dtype(dtype: str | None, source_format: str, to: str) -> str:

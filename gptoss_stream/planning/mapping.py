@@ -16,6 +16,7 @@ from ..errors import OptionError
 from ..formats import Row, Table, TensorSpec, table_specs
 from ..formats._table import DENSE, Mxfp4Encoding
 from ..model.config import ModelConfig
+from ..model.pruning import ResolvedPruning
 from ..model.tensors import ABSENT_IS_ZERO
 from ..tensors.dtypes import DType
 from ..tensors.raw_tensor import RawTensor
@@ -29,6 +30,8 @@ _MAX_ROW_NBYTES = 64 << 20
 """The largest row of an output tensor (a slice of length 1 along its first axis), which is made in
 memory. In the known models rows have less than 1 MB."""
 
+_WHOLE = ResolvedPruning()
+
 
 def output_tensors(
     source: Table,
@@ -36,21 +39,24 @@ def output_tensors(
     model: ModelConfig,
     raws: Mapping[str, RawTensor],
     dtype: DType | None,
+    pruning: ResolvedPruning = _WHOLE,
 ) -> Iterator[OutputTensor]:
     """Yield every tensor of the target, in the order in which they are written.
 
     Args:
         source: The source's table, checked against the raw tensors.
         target: The target's table.
-        model: The model.
+        model: The source's model.
         raws: The source's tensors by name.
         dtype: The dtype of dense tensors; None keeps that of the source.
+        pruning: The layers and experts of the source that the target has; all by default.
 
     Raises:
         OptionError: If the target cannot be made of the source.
     """
-    mapping = _Mapping(source, model, raws, dtype)
-    for spec, layer, expert in _in_order(table_specs(target, model), model.sizes):
+    mapping = _Mapping(source, model, raws, dtype, pruning)
+    pruned = pruning.apply(model)
+    for spec, layer, expert in _in_order(table_specs(target, pruned), pruned.sizes):
         yield mapping.output_tensor(spec, layer, expert)
 
 
@@ -90,17 +96,24 @@ class _Mapping:
 
     Args:
         source: The source's table.
-        model: The model.
+        model: The source's model.
         raws: The source's tensors by name.
         dtype: The dtype of dense tensors; None keeps that of the source.
+        pruning: The layers and experts of the source that the target has.
     """
 
     def __init__(
-        self, source: Table, model: ModelConfig, raws: Mapping[str, RawTensor], dtype: DType | None
+        self,
+        source: Table,
+        model: ModelConfig,
+        raws: Mapping[str, RawTensor],
+        dtype: DType | None,
+        pruning: ResolvedPruning,
     ) -> None:
         self._sizes = model.sizes
         self._raws = raws
         self._dtype = dtype
+        self._pruning = pruning
         self._source_rows = source_rows(source, model)
         # Tied embeddings: the embedding is the unembedding too.
         self._source_rows.setdefault("unembed", self._source_rows["embed"])
@@ -110,7 +123,8 @@ class _Mapping:
     ) -> OutputTensor:
         """Return the output tensor of a target's tensor, for one layer and expert."""
         name = spec.name.format(l=layer, e=expert)
-        in_name = {axis: i for axis, i in (("l", layer), ("e", expert)) if i is not None}
+        numbers = zip("le", self._pruning.numbers_before(layer, expert), strict=True)
+        in_name = {axis: number for axis, number in numbers if number is not None}
         is_mxfp4 = isinstance(spec.rows[0].encoding, Mxfp4Encoding)
         segments: list[Segment] = []
         for row in spec.rows:
@@ -120,7 +134,7 @@ class _Mapping:
                 raise OptionError(f"the source holds nothing that {name!r} can be made of")
             if is_mxfp4:
                 source_rows, sizes = self._stored_bytes(row, source_rows, spec)
-            builder = SegmentBuilder(self._raws, source_rows, sizes)
+            builder = SegmentBuilder(self._raws, source_rows, sizes, self._pruning)
             segments += builder.segments(row.groups, {**row.fixed, **in_name})
         dtype = DType.U8 if is_mxfp4 else self._dtype or self._kept_dtype(segments)
         for segment in segments:

@@ -17,7 +17,7 @@ Example: `hf` to `transformer-lens`, `W_in` of expert 3, [intermediate, hidden].
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TypeAlias
 
@@ -25,6 +25,7 @@ from ..errors import OptionError
 from ..formats import Row, Table, rows_by_name
 from ..formats._table import Mxfp4Encoding, stored_shape
 from ..model.config import ModelConfig
+from ..model.pruning import ResolvedPruning
 from ..tensors.raw_tensor import RawTensor
 from ..transforms.operands import (
     DenseOperand,
@@ -77,27 +78,30 @@ class SegmentBuilder:
     source_rows: Sequence[SourceRow]
     """The source's rows with the model tensor; none if it is absent and zero."""
     sizes: Mapping[str, int]
-    """The size of each axis."""
+    """The size of each axis in the source."""
+    pruning: ResolvedPruning = field(default_factory=ResolvedPruning)
+    """The layers and experts that the target has."""
 
     def segments(self, groups: _Groups, fixed: Mapping[str, int]) -> Iterator[Segment]:
         """Yield the segments for a row of the target.
 
         Args:
             groups: The target's axes as it stores them.
-            fixed: The index of each axis that the target does not store.
+            fixed: The index of each axis that the target does not store. Layers and experts
+                have their numbers in the source.
 
         Raises:
             OptionError: If the source's elements cannot be rearranged to the target's.
         """
         order = [axis for group in groups for axis in group]
-        if not self.source_rows:
-            size = prod(self.sizes[axis] for axis in order)
-            yield Segment(ZeroOperand((size,)), make_rearrangement(("x",), ("x",), (size,)))
-        elif self._needs_split(order, fixed):
+        if self._needs_split(order, fixed):
             first = order[0]
             others = [tuple(axis for axis in group if axis != first) for group in groups]
-            for index in range(self.sizes[first]):
+            for index in self.pruning.indices(first, self.sizes[first], fixed.get("l")):
                 yield from self.segments([g for g in others if g], {**fixed, first: index})
+        elif not self.source_rows:
+            size = prod(self.sizes[axis] for axis in order)
+            yield Segment(ZeroOperand((size,)), make_rearrangement(("x",), ("x",), (size,)))
         else:
             yield self._segment(groups, order, fixed)
 
@@ -106,8 +110,13 @@ class SegmentBuilder:
 
         It does if the source stores each index in a tensor or row of its own. It also does if the
         axis is that of experts or of gate and up, and the axes after it are in another order: in
-        one segment of all indices, a row would be a whole matrix.
+        one segment of all indices, a row would be a whole matrix. And it does if some of the
+        source's layers or experts are left out.
         """
+        if order and order[0] in ("l", "e") and self.pruning.axes:
+            return True
+        if not order or not self.source_rows:
+            return False
         first, stored = order[0], self._stored_order(fixed)
         if first not in stored:
             return True
@@ -135,6 +144,8 @@ class SegmentBuilder:
 
     def _segment(self, groups: _Groups, order: list[str], fixed: Mapping[str, int]) -> Segment:
         """Return a single segment for a row of the target."""
+        if self.pruning.axes & {*order}:
+            raise self._refusal("layers and experts can be left out of the first axis only")
         if "t" in order and _gate_up_step(self._stored_order(fixed)) != _gate_up_step(order):
             operand, operand_groups = self._interleaved_operand(groups, fixed)
         else:
@@ -142,12 +153,14 @@ class SegmentBuilder:
         is_contiguous = isinstance(operand, DenseOperand) and operand.selected is None
         merged = _merge_axes(operand_groups, order, across_groups=is_contiguous)
         shape = tuple(prod(self.sizes[axis] for axis in axes) for axes in merged)
+        if not order:  # a single element, such as the router's bias of one expert
+            merged, shape = [["x"]], (1,)
         if isinstance(operand, DenseOperand) and is_contiguous:
             operand = replace(operand, stored_shape=shape)
         if shape != operand.shape:
             raise self._refusal(f"its axes cannot be rearranged as {' '.join(order)}")
         source = tuple("".join(axes) for axes in merged)
-        target = tuple(sorted(source, key=lambda name: order.index(name[0])))
+        target = tuple(sorted(source, key=lambda name: order.index(name[0]) if order else 0))
         try:
             return Segment(operand, make_rearrangement(source, target, shape))
         except ValueError as error:

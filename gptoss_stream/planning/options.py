@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from .. import formats
 from ..errors import OptionError
+from ..model.pruning import Pruning
 from ..model.selection import Selection
 from ..tensors.dtypes import KEEP, OUTPUT_DTYPES
 from .shards import DEFAULT_SHARD_SIZE, parse_size
@@ -25,6 +26,7 @@ class ConversionOptions:
         dtype: A torch name, "keep", or None for the default of the two formats.
         max_shard_size: The most bytes of tensor data in a shard, or a text such as "5GB".
         selection: Which tensors to write; None for all.
+        pruning: Which layers and experts to make a smaller model of; None for all.
 
     Raises:
         OptionError: For a value that cannot be used.
@@ -35,6 +37,7 @@ class ConversionOptions:
     dtype: str | None = None
     max_shard_size: int | str = DEFAULT_SHARD_SIZE
     selection: Selection | None = None
+    pruning: Pruning | None = None
 
     def __post_init__(self) -> None:
         parse_size(self.max_shard_size)

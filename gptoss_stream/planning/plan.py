@@ -8,21 +8,25 @@ the first byte is written.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from .. import formats
+from .._utils.messages import listed
 from ..checkpoint.metadata import CheckpointInfo, read_metadata
 from ..errors import OptionError, TensorError
 from ..formats import SourceModel, check_tensors
 from ..model.config import ModelConfig
+from ..model.pruning import KeepExperts, KeepLayers, Pruning, ResolvedPruning
 from ..model.selection import ResolvedSelection, Selection
 from ..storage.location import LocationLike
 from ..storage.open_location import open_location
 from ..tensors.dtypes import KEEP, DType, is_exact, output_dtype
 from ..transforms.output_tensor import OutputTensor, element_ranges
 from .checks import (
+    check_model,
     choose_dtype,
+    pruned_tensors,
     refuse_cut_stacks,
     refuse_quantizing,
     refuse_unmappable,
@@ -45,7 +49,8 @@ class Plan:
     detected_by: str
     """Why the source is of that format."""
     model: ModelConfig
-    """The model as it is written: with the tensors that the source stores."""
+    """The model as it is written: with the tensors that the source stores, and without the layers
+    and experts that are left out."""
     to: str
     """The format that is written."""
     dtype: str
@@ -65,7 +70,9 @@ class Plan:
     warning: str
     """What users of this format should know; empty if there is nothing."""
     notes: tuple[str, ...] = ()
-    """What users should know about how the source was read."""
+    """What users should know about how the source was read, and about the model that is written."""
+    pruning: ResolvedPruning = field(default_factory=ResolvedPruning)
+    """The source's layers and experts of which the model is made."""
 
     @property
     def num_tensors(self) -> int:
@@ -118,6 +125,8 @@ def plan(
     dtype: str | None = None,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     selection: Selection | None = None,
+    keep_layers: KeepLayers | None = None,
+    keep_experts: KeepExperts | None = None,
 ) -> Plan:
     """Plan the conversion of a checkpoint; moves no data.
 
@@ -129,6 +138,10 @@ def plan(
             default "keep" from a format to itself and from `transformer-lens`, else bfloat16.
         max_shard_size: In bytes, or a text such as "5GB" (decimal units).
         selection: Which tensors of the output; all by default.
+        keep_layers: The layers of which to make a smaller model: a text such as "0-5", or
+            numbers. The output numbers them from 0. All by default.
+        keep_experts: The experts of each layer, likewise; or those of each layer of the source,
+            as many in each: a list of lists, or a mapping from layers to lists.
 
     Raises:
         OptionError: For an argument that cannot be used, and if the format cannot be written.
@@ -136,7 +149,8 @@ def plan(
         MachineError: If reading fails.
         MissingPackageError: If an extra is not installed.
     """
-    options = ConversionOptions(to, source_format, dtype, max_shard_size, selection)
+    pruning = Pruning.of(keep_layers, keep_experts)
+    options = ConversionOptions(to, source_format, dtype, max_shard_size, selection, pruning)
     info = read_metadata(open_location(source))
     return plan_conversion(formats.read_source(info, source_format), options)
 
@@ -146,16 +160,21 @@ def plan_conversion(source: SourceModel, options: ConversionOptions) -> Plan:
     info = source.info
     target, to = formats.load(options.to), options.to
     dtype = choose_dtype(options.dtype, source.name, to)
-    with formats.naming_config(info):
-        target.check(source.model)
+    pruning = (options.pruning or Pruning()).resolve(source.model)
+    model = pruning.apply(source.model)
+    check_model(source, model, target)
     check_tensors(source.table, source.model, info)
     if source.doubt:
         raise TensorError(source.doubt)
     refuse_quantizing(source, target.TABLE, to)
     left_out = refuse_unmappable(source, target.TABLE, info, to)
-    selection = (options.selection or Selection()).resolve(source.model)
+    selection = (options.selection or Selection()).resolve(model)
     written_dtype = None if dtype == KEEP else output_dtype(dtype)
-    every = [*output_tensors(source.table, target.TABLE, source.model, info.tensors, written_dtype)]
+    every = [
+        *output_tensors(
+            source.table, target.TABLE, source.model, info.tensors, written_dtype, pruning
+        )
+    ]
     refuse_cut_stacks(every, selection, to)
     used = {
         raw.name for t in every for segment in t.segments for raw in raw_tensors(segment.operand)
@@ -168,7 +187,7 @@ def plan_conversion(source: SourceModel, options: ConversionOptions) -> Plan:
         info=info,
         source_format=source.name,
         detected_by=source.detected_by,
-        model=source.model,
+        model=model,
         to=to,
         dtype=dtype,
         main_dtype=_main_dtype(tensors),
@@ -176,11 +195,25 @@ def plan_conversion(source: SourceModel, options: ConversionOptions) -> Plan:
         selection=selection,
         is_partial=len(tensors) < len(every),
         shards=plan_shards(tensors, max_shard_size),
-        unmapped=unmapped_tensors(source, used, left_out),
+        unmapped=unmapped_tensors(source, used, left_out | pruned_tensors(source, pruning)),
         narrowed=_count_narrowed(tensors),
         warning=formats.warning(target) if to != source.name else "",
-        notes=source.notes,
+        notes=(*source.notes, *_pruning_notes(source, model)),
+        pruning=pruning,
     )
+
+
+def _pruning_notes(source: SourceModel, model: ModelConfig) -> Iterator[str]:
+    """Yield what users should know about a smaller model; nothing about the whole one."""
+    before, after = source.model.experts_per_token, model.experts_per_token
+    if after < before:
+        yield f"each token has {after} of the experts that are kept, and {before} in the source"
+    stale = [] if model is source.model else formats.stale_entries(source.info.config, model)
+    if stale:
+        yield (
+            f"the configuration is written without {listed(stale)}, which may be about single "
+            "layers or experts of the source"
+        )
 
 
 def _main_dtype(tensors: Iterable[OutputTensor]) -> DType:

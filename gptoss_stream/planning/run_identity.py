@@ -32,6 +32,8 @@ def run_identity(plan: Plan) -> dict[str, Any]:
         "format": plan.to,
         "partial": plan.is_partial,
         "selection": plan.selection.as_dict(),
+        # Only where something is left out, so that other runs are those of earlier versions.
+        **({} if plan.pruning.is_whole else {"pruning": plan.pruning.as_dict()}),
         "dtype": plan.dtype,
         "max_shard_size": plan.max_shard_size,
         "unused": list(plan.unmapped),

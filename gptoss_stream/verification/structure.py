@@ -12,7 +12,8 @@ from typing import Any
 
 from .._utils import strict_json
 from ..checkpoint.metadata import CheckpointInfo, read_header
-from ..errors import CheckpointError, OutputError
+from ..errors import CheckpointError, OptionError, OutputError
+from ..model.pruning import Pruning
 from ..model.selection import Selection
 from ..planning.options import DEFAULT_FORMAT
 from ..planning.output_files import output_files
@@ -90,18 +91,23 @@ def recorded_options(folder: Path, found: CheckpointInfo) -> dict[str, Any]:
         found: The tensors in it.
 
     Returns:
-        `to`, `dtype` and `selection`, from the output's record. Without a valid record, `to` and
-        `selection` are the defaults, and `dtype` follows from the tensors.
+        `to`, `dtype`, `selection`, `keep_layers` and `keep_experts`, from the output's record.
+        Without a valid record, `dtype` follows from the tensors, and the others are the defaults.
     """
     dtype, keeps_dtypes = _dtype_of_tensors(found)
     to, selection = DEFAULT_FORMAT, Selection()
+    kept: dict[str, Any] = {}
     try:
         record = strict_json.loads((folder / RECORD_NAME).read_bytes())
         to, keeps_dtypes = str(record["format"]), record["dtype"] == KEEP
         selection = Selection.from_dict(record["selection"])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        pruning = record.get("pruning", {})
+        found_kept = {f"keep_{name}": pruning.get(name) for name in ("layers", "experts")}
+        Pruning.of(found_kept["keep_layers"], found_kept["keep_experts"])
+        kept = found_kept
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OptionError):
         pass  # compare_record reports it
-    return {"to": to, "dtype": KEEP if keeps_dtypes else dtype, "selection": selection}
+    return {"to": to, "dtype": KEEP if keeps_dtypes else dtype, "selection": selection, **kept}
 
 
 def _dtype_of_tensors(found: CheckpointInfo) -> tuple[str, bool]:

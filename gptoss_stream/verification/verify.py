@@ -52,7 +52,8 @@ def verify(
 ) -> Verification:
     """Convert a source again, in bounded memory, and compare every byte with an output.
 
-    Names, dtypes, shapes, index and the small files beside the shards are compared too.
+    Names, dtypes, shapes, index and the small files beside the shards are compared too. Layers and
+    experts are kept as recorded in the output.
 
     Args:
         source: A folder, a Hub repository, or a URL (see `open_location`).
