@@ -4,7 +4,8 @@
 
 `transformer-lens`: transformers dequantizes, TransformerLens 3.9 converts, safetensors saves.
 `transformers`: transformers dequantizes and saves. `gpt-oss`: the reader of OpenAI's package
-dequantizes each tensor of its own format, safetensors saves them all.
+dequantizes each tensor of its own format, safetensors saves them all. `modelopt`: transformers
+loads floats, nvidia-modelopt encodes each expert to MXFP4, safetensors saves.
 """
 
 from __future__ import annotations
@@ -80,6 +81,29 @@ def with_gpt_oss(source: Path, output: Path) -> None:
     _save({name: reader.get(name) for name in names}, output)
 
 
+def with_modelopt(source: Path, output: Path) -> None:
+    """Do what NVIDIA's example for gpt-oss does, but on the CPU and expert by expert."""
+    import torch
+    from modelopt.torch.quantization.qtensor.mxfp4_tensor import MXFP4QTensor
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="bfloat16")
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            tensors[name] = tensor.contiguous()
+            continue
+        blocks, scales = [], []
+        for expert in tensor:
+            rows = expert.T.contiguous()
+            encoded, scale = MXFP4QTensor.quantize(rows, 32)
+            scales.append(scale.reshape(len(rows), -1))
+            blocks.append(encoded._quantized_data.reshape(*scales[-1].shape, 16))
+        tensors[f"{name}_blocks"] = torch.stack(blocks)
+        tensors[f"{name}_scales"] = torch.stack(scales)
+    _save(tensors, output)
+
+
 def _save(tensors: Mapping[str, torch.Tensor], output: Path) -> None:
     from safetensors.torch import save_file
 
@@ -91,6 +115,7 @@ PEERS = {
     "transformer-lens": with_transformer_lens,
     "transformers": with_transformers,
     "gpt-oss": with_gpt_oss,
+    "modelopt": with_modelopt,
 }
 
 

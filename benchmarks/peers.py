@@ -4,7 +4,8 @@
 
 Writes random checkpoints. Then, `--runs` times in turn and each from a cold page cache, converts to
 each format and runs the peers (`peer.py`): TransformerLens for `transformer-lens`, transformers for
-`hf`, and OpenAI's own reader, from its own format, for the tensors of `hf` under other names.
+`hf`, OpenAI's own reader, from its own format, for the tensors of `hf` under other names, and
+nvidia-modelopt, from `hf`, for `hf-mxfp4`.
 Prints medians, and medians of the ratios within each turn to the conversion from the same source.
 In the first turn the tensors of a peer are compared with those of the conversion: name, dtype,
 shape and bytes, or for other names the number of bytes.
@@ -46,6 +47,8 @@ class Peer:
     source_format: str
     target: str
     has_our_names: bool = True
+    options: tuple[str, ...] = ()
+    """Options with which the conversion writes the same."""
 
     @property
     def missing(self) -> list[str]:
@@ -63,7 +66,11 @@ PEERS = (
     ),
     Peer("transformers", "transformers", ("transformers",), trials.DEFAULT_SOURCE, "hf"),
     Peer("gpt-oss", "gpt-oss's reader", ("gpt_oss", "torch"), "openai", "hf", False),
-)
+    Peer(
+        "modelopt", "transformers + nvidia-modelopt", ("transformers", "modelopt"),
+        "hf", "hf-mxfp4", options=("--mxfp4-rule", "modelopt"),
+    ),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -177,7 +184,10 @@ def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             )
             for name in dict.fromkeys(name for name, _ in pairs)
         }
-        cases = {pair: trials.case(sources[pair[0]], pair[1]) for pair in pairs}
+        options = {(p.source_format, p.target): p.options for p in peers}
+        cases = {
+            pair: trials.case(sources[pair[0]], pair[1], *options.get(pair, ())) for pair in pairs
+        }
         rivals = {pair: [p for p in peers if (p.source_format, p.target) == pair] for pair in pairs}
         turns = [
             {pair: one_turn(case, rivals[pair], notes) for pair, case in cases.items()}

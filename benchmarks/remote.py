@@ -31,6 +31,7 @@ from gptoss_stream.planning.shards import PlannedShard
 from gptoss_stream.random_checkpoint import RandomCheckpoint, random_checkpoint
 from gptoss_stream.writing.executor import Callbacks
 from gptoss_stream.writing.output_spec import OutputSpec
+from gptoss_stream.writing.shard_summary import ShardSummary
 from gptoss_stream.writing.thread_executor import ThreadExecutor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests/helpers"))
@@ -113,8 +114,8 @@ def checksums_of(preset: str, layers: int | None, names: list[str], folder: Path
     checksums: dict[str, str] = {}
     (folder / "parts").mkdir()
 
-    def keep(name: str, sha256: str | None) -> None:
-        checksums[name] = str(sha256)
+    def keep(name: str, summary: ShardSummary) -> None:
+        checksums[name] = str(summary.sha256)
 
     for shard in planned.shards:
         if shard.name in names:

@@ -23,7 +23,6 @@ from measure import Measured, can_limit, run
 import gptoss_stream
 from gptoss_stream import Plan
 from gptoss_stream._utils.thread_pool import count_workers
-from gptoss_stream.formats import mxfp4_tensors
 from gptoss_stream.planning.options import DEFAULT_FORMAT
 from gptoss_stream.planning.shards import parse_size
 from gptoss_stream.transforms.output_tensor import element_ranges
@@ -121,6 +120,8 @@ class Case:
     source: Path
     target: str
     planned: Plan
+    options: tuple[str, ...] = ()
+    """Further options of the command."""
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -133,21 +134,15 @@ class Case:
         return self.source.parent / f"{self.source.name}-to-{self.target}"
 
 
-def case(source: Path, target: str = DEFAULT_FORMAT) -> Case:
-    """Return the conversion of a checkpoint to a format."""
-    return Case(source, target, gptoss_stream.plan(source, to=target))
+def case(source: Path, target: str = DEFAULT_FORMAT, *options: str) -> Case:
+    """Return the conversion of a checkpoint to a format, with further options of the command."""
+    return Case(source, target, gptoss_stream.plan(source, to=target), options)
 
 
 def pairs() -> list[tuple[str, str]]:
-    """Return all pairs of formats except those that would quantize floats."""
-    formats = gptoss_stream.formats
-    with_mxfp4 = {name for name in formats.names() if mxfp4_tensors(formats.load(name).TABLE)}
-    return [
-        (source, target)
-        for source in formats.names()
-        for target in formats.names()
-        if target not in with_mxfp4 or source in with_mxfp4
-    ]
+    """Return all pairs of formats."""
+    names = gptoss_stream.formats.names()
+    return [(source, target) for source in names for target in names]
 
 
 def reads(planned: Plan) -> list[tuple[str, int, int]]:
@@ -157,6 +152,7 @@ def reads(planned: Plan) -> list[tuple[str, int, int]]:
         for shard in planned.shards
         for tensor in shard.tensors
         for element_range in element_ranges(tensor, 0, tensor.nbytes)
+        if element_range.raw.checkpoint == 0
     }
     joined: list[tuple[str, int, int]] = []
     for file, begin, nbytes in sorted(spans):
@@ -185,7 +181,7 @@ def floor(case: Case, *arguments: str, warm: bool = False) -> Measured:
 def convert_command(case: Case) -> list[str]:
     """Return the command that converts, as a user runs it."""
     command = [sys.executable, "-m", "gptoss_stream", "convert", str(case.source)]
-    return [*command, str(case.output), "--to", case.target]
+    return [*command, str(case.output), "--to", case.target, *case.options]
 
 
 def conversion(

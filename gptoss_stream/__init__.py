@@ -33,10 +33,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # the same names for type checkers
     from . import formats as formats
     from .checkpoint.metadata import CheckpointInfo as CheckpointInfo
-    from .conversion import (
-        Report as Report,
-        convert as convert,
-    )
+    from .conversion import convert as convert
     from .errors import (
         CheckpointError as CheckpointError,
         ConfigError as ConfigError,
@@ -54,7 +51,6 @@ if TYPE_CHECKING:  # the same names for type checkers
         open_state_dict as open_state_dict,
     )
     from .model.config import ModelConfig as ModelConfig
-    from .model.pruning import ResolvedPruning as ResolvedPruning
     from .model.selection import (
         ResolvedSelection as ResolvedSelection,
         Selection as Selection,
@@ -92,6 +88,7 @@ if TYPE_CHECKING:  # the same names for type checkers
         verify as verify,
         verify_checksums as verify_checksums,
     )
+    from .writing.report import Report as Report
 
 __version__ = "0.1.0"
 
@@ -120,8 +117,7 @@ _MODULES = {
     "PlannedShard": "planning.shards",
     "RawTensor": "tensors.raw_tensor",
     "Relation": "verification.relations",
-    "Report": "conversion",
-    "ResolvedPruning": "model.pruning",
+    "Report": "writing.report",
     "ResolvedSelection": "model.selection",
     "Selection": "model.selection",
     "StateDict": "loading.state_dict",

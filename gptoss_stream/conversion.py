@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,17 +13,18 @@ from ._utils.paths import user_path
 from .checkpoint.metadata import read_metadata
 from .errors import OptionError, OutputError
 from .formats import read_source
-from .model.pruning import KeepExperts, KeepLayers, Pruning
+from .model.pruning import ExpertsByLayer, Pruning
 from .model.selection import Selection
 from .planning.array_task import ArrayTask
 from .planning.options import DEFAULT_FORMAT, ConversionOptions
 from .planning.output_files import output_files
-from .planning.plan import Plan, plan_conversion
-from .planning.run_identity import run_identity
+from .planning.plan import Plan, plan_conversion, read_reference
+from .planning.run_identity import encoding_identity, run_identity
 from .planning.shards import DEFAULT_SHARD_SIZE
 from .storage.local_folder import LocalFolder
 from .storage.location import Location, LocationLike, WritableLocation
 from .storage.open_location import open_location, open_writable_location
+from .writing.report import Report, make_report
 from .writing.run_state import RUN_NAME, parse_state
 
 if TYPE_CHECKING:
@@ -33,45 +33,7 @@ if TYPE_CHECKING:
     from .writing.executor import Executor
     from .writing.output_spec import OutputResult, OutputSpec
 
-__all__ = ["Report", "convert"]
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What a conversion did. Sizes are in bytes."""
-
-    output: str
-    format: str
-    dtype: str
-    partial: bool
-    """Whether only some of the model's tensors were written."""
-    complete: bool
-    """Whether the output is complete; it is not before the last of several array tasks ends."""
-    tensors: int
-    bytes_in: int
-    """Bytes of the source that the whole output takes."""
-    bytes_out: int
-    """Bytes of the whole output's shards."""
-    bytes_resumed: int
-    """Bytes of shards (of this array task) that were finished before."""
-    seconds: float
-    peak_rss: int
-    """The largest peak resident memory of all processes."""
-    shards: dict[str, int]
-    """The size of each shard."""
-    unmapped: tuple[str, ...]
-    """Raw tensors of the source that the output does not use."""
-    notes: tuple[str, ...]
-    """What users should know about how the source was read."""
-    narrowed: Mapping[str, int]
-    """The number of tensors that lost precision, by dtypes: {"F32 to BF16": 12}."""
-    pruning: Mapping[str, Any]
-    """The layers and experts of the source of which a smaller model was made, as
-    `ResolvedPruning.as_dict`; empty for all."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the report as JSON types."""
-        return asdict(self)
+__all__ = ["convert"]
 
 
 def convert(
@@ -83,8 +45,6 @@ def convert(
     dtype: str | None = None,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     selection: Selection | None = None,
-    keep_layers: KeepLayers | None = None,
-    keep_experts: KeepExperts | None = None,
     workers: int | None = None,
     overwrite: bool = False,
     checksums: bool = False,
@@ -92,6 +52,10 @@ def convert(
     max_staged: int = 2,
     client: distributed.Client | None = None,
     task: tuple[int, int] | None = None,
+    mxfp4_rule: str | None = None,
+    reference: LocationLike | None = None,
+    keep_layers: str | None = None,
+    keep_experts: str | ExpertsByLayer | None = None,
     on_plan: Callable[[Plan], None] | None = None,
     on_start: Callable[[int, int], None] | None = None,
     on_progress: Callable[[int], None] | None = None,
@@ -109,8 +73,6 @@ def convert(
         dtype: bfloat16, float16, float32 or "keep" (see `plan`).
         max_shard_size: In bytes, or a text such as "5GB" (decimal units).
         selection: Which tensors to write; all by default.
-        keep_layers: The layers of which to make a smaller model; all by default (see `plan`).
-        keep_experts: The experts of which to make one; all by default (see `plan`).
         workers: The number of threads, by default one more than there are processors, at most 8.
             It changes speed and memory, never the bytes that are written.
         overwrite: Whether to delete what an earlier run of this tool wrote to `output`.
@@ -123,6 +85,11 @@ def convert(
             and output under the same names.
         task: (index, count): write only this part of the shards, while other processes write the
             others. The last one writes the index.
+        mxfp4_rule: How floats become MXFP4: "openai" (the default), "modelopt", "ocp" or "even".
+        reference: A checkpoint in MXFP4, such as openai/gpt-oss-20b. Its blocks are kept where they
+            decode to the source's values, so that what was not trained keeps its bytes.
+        keep_layers: The layers of which a smaller model is made, such as "0-5"; all by default.
+        keep_experts: The experts of which a smaller model is made (see `plan`); all by default.
         on_plan: Called with the plan when the output can be written, before `on_start`.
         on_start: Called with the bytes to write (by this task), and how many of them were finished
             before.
@@ -139,14 +106,18 @@ def convert(
         MissingPackageError: If an extra is not installed.
     """
     from ._utils.thread_pool import count_workers
-    from .checkpoint.open_reader import open_reader
+    from .checkpoint.open_reader import open_readers
     from .writing.output_spec import OutputSpec
     from .writing.spill_file import is_memory_low
     from .writing.thread_executor import ThreadExecutor
 
     started = time.perf_counter()
-    pruning = Pruning.of(keep_layers, keep_experts)
-    options = ConversionOptions(to, source_format, dtype, max_shard_size, selection, pruning)
+    base = None if reference is None else open_location(reference)
+    base_name = None if base is None else base.identity
+    options = ConversionOptions(
+        to, source_format, dtype, max_shard_size, selection, mxfp4_rule, base_name,
+        Pruning.of(keep_layers, keep_experts),
+    )  # fmt: skip
     threads = count_workers(workers)
     array_task = None if task is None else ArrayTask(*task)
     if array_task is not None and client is not None:
@@ -156,9 +127,14 @@ def convert(
     if not overwrite:
         location = location.pinned_to(_unfinished_state(target))
     source_model = read_source(read_metadata(location), source_format)
-    plan = plan_conversion(source_model, options)
-    _refuse_overlap(location, target)
-    spec = OutputSpec(run_identity(plan), plan.shards, output_files(plan), checksums)
+    plan = plan_conversion(source_model, options, read_reference(base))
+    _refuse_overlap("source", location, target)
+    if base is not None:
+        _refuse_overlap("reference", base, target)
+    identity = run_identity(plan)
+    spec = OutputSpec(
+        identity, plan.shards, output_files(plan), checksums, encoding_identity(identity)
+    )
     low_memory = is_memory_low(plan.spill_nbytes)
 
     def start(total: int, done: int) -> None:
@@ -167,7 +143,8 @@ def convert(
         if on_start is not None:
             on_start(total, done)
 
-    with open_reader(plan.info, ahead=0 if low_memory else threads) as reader:
+    ahead = 0 if low_memory else threads
+    with open_readers(plan.info, plan.reference, ahead) as reader:
         executor: Executor = ThreadExecutor(reader, threads, low_memory=low_memory)
         if client is not None:
             executor = _dask_executor(client, location, target, options, spec, workers, staging)
@@ -183,7 +160,7 @@ def convert(
             on_progress=on_progress,
         )
     peak_rss = max(executor.peak_rss, peak_rss_nbytes())
-    return _report(plan, target, result, time.perf_counter() - started, peak_rss)
+    return make_report(plan, str(target), result, time.perf_counter() - started, peak_rss)
 
 
 def _open_target(
@@ -207,8 +184,8 @@ def _unfinished_state(target: Path | WritableLocation) -> Mapping[str, Any] | No
         return None  # no run, or a damaged one, which is refused when the folder is locked
 
 
-def _refuse_overlap(source: Location, target: Path | WritableLocation) -> None:
-    """Refuse an output that is the source, or of which one is inside the other."""
+def _refuse_overlap(what: str, source: Location, target: Path | WritableLocation) -> None:
+    """Refuse an output that is what it is made of, or of which one is inside the other."""
     if not isinstance(source, LocalFolder) or not isinstance(target, Path):
         return
     # Not Path.resolve: before Python 3.13 a loop of links is a RuntimeError there.
@@ -216,7 +193,7 @@ def _refuse_overlap(source: Location, target: Path | WritableLocation) -> None:
     for inner, outer in ((one, other), (other, one)):
         if any(_is_same(folder, outer) for folder in (inner, *inner.parents)):
             raise OutputError(
-                f"{target}: output and source ({source}) are the same folder, or one is inside "
+                f"{target}: output and {what} ({source}) are the same folder, or one is inside "
                 "the other; name another output"
             )
 
@@ -282,31 +259,4 @@ def _write(
         staging=staging_folder(target, staging, task),
         max_staged=max_staged,
         **options,
-    )
-
-
-def _report(
-    plan: Plan,
-    target: Path | WritableLocation,
-    result: OutputResult,
-    seconds: float,
-    peak_rss: int,
-) -> Report:
-    return Report(
-        output=str(target),
-        format=plan.to,
-        dtype=plan.dtype,
-        partial=plan.is_partial,
-        complete=result.is_complete,
-        tensors=plan.num_tensors,
-        bytes_in=plan.source_nbytes,
-        bytes_out=plan.nbytes,
-        bytes_resumed=result.resumed,
-        seconds=seconds,
-        peak_rss=peak_rss,
-        shards={shard.name: shard.nbytes for shard in plan.shards},
-        unmapped=plan.unmapped,
-        notes=plan.notes,
-        narrowed=plan.narrowed,
-        pruning=plan.pruning.as_dict(),
     )

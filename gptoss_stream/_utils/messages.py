@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import count, groupby
 
-__all__ = ["as_ranges", "counted", "listed", "sized"]
+__all__ = ["counted", "listed", "sized"]
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:
@@ -16,13 +15,6 @@ def listed(names: Sequence[str], most: int = 3) -> str:
 def counted(number: int, noun: str) -> str:
     """Return a number and a noun, in the plural unless the number is 1."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def as_ranges(numbers: Sequence[int]) -> str:
-    """Return numbers in ascending order as users write them: "0-3,7"."""
-    counter = count()
-    runs = [[*run] for _, run in groupby(numbers, lambda number: number - next(counter))]
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def sized(nbytes: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ._printing import print_message
 
@@ -16,7 +16,7 @@ __all__ = [
     "add_json",
     "add_max_shard_size",
     "add_overwrite",
-    "add_pruning",
+    "add_quantization",
     "add_quiet",
     "add_remote_output",
     "add_remote_source",
@@ -25,13 +25,10 @@ __all__ = [
     "add_source_format",
     "add_workers",
     "open_output",
+    "open_reference",
     "open_source",
-    "parse_pruning",
     "parse_selection",
 ]
-
-_MAX_EXPERTS_NBYTES = 16 << 20
-"""The most bytes of a file with the experts to keep."""
 
 
 def add_source(
@@ -120,6 +117,22 @@ def add_conversion_options(parser: argparse.ArgumentParser) -> None:
         "format to itself and from transformer-lens, otherwise bfloat16)",
     )
     add_max_shard_size(parser)
+    add_quantization(parser)
+
+
+def add_quantization(parser: argparse.ArgumentParser) -> None:
+    """Add `--mxfp4-rule` and `--reference`."""
+    parser.add_argument(
+        "--mxfp4-rule",
+        metavar="RULE",
+        help="how floats become MXFP4: openai (default), modelopt, ocp or even; see docs/mxfp4.md",
+    )
+    parser.add_argument(
+        "--reference",
+        metavar="BASE",
+        help="checkpoint in MXFP4 that SOURCE was trained from, such as openai/gpt-oss-20b: its "
+        "blocks are kept where they have the values of SOURCE",
+    )
 
 
 def add_max_shard_size(parser: argparse.ArgumentParser) -> None:
@@ -162,27 +175,6 @@ def add_selection(parser: argparse.ArgumentParser, description: str | None = Non
             metavar="GLOB",
             help=f"output tensors with names {effect}, such as '*.bias'; may be repeated",
         )
-
-
-def add_pruning(parser: argparse.ArgumentParser) -> None:
-    """Add the options that make a smaller model."""
-    group = parser.add_argument_group(
-        "pruning",
-        "Make a smaller model, which numbers its layers and experts from 0 in the same order. "
-        "--layers and --experts then have its numbers.",
-    )
-    group.add_argument(
-        "--keep-layers",
-        metavar="LIST",
-        help="layers to keep, such as 0-5,7; -1 is the last; layer types are kept with them",
-    )
-    group.add_argument(
-        "--keep-experts",
-        metavar="LIST",
-        help="experts to keep in each layer, such as 0,3,7-12; or @FILE, a JSON file with a list "
-        'of experts for each layer of SOURCE, [[0, 3], [1, 2], …], or {"0": [0, 3], …} for those '
-        "that are kept; as many in each layer, in ascending order",
-    )
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
@@ -247,46 +239,16 @@ def open_output(arguments: argparse.Namespace) -> WritableLocation | None:
     return open_writable_location(arguments.output, token=arguments.token)
 
 
-def parse_pruning(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return `keep_layers` and `keep_experts`, read from a file if one is named.
+def open_reference(arguments: argparse.Namespace) -> Location | None:
+    """Open the checkpoint that `--reference` names, if any; print where it is read from."""
+    from ..storage.open_location import open_location
 
-    Raises:
-        OptionError: If the file cannot be read, or has no lists.
-    """
-    from .._utils import strict_json
-    from .._utils.paths import user_path
-    from .._utils.regular_file import open_regular
-    from ..errors import OptionError
-    from ..model.pruning import Pruning
-
-    experts = arguments.keep_experts
-    if experts is None or not experts.startswith("@"):
-        return {"keep_layers": arguments.keep_layers, "keep_experts": experts}
-    file = user_path(experts[1:])
-    try:
-        with open(open_regular(file), "rb") as opened:
-            text = opened.read(_MAX_EXPERTS_NBYTES + 1)
-        if len(text) > _MAX_EXPERTS_NBYTES:
-            raise ValueError(f"more than {_MAX_EXPERTS_NBYTES} bytes")
-        lists = strict_json.loads(text)
-        if not lists or not all(isinstance(one, list) for one in _values(lists)):
-            raise ValueError(
-                'no list of experts for each layer, as [[0, 3], …] or {"0": [0, 3], …}'
-            )
-        Pruning.of(None, lists)
-    except OSError as error:
-        raise OptionError(f"--keep-experts: {file}: {error.strerror}") from None
-    except (ValueError, OptionError) as error:
-        what = str(error).removeprefix(f"{file}: ")
-        raise OptionError(f"--keep-experts: {file}: {what}") from None
-    return {"keep_layers": arguments.keep_layers, "keep_experts": lists}
-
-
-def _values(lists: Any) -> list[Any]:
-    """Return the lists in a JSON value, or the value itself where it has none."""
-    if isinstance(lists, dict):
-        return [*lists.values()]
-    return lists if isinstance(lists, list) else [lists]
+    if arguments.reference is None:
+        return None
+    location = open_location(arguments.reference, token=arguments.token)
+    if not location.is_local and not arguments.quiet:
+        print_message(f"comparing with {location}")
+    return location
 
 
 def parse_selection(arguments: argparse.Namespace) -> Selection | None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .._utils.messages import as_ranges, counted, listed
+from .._utils.messages import counted, listed
 
 if TYPE_CHECKING:
     from ..model.config import ModelConfig
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 __all__ = [
     "describe_format",
     "describe_model",
-    "describe_pruning",
     "describe_selection",
+    "print_encoding",
     "print_json",
     "print_message",
     "print_narrowed",
@@ -56,6 +56,28 @@ def print_narrowed(narrowed: Mapping[str, int]) -> None:
         print(f"precision lost in {counted(count, 'tensor')}: {dtypes}")
 
 
+def print_encoding(report: Mapping[str, Any]) -> None:
+    """Print what encoding to MXFP4 lost: in all, and the three tensors that lost most."""
+    print(f"MXFP4 by the rule {report['rule']}: {_describe_loss(report['total'])}")
+    tensors = report["tensors"]
+    worst = sorted(tensors, key=lambda name: -tensors[name]["relative_error"])[:3]
+    if report["unknown"]:
+        print(
+            f"  not known of {counted(len(report['unknown']), 'tensor')} that were written before"
+        )
+    for name in worst if report["total"]["relative_error"] else ():
+        print(f"  {name}: {_describe_loss(tensors[name])}")
+
+
+def _describe_loss(loss: Mapping[str, Any]) -> str:
+    """Return in words what encoding lost."""
+    kept = f"{loss['blocks_kept']} of {loss['blocks']} blocks kept, " if loss["blocks_kept"] else ""
+    return (
+        f"{kept}relative error {loss['relative_error']:.2%}, {loss['clipped']:.2%} of values "
+        f"clipped, {loss['flushed']:.2%} became zero"
+    )
+
+
 def print_tensors(tensors: Mapping[str, RawTensor]) -> None:
     """Print a line for each tensor: name, dtype, shape and shard."""
     width = max(map(len, tensors), default=0)
@@ -76,21 +98,6 @@ def describe_selection(selection: Mapping[str, Any]) -> str:
     """
     chosen = [f"{name} {','.join(map(str, value))}" for name, value in selection.items()]
     return f" ({'; '.join(chosen)})" if chosen else ""
-
-
-def describe_pruning(pruning: Mapping[str, Any]) -> str:
-    """Return which layers and experts of the source a smaller model has; empty for all.
-
-    Args:
-        pruning: As from `ResolvedPruning.as_dict`.
-    """
-    parts = []
-    for name, numbers in pruning.items():
-        if isinstance(numbers, Mapping):
-            parts.append(f"{len(next(iter(numbers.values())))} {name} chosen for each layer")
-        else:
-            parts.append(f"{name} {as_ranges(numbers)}")
-    return f", of {' and '.join(parts)} of the source" if parts else ""
 
 
 def describe_model(model: ModelConfig) -> str:

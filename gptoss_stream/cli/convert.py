@@ -11,7 +11,6 @@ from ._options import (
     add_conversion_options,
     add_json,
     add_overwrite,
-    add_pruning,
     add_quiet,
     add_remote_output,
     add_remote_source,
@@ -19,24 +18,25 @@ from ._options import (
     add_source,
     add_workers,
     open_output,
+    open_reference,
     open_source,
-    parse_pruning,
     parse_selection,
 )
 from ._parser import Commands
 from ._printing import (
     describe_format,
-    describe_pruning,
+    print_encoding,
     print_json,
     print_message,
     print_narrowed,
     print_warnings,
 )
 from ._progress import progress_bar
+from ._pruning_options import add_pruning, parse_keep_experts
 
 if TYPE_CHECKING:
-    from ..conversion import Report
     from ..planning.plan import Plan
+    from ..writing.report import Report
 
 __all__ = ["add_parser", "run"]
 
@@ -66,8 +66,8 @@ def add_parser(commands: Commands) -> None:
     )
     add_quiet(parser)
     add_json(parser)
-    add_pruning(parser)
     add_selection(parser)
+    add_pruning(parser)
     add_remote_source(parser, can_download=True)
     add_remote_output(parser)
     add_distributed_options(parser)
@@ -118,7 +118,6 @@ def _convert(arguments: argparse.Namespace, task: tuple[int, int] | None) -> Rep
             dtype=arguments.dtype,
             max_shard_size=arguments.max_shard_size,
             selection=parse_selection(arguments),
-            **parse_pruning(arguments),
             workers=arguments.workers,
             overwrite=arguments.overwrite,
             checksums=arguments.checksums,
@@ -126,6 +125,10 @@ def _convert(arguments: argparse.Namespace, task: tuple[int, int] | None) -> Rep
             max_staged=arguments.max_staged,
             client=client,
             task=task,
+            mxfp4_rule=arguments.mxfp4_rule,
+            reference=open_reference(arguments),
+            keep_layers=arguments.keep_layers,
+            keep_experts=parse_keep_experts(arguments),
             on_plan=on_plan,
             on_start=on_start,
             on_progress=on_progress,
@@ -137,9 +140,11 @@ def _print_report(report: Report, task: tuple[int, int] | None) -> None:
     print(
         f"{report.output}: {counted(report.tensors, 'tensor')}, {sized(report.bytes_out)} in "
         f"{counted(len(report.shards), 'shard')}, {describe_format(report.format, report.dtype)}"
-        f"{', part of the model' if report.partial else ''}{describe_pruning(report.pruning)}"
+        f"{', part of the model' if report.partial else ''}"
     )
     print_narrowed(report.narrowed)
+    if report.mxfp4 is not None:
+        print_encoding(report.mxfp4)
     written = report.bytes_out - report.bytes_resumed
     if task is not None:
         state = "the output is complete" if report.complete else "other tasks are not finished yet"

@@ -12,7 +12,6 @@ from ._parser import Commands
 from ._printing import (
     describe_format,
     describe_model,
-    describe_pruning,
     describe_selection,
     print_json,
     print_tensors,
@@ -150,7 +149,7 @@ def _print_output(info: OutputInfo) -> None:
     shards = {raw.shard for raw in info.tensors.values()}
     print(
         f"{info.path}: converted, {describe_format(info.format, info.dtype)}"
-        f"{describe_selection(info.selection)}{describe_pruning(info.pruning)}\n"
+        f"{describe_selection(info.selection)}\n"
         f"from {info.source} ({info.source_format}) by gptoss_stream {info.version}\n"
         f"{counted(len(info.tensors), 'tensor')}, {sized(total)} in "
         f"{counted(len(shards), 'shard')}: {state}"

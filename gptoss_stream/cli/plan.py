@@ -10,7 +10,6 @@ from .._utils.paths import user_path
 from ._options import (
     add_conversion_options,
     add_json,
-    add_pruning,
     add_quiet,
     add_remote_output,
     add_remote_source,
@@ -18,20 +17,20 @@ from ._options import (
     add_source,
     add_workers,
     open_output,
+    open_reference,
     open_source,
-    parse_pruning,
     parse_selection,
 )
 from ._parser import Commands
 from ._printing import (
     describe_format,
     describe_model,
-    describe_pruning,
     describe_selection,
     print_json,
     print_narrowed,
     print_warnings,
 )
+from ._pruning_options import add_pruning, parse_keep_experts
 
 if TYPE_CHECKING:
     from ..planning.plan import Plan
@@ -69,8 +68,8 @@ def add_parser(commands: Commands) -> None:
     add_workers(parser)
     add_quiet(parser, "the plan and errors")
     add_json(parser)
-    add_pruning(parser)
     add_selection(parser)
+    add_pruning(parser)
     add_remote_source(parser)
     add_remote_output(parser)
     parser.set_defaults(run=run)
@@ -89,7 +88,10 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         max_shard_size=arguments.max_shard_size,
         selection=parse_selection(arguments),
-        **parse_pruning(arguments),
+        mxfp4_rule=arguments.mxfp4_rule,
+        reference=open_reference(arguments),
+        keep_layers=arguments.keep_layers,
+        keep_experts=parse_keep_experts(arguments),
     )
     workers = count_workers(arguments.workers)
     resources = _resources(planned, output, workers, arguments)
@@ -124,8 +126,7 @@ def _print_plan(planned: Plan, resources: _Resources, workers: int) -> None:
     """Print the plan: source, model, output, resources, and a line for each shard."""
     print(
         f"source   {planned.info.location}: {planned.source_format} ({planned.detected_by})\n"
-        f"model    {describe_model(planned.model)}"
-        f"{describe_pruning(planned.pruning.as_dict())}\n"
+        f"model    {describe_model(planned.model)}\n"
         f"output   {counted(planned.num_tensors, 'tensor')}"
         f"{describe_selection(planned.selection.as_dict())}, "
         f"{describe_format(planned.to, planned.dtype)}, "
@@ -135,6 +136,9 @@ def _print_plan(planned: Plan, resources: _Resources, workers: int) -> None:
         f"{': NOT ENOUGH' if resources.disk_needed > resources.disk_free else ''}\n"
         f"memory   {sized(resources.memory)} at most, {counted(workers, 'worker')}"
     )
+    if planned.mxfp4_rule is not None:
+        kept = "" if planned.reference is None else f", blocks of {planned.reference.location} kept"
+        print(f"mxfp4    experts encoded by the rule {planned.mxfp4_rule}{kept}")
     print_narrowed(planned.narrowed)
     for shard in planned.shards:
         print(f"  {shard.name}  {sized(shard.nbytes):>9}  {counted(len(shard.tensors), 'tensor')}")
@@ -157,9 +161,11 @@ def _as_dict(planned: Plan, resources: _Resources) -> dict[str, Any]:
         "format": planned.to,
         "partial": planned.is_partial,
         "selection": planned.selection.as_dict(),
-        "pruning": planned.pruning.as_dict(),
+        "pruning": planned.pruning,
         "dtype": planned.dtype,
         "narrowed": dict(planned.narrowed),
+        "mxfp4_rule": planned.mxfp4_rule,
+        "reference": None if planned.reference is None else str(planned.reference.location),
         "max_shard_size": planned.max_shard_size,
         "tensors": planned.num_tensors,
         "source_bytes": planned.source_nbytes,

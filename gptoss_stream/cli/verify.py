@@ -9,12 +9,14 @@ from .._utils.messages import counted, sized
 from ..errors import OptionError
 from ._options import (
     add_json,
+    add_quantization,
     add_quiet,
     add_remote_source,
     add_selection,
     add_source,
     add_source_format,
     add_workers,
+    open_reference,
     open_source,
     parse_selection,
 )
@@ -50,6 +52,7 @@ def add_parser(commands: Commands) -> None:
         help="format of OUTPUT (default: as recorded in its gptoss_stream.json)",
     )
     add_source_format(parser)
+    add_quantization(parser)
     parser.add_argument(
         "--sample", type=int, metavar="N", help="compare the data of N random tensors only"
     )
@@ -90,6 +93,8 @@ def _verify(arguments: argparse.Namespace) -> Verification:
             sample=arguments.sample,
             seed=arguments.seed,
             workers=arguments.workers,
+            mxfp4_rule=arguments.mxfp4_rule,
+            reference=open_reference(arguments),
             on_start=on_start,
             on_progress=on_progress,
         )

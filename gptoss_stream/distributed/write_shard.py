@@ -15,20 +15,22 @@ from .. import __version__
 from .._utils.failures import machine_error
 from .._utils.memory import peak_rss_nbytes
 from ..checkpoint.metadata import read_metadata
-from ..checkpoint.open_reader import open_reader
+from ..checkpoint.open_reader import open_readers
 from ..errors import CheckpointError, OptionError
 from ..formats import read_source
-from ..planning.plan import Plan, plan_conversion
+from ..planning.plan import Plan, plan_conversion, read_reference
 from ..planning.run_identity import run_identity
 from ..planning.shards import PlannedShard
 from ..storage.location import WritableLocation
 from ..storage.open_location import open_location, open_writable_location
 from ..writing.disk_space import check_space, disk_full_error, is_disk_full
+from ..writing.encoding_report import losses_as_text
 from ..writing.executor import Callbacks
 from ..writing.output_folder import OutputFolder
 from ..writing.remote_folder import RemoteFolder
 from ..writing.remote_output import staging_nbytes
 from ..writing.run_state import differences
+from ..writing.shard_summary import ShardSummary
 from ..writing.spill_file import is_memory_low
 from ..writing.thread_executor import ThreadExecutor
 from .task_spec import ShardResult, TaskSpec
@@ -68,9 +70,13 @@ def open_task(spec: TaskSpec) -> _OpenedTask:
                 "conversion; install the same version everywhere"
             )
         info = read_metadata(open_location(spec.source))
-        plan = plan_conversion(read_source(info, spec.options.source_format), spec.options)
+        plan = plan_conversion(
+            read_source(info, spec.options.source_format),
+            spec.options,
+            read_reference(spec.options.reference),
+        )
         # The revision that a user named may have moved on since it was resolved to a commit.
-        ignored = {"source", "source_revision"}
+        ignored = {"source", "source_revision", "reference"}
         expected, found = (
             {key: value for key, value in json.loads(json.dumps(identity)).items()
              if key not in ignored}
@@ -136,10 +142,9 @@ def _write_local(
     if not output.is_finished(shard.name, shard.nbytes):
         with output.worker_folder() as partial_folder:
 
-            def before_commit(name: str, sha256: str | None) -> None:
+            def before_commit(name: str, summary: ShardSummary) -> None:
                 output.check_run(run)
-                if sha256 is not None:
-                    output.save_checksum(name, sha256, partial_folder)
+                output.save_summary(name, summary, partial_folder)
 
             callbacks = Callbacks(on_progress, before_commit=before_commit)
             _write(task, shard, output.path, partial_folder, callbacks, task.spec.checksums)
@@ -162,9 +167,11 @@ def _write_remote(
         return remote.checksum(shard.name)
     checksums: dict[str, str] = {}
 
-    def before_commit(name: str, sha256: str | None) -> None:
+    def before_commit(name: str, summary: ShardSummary) -> None:
         remote.check_run()
-        checksums[name] = sha256 or ""
+        checksums[name] = summary.sha256 or ""
+        if summary.losses:
+            remote.losses = {name: losses_as_text(summary.losses)}
 
     staging.mkdir(parents=True, exist_ok=True)
     check_space(staging, staging_nbytes([shard], 1))
@@ -191,6 +198,8 @@ def _write(
 ) -> None:
     threads = task.spec.threads
     low_memory = is_memory_low(task.plan.spill_nbytes)
-    with open_reader(task.plan.info, ahead=0 if low_memory else threads) as reader:
+    reference = task.plan.reference
+    ahead = 0 if low_memory else threads
+    with open_readers(task.plan.info, reference, ahead=ahead) as reader:
         executor = ThreadExecutor(reader, threads, low_memory=low_memory)
         executor.write_shards([shard], folder, partial_folder, callbacks, checksums=checksums)

@@ -15,7 +15,7 @@ from ..errors import ConfigError, TensorError
 from ..model.config import ModelConfig
 from ..tensors.dtypes import KEEP, DType
 from . import openai
-from ._hugging_face_config import parse_config
+from ._hugging_face_config import parse_config, source_config
 from ._missing import is_partial_output
 from ._table import Row, Table
 from ._transformer_lens_config import (
@@ -123,6 +123,7 @@ def files(
     found = {CONFIG_NAME: strict_json.dumps(hooked_transformer_config(model, dtype))}
     if config:
         # The entry names a file of the source.
-        kept = {key: value for key, value in config.items() if key != "transformers_weights"}
+        kept = dict(source_config(model, config))
+        kept.pop("transformers_weights", None)
         found["source_config.json"] = strict_json.dumps(kept)
     return found

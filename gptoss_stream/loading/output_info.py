@@ -31,8 +31,6 @@ class OutputInfo:
     """A torch name, or "keep"."""
     selection: Mapping[str, Any]
     """As from `ResolvedSelection.as_dict`."""
-    pruning: Mapping[str, Any]
-    """As from `ResolvedPruning.as_dict`."""
     source: str
     source_format: str
     version: str
@@ -106,7 +104,6 @@ def _from_record(folder: Path, record: Mapping[str, Any], *, is_finished: bool) 
         format=str(record["format"]),
         dtype=str(record["dtype"]),
         selection=dict(record["selection"]),
-        pruning=dict(record.get("pruning", {})),
         source=str(record["source"]),
         source_format=str(record["source_format"]),
         version=str(record["version"]),

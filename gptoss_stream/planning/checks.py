@@ -8,22 +8,25 @@ from collections.abc import Collection, Iterable, Mapping
 from .. import formats
 from ..checkpoint.metadata import CheckpointInfo
 from ..checkpoint.zero_check import is_zero
-from ..errors import ConfigError, OptionError, TensorError
-from ..formats import Format, SourceModel, Table, mxfp4_tensors, table_specs
+from ..errors import OptionError, TensorError
+from ..formats import SourceModel, Table, mxfp4_tensors, table_specs
+from ..formats._table import stored_shape
 from ..model.config import ModelConfig
 from ..model.pruning import ResolvedPruning
 from ..model.selection import GROUPS, ResolvedSelection
 from ..model.tensors import ABSENT_IS_ZERO
-from ..tensors.dtypes import KEEP, DType, torch_name
+from ..tensors.dtypes import BLOCK_VALUES, KEEP, DType, torch_name
+from ..tensors.mxfp4_rules import DEFAULT_RULE
 from ..tensors.raw_tensor import RawTensor
 from ..transforms.output_tensor import OutputTensor
+from .options import ConversionOptions
+from .quantization import Quantization, refuse_reference
 
 __all__ = [
-    "check_model",
     "choose_dtype",
+    "choose_quantization",
     "pruned_tensors",
     "refuse_cut_stacks",
-    "refuse_quantizing",
     "refuse_unmappable",
     "unmapped_tensors",
 ]
@@ -41,41 +44,6 @@ _SIGNIFICANT = re.compile(
 """Parts of names without which the other tensors cannot have been read rightly."""
 
 
-def check_model(source: SourceModel, model: ModelConfig, target: Format) -> None:
-    """Check that programs that load the target compute what the model computes.
-
-    Args:
-        source: The source.
-        model: Its model, or a smaller one made of it.
-        target: The format that is written.
-
-    Raises:
-        ConfigError: If they would not with the whole model either.
-        OptionError: If they would with the whole model.
-    """
-    try:
-        target.check(model)
-    except ConfigError as error:
-        with formats.naming_config(source.info):
-            target.check(source.model)
-        what = str(error).partition(": ")[2]
-        raise OptionError(f"the model of what is kept: its {what}") from None
-
-
-def pruned_tensors(source: SourceModel, pruning: ResolvedPruning) -> set[str]:
-    """Return the stored names of tensors that hold only layers or experts that are left out."""
-    names: set[str] = set()
-    if pruning.is_whole:
-        return names
-    for spec in table_specs(source.table, source.model):
-        axes = spec.rows[0].axes_in_name
-        for layer, expert in source.model.instances(spec.name):
-            numbers = (layer if "l" in axes else None), (expert if "e" in axes else None)
-            if not pruning.keeps(*numbers):
-                names.add(source.info.tensors[spec.name.format(l=layer, e=expert)].name)
-    return names
-
-
 def choose_dtype(dtype: str | None, source_format: str, to: str) -> str:
     """Return the dtype to write, a torch name or "keep".
 
@@ -87,9 +55,12 @@ def choose_dtype(dtype: str | None, source_format: str, to: str) -> str:
     Raises:
         OptionError: If the format cannot be written in the dtype.
     """
+    bfloat16, has_mxfp4 = torch_name(DType.BF16), bool(mxfp4_tensors(formats.load(to).TABLE))
     if dtype is None:
-        return KEEP if to == source_format else formats.default_dtype(formats.load(source_format))
-    if mxfp4_tensors(formats.load(to).TABLE) and dtype not in (KEEP, torch_name(DType.BF16)):
+        if to == source_format:
+            return KEEP
+        return bfloat16 if has_mxfp4 else formats.default_dtype(formats.load(source_format))
+    if has_mxfp4 and dtype not in (KEEP, bfloat16):
         raise OptionError(
             f"dtype {dtype!r}: {to} has its experts in MXFP4 and all else in bfloat16; choose "
             "bfloat16 or keep"
@@ -97,17 +68,45 @@ def choose_dtype(dtype: str | None, source_format: str, to: str) -> str:
     return dtype
 
 
-def refuse_quantizing(source: SourceModel, target: Table, to: str) -> None:
-    """Refuse to make MXFP4 of floats, which needs an encoder.
+def choose_quantization(
+    options: ConversionOptions, source: SourceModel, reference: SourceModel | None, target: Table
+) -> Quantization | None:
+    """Return how floats become MXFP4; None if none do.
+
+    Args:
+        options: The options of the conversion.
+        source: The source.
+        reference: The checkpoint that `--reference` names, if any.
+        target: The table of the format that is written.
 
     Raises:
-        OptionError: If the target stores a tensor in MXFP4 and the source does not.
+        OptionError: If there is nothing to encode, and an option says how.
     """
     if mxfp4_tensors(target) - mxfp4_tensors(source.table):
-        raise OptionError(
-            f"{source.name} to {to}: {to} has the experts in MXFP4, and floats are not quantized "
-            "by this version; --to hf is the unquantized format that most readers load"
-        )
+        _refuse_widths(options.to, target, source.model)
+        if reference is not None:
+            refuse_reference(reference, source.model)
+        return Quantization(options.mxfp4_rule or DEFAULT_RULE, reference)
+    for option, value in (("--mxfp4-rule", options.mxfp4_rule), ("--reference", reference)):
+        if value is not None:
+            reason = (
+                "the source's experts are in MXFP4 already, and are copied byte for byte"
+                if mxfp4_tensors(target)
+                else f"{options.to} holds no MXFP4"
+            )
+            raise OptionError(f"{option} is for floats that become MXFP4: {reason}; remove it")
+    return None
+
+
+def _refuse_widths(to: str, target: Table, model: ModelConfig) -> None:
+    """Refuse sizes that do not divide into the blocks of a format."""
+    for row in target:
+        width = stored_shape(row, model.sizes)[-1]
+        if row.tensor in mxfp4_tensors(target) and width % BLOCK_VALUES:
+            raise OptionError(
+                f"format {to} has MXFP4 blocks of {BLOCK_VALUES} values, into which rows of "
+                f"{width} values do not divide; choose another format"
+            )
 
 
 def refuse_unmappable(
@@ -135,6 +134,17 @@ def refuse_unmappable(
                     f"format {to} cannot hold: the output would compute something else"
                 )
             names.add(raw.name)
+    return names
+
+
+def pruned_tensors(source: SourceModel, pruning: ResolvedPruning) -> set[str]:
+    """Return the stored names of tensors of layers and experts that are not kept."""
+    names = set()
+    for spec in table_specs(source.table, source.model):
+        axes = spec.rows[0].axes_in_name
+        for layer, expert in source.model.instances(spec.name) if "l" in axes else ():
+            if not pruning.keeps(layer, expert if "e" in axes else None):
+                names.add(source.info.tensors[spec.name.format(l=layer, e=expert)].name)
     return names
 
 

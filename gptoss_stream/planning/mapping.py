@@ -20,17 +20,17 @@ from ..model.pruning import ResolvedPruning
 from ..model.tensors import ABSENT_IS_ZERO
 from ..tensors.dtypes import DType
 from ..tensors.raw_tensor import RawTensor
-from ..transforms.operands import DenseOperand, InterleavedOperand, Mxfp4Operand, Operand
+from ..transforms.mxfp4_encoding import BLOCKS, SCALES
+from ..transforms.operands import raw_tensors
 from ..transforms.output_tensor import Origin, OutputTensor, Segment
 from .operand_binding import SegmentBuilder, SourceRow, source_rows
+from .quantization import Quantization, encoded_segments
 
-__all__ = ["output_tensors", "raw_tensors"]
+__all__ = ["output_tensors"]
 
 _MAX_ROW_NBYTES = 64 << 20
 """The largest row of an output tensor (a slice of length 1 along its first axis), which is made in
 memory. In the known models rows have less than 1 MB."""
-
-_WHOLE = ResolvedPruning()
 
 
 def output_tensors(
@@ -39,24 +39,25 @@ def output_tensors(
     model: ModelConfig,
     raws: Mapping[str, RawTensor],
     dtype: DType | None,
-    pruning: ResolvedPruning = _WHOLE,
+    quantization: Quantization | None = None,
+    pruning: ResolvedPruning | None = None,
 ) -> Iterator[OutputTensor]:
     """Yield every tensor of the target, in the order in which they are written.
 
     Args:
         source: The source's table, checked against the raw tensors.
         target: The target's table.
-        model: The source's model.
+        model: The model as it is written.
         raws: The source's tensors by name.
         dtype: The dtype of dense tensors; None keeps that of the source.
-        pruning: The layers and experts of the source that the target has; all by default.
+        quantization: How floats are encoded; the default rule without a reference if it is None.
+        pruning: The source's layers and experts that are kept; None for all.
 
     Raises:
         OptionError: If the target cannot be made of the source.
     """
-    mapping = _Mapping(source, model, raws, dtype, pruning)
-    pruned = pruning.apply(model)
-    for spec, layer, expert in _in_order(table_specs(target, pruned), pruned.sizes):
+    mapping = _Mapping(source, model, raws, dtype, quantization or Quantization(), pruning)
+    for spec, layer, expert in _in_order(table_specs(target, model), model.sizes):
         yield mapping.output_tensor(spec, layer, expert)
 
 
@@ -80,26 +81,16 @@ def _in_order(
                         yield spec, layer, expert
 
 
-def raw_tensors(operand: Operand) -> Iterator[RawTensor]:
-    """Yield the raw tensors that an operand reads."""
-    if isinstance(operand, DenseOperand):
-        yield operand.raw
-    elif isinstance(operand, Mxfp4Operand):
-        yield from (operand.blocks, operand.scales)
-    elif isinstance(operand, InterleavedOperand):
-        for one in operand.operands:
-            yield from raw_tensors(one)
-
-
 class _Mapping:
     """A mapping from a source's tensors to those of any format.
 
     Args:
         source: The source's table.
-        model: The source's model.
+        model: The model.
         raws: The source's tensors by name.
         dtype: The dtype of dense tensors; None keeps that of the source.
-        pruning: The layers and experts of the source that the target has.
+        quantization: How floats are encoded.
+        pruning: The source's layers and experts that are kept; None for all.
     """
 
     def __init__(
@@ -108,12 +99,15 @@ class _Mapping:
         model: ModelConfig,
         raws: Mapping[str, RawTensor],
         dtype: DType | None,
-        pruning: ResolvedPruning,
+        quantization: Quantization,
+        pruning: ResolvedPruning | None,
     ) -> None:
+        self._pruning = pruning
+        self._model = model
+        self._quantization = quantization
         self._sizes = model.sizes
         self._raws = raws
         self._dtype = dtype
-        self._pruning = pruning
         self._source_rows = source_rows(source, model)
         # Tied embeddings: the embedding is the unembedding too.
         self._source_rows.setdefault("unembed", self._source_rows["embed"])
@@ -123,25 +117,37 @@ class _Mapping:
     ) -> OutputTensor:
         """Return the output tensor of a target's tensor, for one layer and expert."""
         name = spec.name.format(l=layer, e=expert)
-        numbers = zip("le", self._pruning.numbers_before(layer, expert), strict=True)
-        in_name = {axis: number for axis, number in numbers if number is not None}
+        in_name = {axis: i for axis, i in (("l", layer), ("e", expert)) if i is not None}
         is_mxfp4 = isinstance(spec.rows[0].encoding, Mxfp4Encoding)
         segments: list[Segment] = []
         for row in spec.rows:
             source_rows = self._source_rows.get(row.tensor, [])
             sizes: Mapping[str, int] = self._sizes
+            fixed = {**row.fixed, **in_name}
             if not source_rows and row.tensor not in ABSENT_IS_ZERO:
                 raise OptionError(f"the source holds nothing that {name!r} can be made of")
+            if is_mxfp4 and not _is_packed(source_rows):
+                builder = SegmentBuilder(
+                    self._raws, source_rows, sizes, row.order[-1], self._pruning
+                )
+                segments += encoded_segments(
+                    builder, row, fixed, spec.component, self._model, self._quantization
+                )
+                continue
             if is_mxfp4:
                 source_rows, sizes = self._stored_bytes(row, source_rows, spec)
-            builder = SegmentBuilder(self._raws, source_rows, sizes, self._pruning)
-            segments += builder.segments(row.groups, {**row.fixed, **in_name})
+            builder = SegmentBuilder(self._raws, source_rows, sizes, pruning=self._pruning)
+            segments += builder.segments(row.groups, fixed)
         dtype = DType.U8 if is_mxfp4 else self._dtype or self._kept_dtype(segments)
         for segment in segments:
-            if prod(segment.rearrangement.row_shape) * dtype.itemsize > _MAX_ROW_NBYTES:
+            if prod(segment.row_shape) * dtype.itemsize > _MAX_ROW_NBYTES:
                 raise OptionError(f"output tensor {name!r} cannot be made in bounded memory")
         origin = Origin(spec.rows[0].tensor, layer, expert)
-        return OutputTensor(name, dtype, spec.shape, tuple(segments), origin)
+        made_with = ""
+        if any(segment.encoding is not None for segment in segments) and spec.component == SCALES:
+            first = _component_row(spec.rows[0], BLOCKS)
+            made_with = first.stored.format(l=layer, e=expert)
+        return OutputTensor(name, dtype, spec.shape, tuple(segments), origin, made_with)
 
     def _stored_bytes(
         self, target: Row, source_rows: Sequence[SourceRow], spec: TensorSpec
@@ -176,6 +182,11 @@ class _Mapping:
             raws = [self._raws[self._source_rows["embed"][0].row.stored]]
         dtypes = {DType.BF16 if raw.dtype is DType.U8 else raw.dtype for raw in raws}
         return dtypes.pop() if len(dtypes) == 1 else DType.F32
+
+
+def _is_packed(source_rows: Sequence[SourceRow]) -> bool:
+    """Return whether the source stores a model tensor in MXFP4."""
+    return any(isinstance(source.row.encoding, Mxfp4Encoding) for source in source_rows)
 
 
 def _component_row(row: Row, component: int) -> Row:

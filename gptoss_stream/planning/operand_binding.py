@@ -17,7 +17,7 @@ Example: `hf` to `transformer-lens`, `W_in` of expert 3, [intermediate, hidden].
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TypeAlias
 
@@ -27,13 +27,9 @@ from ..formats._table import Mxfp4Encoding, stored_shape
 from ..model.config import ModelConfig
 from ..model.pruning import ResolvedPruning
 from ..tensors.raw_tensor import RawTensor
-from ..transforms.operands import (
-    DenseOperand,
-    InterleavedOperand,
-    Mxfp4Operand,
-    Operand,
-    ZeroOperand,
-)
+from ..transforms.mxfp4_operand import Mxfp4Operand
+from ..transforms.operand import Operand
+from ..transforms.operands import DenseOperand, InterleavedOperand, ZeroOperand
 from ..transforms.output_tensor import Segment
 from ..transforms.rearrangement import make_rearrangement
 
@@ -78,30 +74,33 @@ class SegmentBuilder:
     source_rows: Sequence[SourceRow]
     """The source's rows with the model tensor; none if it is absent and zero."""
     sizes: Mapping[str, int]
-    """The size of each axis in the source."""
-    pruning: ResolvedPruning = field(default_factory=ResolvedPruning)
-    """The layers and experts that the target has."""
+    """The size of each axis."""
+    block_axis: str = ""
+    """The axis along which the target's rows are encoded, its last one; empty if they are not."""
+    pruning: ResolvedPruning | None = None
+    """The source's layers and experts of which the target's are made; None if all are the same."""
 
     def segments(self, groups: _Groups, fixed: Mapping[str, int]) -> Iterator[Segment]:
         """Yield the segments for a row of the target.
 
         Args:
             groups: The target's axes as it stores them.
-            fixed: The index of each axis that the target does not store. Layers and experts
-                have their numbers in the source.
+            fixed: The index of each axis that the target does not store.
 
         Raises:
             OptionError: If the source's elements cannot be rearranged to the target's.
         """
         order = [axis for group in groups for axis in group]
-        if self._needs_split(order, fixed):
-            first = order[0]
-            others = [tuple(axis for axis in group if axis != first) for group in groups]
-            for index in self.pruning.indices(first, self.sizes[first], fixed.get("l")):
-                yield from self.segments([g for g in others if g], {**fixed, first: index})
-        elif not self.source_rows:
+        if not self.source_rows:
             size = prod(self.sizes[axis] for axis in order)
             yield Segment(ZeroOperand((size,)), make_rearrangement(("x",), ("x",), (size,)))
+        elif not order:
+            yield self._single_element(fixed)
+        elif self._needs_split(order, fixed):
+            first = order[0]
+            others = [tuple(axis for axis in group if axis != first) for group in groups]
+            for index in range(self.sizes[first]):
+                yield from self.segments([g for g in others if g], {**fixed, first: index})
         else:
             yield self._segment(groups, order, fixed)
 
@@ -110,19 +109,24 @@ class SegmentBuilder:
 
         It does if the source stores each index in a tensor or row of its own. It also does if the
         axis is that of experts or of gate and up, and the axes after it are in another order: in
-        one segment of all indices, a row would be a whole matrix. And it does if some of the
-        source's layers or experts are left out.
+        one segment of all indices, a row would be a whole matrix. And it does if only some experts
+        are taken.
         """
-        if order and order[0] in ("l", "e") and self.pruning.axes:
-            return True
-        if not order or not self.source_rows:
-            return False
         first, stored = order[0], self._stored_order(fixed)
         if first not in stored:
+            return True
+        if first == "e" and self.pruning and not self.pruning.keeps_first_experts(fixed["l"]):
             return True
         if first not in ("e", "t") or stored == order:
             return False
         return first == "t" or stored[0] == first
+
+    def _single_element(self, fixed: Mapping[str, int]) -> Segment:
+        """Return a segment of one element, such as the router's bias of an expert."""
+        operand = self._operand(fixed)[0]
+        if operand.shape != (1,):
+            raise self._refusal("it has more elements")
+        return Segment(operand, make_rearrangement(("x",), ("x",), (1,)))
 
     def _stored_order(self, fixed: Mapping[str, int]) -> list[str]:
         """Return the source's axes in order, without those that are fixed."""
@@ -144,23 +148,19 @@ class SegmentBuilder:
 
     def _segment(self, groups: _Groups, order: list[str], fixed: Mapping[str, int]) -> Segment:
         """Return a single segment for a row of the target."""
-        if self.pruning.axes & {*order}:
-            raise self._refusal("layers and experts can be left out of the first axis only")
         if "t" in order and _gate_up_step(self._stored_order(fixed)) != _gate_up_step(order):
             operand, operand_groups = self._interleaved_operand(groups, fixed)
         else:
             operand, operand_groups = self._operand(fixed)
         is_contiguous = isinstance(operand, DenseOperand) and operand.selected is None
-        merged = _merge_axes(operand_groups, order, across_groups=is_contiguous)
+        merged = _merge_axes(operand_groups, order, self.block_axis, across_groups=is_contiguous)
         shape = tuple(prod(self.sizes[axis] for axis in axes) for axes in merged)
-        if not order:  # a single element, such as the router's bias of one expert
-            merged, shape = [["x"]], (1,)
         if isinstance(operand, DenseOperand) and is_contiguous:
             operand = replace(operand, stored_shape=shape)
         if shape != operand.shape:
             raise self._refusal(f"its axes cannot be rearranged as {' '.join(order)}")
         source = tuple("".join(axes) for axes in merged)
-        target = tuple(sorted(source, key=lambda name: order.index(name[0]) if order else 0))
+        target = tuple(sorted(source, key=lambda name: order.index(name[0])))
         try:
             return Segment(operand, make_rearrangement(source, target, shape))
         except ValueError as error:
@@ -187,6 +187,8 @@ class SegmentBuilder:
 
     def _operand(self, fixed: Mapping[str, int]) -> tuple[Operand, list[tuple[str, ...]]]:
         """Return the source's elements with the fixed indices, and the axes of each stored axis."""
+        if self.pruning is not None:
+            fixed = self.pruning.source_indices(fixed)
         source = self._source_row(fixed)
         row, first = source.row, source.first
         groups = list(row.groups)
@@ -247,12 +249,15 @@ def _indices_with(axis: str, index: int, group: tuple[str, ...], sizes: Mapping[
     raise OptionError(f"the axis {axis} is within ({' '.join(group)}), where it cannot be sliced")
 
 
-def _merge_axes(groups: _Groups, order: list[str], *, across_groups: bool) -> list[list[str]]:
+def _merge_axes(
+    groups: _Groups, order: list[str], block_axis: str, *, across_groups: bool
+) -> list[list[str]]:
     """Merge axes that follow on each other in both source and target: they need no rearranging.
 
     Args:
         groups: The source's axes, as it stores them.
         order: The target's axes.
+        block_axis: An axis that is not merged with those before it.
         across_groups: Whether axes of different groups may be merged.
 
     Returns:
@@ -263,7 +268,8 @@ def _merge_axes(groups: _Groups, order: list[str], *, across_groups: bool) -> li
         may_merge = across_groups
         for axis in group:
             position = order.index(axis)
-            if merged and may_merge and position and order[position - 1] == merged[-1][-1]:
+            follows = position > 0 and bool(merged) and order[position - 1] == merged[-1][-1]
+            if may_merge and follows and axis != block_axis:
                 merged[-1].append(axis)
             else:
                 merged.append([axis])

@@ -9,6 +9,7 @@ from ..errors import OptionError
 from ..model.pruning import Pruning
 from ..model.selection import Selection
 from ..tensors.dtypes import KEEP, OUTPUT_DTYPES
+from ..tensors.mxfp4_rules import RULES
 from .shards import DEFAULT_SHARD_SIZE, parse_size
 
 __all__ = ["DEFAULT_FORMAT", "ConversionOptions"]
@@ -26,7 +27,9 @@ class ConversionOptions:
         dtype: A torch name, "keep", or None for the default of the two formats.
         max_shard_size: The most bytes of tensor data in a shard, or a text such as "5GB".
         selection: Which tensors to write; None for all.
-        pruning: Which layers and experts to make a smaller model of; None for all.
+        mxfp4_rule: How floats become MXFP4 (see `tensors.mxfp4_rules`); None for the default.
+        reference: A checkpoint in MXFP4 whose blocks are kept where they have the source's values.
+        pruning: The layers and experts of which a smaller model is made; None for all.
 
     Raises:
         OptionError: For a value that cannot be used.
@@ -37,6 +40,8 @@ class ConversionOptions:
     dtype: str | None = None
     max_shard_size: int | str = DEFAULT_SHARD_SIZE
     selection: Selection | None = None
+    mxfp4_rule: str | None = None
+    reference: str | None = None
     pruning: Pruning | None = None
 
     def __post_init__(self) -> None:
@@ -47,3 +52,6 @@ class ConversionOptions:
         if self.dtype not in (None, KEEP, *OUTPUT_DTYPES):
             names = ", ".join([*OUTPUT_DTYPES, KEEP])
             raise OptionError(f"unknown dtype {self.dtype!r}; choose one of {names}")
+        if self.mxfp4_rule not in (None, *RULES):
+            names = ", ".join(RULES)
+            raise OptionError(f"unknown MXFP4 rule {self.mxfp4_rule!r}; choose one of {names}")

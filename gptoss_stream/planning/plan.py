@@ -10,33 +10,33 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from .. import formats
-from .._utils.messages import listed
 from ..checkpoint.metadata import CheckpointInfo, read_metadata
-from ..errors import OptionError, TensorError
+from ..errors import ConfigError, OptionError, TensorError
 from ..formats import SourceModel, check_tensors
 from ..model.config import ModelConfig
-from ..model.pruning import KeepExperts, KeepLayers, Pruning, ResolvedPruning
+from ..model.pruning import ExpertsByLayer, Pruning, prune
 from ..model.selection import ResolvedSelection, Selection
 from ..storage.location import LocationLike
 from ..storage.open_location import open_location
 from ..tensors.dtypes import KEEP, DType, is_exact, output_dtype
+from ..transforms.operands import raw_tensors
 from ..transforms.output_tensor import OutputTensor, element_ranges
 from .checks import (
-    check_model,
     choose_dtype,
+    choose_quantization,
     pruned_tensors,
     refuse_cut_stacks,
-    refuse_quantizing,
     refuse_unmappable,
     unmapped_tensors,
 )
-from .mapping import output_tensors, raw_tensors
+from .mapping import output_tensors
 from .options import DEFAULT_FORMAT, ConversionOptions
-from .shards import DEFAULT_SHARD_SIZE, PlannedShard, parse_size, plan_shards
+from .shards import DEFAULT_SHARD_SIZE, PlannedShard, parse_size, plan_shards, spill_nbytes
 
-__all__ = ["Plan", "plan", "plan_conversion"]
+__all__ = ["Plan", "plan", "plan_conversion", "read_reference"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +49,7 @@ class Plan:
     detected_by: str
     """Why the source is of that format."""
     model: ModelConfig
-    """The model as it is written: with the tensors that the source stores, and without the layers
-    and experts that are left out."""
+    """The model as it is written: with the tensors that the source stores."""
     to: str
     """The format that is written."""
     dtype: str
@@ -70,9 +69,14 @@ class Plan:
     warning: str
     """What users of this format should know; empty if there is nothing."""
     notes: tuple[str, ...] = ()
-    """What users should know about how the source was read, and about the model that is written."""
-    pruning: ResolvedPruning = field(default_factory=ResolvedPruning)
-    """The source's layers and experts of which the model is made."""
+    """What users should know about how the source was read."""
+    mxfp4_rule: str | None = None
+    """The rule by which floats become MXFP4; None if none do."""
+    pruning: Mapping[str, Any] | None = field(default=None, repr=False)
+    """The layers of the source that are kept, and the experts of each: {"layers": [0, 3],
+    "experts": {"0": [1, 4], "3": [0, 2]}}; None if all are."""
+    reference: CheckpointInfo | None = field(default=None, repr=False)
+    """The checkpoint whose MXFP4 blocks are kept where they decode to the source's values."""
 
     @property
     def num_tensors(self) -> int:
@@ -97,6 +101,8 @@ class Plan:
         for shard in self.shards:
             for tensor in shard.tensors:
                 for found in element_ranges(tensor, 0, tensor.nbytes):
+                    if found.raw.checkpoint:
+                        continue
                     itemsizes[found.raw.name] = found.raw.dtype.itemsize
                     of_tensor = ranges.setdefault(found.raw.name, [])
                     of_tensor.append((found.first, found.first + found.count))
@@ -105,7 +111,7 @@ class Plan:
     @property
     def spill_nbytes(self) -> int:
         """Bytes of disk space that spill files need in addition to the output."""
-        return sum(shard.spill_nbytes for shard in self.shards)
+        return spill_nbytes(self.shards)
 
 
 def _union_length(ranges: list[tuple[int, int]]) -> int:
@@ -125,8 +131,10 @@ def plan(
     dtype: str | None = None,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     selection: Selection | None = None,
-    keep_layers: KeepLayers | None = None,
-    keep_experts: KeepExperts | None = None,
+    mxfp4_rule: str | None = None,
+    reference: LocationLike | None = None,
+    keep_layers: str | None = None,
+    keep_experts: str | ExpertsByLayer | None = None,
 ) -> Plan:
     """Plan the conversion of a checkpoint; moves no data.
 
@@ -138,10 +146,12 @@ def plan(
             default "keep" from a format to itself and from `transformer-lens`, else bfloat16.
         max_shard_size: In bytes, or a text such as "5GB" (decimal units).
         selection: Which tensors of the output; all by default.
-        keep_layers: The layers of which to make a smaller model: a text such as "0-5", or
-            numbers. The output numbers them from 0. All by default.
-        keep_experts: The experts of each layer, likewise; or those of each layer of the source,
-            as many in each: a list of lists, or a mapping from layers to lists.
+        mxfp4_rule: How floats become MXFP4: "openai" (the default), "modelopt", "ocp" or "even".
+        reference: A checkpoint in MXFP4, such as openai/gpt-oss-20b. Its blocks are kept where they
+            decode to the source's values.
+        keep_layers: The layers of which a smaller model is made, such as "0-5"; all by default.
+        keep_experts: The experts of each layer of which a smaller model is made, such as
+            "0,3,7-12", or lists of as many numbers by layer; all by default.
 
     Raises:
         OptionError: For an argument that cannot be used, and if the format cannot be written.
@@ -150,29 +160,51 @@ def plan(
         MissingPackageError: If an extra is not installed.
     """
     pruning = Pruning.of(keep_layers, keep_experts)
-    options = ConversionOptions(to, source_format, dtype, max_shard_size, selection, pruning)
+    options = ConversionOptions(
+        to, source_format, dtype, max_shard_size, selection, mxfp4_rule, pruning=pruning
+    )
     info = read_metadata(open_location(source))
-    return plan_conversion(formats.read_source(info, source_format), options)
+    read = formats.read_source(info, source_format)
+    return plan_conversion(read, options, read_reference(reference))
 
 
-def plan_conversion(source: SourceModel, options: ConversionOptions) -> Plan:
-    """Plan the conversion of a checkpoint that was read; raises as `plan` does."""
+def read_reference(reference: LocationLike | None) -> SourceModel | None:
+    """Read the format and the model of a reference, if there is one; raises as `plan` does."""
+    if reference is None:
+        return None
+    source = formats.read_source(read_metadata(open_location(reference)), None)
+    check_tensors(source.table, source.model, source.info)
+    return source
+
+
+def plan_conversion(
+    source: SourceModel, options: ConversionOptions, reference: SourceModel | None = None
+) -> Plan:
+    """Plan the conversion of a checkpoint that was read, and of a reference; raises as `plan`."""
     info = source.info
     target, to = formats.load(options.to), options.to
     dtype = choose_dtype(options.dtype, source.name, to)
-    pruning = (options.pruning or Pruning()).resolve(source.model)
-    model = pruning.apply(source.model)
-    check_model(source, model, target)
+    pruning = prune(source.model, options.pruning)
+    model = source.model if pruning is None else pruning.model(source.model)
+    try:
+        with formats.naming_config(info):
+            target.check(model)
+    except ConfigError as error:
+        if pruning is None:
+            raise
+        raise OptionError(f"of what is kept: {error}") from None
     check_tensors(source.table, source.model, info)
     if source.doubt:
         raise TensorError(source.doubt)
-    refuse_quantizing(source, target.TABLE, to)
+    quantization = choose_quantization(options, source, reference, target.TABLE)
     left_out = refuse_unmappable(source, target.TABLE, info, to)
+    if pruning is not None:
+        left_out |= pruned_tensors(source, pruning)
     selection = (options.selection or Selection()).resolve(model)
     written_dtype = None if dtype == KEEP else output_dtype(dtype)
     every = [
         *output_tensors(
-            source.table, target.TABLE, source.model, info.tensors, written_dtype, pruning
+            source.table, target.TABLE, model, info.tensors, written_dtype, quantization, pruning
         )
     ]
     refuse_cut_stacks(every, selection, to)
@@ -195,24 +227,22 @@ def plan_conversion(source: SourceModel, options: ConversionOptions) -> Plan:
         selection=selection,
         is_partial=len(tensors) < len(every),
         shards=plan_shards(tensors, max_shard_size),
-        unmapped=unmapped_tensors(source, used, left_out | pruned_tensors(source, pruning)),
+        unmapped=unmapped_tensors(source, used, left_out),
         narrowed=_count_narrowed(tensors),
         warning=formats.warning(target) if to != source.name else "",
-        notes=(*source.notes, *_pruning_notes(source, model)),
-        pruning=pruning,
+        notes=(*source.notes, *_notes(source.model, model)),
+        pruning=None if pruning is None else pruning.as_dict(),
+        mxfp4_rule=None if quantization is None else quantization.rule,
+        reference=None if quantization is None or reference is None else reference.info,
     )
 
 
-def _pruning_notes(source: SourceModel, model: ModelConfig) -> Iterator[str]:
-    """Yield what users should know about a smaller model; nothing about the whole one."""
-    before, after = source.model.experts_per_token, model.experts_per_token
-    if after < before:
-        yield f"each token has {after} of the experts that are kept, and {before} in the source"
-    stale = [] if model is source.model else formats.stale_entries(source.info.config, model)
-    if stale:
+def _notes(source: ModelConfig, model: ModelConfig) -> Iterator[str]:
+    """Yield what users should know about a smaller model."""
+    if model.experts_per_token < source.experts_per_token:
         yield (
-            f"the configuration is written without {listed(stale)}, which may be about single "
-            "layers or experts of the source"
+            f"each token went to {source.experts_per_token} experts and goes to "
+            f"{model.experts_per_token}, as many as are kept"
         )
 
 
@@ -230,6 +260,8 @@ def _count_narrowed(tensors: Iterable[OutputTensor]) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for tensor in tensors:
         found = {raw.dtype for s in tensor.segments for raw in raw_tensors(s.operand)}
+        if any(segment.encoding is not None for segment in tensor.segments):
+            continue  # the report says what encoding loses
         counts.update(
             f"{'MXFP4' if dtype is DType.U8 else dtype} to {tensor.dtype}"
             for dtype in found

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from .. import __version__
 from .plan import Plan
 
-__all__ = ["run_identity"]
+__all__ = ["encoding_identity", "run_identity"]
 
 
 def run_identity(plan: Plan) -> dict[str, Any]:
@@ -32,10 +33,10 @@ def run_identity(plan: Plan) -> dict[str, Any]:
         "format": plan.to,
         "partial": plan.is_partial,
         "selection": plan.selection.as_dict(),
-        # Only where something is left out, so that other runs are those of earlier versions.
-        **({} if plan.pruning.is_whole else {"pruning": plan.pruning.as_dict()}),
         "dtype": plan.dtype,
         "max_shard_size": plan.max_shard_size,
+        **({} if plan.pruning is None else {"pruning": plan.pruning}),
+        **_encoding(plan),
         "unused": list(plan.unmapped),
         "plan": _digest(
             *(
@@ -45,6 +46,24 @@ def run_identity(plan: Plan) -> dict[str, Any]:
             *(shard.name.encode() + shard.header for shard in plan.shards),
         ),
     }
+
+
+def encoding_identity(identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the rule and the reference by which floats become MXFP4; None if none do."""
+    if "mxfp4_rule" not in identity:
+        return None
+    return {"rule": identity["mxfp4_rule"], "reference": identity.get("reference")}
+
+
+def _encoding(plan: Plan) -> dict[str, Any]:
+    """Return what identifies how floats become MXFP4, if any do."""
+    if plan.mxfp4_rule is None:
+        return {}
+    found: dict[str, Any] = {"mxfp4_rule": plan.mxfp4_rule}
+    if plan.reference is not None:
+        found["reference"] = plan.reference.location.identity
+        found["reference_files"] = {s.name: [s.nbytes, s.version] for s in plan.reference.shards}
+    return found
 
 
 def _digest(*texts: bytes) -> str:

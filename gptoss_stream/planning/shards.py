@@ -9,7 +9,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from ..errors import OptionError
 from ..tensors.safetensors_header import SINGLE_NAME, build_header
@@ -22,6 +22,7 @@ __all__ = [
     "is_spilled",
     "parse_size",
     "plan_shards",
+    "spill_nbytes",
     "write_nbytes",
 ]
 
@@ -58,10 +59,20 @@ class PlannedShard:
     @property
     def spill_nbytes(self) -> int:
         """Bytes of disk space that its spill files need while it is written."""
+        return self.transposed_nbytes + self.scales_nbytes
+
+    @property
+    def transposed_nbytes(self) -> int:
+        """Bytes of its transpositions that go through spill files."""
         return sum(
             segment.elements * as_dense(segment.operand).raw.dtype.itemsize
             for segment, _ in self.spilled()
         )
+
+    @property
+    def scales_nbytes(self) -> int:
+        """Bytes of its scales that wait in spill files until their blocks are encoded."""
+        return sum(scales.nbytes for _, scales in self.encoded_pairs())
 
     def overlapping(self, begin: int, end: int) -> Iterator[tuple[OutputTensor, int, int, int]]:
         """Yield the tensors with data in bytes `begin … end` of the file.
@@ -85,6 +96,12 @@ class PlannedShard:
             for segment in tensor.segments:
                 if is_spilled(segment):
                     yield segment, offset
+
+    def encoded_pairs(self) -> Iterator[tuple[OutputTensor, OutputTensor]]:
+        """Yield the blocks and the scales that are encoded in one pass."""
+        for blocks, scales in pairwise(self.tensors):
+            if scales.made_with == blocks.name:
+                yield blocks, scales
 
 
 def is_spilled(segment: Segment) -> bool:
@@ -133,7 +150,7 @@ def plan_shards(
         stem: What the names of several shards begin with.
     """
     sizes = [tensor.nbytes for tensor in tensors]
-    groups = balanced_groups(sizes, limit)
+    groups = _tensors_of_shards(tensors, limit)
     last_number = len(groups) - 1 + first_number
     shards = []
     first = 0
@@ -149,6 +166,24 @@ def plan_shards(
         shards.append(PlannedShard(name, members, header, tuple(offsets), end))
         first += count
     return tuple(shards)
+
+
+def _tensors_of_shards(tensors: Sequence[OutputTensor], limit: int) -> list[int]:
+    """Return how many tensors, in order, are in each shard.
+
+    Blocks and scales that are encoded in one pass are in the same shard.
+    """
+    counts: list[int] = []  # of tensors that stay together
+    sizes: list[int] = []
+    for number, tensor in enumerate(tensors):
+        if number and tensor.made_with == tensors[number - 1].name:
+            counts[-1] += 1
+            sizes[-1] += tensor.nbytes
+        else:
+            counts.append(1)
+            sizes.append(tensor.nbytes)
+    ends = accumulate(balanced_groups(sizes, limit), initial=0)
+    return [sum(counts[begin:end]) for begin, end in pairwise(ends)]
 
 
 def _fill_groups(sizes: Iterable[int], limit: int) -> list[int]:
@@ -183,6 +218,16 @@ def balanced_groups(sizes: Sequence[int], limit: int) -> list[int]:
         else:
             low = middle + 1
     return _fill_groups(sizes, min(high, limit))
+
+
+def spill_nbytes(shards: Iterable[PlannedShard]) -> int:
+    """Return the bytes of disk space that spill files need while shards are written in order.
+
+    The spilled transpositions of several shards may wait at a time, and the scales of two.
+    """
+    shards = list(shards)
+    scales = sorted((shard.scales_nbytes for shard in shards), reverse=True)
+    return sum(shard.transposed_nbytes for shard in shards) + sum(scales[:2])
 
 
 def write_nbytes(shard: PlannedShard) -> int:

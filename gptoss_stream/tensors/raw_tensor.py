@@ -21,6 +21,8 @@ class RawTensor:
     """The name of the safetensors file."""
     offset: int
     """The first byte of its data in the file."""
+    checkpoint: int = 0
+    """Which of the checkpoints that a conversion reads: 0 the source, 1 the reference."""
 
     @property
     def nbytes(self) -> int:

@@ -2,7 +2,8 @@
 
 `materialize` finds the rows of each segment that are in the byte range and calls a function for
 them, usually `materialize_rows`. That one loads the operand a tile at a time, rearranges the tile
-and casts it into the output. It reads only what these rows need, and a tile has a few MB at most.
+and casts or encodes it into the output. It reads only what these rows need, and a tile has a few
+MB at most.
 
 For example, bytes 100 to 1100 of a bfloat16 tensor [8, 120], whose rows have 240 bytes: rows 1 to 3
 are made in the output itself. Of rows 0 and 4 only some bytes are needed. Each of the two is made
@@ -12,46 +13,19 @@ in memory of its own, and these bytes are copied.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.reader import Reader
 from ..errors import TensorError
 from ..tensors.dtypes import DType
-from .operands import Tile
 from .output_tensor import OutputTensor, Segment
+from .tiles import TargetRows, load_rows, row_intervals, transposed_tiles
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["MakeRows", "TargetRows", "materialize", "materialize_rows"]
-
-_TILE_NBYTES = 1 << 20
-"""The most bytes of the output in a tile that is not transposed."""
-_TRANSPOSED_TILE_NBYTES = 4 << 20
-"""The most bytes in a tile that is transposed, of whole rows of the operand."""
-_TRANSPOSED_TILE_ROWS = 192
-"""The most rows of the operand in a tile that is transposed. With fewer, calls cost more than the
-copying (32 rows took twice as long). With many more, the tile does not fit in the processor's
-cache."""
-
-
-@dataclass(frozen=True, slots=True)
-class TargetRows:
-    """Rows of a segment that are to be made into memory."""
-
-    first: int
-    """The first row's number in the segment."""
-    out: np.ndarray[Any, Any]
-    """The memory, [rows, *row_shape], in the `STORAGE` of the output's dtype."""
-
-    @property
-    def end(self) -> int:
-        """The number that follows the last row's."""
-        return self.first + len(self.out)
-
+__all__ = ["MakeRows", "materialize", "materialize_rows"]
 
 MakeRows = Callable[[Segment, "list[TargetRows]", DType], None]
 """Make rows of a segment in a dtype. The target rows are in order and without gaps."""
@@ -102,7 +76,7 @@ def _materialize_segment(
 
     from ..tensors.cast import STORAGE
 
-    row_shape, storage = segment.rearrangement.row_shape, STORAGE[dtype]
+    row_shape, storage = segment.row_shape, STORAGE[dtype]
     row_nbytes = prod(row_shape) * dtype.itemsize
     whole_begin = min(end, -(-begin // row_nbytes) * row_nbytes)
     whole_end = max(whole_begin, end // row_nbytes * row_nbytes)
@@ -115,7 +89,7 @@ def _materialize_segment(
                 incomplete.append((target, rows, skipped))
             else:
                 rows = target.view(storage).reshape(-1, *row_shape)
-            targets.append(TargetRows(low // row_nbytes, rows))
+            targets.append(TargetRows(low // row_nbytes, rows, begins=not low % row_nbytes))
     make(segment, targets, dtype)
     for target, rows, skipped in incomplete:
         target[...] = rows.view(np.uint8).reshape(-1)[skipped : skipped + len(target)]
@@ -141,6 +115,11 @@ def materialize_rows(
     Raises:
         OverflowError: If the dtype cannot represent a value.
     """
+    if segment.encoding is not None:
+        from .encode import encode_rows
+
+        encode_rows(segment, targets, reader)
+        return
     if segment.rearrangement.transposes:
         operand_rows = operand_rows or (0, segment.operand.shape[0])
         _transpose_rows(segment, targets, dtype, reader, operand_rows)
@@ -151,19 +130,12 @@ def materialize_rows(
 
 def _rearrange_rows(segment: Segment, target: TargetRows, dtype: DType, reader: Reader) -> None:
     """Make rows of a segment of the operand's rows with the same numbers."""
-    from einops import rearrange
-
     from ..tensors.cast import cast
 
-    rearrangement = segment.rearrangement
-    row_nbytes = prod(rearrangement.row_shape) * dtype.itemsize
-    for begin, end in _intervals(target.first, target.end, _TILE_NBYTES // row_nbytes):
+    for begin, end in row_intervals(segment, target, dtype):
         out = target.out[begin - target.first : end - target.first]
-        tile = Tile((begin, end), None, dtype, out if rearrangement.is_copy else None)
-        with segment.operand.load(reader, tile) as (array, source_dtype):
-            if array is not tile.out:
-                if not rearrangement.is_copy:
-                    array = rearrange(array, rearrangement.pattern)
+        with load_rows(segment, (begin, end), dtype, reader, out) as (array, source_dtype):
+            if array is not out:
                 cast(array, source_dtype, out, dtype)
 
 
@@ -175,23 +147,12 @@ def _transpose_rows(
     operand_rows: tuple[int, int],
 ) -> None:
     """Make rows of a segment of the operand's columns with the same numbers."""
-    from einops import rearrange
-
     from ..tensors.cast import cast
 
-    first, end_row = targets[0].first, targets[-1].end
-    top, bottom = operand_rows
-    row_nbytes = segment.operand.shape[1] * dtype.itemsize
-    num_rows = min(_TRANSPOSED_TILE_ROWS, _TRANSPOSED_TILE_NBYTES // row_nbytes)
-    for begin, end in _intervals(top, bottom, num_rows):
-        tile = Tile((begin, end), (first, end_row), dtype)
-        with segment.operand.load(reader, tile) as (array, source_dtype):
-            transposed = rearrange(array, segment.rearrangement.pattern)
-            for target in targets:
-                rows = transposed[target.first - first : target.end - first]
-                cast(rows, source_dtype, target.out[..., begin - top : end - top], dtype)
-
-
-def _intervals(begin: int, end: int, length: int) -> list[tuple[int, int]]:
-    """Cut an interval into intervals [begin, end) of at most `length`, which is at least 1."""
-    return list(pairwise([*range(begin, end, max(1, length)), end]))
+    first, top = targets[0].first, operand_rows[0]
+    for (begin, end), transposed, source_dtype in transposed_tiles(
+        segment, (first, targets[-1].end), operand_rows, dtype, reader
+    ):
+        for target in targets:
+            rows = transposed[target.first - first : target.end - first]
+            cast(rows, source_dtype, target.out[..., begin - top : end - top], dtype)

@@ -9,70 +9,16 @@ nowhere).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 from ..checkpoint.reader import ElementRange, Reader
-from ..errors import TensorError
-from ..tensors.dtypes import BLOCK_NBYTES, BLOCK_VALUES, DType
 from ..tensors.raw_tensor import RawTensor
+from .mxfp4_operand import Mxfp4Operand
+from .operand import Interval, Loaded, Operand, Tile
 
-if TYPE_CHECKING:
-    import numpy as np
-
-__all__ = [
-    "DenseOperand",
-    "InterleavedOperand",
-    "Mxfp4Operand",
-    "Operand",
-    "Tile",
-    "ZeroOperand",
-    "as_dense",
-]
-
-Interval: TypeAlias = tuple[int, int]
-"""Indices [begin, end)."""
-
-
-class Tile(NamedTuple):
-    """Rows and columns of an operand to load."""
-
-    rows: Interval
-    """Indices along the first axis."""
-    columns: Interval | None
-    """Indices along the second axis; None for all, and for operands without one."""
-    dtype: DType
-    """The dtype that the caller will cast to. All operands except dense ones give it."""
-    out: np.ndarray[Any, Any] | None = None
-    """Memory of the tile's shape and dtype that the operand may use for the result."""
-
-
-Loaded: TypeAlias = "tuple[np.ndarray[Any, Any], DType]"
-"""The elements of a tile and their dtype."""
-
-
-class Operand(Protocol):
-    """An array of elements that are stored in the source."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the array."""
-        ...
-
-    def load(self, reader: Reader, tile: Tile) -> AbstractContextManager[Loaded]:
-        """Load a tile.
-
-        Returns:
-            A context manager of the elements, valid within the context, and their dtype. The
-            array is `tile.out` itself if the operand used that memory.
-        """
-        ...
-
-    def element_ranges(self, rows: Interval) -> Iterator[ElementRange]:
-        """Yield the element ranges that loading the rows reads."""
-        ...
+__all__ = ["DenseOperand", "InterleavedOperand", "ZeroOperand", "as_dense", "raw_tensors"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,95 +72,6 @@ class DenseOperand:
         stored, row_size = self._stored_indices(0, rows), prod(self.stored_shape[1:])
         count = (stored.stop - stored.start) * row_size
         yield ElementRange(self.raw, self.first + stored.start * row_size, count)
-
-
-@dataclass(frozen=True, slots=True)
-class Mxfp4Operand:
-    """A matrix that is stored in MXFP4, in blocks of 32 values along its rows.
-
-    Example: the up projection of expert 3 in `gate_up_proj` [32, 5760, 2880], whose rows alternate
-    between gate and up. `first_row` is 3 * 5760, `stored_shape` [5760, 2880] and `selected`
-    range(1, 5760, 2). The operand's shape is [2880, 2880].
-    """
-
-    blocks: RawTensor
-    """[..., columns / 32, 16] U8, two values in a byte."""
-    scales: RawTensor
-    """[..., columns / 32] U8."""
-    first_row: int
-    """The first row, counted over all leading axes of the raw tensors."""
-    stored_shape: tuple[int, int]
-    """The rows from there on, and the columns."""
-    selected: range | None = None
-    """The rows of these that belong to the operand; None for all."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """See `Operand`."""
-        rows, columns = self.stored_shape
-        return (rows if self.selected is None else len(self.selected)), columns
-
-    def _stored_rows(self, rows: Interval) -> slice:
-        """Return which rows of the raw tensors rows of the operand are."""
-        if self.selected is None:
-            return slice(self.first_row + rows[0], self.first_row + rows[1])
-        indices = self.selected[rows[0] : rows[1]]
-        return slice(self.first_row + indices[0], self.first_row + indices[-1] + 1, indices.step)
-
-    @contextmanager
-    def load(self, reader: Reader, tile: Tile) -> Iterator[Loaded]:
-        """See `Operand`; the values are decoded to the tile's dtype."""
-        rows = self._stored_rows(tile.rows)
-        num_rows, num_groups = rows.stop - rows.start, self.stored_shape[1] // BLOCK_VALUES
-        left, right = tile.columns or (0, self.stored_shape[1])
-        groups = slice(left // BLOCK_VALUES, -(-right // BLOCK_VALUES))
-        with (
-            reader.read(
-                self.blocks,
-                rows.start * num_groups * BLOCK_NBYTES,
-                (num_rows, num_groups, BLOCK_NBYTES),
-            ) as blocks,
-            reader.read(self.scales, rows.start * num_groups, (num_rows, num_groups)) as scales,
-        ):
-            step = rows.step
-            values = self._decode(blocks[::step, groups], scales[::step, groups], tile)
-            first_column = groups.start * BLOCK_VALUES
-            if tile.columns is not None:
-                values = values[:, left - first_column : right - first_column]
-            yield values, tile.dtype
-
-    def _decode(
-        self, blocks: np.ndarray[Any, Any], scales: np.ndarray[Any, Any], tile: Tile
-    ) -> np.ndarray[Any, Any]:
-        """Decode blocks [rows, groups, 16] and their scales to values [rows, groups * 32]."""
-        import numpy as np
-
-        from ..tensors.cast import STORAGE, count_infinities
-        from ..tensors.mxfp4 import NAN_SCALE, decode, largest_scale
-
-        dtype, values = tile.dtype, tile.out
-        largest = int(scales.max())
-        if largest == NAN_SCALE:
-            raise TensorError(
-                f"{self.scales.shard}: tensor {self.scales.name!r} holds the scale "
-                f"{NAN_SCALE}, which is NaN; its weights are damaged, download them again"
-            )
-        # Values are decoded in pairs, which must be aligned.
-        if values is None or values.ctypes.data % (2 * dtype.itemsize):
-            num_rows, num_groups = scales.shape
-            values = np.empty((num_rows, num_groups * BLOCK_VALUES), STORAGE[dtype])
-        decode(blocks, scales, values, dtype)
-        if largest > largest_scale(dtype) and count_infinities(values, dtype):
-            raise OverflowError(f"values with the scale 2^{largest - 127} exceed {dtype}")
-        return values
-
-    def element_ranges(self, rows: Interval) -> Iterator[ElementRange]:
-        """See `Operand`."""
-        stored = self._stored_rows(rows)
-        for raw in (self.blocks, self.scales):
-            row_size = prod(raw.shape) // prod(self.scales.shape[:-1])
-            count = (stored.stop - stored.start) * row_size
-            yield ElementRange(raw, stored.start * row_size, count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,6 +153,17 @@ class ZeroOperand:
     def element_ranges(self, rows: Interval) -> Iterator[ElementRange]:
         """Yield nothing, since zeros are not read."""
         return iter(())
+
+
+def raw_tensors(operand: Operand) -> Iterator[RawTensor]:
+    """Yield the raw tensors that an operand reads."""
+    if isinstance(operand, DenseOperand):
+        yield operand.raw
+    elif isinstance(operand, Mxfp4Operand):
+        yield from (operand.blocks, operand.scales)
+    elif isinstance(operand, InterleavedOperand):
+        for one in operand.operands:
+            yield from raw_tensors(one)
 
 
 def as_dense(operand: Operand) -> DenseOperand:

@@ -1,8 +1,8 @@
 """Output tensors: what each is made of, known before any data is read.
 
 An `OutputTensor` is one `Segment` after another along its first axis, most often a single one. A
-segment is an operand, rearranged by an einops pattern. For example, q, k and v of OpenAI's format
-are one tensor, `qkv`. Made of Hugging Face's format it has three segments:
+segment is an operand, rearranged by an einops pattern and cast or encoded. For example, q, k and v
+of OpenAI's format are one tensor, `qkv`. Made of Hugging Face's format it has three segments:
 
     qkv.weight [5120, 2880]    segment 0: q_proj.weight [4096, 2880], unchanged
                                segment 1: k_proj.weight [512, 2880], unchanged
@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 from ..checkpoint.reader import ElementRange
 from ..tensors.dtypes import DType, nbytes
-from .operands import Operand
+from .mxfp4_encoding import Mxfp4Encoding
+from .operand import Operand
 from .rearrangement import Rearrangement
 
 __all__ = ["Origin", "OutputTensor", "Segment", "element_ranges"]
@@ -34,11 +35,26 @@ class Segment:
 
     operand: Operand
     rearrangement: Rearrangement
+    encoding: Mxfp4Encoding | None = None
+    """How its rows of floats become bytes; None if they are cast."""
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of a row of the output tensor."""
+        shape = self.rearrangement.row_shape
+        return shape if self.encoding is None else (self.encoding.row_nbytes(shape[-1]),)
 
     @property
     def elements(self) -> int:
-        """The number of elements."""
-        return self.rearrangement.num_rows * prod(self.rearrangement.row_shape)
+        """The number of elements of the output tensor."""
+        return self.rearrangement.num_rows * prod(self.row_shape)
+
+    def element_ranges(self, rows: tuple[int, int]) -> Iterator[ElementRange]:
+        """Yield what has to be read to make rows [begin, end)."""
+        transposes = self.rearrangement.transposes
+        yield from self.operand.element_ranges((0, self.operand.shape[0]) if transposes else rows)
+        if self.encoding is not None and self.encoding.reference is not None:
+            yield from self.encoding.reference.element_ranges(rows)
 
 
 class Origin(NamedTuple):
@@ -64,6 +80,8 @@ class OutputTensor:
     shape: tuple[int, ...]
     segments: tuple[Segment, ...]
     origin: Origin = _NO_ORIGIN
+    made_with: str = ""
+    """Of scales that are encoded, the name of the blocks: both are made in one pass."""
 
     @property
     def nbytes(self) -> int:
@@ -88,9 +106,5 @@ def element_ranges(
         low, high = max(begin, offset) - offset, min(end, offset + size) - offset
         offset += size
         if low < high and segment not in without:
-            rearrangement = segment.rearrangement
-            row_nbytes = prod(rearrangement.row_shape) * tensor.dtype.itemsize
-            rows = low // row_nbytes, -(-high // row_nbytes)
-            if rearrangement.transposes:
-                rows = 0, segment.operand.shape[0]
-            yield from segment.operand.element_ranges(rows)
+            row_nbytes = prod(segment.row_shape) * tensor.dtype.itemsize
+            yield from segment.element_ranges((low // row_nbytes, -(-high // row_nbytes)))

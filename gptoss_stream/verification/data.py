@@ -16,14 +16,15 @@ import numpy as np
 
 from .._utils.thread_pool import Buffer, Step
 from ..checkpoint.local_reader import LocalReader
-from ..checkpoint.open_reader import CheckpointReader
-from ..checkpoint.reader import ElementRange, ReadSchedule
+from ..checkpoint.reader import ElementRange, Reader, ReadSchedule
 from ..planning.shards import is_spilled
 from ..tensors.cast import STORAGE, cast
 from ..tensors.dtypes import DType
 from ..tensors.raw_tensor import RawTensor
-from ..transforms.materialize import TargetRows, materialize, materialize_rows
+from ..transforms.encode import encode_rows
+from ..transforms.materialize import materialize, materialize_rows
 from ..transforms.output_tensor import OutputTensor, Segment, element_ranges
+from ..transforms.tiles import TargetRows
 from ..writing.executor import CHUNK_NBYTES
 from .differences import Difference
 
@@ -56,7 +57,7 @@ class DataComparison:
 
     def __init__(
         self,
-        source: CheckpointReader,
+        source: Reader,
         output: LocalReader,
         tensors: Iterable[OutputTensor],
         stored: Mapping[str, RawTensor],
@@ -70,13 +71,19 @@ class DataComparison:
         self._differences: dict[str, Difference] = {}
         self._differences_lock = threading.Lock()
         self._comparisons: list[_Comparison] = []
-        for tensor in tensors:
+        by_name = {tensor.name: tensor for tensor in tensors}
+        scales_of = {t.made_with: t for t in by_name.values() if t.made_with in by_name}
+        for tensor in by_name.values():
             raw = stored[tensor.name]
-            self._comparisons += (
-                self._comparisons_of_source_rows(tensor, raw)
-                if any(is_spilled(segment) for segment in tensor.segments)
-                else self._comparisons_of_chunks(tensor, raw)
-            )
+            if any(is_spilled(segment) for segment in tensor.segments):
+                self._comparisons += self._comparisons_of_source_rows(tensor, raw)
+            elif tensor.name in scales_of:
+                scales = scales_of[tensor.name]
+                self._comparisons += self._comparisons_of_encoded_rows(
+                    tensor, raw, scales, stored[scales.name]
+                )
+            elif tensor.made_with not in by_name:
+                self._comparisons += self._comparisons_of_chunks(tensor, raw)
         schedule = ReadSchedule(
             len(self._comparisons), lambda number: self._comparisons[number].element_ranges()
         )
@@ -113,12 +120,61 @@ class DataComparison:
         out = buffer[: end - begin]
         materialize(tensor, begin, end, out, partial(materialize_rows, reader=self._source))
         expected = out.view(STORAGE[tensor.dtype])
-        first = begin // tensor.dtype.itemsize
+        self._compare_elements(tensor, raw, begin // tensor.dtype.itemsize, expected)
+
+    def _compare_elements(
+        self, tensor: OutputTensor, raw: RawTensor, first: int, expected: Buffer
+    ) -> None:
+        """Compare the elements of a tensor from `first` on."""
         with self._output.read(raw, first, expected.shape) as found:
             unequal = _first_unequal(found, expected)
             if unequal is not None:
                 self._add(tensor, raw, first + unequal, found[unequal], expected[unequal])
-        self._on_progress(end - begin)
+        self._on_progress(expected.nbytes)
+
+    def _comparisons_of_encoded_rows(
+        self, blocks: OutputTensor, blocks_raw: RawTensor, scales: OutputTensor, raw: RawTensor
+    ) -> Iterator[_Comparison]:
+        """Yield steps that compare the blocks and the scales of some rows, made in one pass."""
+        first_block, first_scale = 0, 0
+        for segment, scales_segment in zip(blocks.segments, scales.segments, strict=True):
+            (width,), (groups,) = segment.row_shape, scales_segment.row_shape
+            num_rows = segment.rearrangement.num_rows
+            step = max(1, CHUNK_NBYTES // width)
+            for begin in range(0, num_rows, step):
+                rows = begin, min(begin + step, num_rows)
+                places = (
+                    (blocks, blocks_raw, first_block + begin * width),
+                    (scales, raw, first_scale + begin * groups),
+                )
+                yield _Comparison(
+                    partial(self._compare_encoded_rows, segment, rows, places),
+                    partial(segment.element_ranges, rows),
+                )
+            first_block += num_rows * width
+            first_scale += num_rows * groups
+
+    def _compare_encoded_rows(
+        self,
+        segment: Segment,
+        rows: tuple[int, int],
+        places: tuple[tuple[OutputTensor, RawTensor, int], ...],
+        buffer: Buffer,
+    ) -> None:
+        """Compare the blocks and the scales of some rows.
+
+        Args:
+            segment: The segment of the blocks.
+            rows: The first row, and the one after the last.
+            places: For the blocks and for the scales: the output tensor, the same as it is stored,
+                and the first element to compare.
+            buffer: Memory for the expected blocks.
+        """
+        count, width = rows[1] - rows[0], *segment.row_shape
+        expected = buffer[: count * width].reshape(count, width)
+        (scales,) = encode_rows(segment, [TargetRows(rows[0], expected)], self._source)
+        for (tensor, raw, first), made in zip(places, (expected, scales), strict=True):
+            self._compare_elements(tensor, raw, first, made.reshape(-1))
 
     def _comparisons_of_source_rows(
         self, tensor: OutputTensor, raw: RawTensor

@@ -12,8 +12,8 @@ from typing import Any
 
 from .._utils import strict_json
 from ..checkpoint.metadata import CheckpointInfo, read_header
-from ..errors import CheckpointError, OptionError, OutputError
-from ..model.pruning import Pruning
+from ..errors import CheckpointError, OutputError
+from ..model.pruning import ResolvedPruning
 from ..model.selection import Selection
 from ..planning.options import DEFAULT_FORMAT
 from ..planning.output_files import output_files
@@ -24,6 +24,7 @@ from ..tensors.dtypes import KEEP, OUTPUT_DTYPES, DType
 from ..tensors.raw_tensor import RawTensor
 from ..tensors.safetensors_header import INDEX_NAME, METADATA, build_index
 from ..transforms.output_tensor import OutputTensor
+from ..writing.encoding_report import REPORT_NAME
 from ..writing.run_state import RECORD_NAME, WORK_NAME
 from ..writing.safetensors_check import find_problem
 from .differences import Difference
@@ -91,23 +92,36 @@ def recorded_options(folder: Path, found: CheckpointInfo) -> dict[str, Any]:
         found: The tensors in it.
 
     Returns:
-        `to`, `dtype`, `selection`, `keep_layers` and `keep_experts`, from the output's record.
-        Without a valid record, `dtype` follows from the tensors, and the others are the defaults.
+        `to`, `dtype`, `selection`, `mxfp4_rule`, `reference`, `keep_layers` and `keep_experts`,
+        from the output's record. Without a valid record they are the defaults, but `dtype` follows
+        from the tensors.
     """
     dtype, keeps_dtypes = _dtype_of_tensors(found)
     to, selection = DEFAULT_FORMAT, Selection()
-    kept: dict[str, Any] = {}
+    encoding: dict[str, str | None] = {"mxfp4_rule": None, "reference": None}
+    kept: dict[str, Any] = {"keep_layers": None, "keep_experts": None}
     try:
         record = strict_json.loads((folder / RECORD_NAME).read_bytes())
         to, keeps_dtypes = str(record["format"]), record["dtype"] == KEEP
         selection = Selection.from_dict(record["selection"])
-        pruning = record.get("pruning", {})
-        found_kept = {f"keep_{name}": pruning.get(name) for name in ("layers", "experts")}
-        Pruning.of(found_kept["keep_layers"], found_kept["keep_experts"])
-        kept = found_kept
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, OptionError):
+        encoding = {key: _as_text(record.get(key)) for key in encoding}
+        if "pruning" in record:
+            kept["keep_layers"], kept["keep_experts"] = ResolvedPruning.options(record["pruning"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         pass  # compare_record reports it
-    return {"to": to, "dtype": KEEP if keeps_dtypes else dtype, "selection": selection, **kept}
+    dtype = KEEP if keeps_dtypes else dtype
+    return {"to": to, "dtype": dtype, "selection": selection, **encoding, **kept}
+
+
+def _as_text(value: Any) -> str | None:
+    """Return a value that is a text or None.
+
+    Raises:
+        TypeError: For another value.
+    """
+    if value is None or isinstance(value, str):
+        return value
+    raise TypeError
 
 
 def _dtype_of_tensors(found: CheckpointInfo) -> tuple[str, bool]:
@@ -145,6 +159,8 @@ def compare_structure(
     yield from _compare_tensors(found, expected)
     yield from _compare_index(folder, found)
     yield from _compare_small_files(folder, plan)
+    if plan.mxfp4_rule is not None:
+        yield from _check_object(folder / REPORT_NAME)
     yield from compare_record(folder)
 
 
@@ -200,13 +216,17 @@ def compare_record(folder: Path) -> Iterator[Difference]:
 
     What the record says is not checked.
     """
-    record = folder / RECORD_NAME
-    if not record.is_file():
-        yield Difference("missing", RECORD_NAME)
-    elif not isinstance(_parse(record.read_bytes()), dict):
-        yield Difference("file", RECORD_NAME, found="no JSON object", expected="a record")
+    yield from _check_object(folder / RECORD_NAME)
     if (folder / WORK_NAME).exists():
         yield Difference("unexpected", f"{WORK_NAME}, of an unfinished run")
+
+
+def _check_object(file: Path) -> Iterator[Difference]:
+    """Check that a file is there and holds a JSON object."""
+    if not file.is_file():
+        yield Difference("missing", file.name)
+    elif not isinstance(_parse(file.read_bytes()), dict):
+        yield Difference("file", file.name, found="no JSON object", expected="a JSON object")
 
 
 def _parse(data: bytes) -> Any:

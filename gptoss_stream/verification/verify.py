@@ -15,12 +15,12 @@ from .._utils.failures import machine_error
 from .._utils.thread_pool import count_workers, run_steps
 from ..checkpoint.local_reader import LocalReader
 from ..checkpoint.metadata import CheckpointInfo
-from ..checkpoint.open_reader import open_reader
-from ..errors import OptionError, OutputError
+from ..checkpoint.open_reader import open_readers
+from ..errors import CheckpointError, OptionError, OutputError
 from ..model.selection import Selection
-from ..planning.plan import plan
-from ..storage.location import LocationLike
-from ..storage.open_location import local_path
+from ..planning.plan import Plan, plan
+from ..storage.location import Location, LocationLike
+from ..storage.open_location import local_path, open_location
 from ..transforms.output_tensor import OutputTensor
 from ..writing.executor import CHUNK_NBYTES
 from .checksums import compare_checksums, compare_file_names, read_checksums
@@ -47,13 +47,14 @@ def verify(
     sample: int | None = None,
     seed: int = 0,
     workers: int | None = None,
+    mxfp4_rule: str | None = None,
+    reference: LocationLike | None = None,
     on_start: Callable[[int, int], None] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Verification:
     """Convert a source again, in bounded memory, and compare every byte with an output.
 
-    Names, dtypes, shapes, index and the small files beside the shards are compared too. Layers and
-    experts are kept as recorded in the output.
+    Names, dtypes, shapes, index and the small files beside the shards are compared too.
 
     Args:
         source: A folder, a Hub repository, or a URL (see `open_location`).
@@ -64,6 +65,8 @@ def verify(
         sample: Compare the data of this many random tensors only.
         seed: Random seed of the sample.
         workers: Number of threads; by default one more than processors, at most 8.
+        mxfp4_rule: How floats became MXFP4; by default as recorded in the output.
+        reference: The checkpoint whose MXFP4 blocks were kept; by default as recorded, too.
         on_start: Called with the bytes to compare, and 0.
         on_progress: Called with the bytes compared since the last call, from any thread.
 
@@ -86,6 +89,8 @@ def verify(
         options = recorded_options(folder, found)
         options["to"] = to or options["to"]
         options["selection"] = selection or options["selection"]
+        options["mxfp4_rule"] = mxfp4_rule or options["mxfp4_rule"]
+        options["reference"] = reference or _recorded_reference(options["reference"])
         planned = plan(source, source_format=source_format, **options)
         expected = {tensor.name: tensor for shard in planned.shards for tensor in shard.tensors}
         if selection is None and found.tensors and not found.tensors.keys() & expected.keys():
@@ -100,7 +105,7 @@ def verify(
         nbytes = sum(tensor.nbytes for tensor in tensors)
         if on_start is not None:
             on_start(nbytes, 0)
-        differences += _compare_data(planned.info, found, tensors, threads, on_progress)
+        differences += _compare_data(planned, found, tensors, threads, on_progress)
     except OSError as error:
         raise machine_error(error, f"verifying {folder}") from error
     return Verification(
@@ -114,6 +119,21 @@ def verify(
     )
 
 
+def _recorded_reference(name: str | None) -> Location | None:
+    """Open the reference that an output's record names, if it names one."""
+    if name is None:
+        return None
+    try:
+        location = open_location(name)
+        location.check()
+        return location
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; the output's record names it as the reference: if it has moved, give it "
+            "with --reference"
+        ) from None
+
+
 def _sample(tensors: list[OutputTensor], count: int, seed: int) -> list[OutputTensor]:
     """Return a random sample of tensors, in order of their names."""
     if count < 1:
@@ -123,7 +143,7 @@ def _sample(tensors: list[OutputTensor], count: int, seed: int) -> list[OutputTe
 
 
 def _compare_data(
-    source: CheckpointInfo,
+    planned: Plan,
     output: CheckpointInfo,
     tensors: Iterable[OutputTensor],
     threads: int,
@@ -134,7 +154,10 @@ def _compare_data(
     Raises:
         CheckpointError: If a file changes meanwhile.
     """
-    with open_reader(source) as source_reader, LocalReader(output) as output_reader:
+    with (
+        open_readers(planned.info, planned.reference) as source_reader,
+        LocalReader(output) as output_reader,
+    ):
         comparison = DataComparison(
             source_reader, output_reader, tensors, output.tensors, on_progress or _ignore
         )

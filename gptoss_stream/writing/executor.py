@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..planning.shards import PlannedShard
+from .shard_summary import ShardSummary
 
 __all__ = ["CHUNK_NBYTES", "Callbacks", "Executor", "memory_nbytes"]
 
@@ -50,9 +51,9 @@ class Callbacks:
     on_shard_start: Callable[[str, threading.Event], None] = lambda name, stop: None
     """Called before a shard's file is created, with the shard's name and an event. The file is
     created when the call returns; if the call waits, it must return once the event is set."""
-    before_commit: Callable[[str, str | None], None] = lambda name, sha256: None
-    """Called with the name and the SHA-256 (None unless checksums were asked for) of a shard that
-    is completely written. The shard gets its final name when the call returns."""
+    before_commit: Callable[[str, ShardSummary], None] = lambda name, summary: None
+    """Called with the name and the summary of a shard that is completely written. The shard gets
+    its final name when the call returns."""
     on_shard_finished: Callable[[str], None] = lambda name: None
     """Called with the name of a shard that is finished."""
 

@@ -14,12 +14,13 @@ from .._utils.failures import machine_error
 from ..checkpoint.auxiliary_files import CopiedFile
 from ..errors import OptionError, OutputError
 from ..planning.array_task import ArrayTask
-from ..planning.shards import PlannedShard, write_nbytes
+from ..planning.shards import PlannedShard, spill_nbytes
 from .disk_space import check_space, disk_full_error, is_disk_full, size_on_disk
 from .executor import Callbacks, Executor
 from .output_run import OutputRun
 from .output_spec import OutputResult, OutputSpec
 from .run_state import fingerprint
+from .shard_summary import ShardSummary
 
 __all__ = ["refuse_overwriting_task", "write_output"]
 
@@ -84,14 +85,14 @@ def _write_missing(
         executor.setup(run.work)
         on_start(resumed)
         if not missing and run.is_complete:
-            return OutputResult(resumed, is_complete=True)
+            return OutputResult(resumed, is_complete=True, encoding=run.encoding_report())
         run.begin()
         fingerprint_ = fingerprint(run.state)
 
-        def before_commit(name: str, sha256: str | None) -> None:
+        def before_commit(name: str, summary: ShardSummary) -> None:
             if task is not None:  # another run may have replaced this one
                 run.check_run(fingerprint_)
-            run.before_commit(name, sha256)
+            run.before_commit(name, summary)
 
         executor.write_shards(
             missing,
@@ -107,7 +108,7 @@ def _write_missing(
                 f"{run.path}: a finished shard no longer exists; leave the folder alone and run "
                 "the same command again"
             )
-        return OutputResult(resumed, is_complete)
+        return OutputResult(resumed, is_complete, run.encoding_report())
 
 
 def refuse_overwriting_task(task: ArrayTask | None, *, overwrite: bool) -> None:
@@ -123,4 +124,4 @@ def refuse_overwriting_task(task: ArrayTask | None, *, overwrite: bool) -> None:
 
 
 def _space_needed(shards: Sequence[PlannedShard]) -> int:
-    return sum(map(write_nbytes, shards))
+    return sum(shard.nbytes for shard in shards) + spill_nbytes(shards)

@@ -5,6 +5,7 @@ While a run is unfinished the folder holds `.gptoss_stream/`:
     lock, turn    see `folder_lock`
     run.json      the state of the run: tool version, source files, options, planned files
     *.sha256      the checksum of a shard, written before the shard gets its name
+    *.mxfp4.json  what encoding a shard to MXFP4 has lost, likewise
     *.safetensors shards and spill files that are being written
     task-*        the same of one array task
     worker-*      the same of a worker
@@ -26,7 +27,9 @@ from typing import Any
 from .._utils.regular_file import NotRegularError, open_regular
 from ..errors import OutputError
 from .durable_files import write_durably
+from .encoding_report import LOSSES_SUFFIX, losses_as_text
 from .run_state import RECORD_NAME, RUN_NAME, WORK_NAME, fingerprint, parse_state
+from .shard_summary import ShardSummary
 
 __all__ = ["OutputFolder"]
 
@@ -104,10 +107,15 @@ class OutputFolder:
                 self.checksums[name] = (self.work / f"{name}.sha256").read_text().strip()
         return self.checksums.get(name)
 
-    def save_checksum(self, name: str, sha256: str, partial_folder: Path) -> None:
-        """Keep the checksum of a shard that is about to get its final name."""
-        self.checksums[name] = sha256
-        write_durably(self.work / f"{name}.sha256", f"{sha256}\n".encode(), partial_folder)
+    def save_summary(self, name: str, summary: ShardSummary, partial_folder: Path) -> None:
+        """Keep what is known of a shard that is about to get its final name."""
+        if summary.losses:
+            text = losses_as_text(summary.losses)
+            write_durably(self.work / f"{name}{LOSSES_SUFFIX}", text, partial_folder)
+        if summary.sha256 is not None:
+            self.checksums[name] = summary.sha256
+            text = f"{summary.sha256}\n".encode()
+            write_durably(self.work / f"{name}.sha256", text, partial_folder)
 
     @contextmanager
     def worker_folder(self) -> Iterator[Path]:

@@ -8,18 +8,28 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from .._utils import strict_json
 from ..checkpoint.auxiliary_files import CopiedFile
 from ..errors import OutputError
+from ..tensors.mxfp4_encoder import EncodingLoss
 from ..tensors.safetensors_header import INDEX_NAME
 from .checksums import CHECKSUMS_NAME, build_checksums, parse_checksums
 from .durable_files import remove, write_durably
+from .encoding_report import (
+    LOSSES_SUFFIX,
+    REPORT_NAME,
+    build_report,
+    parse_losses,
+    parse_report,
+)
 from .folder_lock import LOCK_NAME, FolderLock
 from .output_folder import OutputFolder
 from .output_spec import OutputSpec
 from .run_state import RECORD_NAME, refuse_foreign_files, refuse_other_run
 from .shard_file import sync_folder
+from .shard_summary import ShardSummary
 
 __all__ = ["OutputRun"]
 
@@ -40,6 +50,11 @@ class OutputRun(OutputFolder):
         self.state = spec.state
         """The state of this run or, once the folder is locked, of the run that it resumes."""
         self._auxiliary_files = spec.auxiliary_files
+        self._encoding = spec.encoding
+        self._encoded = [
+            blocks.name for shard in spec.shards for blocks, _ in shard.encoded_pairs()
+        ]
+        self._known_losses: dict[str, EncodingLoss] = {}
         self._partial_folder = self.work
         self._lock = FolderLock(path)
 
@@ -125,7 +140,8 @@ class OutputRun(OutputFolder):
             remove(partial_folder)
         else:
             for file in self.work.iterdir():
-                if file.name not in (LOCK_NAME, self.run_file.name) and file.suffix != ".sha256":
+                is_kept = file.name.endswith((".sha256", LOSSES_SUFFIX))
+                if file.name not in (LOCK_NAME, self.run_file.name) and not is_kept:
                     remove(file)
         self._read_checksums()
 
@@ -178,6 +194,8 @@ class OutputRun(OutputFolder):
         """Write the state and the auxiliary files; other tasks may then begin."""
         if not self.run_file.exists():
             self._write(self.run_file, strict_json.dumps(self.state))
+        with suppress(FileNotFoundError):
+            self.keep_report((self.path / REPORT_NAME).read_bytes())
         for name in (INDEX_NAME, RECORD_NAME):  # of a finished run that has lost a file
             (self.path / name).unlink(missing_ok=True)
         for name, data in self._auxiliary_files.items():
@@ -188,17 +206,49 @@ class OutputRun(OutputFolder):
         """Delete all files of the run: they were uploaded."""
         self._delete(self.state["files"])
 
-    def before_commit(self, name: str, sha256: str | None) -> None:
-        """Keep the checksum of a shard (see `Callbacks.before_commit`)."""
-        if sha256 is not None:
-            self.save_checksum(name, sha256, self._partial_folder)
+    def before_commit(self, name: str, summary: ShardSummary) -> None:
+        """Keep what is known of a shard (see `Callbacks.before_commit`)."""
+        self.save_summary(name, summary, self._partial_folder)
 
-    def finish(self, index: bytes, sizes: Mapping[str, int]) -> bool:
+    def losses(self) -> dict[str, bytes]:
+        """Return what encoding each shard has lost, as texts by the shards' names."""
+        files = self.work.glob(f"*{LOSSES_SUFFIX}")
+        return {file.name.removesuffix(LOSSES_SUFFIX): file.read_bytes() for file in files}
+
+    def keep_report(self, text: bytes) -> None:
+        """Keep what a report says of shards that are not written again."""
+        self._known_losses = parse_report(text)
+
+    def encoding_report(self) -> dict[str, Any] | None:
+        """Return the report of a finished run about encoding to MXFP4; None if nothing was."""
+        if REPORT_NAME not in self.state["files"]:
+            return None
+        try:
+            return dict(strict_json.loads((self.path / REPORT_NAME).read_bytes()))
+        except (FileNotFoundError, ValueError):  # it is not finished, or was changed since
+            return None
+
+    def _write_report(self, losses: Mapping[str, bytes]) -> None:
+        """Write the report about encoding to MXFP4, if anything was encoded."""
+        if self._encoding is not None:
+            known = dict(self._known_losses)
+            for text in losses.values():
+                known |= parse_losses(text)
+            report = strict_json.dumps(build_report(self._encoding, known, self._encoded))
+            self._write_with_checksum(REPORT_NAME, report)
+
+    def finish(
+        self,
+        index: bytes,
+        sizes: Mapping[str, int],
+        losses: Mapping[str, bytes] | None = None,
+    ) -> bool:
         """Write the record, the checksums and last of all the index, if all shards are finished.
 
         Args:
             index: The text of the index.
             sizes: The bytes of each shard, by name.
+            losses: What encoding each shard has lost, by name; by default what this folder knows.
 
         Returns:
             Whether the output is complete; other tasks may still have shards to write.
@@ -211,6 +261,7 @@ class OutputRun(OutputFolder):
                 return True
             if not all(self.is_finished(name, nbytes) for name, nbytes in sizes.items()):
                 return False
+            self._write_report(self.losses() if losses is None else losses)
             self._write_with_checksum(RECORD_NAME, strict_json.dumps(self.state))
             if self._has_checksums:
                 known = {n: self.checksums[n] for n in self.state["files"] if n in self.checksums}

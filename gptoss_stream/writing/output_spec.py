@@ -10,6 +10,7 @@ from ..checkpoint.auxiliary_files import CopiedFile
 from ..planning.shards import PlannedShard
 from ..tensors.safetensors_header import INDEX_NAME, build_index
 from .checksums import CHECKSUMS_NAME
+from .encoding_report import REPORT_NAME
 from .run_state import RECORD_NAME
 
 __all__ = ["OutputResult", "OutputSpec"]
@@ -26,6 +27,8 @@ class OutputSpec:
     """Configuration, tokenizer and other small files by name, as bytes or to be copied."""
     checksums: bool = False
     """Whether `SHA256SUMS` is written."""
+    encoding: Mapping[str, Any] | None = None
+    """The rule and the reference by which floats become MXFP4; None if none do."""
 
     @property
     def index(self) -> bytes:
@@ -37,8 +40,9 @@ class OutputSpec:
     def state(self) -> dict[str, Any]:
         """The state of a run that writes these files (see `run_state`)."""
         names = [*self.auxiliary_files, *(shard.name for shard in self.shards)]
+        report = [] if self.encoding is None else [REPORT_NAME]
         checksums = [CHECKSUMS_NAME] if self.checksums else []
-        files = [*names, *checksums, RECORD_NAME, INDEX_NAME]
+        files = [*names, *report, *checksums, RECORD_NAME, INDEX_NAME]
         return {**self.identity, "checksums": self.checksums, "files": files}
 
 
@@ -50,3 +54,6 @@ class OutputResult:
     """Bytes of shards that were finished before."""
     is_complete: bool
     """Whether the output is complete; it is not while other array tasks still run."""
+    encoding: Mapping[str, Any] | None = None
+    """The report about encoding to MXFP4 (see `encoding_report`); None if nothing was encoded, or
+    the output is not complete."""

@@ -17,6 +17,7 @@ from ..errors import CheckpointError, GptOssStreamError, MachineError, OutputErr
 from ..storage.location import FileInfo, WritableLocation
 from ..tensors.safetensors_header import INDEX_NAME
 from .checksums import CHECKSUMS_NAME, parse_checksums
+from .encoding_report import LOSSES_SUFFIX, REPORT_NAME
 from .run_state import (
     RECORD_NAME,
     RUN_NAME,
@@ -49,6 +50,8 @@ class RemoteFolder:
         self._files: Mapping[str, FileInfo] = {}
         self._checksums: dict[str, str] = {}
         self._run = ""
+        self.losses: Mapping[str, bytes] = {}
+        """What encoding shards to MXFP4 has lost, as texts by name; uploaded with the shards."""
 
     @property
     def identity(self) -> str:
@@ -83,8 +86,8 @@ class RemoteFolder:
     def refresh(self) -> None:
         """List the files again and read checksums that were added."""
         self._files = self.location.listing()
-        for name in self._checksum_files() if self._has_checksums else ():
-            shard = name.removeprefix(f"{WORK_NAME}/").removesuffix(_CHECKSUM_SUFFIX)
+        for name in self._work_files(_CHECKSUM_SUFFIX) if self._has_checksums else ():
+            shard = _shard_name(name, _CHECKSUM_SUFFIX)
             if shard in self._checksums:
                 continue
             try:
@@ -135,8 +138,22 @@ class RemoteFolder:
         """
         kept = {n: checksums[n] for n in files if self._has_checksums and n in checksums}
         small = {f"{WORK_NAME}/{n}{_CHECKSUM_SUFFIX}": f"{kept[n]}\n".encode() for n in kept}
+        small |= {
+            f"{WORK_NAME}/{name}{LOSSES_SUFFIX}": self.losses[name]
+            for name in files
+            if name in self.losses
+        }
         self.location.put({**small, **files}, checksums)
         self._checksums |= kept
+
+    def read_losses(self) -> dict[str, bytes]:
+        """Return what encoding the uploaded shards has lost, as texts by name."""
+        names = self._work_files(LOSSES_SUFFIX)
+        return {_shard_name(name, LOSSES_SUFFIX): self.location.read(name) for name in names}
+
+    def read_report(self) -> bytes | None:
+        """Return the report of a finished run about encoding to MXFP4; None without one."""
+        return self.location.read(REPORT_NAME) if REPORT_NAME in self._files else None
 
     def confirm_upload(self, name: str) -> None:
         """Check that no other run began while a shard was uploaded.
@@ -162,15 +179,17 @@ class RemoteFolder:
     def _delete(self, names: list[str]) -> None:
         """Delete the files of a run: the index first, so that nothing looks finished; last the
         record of which files are the tool's."""
-        others = sorted({*names, *self._checksum_files()} - {INDEX_NAME, RECORD_NAME})
+        others = sorted(
+            {*names, *self._work_files(_CHECKSUM_SUFFIX, LOSSES_SUFFIX)} - {INDEX_NAME, RECORD_NAME}
+        )
         for some in ([INDEX_NAME], others, [RECORD_NAME, RUN_NAME]):
             self.location.delete(some)
         self._files, self._checksums = {}, {}
 
-    def _checksum_files(self) -> list[str]:
-        """Return the files that hold the checksums of shards during the run."""
+    def _work_files(self, *suffixes: str) -> list[str]:
+        """Return the files that hold what is known of shards during the run."""
         prefix = f"{WORK_NAME}/"
-        return [n for n in self._files if n.startswith(prefix) and n.endswith(_CHECKSUM_SUFFIX)]
+        return [n for n in self._files if n.startswith(prefix) and n.endswith(suffixes)]
 
     def checksum(self, name: str) -> str | None:
         """Return the SHA-256 of an uploaded file, if it is known."""
@@ -212,5 +231,10 @@ class RemoteFolder:
         self.location.put({**{n: f for n, f in files.items() if n not in last}, **last}, checksums)
         # Also the partial files of processes that were killed.
         partials = (f"{name}.partial" for name in self._files)
-        self.location.delete([*self._checksum_files(), *partials])
+        self.location.delete([*self._work_files(_CHECKSUM_SUFFIX, LOSSES_SUFFIX), *partials])
         self.location.delete([RUN_NAME])
+
+
+def _shard_name(name: str, suffix: str) -> str:
+    """Return which shard a file in the work folder is about."""
+    return name.removeprefix(f"{WORK_NAME}/").removesuffix(suffix)

@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from .._utils import strict_json
 from .._utils.failures import machine_error
 from .._utils.paths import user_path
 from ..errors import OptionError, OutputError
@@ -23,12 +25,14 @@ from ..storage.location import WritableLocation
 from ..tensors.safetensors_header import INDEX_NAME
 from .checksums import CHECKSUMS_NAME
 from .disk_space import check_space, disk_full_error, is_disk_full
+from .encoding_report import REPORT_NAME
 from .executor import Callbacks, Executor
 from .output import refuse_overwriting_task
 from .output_run import OutputRun
 from .output_spec import OutputResult, OutputSpec
 from .remote_folder import RemoteFolder
 from .run_state import RECORD_NAME, fingerprint
+from .shard_summary import ShardSummary
 from .uploads import Uploads, wait_for_earlier_uploads
 
 __all__ = ["staging_folder", "staging_nbytes", "write_remote_output"]
@@ -140,6 +144,7 @@ class _RemoteOutput:
         left = [shard for shard in shards if shard.name not in uploaded]
         staged = [shard for shard in left if run.is_finished(shard.name, shard.nbytes)]
         missing = [shard for shard in left if shard not in staged]
+        remote.losses = run.losses()
         self.needed = staging_nbytes(missing, self.max_staged) if self.executor.in_process else 0
         check_space(run.path, self.needed)
         self.executor.setup(None)
@@ -152,7 +157,14 @@ class _RemoteOutput:
             is_complete = self._is_complete()
         if is_complete and not remote.is_complete(run.state):
             self._finish()
-        return OutputResult(resumed, is_complete)
+        return OutputResult(resumed, is_complete, self._encoding_report())
+
+    def _encoding_report(self) -> dict[str, Any] | None:
+        """Return the report about encoding to MXFP4, of this run or one that ended before."""
+        if self.run.encoding_report() is not None:
+            return self.run.encoding_report()
+        text = self.remote.read_report() if self.spec.encoding is not None else None
+        return None if text is None else dict(strict_json.loads(text))
 
     def _write_shards(
         self,
@@ -164,10 +176,11 @@ class _RemoteOutput:
         """Upload the staged shards, write the missing ones, and upload them as they finish."""
         run = self.run
 
-        def before_commit(name: str, sha256: str | None) -> None:
+        def before_commit(name: str, summary: ShardSummary) -> None:
             if self.task is not None:  # another run may have replaced this one
                 self.remote.check_run()
-            run.before_commit(name, sha256)
+            run.before_commit(name, summary)
+            self.remote.losses = run.losses()
 
         with Uploads(self.remote, run.path, self.max_staged, run.checksums.get) as uploads:
             for shard in staged:
@@ -207,8 +220,12 @@ class _RemoteOutput:
     def _finish(self) -> None:
         """Write the small files, and upload them."""
         run = self.run
-        run.finish(self.spec.index, {})
-        small = [*self.spec.auxiliary_files, CHECKSUMS_NAME, RECORD_NAME, INDEX_NAME]
+        losses: dict[str, bytes] = {}
+        if self.spec.encoding is not None:
+            run.keep_report(self.remote.read_report() or b"{}")  # of a run that has lost a file
+            losses = {**self.remote.read_losses(), **run.losses()}
+        run.finish(self.spec.index, {}, losses)
+        small = [*self.spec.auxiliary_files, REPORT_NAME, CHECKSUMS_NAME, RECORD_NAME, INDEX_NAME]
         files = {name: run.path / name for name in small if name in run.state["files"]}
         self.remote.finish(files, {n: s for n, s in run.checksums.items() if n in files})
 

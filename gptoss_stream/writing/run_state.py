@@ -2,8 +2,8 @@
 
 While a run is unfinished its output holds the state as `.gptoss_stream/run.json`, afterwards as the
 record `gptoss_stream.json`. A state is a JSON object: the run's identity (`planning.run_identity`),
-whether checksums are written, and `files`, the names of all files that the run writes. The key
-`source`, and keys that follow from others, are only for users to read.
+whether checksums are written, and `files`, the names of all files that the run writes. The keys
+`source` and `reference`, and keys that follow from others, are only for users to read.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ __all__ = [
 WORK_NAME = ".gptoss_stream"
 RUN_NAME = f"{WORK_NAME}/run.json"
 _DERIVED = ("plan", "files", "unused")  # named only if nothing else differs
+_FOR_USERS = ("source", "reference")  # the same files under another path are the same
 
 
 def parse_state(data: bytes, where: str) -> dict[str, Any]:
@@ -112,8 +113,8 @@ def differences(found: Mapping[str, Any], state: Mapping[str, Any]) -> Iterator[
     """Yield what differs between the state that was found and that of this run, with both values
     where they are short."""
     differing = [key for key in {**state, **found} if found.get(key) != state.get(key)]
-    causes = [key for key in differing if key not in ("source", *_DERIVED)]
-    for key in causes or [key for key in differing if key != "source"]:
+    causes = [key for key in differing if key not in (*_FOR_USERS, *_DERIVED)]
+    for key in causes or [key for key in differing if key not in _FOR_USERS]:
         old, new = found.get(key), state.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             names = sorted(n for n in {**old, **new} if old.get(n) != new.get(n))

@@ -25,9 +25,10 @@ from .._utils.memory import available_nbytes
 from ..checkpoint.reader import Reader
 from ..tensors.cast import STORAGE, cast
 from ..tensors.dtypes import DType
-from ..transforms.materialize import TargetRows, materialize_rows
+from ..transforms.materialize import materialize_rows
 from ..transforms.operands import as_dense
 from ..transforms.output_tensor import Segment
+from ..transforms.tiles import TargetRows
 
 __all__ = ["SpilledTranspose", "is_memory_low"]
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -23,14 +22,13 @@ from .._utils.thread_pool import Buffer, Step, run_steps
 from ..checkpoint.reader import ElementRange, Reader, ReadSchedule
 from ..errors import OutputError
 from ..planning.shards import PlannedShard
-from ..tensors.dtypes import DType
-from ..transforms.materialize import TargetRows, materialize, materialize_rows
+from ..transforms.materialize import materialize
 from ..transforms.output_tensor import Segment, element_ranges
 from . import executor
-from .checksums import RunningChecksum
 from .executor import Callbacks
 from .safetensors_check import find_problem
 from .shard_file import ShardFile
+from .shard_in_progress import ShardInProgress, spilled_segments
 from .spill_file import SpilledTranspose
 
 __all__ = ["ThreadExecutor"]
@@ -49,26 +47,6 @@ class _PlannedStep(NamedTuple):
     start: int
     """The first byte of the chunk, or the number of the block to spill."""
     spilled: Segment | None = None
-
-
-@dataclass
-class _ShardInProgress:
-    """A shard that threads are writing: its file, its spill files, and the chunks to come."""
-
-    shard: PlannedShard
-    chunks_left: int
-    checksum: RunningChecksum | None
-    transposes: dict[Segment, SpilledTranspose] = field(default_factory=dict)
-    file: ShardFile | None = None
-    """None until the first chunk: spill files begin earlier."""
-    counting: threading.Lock = field(default_factory=threading.Lock)
-
-    def close(self) -> None:
-        """Close all files and delete those that are not finished."""
-        for transpose in self.transposes.values():
-            transpose.close()
-        if self.file is not None:
-            self.file.discard()
 
 
 class ThreadExecutor:
@@ -122,8 +100,8 @@ class ThreadExecutor:
         self._folder, self._partial_folder = folder, partial_folder
         self._callbacks, self._checksums = callbacks, checksums
         self._stop = threading.Event()
-        self._in_progress: dict[str, _ShardInProgress] = {}
-        self._spilled = {s.name: {segment for segment, _ in s.spilled()} for s in shards}
+        self._in_progress: dict[str, ShardInProgress] = {}
+        self._spilled = {shard.name: spilled_segments(shard) for shard in shards}
         self._order = self._ordered_steps(shards)
         self._reader.set_schedule(ReadSchedule(len(self._order), self._ranges_read), self._stop)
         try:
@@ -165,7 +143,7 @@ class ThreadExecutor:
     def _steps(self) -> Iterator[Step]:
         """Yield every step as a function, and create the files that it needs."""
         for number, (shard, start, segment) in enumerate(self._order):
-            progress = self._in_progress.get(shard.name) or self._begin_shard(shard)
+            progress = self._in_progress.get(shard.name) or self._begin(shard)
             if segment is not None:
                 transpose = progress.transposes[segment]
                 yield partial(self._run_step, number, partial(self._spill, transpose, start))
@@ -183,13 +161,11 @@ class ThreadExecutor:
             write = partial(self._write_chunk, progress, progress.file, start)
             yield partial(self._run_step, number, write)
 
-    def _begin_shard(self, shard: PlannedShard) -> _ShardInProgress:
-        chunks = -(-shard.nbytes // self._chunk_nbytes)
-        progress = _ShardInProgress(shard, chunks, RunningChecksum() if self._checksums else None)
+    def _begin(self, shard: PlannedShard) -> ShardInProgress:
+        progress = ShardInProgress(
+            shard, self._chunk_nbytes, self._partial_folder, checksum=self._checksums
+        )
         self._in_progress[shard.name] = progress
-        for number, (segment, _) in enumerate(shard.spilled()):
-            file = self._partial_folder / f"{shard.name}.spill-{number}"
-            progress.transposes[segment] = SpilledTranspose(segment, file, self._chunk_nbytes)
         return progress
 
     # --- in the threads ----------------------------------------------------------------------
@@ -203,7 +179,7 @@ class ThreadExecutor:
         transpose.spill(block, self._reader, buffer, drop_cache=self._low_memory)
 
     def _write_chunk(
-        self, progress: _ShardInProgress, file: ShardFile, begin: int, buffer: Buffer
+        self, progress: ShardInProgress, file: ShardFile, begin: int, buffer: Buffer
     ) -> None:
         """Make the bytes of a shard from `begin` on, write them, and commit a complete shard."""
         shard = progress.shard
@@ -213,7 +189,14 @@ class ThreadExecutor:
             buffer[: len(header)] = np.frombuffer(header, np.uint8)
         for tensor, low, high, offset in shard.overlapping(begin, end):
             out = buffer[offset - begin : offset - begin + high - low]
-            materialize(tensor, low, high, out, partial(self._materialize_rows, progress))
+            materialize(
+                tensor,
+                low,
+                high,
+                out,
+                partial(progress.make_rows, tensor, self._reader, self._stop, self._threads),
+            )
+            progress.end_tensor(tensor)
         if self._stop.is_set():
             return
         length = end - begin
@@ -229,29 +212,14 @@ class ThreadExecutor:
         if is_last:
             self._commit(progress, file)
 
-    def _materialize_rows(
-        self,
-        progress: _ShardInProgress,
-        segment: Segment,
-        targets: list[TargetRows],
-        dtype: DType,
-    ) -> None:
-        """Make rows of a segment, from its spill file if it has one."""
-        transpose = progress.transposes.get(segment) if progress.transposes else None
-        if transpose is not None:
-            transpose.read_rows(targets, dtype, self._stop, ahead=self._threads)
-        else:
-            materialize_rows(segment, targets, dtype, self._reader)
-
-    def _commit(self, progress: _ShardInProgress, file: ShardFile) -> None:
+    def _commit(self, progress: ShardInProgress, file: ShardFile) -> None:
         if self._stop.is_set():
             return  # a chunk may have been skipped
-        name, checksum = progress.shard.name, progress.checksum
+        name = progress.shard.name
         self._reader.check_unchanged()
-        self._callbacks.before_commit(name, None if checksum is None else checksum.hexdigest())
+        self._callbacks.before_commit(name, progress.summary)
         file.commit()
-        for transpose in progress.transposes.values():
-            transpose.close()
+        progress.close_spill_files()
         del self._in_progress[name]
         self._callbacks.on_shard_finished(name)
 

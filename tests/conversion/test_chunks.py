@@ -8,7 +8,7 @@ import os
 import time
 
 import pytest
-from format_pairs import MXFP4_FORMATS, PAIRS
+from format_pairs import ALL_PAIRS, MXFP4_FORMATS
 from runs import digests
 
 import gptoss_stream
@@ -34,7 +34,7 @@ def test_the_bytes_depend_only_on_source_and_options(checkpoints, tmp_path, monk
         assert digests(out) == expected
 
 
-@pytest.mark.parametrize(("source", "target"), PAIRS)
+@pytest.mark.parametrize(("source", "target"), ALL_PAIRS)
 def test_every_pair_in_chunks_of_any_size(source, target, checkpoints, tmp_path, monkeypatch):
     """Also if the dtype changes."""
     folder = checkpoints(format=source, layers=2)
@@ -57,7 +57,7 @@ def test_every_pair_in_chunks_of_any_size(source, target, checkpoints, tmp_path,
                 assert gptoss_stream.verify(folder, out).equal
 
 
-@pytest.mark.parametrize(("source", "target"), PAIRS)
+@pytest.mark.parametrize(("source", "target"), ALL_PAIRS)
 def test_only_the_vocabulary_is_spilled(source, target, sources, monkeypatch):
     """Experts are never spilled, whatever their size, and the vocabulary only if it is
     transposed."""

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from format_pairs import PAIRS
+from format_pairs import ALL_PAIRS
 
 import gptoss_stream
 
@@ -24,6 +24,8 @@ MOST_MEMORY = [  # these gather or scatter most
     ("transformer-lens", "hf"),
     ("transformer-lens", "hf-unfused"),
     ("hf-unfused", "hf"),
+    ("hf", "hf-mxfp4"),
+    ("transformer-lens", "openai"),
 ]
 GROUP = Path("/sys/fs/cgroup/memory/gptoss_stream_test")
 
@@ -54,7 +56,7 @@ def large_sources(tmp_path_factory):
     shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize(("source", "target"), PAIRS)
+@pytest.mark.parametrize(("source", "target"), ALL_PAIRS)
 def test_peak_memory_is_the_same_for_every_pair(source, target, large_sources, tmp_path):
     report = convert(large_sources(source), tmp_path / "out", "--to", target, "--workers", "3")
     assert report["bytes_out"] > 3e9
@@ -70,7 +72,21 @@ def test_peak_memory_with_the_experts_of_120b(source, target, tmp_path):
     assert report["peak_rss"] < PAIR_LIMIT
 
 
-@pytest.mark.parametrize(("source", "target"), PAIRS)
+@pytest.mark.parametrize("preset", ["20b", "120b"])
+def test_peak_memory_with_a_reference(preset, tmp_path):
+    """The reference's blocks are in memory too. All of them are kept."""
+    base = gptoss_stream.synth(tmp_path / "base", preset, layers=1)
+    gptoss_stream.convert(base, tmp_path / "floats", to="hf")
+    options = ("--to", "hf-mxfp4", "--reference", base, "--workers", "3")
+    report = convert(tmp_path / "floats", tmp_path / "out", *options)
+    assert report["peak_rss"] < PAIR_LIMIT + 10_000_000
+    total = report["mxfp4"]["total"]
+    assert total["blocks_kept"] == total["blocks"] > 1e6
+    for shard in base.glob("*.safetensors"):
+        assert subprocess.run(["cmp", shard, tmp_path / "out" / shard.name]).returncode == 0
+
+
+@pytest.mark.parametrize(("source", "target"), ALL_PAIRS)
 @pytest.mark.skipif(
     os.geteuid() != 0 or not (GROUP.parent / "memory.limit_in_bytes").exists(),
     reason="needs root and control groups of version 1",

@@ -117,16 +117,6 @@ def test_mxfp4_bytes_are_copied_unchanged(source, target, sources, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in mxfp4)
 
 
-@pytest.mark.parametrize("target", MXFP4_FORMATS)
-@pytest.mark.parametrize("source", [name for name in FORMATS if name not in MXFP4_FORMATS])
-def test_floats_are_not_quantised(source, target, sources, tmp_path):
-    with pytest.raises(
-        OptionError, match=f"{source} to {target}: .* not quantized by this version"
-    ):
-        gptoss_stream.convert(sources(source, "bf16")[0], tmp_path / "out", to=target)
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_the_default_dtype(source, target, sources, tmp_path):
     """It is the source's for its own format and from TransformerLens, else bfloat16; the plan

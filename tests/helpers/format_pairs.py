@@ -10,8 +10,9 @@ FORMATS = gptoss_stream.formats.names()
 MXFP4_FORMATS = ("hf-mxfp4", "openai")
 ALWAYS_STORED = ("openai", "transformer-lens")
 """Formats that always store the head and the biases."""
-PAIRS = [(a, b) for a in FORMATS for b in FORMATS if b not in MXFP4_FORMATS or a in MXFP4_FORMATS]
-"""All pairs but those in which floats would have to be quantised."""
+ALL_PAIRS = [(a, b) for a in FORMATS for b in FORMATS]
+PAIRS = [(a, b) for a, b in ALL_PAIRS if b not in MXFP4_FORMATS or a in MXFP4_FORMATS]
+"""All pairs but those in which floats are encoded, so that values change."""
 
 # All sizes differ, except for one expert, one key/value head, and in the last variant equal sizes.
 VARIANTS = {

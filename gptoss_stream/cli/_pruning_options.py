@@ -1,0 +1,56 @@
+"""The options that make a smaller model, and the file that one of them can name."""
+
+from __future__ import annotations
+
+import argparse
+
+from .._utils import strict_json
+from .._utils.paths import user_path
+from ..errors import OptionError
+
+__all__ = ["add_pruning", "parse_keep_experts"]
+
+
+def add_pruning(parser: argparse.ArgumentParser) -> None:
+    """Add `--keep-layers` and `--keep-experts`."""
+    group = parser.add_argument_group("pruning (makes a smaller model, numbered anew)")
+    group.add_argument(
+        "--keep-layers", metavar="LIST", help="layers to keep, such as 0-5 (default: all)"
+    )
+    group.add_argument(
+        "--keep-experts",
+        metavar="LIST",
+        help="experts to keep in every layer, such as 0,3,7-12; or @FILE, a JSON file with a list "
+        "for each layer of SOURCE, or an object of lists by layer, all of one length",
+    )
+
+
+def parse_keep_experts(arguments: argparse.Namespace) -> str | dict[int, list[int]] | None:
+    """Return the experts to keep, as `plan` and `convert` take them; reads the file, if it is one.
+
+    Raises:
+        OptionError: If the file cannot be read.
+    """
+    text: str | None = arguments.keep_experts
+    if text is None or not text.startswith("@"):
+        return text
+    file = user_path(text[1:])
+    try:
+        found = strict_json.loads(file.read_bytes())
+    except OSError as error:
+        raise OptionError(f"--keep-experts {file}: {error.strerror}") from None
+    except ValueError as error:
+        raise OptionError(f"--keep-experts {file}: {error}") from None
+    try:
+        if isinstance(found, list):
+            found = {str(layer): experts for layer, experts in enumerate(found)}
+        by_layer = {int(layer): [*experts] for layer, experts in found.items()}
+        numbers = [number for experts in by_layer.values() for number in experts]
+        if [*map(str, by_layer)] != [*found] or any(type(n) is not int or n < 0 for n in numbers):
+            raise ValueError
+    except (ValueError, TypeError, AttributeError):
+        raise OptionError(
+            f"--keep-experts {file}: it holds no lists of expert numbers; write "
+            '[[0, 3], [1, 2], …] or {"0": [0, 3], …}'
+        ) from None
+    return by_layer

@@ -1,0 +1,117 @@
+"""An operand that is stored in MXFP4."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from ..checkpoint.reader import ElementRange, Reader
+from ..errors import TensorError
+from ..tensors.dtypes import BLOCK_NBYTES, BLOCK_VALUES
+from ..tensors.raw_tensor import RawTensor
+from .operand import Interval, Loaded, Tile
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["Mxfp4Operand", "Packed"]
+
+Packed: TypeAlias = "tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]"
+"""Blocks and scales of MXFP4."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mxfp4Operand:
+    """A matrix that is stored in MXFP4, in blocks of 32 values along its rows.
+
+    Example: the up projection of expert 3 in `gate_up_proj` [32, 5760, 2880], whose rows alternate
+    between gate and up. `first_row` is 3 * 5760, `stored_shape` [5760, 2880] and `selected`
+    range(1, 5760, 2). The operand's shape is [2880, 2880].
+    """
+
+    blocks: RawTensor
+    """[..., columns / 32, 16] U8, two values in a byte."""
+    scales: RawTensor
+    """[..., columns / 32] U8."""
+    first_row: int
+    """The first row, counted over all leading axes of the raw tensors."""
+    stored_shape: tuple[int, int]
+    """The rows from there on, and the columns."""
+    selected: range | None = None
+    """The rows of these that belong to the operand; None for all."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """See `Operand`."""
+        rows, columns = self.stored_shape
+        return (rows if self.selected is None else len(self.selected)), columns
+
+    def _stored_rows(self, rows: Interval) -> slice:
+        """Return which rows of the raw tensors rows of the operand are."""
+        if self.selected is None:
+            return slice(self.first_row + rows[0], self.first_row + rows[1])
+        indices = self.selected[rows[0] : rows[1]]
+        return slice(self.first_row + indices[0], self.first_row + indices[-1] + 1, indices.step)
+
+    @contextmanager
+    def load_packed(self, reader: Reader, rows: Interval) -> Iterator[Packed]:
+        """Load the blocks [rows, groups, 16] and the scales [rows, groups] of rows."""
+        stored = self._stored_rows(rows)
+        num_rows, num_groups = stored.stop - stored.start, self.stored_shape[1] // BLOCK_VALUES
+        with (
+            reader.read(
+                self.blocks,
+                stored.start * num_groups * BLOCK_NBYTES,
+                (num_rows, num_groups, BLOCK_NBYTES),
+            ) as blocks,
+            reader.read(self.scales, stored.start * num_groups, (num_rows, num_groups)) as scales,
+        ):
+            yield blocks[:: stored.step], scales[:: stored.step]
+
+    @contextmanager
+    def load(self, reader: Reader, tile: Tile) -> Iterator[Loaded]:
+        """See `Operand`; the values are decoded to the tile's dtype."""
+        left, right = tile.columns or (0, self.stored_shape[1])
+        groups = slice(left // BLOCK_VALUES, -(-right // BLOCK_VALUES))
+        with self.load_packed(reader, tile.rows) as (blocks, scales):
+            values = self._decode(blocks[:, groups], scales[:, groups], tile)
+            first_column = groups.start * BLOCK_VALUES
+            if tile.columns is not None:
+                values = values[:, left - first_column : right - first_column]
+            yield values, tile.dtype
+
+    def _decode(
+        self, blocks: np.ndarray[Any, Any], scales: np.ndarray[Any, Any], tile: Tile
+    ) -> np.ndarray[Any, Any]:
+        """Decode blocks [rows, groups, 16] and their scales to values [rows, groups * 32]."""
+        import numpy as np
+
+        from ..tensors.cast import STORAGE, count_infinities
+        from ..tensors.mxfp4 import NAN_SCALE, decode, largest_scale
+
+        dtype, values = tile.dtype, tile.out
+        largest = int(scales.max())
+        if largest == NAN_SCALE:
+            raise TensorError(
+                f"{self.scales.shard}: tensor {self.scales.name!r} holds the scale "
+                f"{NAN_SCALE}, which is NaN; its weights are damaged, download them again"
+            )
+        # Values are decoded in pairs, which must be aligned.
+        if values is None or values.ctypes.data % (2 * dtype.itemsize):
+            num_rows, num_groups = scales.shape
+            values = np.empty((num_rows, num_groups * BLOCK_VALUES), STORAGE[dtype])
+        decode(blocks, scales, values, dtype)
+        if largest > largest_scale(dtype) and count_infinities(values, dtype):
+            raise OverflowError(f"values with the scale 2^{largest - 127} exceed {dtype}")
+        return values
+
+    def element_ranges(self, rows: Interval) -> Iterator[ElementRange]:
+        """See `Operand`."""
+        stored = self._stored_rows(rows)
+        for raw in (self.blocks, self.scales):
+            row_size = prod(raw.shape) // prod(self.scales.shape[:-1])
+            count = (stored.stop - stored.start) * row_size
+            yield ElementRange(raw, stored.start * row_size, count)

@@ -1,0 +1,86 @@
+"""What a conversion did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..planning.plan import Plan
+from .output_spec import OutputResult
+
+__all__ = ["Report", "make_report"]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a conversion did. Sizes are in bytes."""
+
+    output: str
+    format: str
+    dtype: str
+    partial: bool
+    """Whether only some of the model's tensors were written."""
+    complete: bool
+    """Whether the output is complete; it is not before the last of several array tasks ends."""
+    tensors: int
+    bytes_in: int
+    """Bytes of the source that the whole output takes."""
+    bytes_out: int
+    """Bytes of the whole output's shards."""
+    bytes_resumed: int
+    """Bytes of shards (of this array task) that were finished before."""
+    seconds: float
+    peak_rss: int
+    """The largest peak resident memory of all processes."""
+    shards: dict[str, int]
+    """The size of each shard."""
+    unmapped: tuple[str, ...]
+    """Raw tensors of the source that the output does not use."""
+    notes: tuple[str, ...]
+    """What users should know about how the source was read."""
+    narrowed: Mapping[str, int]
+    """The number of tensors that lost precision, by dtypes: {"F32 to BF16": 12}."""
+    mxfp4: Mapping[str, Any] | None
+    """What encoding to MXFP4 lost, in all and by tensor; None if nothing was encoded, or the output
+    is not complete. The same is in the output's mxfp4_encoding.json."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as JSON types."""
+        return asdict(self)
+
+
+def make_report(
+    plan: Plan,
+    output: str,
+    result: OutputResult,
+    seconds: float,
+    peak_rss: int,
+) -> Report:
+    """Return the report of a conversion.
+
+    Args:
+        plan: The plan.
+        output: What messages call the output.
+        result: What came of the run.
+        seconds: How long it took.
+        peak_rss: The peak resident memory, in bytes.
+    """
+    return Report(
+        output=output,
+        format=plan.to,
+        dtype=plan.dtype,
+        partial=plan.is_partial,
+        complete=result.is_complete,
+        tensors=plan.num_tensors,
+        bytes_in=plan.source_nbytes,
+        bytes_out=plan.nbytes,
+        bytes_resumed=result.resumed,
+        seconds=seconds,
+        peak_rss=peak_rss,
+        shards={shard.name: shard.nbytes for shard in plan.shards},
+        unmapped=plan.unmapped,
+        notes=plan.notes,
+        narrowed=plan.narrowed,
+        mxfp4=result.encoding,
+    )

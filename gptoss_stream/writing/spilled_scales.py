@@ -1,0 +1,94 @@
+"""Keeps MXFP4 scales in a spill file until their place in the shard is written.
+
+Blocks and scales are encoded in one pass, and in a shard the scales come after all blocks of their
+tensor. The scales of one tensor can have 66 MB (gpt-oss-120b), so they do not wait in memory.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..transforms.output_tensor import OutputTensor, Segment
+from ..transforms.tiles import TargetRows
+
+__all__ = ["SpilledScales"]
+
+
+class SpilledScales:
+    """The scales of one tensor, from any thread.
+
+    Once `end_chunk` was called for every chunk with blocks, `read_rows` gives the scales.
+
+    Args:
+        blocks: The tensor of blocks.
+        scales: The tensor of scales.
+        chunks: The number of chunks in which the blocks are made.
+        file: Where to create the spill file.
+    """
+
+    def __init__(self, blocks: OutputTensor, scales: OutputTensor, chunks: int, file: Path) -> None:
+        begins = list(accumulate((s.elements for s in scales.segments), initial=0))
+        self._begins: dict[Segment, int] = {}
+        for tensor in (blocks, scales):
+            self._begins |= dict(zip(tensor.segments, begins, strict=False))
+        self._chunks_left = chunks
+        self._counting = threading.Lock()
+        self._is_ready = threading.Event()
+        self._file = file
+        self._descriptor = os.open(
+            file, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o600
+        )
+
+    def write_rows(self, segment: Segment, first: int, scales: np.ndarray[Any, Any]) -> None:
+        """Write the scales of rows whose blocks were made.
+
+        Args:
+            segment: The segment of the blocks.
+            first: The first row's number in it.
+            scales: The scales, [rows, groups] uint8, C-contiguous.
+        """
+        view = scales.data.cast("B")
+        offset = self._begins[segment] + first * scales.shape[1]
+        while view:
+            written = os.pwrite(self._descriptor, view, offset)
+            view, offset = view[written:], offset + written
+
+    def end_chunk(self) -> None:
+        """Count a chunk in which all blocks are made and their scales written here."""
+        with self._counting:
+            self._chunks_left -= 1
+            if self._chunks_left == 0:
+                self._is_ready.set()
+
+    def read_rows(self, segment: Segment, targets: list[TargetRows], stop: threading.Event) -> None:
+        """Read rows of the scales; waits for chunks that are still being made.
+
+        Args:
+            segment: The segment of the scales.
+            targets: The rows, and the memory for them.
+            stop: Ends the waiting when it is set.
+        """
+        while not self._is_ready.wait(0.1):
+            if stop.is_set():
+                return
+        for target in targets:
+            offset = self._begins[segment] + target.first * target.out.shape[1]
+            view = target.out.data.cast("B")
+            while view:
+                count = os.preadv(self._descriptor, [view], offset)
+                if count == 0:
+                    raise OSError("the spill file is shorter than what was written to it")
+                view, offset = view[count:], offset + count
+
+    def close(self) -> None:
+        """Close and delete the spill file."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+            self._file.unlink(missing_ok=True)
