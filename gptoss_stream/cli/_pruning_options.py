@@ -6,9 +6,13 @@ import argparse
 
 from .._utils import strict_json
 from .._utils.paths import user_path
+from .._utils.regular_file import open_regular
 from ..errors import OptionError
 
 __all__ = ["add_pruning", "parse_keep_experts"]
+
+_MAX_NBYTES = 16 << 20
+"""The most bytes of a file of experts; 1,024 layers with 1,000 experts each take 5 MB."""
 
 
 def add_pruning(parser: argparse.ArgumentParser) -> None:
@@ -36,11 +40,16 @@ def parse_keep_experts(arguments: argparse.Namespace) -> str | dict[int, list[in
         return text
     file = user_path(text[1:])
     try:
-        found = strict_json.loads(file.read_bytes())
+        with open(open_regular(file), "rb") as opened:
+            content = opened.read(_MAX_NBYTES + 1)
+        if len(content) > _MAX_NBYTES:
+            raise ValueError(f"more than {_MAX_NBYTES} bytes; this is not the file it should be")
+        found = strict_json.loads(content)
     except OSError as error:
         raise OptionError(f"--keep-experts {file}: {error.strerror}") from None
     except ValueError as error:
-        raise OptionError(f"--keep-experts {file}: {error}") from None
+        what = str(error).removeprefix(f"{file}: ")
+        raise OptionError(f"--keep-experts {file}: {what}") from None
     try:
         if isinstance(found, list):
             found = {str(layer): experts for layer, experts in enumerate(found)}

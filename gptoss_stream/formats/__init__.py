@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from ._check_tensors import check_tensors
 from ._format import Format, default_dtype, ignored, warning
+from ._hugging_face_config import pruned_config, stale_entries
 from ._registry import load, names
 from ._source import SourceModel, naming_config, read_source
 from ._table import Row, Table, TensorSpec, mxfp4_tensors, rows_by_name, table_specs
@@ -30,8 +31,10 @@ __all__ = [
     "mxfp4_tensors",
     "names",
     "naming_config",
+    "pruned_config",
     "read_source",
     "rows_by_name",
+    "stale_entries",
     "table_specs",
     "warning",
 ]

@@ -5,7 +5,7 @@ Source of entries and defaults: transformers 5.24, `models/gpt_oss/configuration
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .._utils import strict_json
@@ -14,7 +14,14 @@ from ..model.config import LAYER_KINDS, ModelConfig, alternating_layers, integer
 from ..tensors.dtypes import DType, torch_name
 from ._rotary import parse_rope, rope_config
 
-__all__ = ["config_files", "config_notes", "hugging_face_config", "parse_config", "source_config"]
+__all__ = [
+    "config_files",
+    "config_notes",
+    "hugging_face_config",
+    "parse_config",
+    "pruned_config",
+    "stale_entries",
+]
 
 _NOT_NULL = (
     "attention_bias",
@@ -171,17 +178,75 @@ def config_files(
     """
     target = hugging_face_config(model)
     if config.get("model_type") == "gpt_oss":
-        kept = {
-            key: value
-            for key, value in config.items()
-            if key not in _NOT_WRITTEN and not key.startswith("unsloth")
-        }
-        target = {**kept, **_decided_by_model(model)}
+        target = {**_kept(config), **_decided_by_model(model)}
     if quantization is not None:
         target["quantization_config"] = dict(quantization)
     # "dtype" since transformers 4.56, "torch_dtype" before.
     target["dtype"] = target["torch_dtype"] = torch_name(dtype)
     return {"source_config.json" if partial else "config.json": strict_json.dumps(target)}
+
+
+def _kept(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of a configuration that do not mislead those who read the output."""
+    return {
+        key: value
+        for key, value in config.items()
+        if key not in _NOT_WRITTEN and not key.startswith("unsloth")
+    }
+
+
+def pruned_config(config: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
+    """Return a source's configuration as that of a smaller model made of it.
+
+    Args:
+        config: The source's, Hugging Face's or OpenAI's; empty without one.
+        model: The smaller model.
+
+    Returns:
+        The same entries without `stale_entries`. In place of OpenAI's it is Hugging Face's, since
+        OpenAI's cannot say what kind each layer is. Empty without a source's.
+    """
+    if config.get("model_type") != "gpt_oss":
+        return hugging_face_config(model) if config else {}
+    stale = stale_entries(config, model)
+    kept = {key: value for key, value in _kept(config).items() if key not in stale}
+    return {**kept, **_decided_by_model(model)}
+
+
+def stale_entries(config: Mapping[str, Any], model: ModelConfig) -> list[str]:
+    """Return the entries of Hugging Face's that may be about single layers or experts.
+
+    Args:
+        config: The source's configuration.
+        model: The model; the entries that it decides are left out.
+    """
+    if config.get("model_type") != "gpt_oss":
+        return []
+    counts = [config.get(name) for name in ("num_hidden_layers", "num_local_experts")]
+    counts.append(config.get("num_experts"))
+    decided = _decided_by_model(model).keys()
+    return [
+        key
+        for key, value in _kept(config).items()
+        if key not in decided and _is_stale(key, value, counts)
+    ]
+
+
+def _is_stale(key: str, value: Any, counts: Sequence[Any]) -> bool:
+    """Return whether an entry may be about single layers or experts.
+
+    Args:
+        key: Its key.
+        value: Its value.
+        counts: The numbers of layers and experts, which lists about each of them have as length.
+    """
+    if "layer" in key or "expert" in key:
+        return True
+    if isinstance(value, dict):
+        return key != "id2label" and any(
+            name.isdigit() or _is_stale(name, inner, counts) for name, inner in value.items()
+        )
+    return isinstance(value, list) and len(value) in counts and "token_id" not in key
 
 
 def hugging_face_config(model: ModelConfig) -> dict[str, Any]:
@@ -200,23 +265,6 @@ def hugging_face_config(model: ModelConfig) -> dict[str, Any]:
         "use_cache": True,
         **_decided_by_model(model),
     }
-
-
-def source_config(model: ModelConfig, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the source's configuration for a file beside tensors of another format.
-
-    It is unchanged, unless the model has fewer layers or experts than the source.
-    """
-    sizes = model.num_layers, model.num_experts, model.experts_per_token
-    names = ("num_local_experts", "num_experts"), ("num_experts_per_tok", "experts_per_token")
-    found = (
-        config.get("num_hidden_layers"),
-        *(next((config[name] for name in some if name in config), None) for some in names),
-    )
-    if all(value in (size, None) for value, size in zip(found, sizes, strict=True)):
-        return config
-    kept = config if config.get("model_type") == "gpt_oss" else hugging_face_config(model)
-    return {**kept, **_decided_by_model(model)}
 
 
 def _decided_by_model(model: ModelConfig) -> dict[str, Any]:

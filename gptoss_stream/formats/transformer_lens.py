@@ -15,7 +15,7 @@ from ..errors import ConfigError, TensorError
 from ..model.config import ModelConfig
 from ..tensors.dtypes import KEEP, DType
 from . import openai
-from ._hugging_face_config import parse_config, source_config
+from ._hugging_face_config import parse_config
 from ._missing import is_partial_output
 from ._table import Row, Table
 from ._transformer_lens_config import (
@@ -123,7 +123,6 @@ def files(
     found = {CONFIG_NAME: strict_json.dumps(hooked_transformer_config(model, dtype))}
     if config:
         # The entry names a file of the source.
-        kept = dict(source_config(model, config))
-        kept.pop("transformers_weights", None)
+        kept = {key: value for key, value in config.items() if key != "transformers_weights"}
         found["source_config.json"] = strict_json.dumps(kept)
     return found

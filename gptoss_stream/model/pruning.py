@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 from .._utils.messages import listed
 from ..errors import OptionError
 from .config import ModelConfig
-from .selection import parse_numbers
+from .selection import numbers_in
 
 __all__ = ["ExpertsByLayer", "Pruning", "ResolvedPruning", "prune"]
 
@@ -58,16 +59,17 @@ class Pruning:
         """Return what is kept of a model.
 
         Raises:
-            OptionError: For numbers that the model does not have, for a layer without experts, and
-                if layers would have different numbers of experts.
+            OptionError: For numbers that the model does not have or that occur twice, for a layer
+                without experts, and if layers would have different numbers of experts.
         """
+        sizes = {axis: model.sizes[axis] for axis in ("l", "e")}
         layers = tuple(range(model.num_layers))
         if self.layers is not None:
-            layers = parse_numbers(self.layers, model.num_layers, "layer")
+            layers = _distinct(self.layers, model.num_layers, "layer")
         if self.experts is None or isinstance(self.experts, str):
             text = f"0-{model.num_experts - 1}" if self.experts is None else self.experts
-            experts = parse_numbers(text, model.num_experts, "expert")
-            return ResolvedPruning(layers, (experts,) * len(layers))
+            experts = _distinct(text, model.num_experts, "expert")
+            return ResolvedPruning(layers, (experts,) * len(layers), sizes)
         by_layer = dict(self.experts)
         if max(by_layer, default=0) >= model.num_layers:
             raise OptionError(
@@ -80,7 +82,18 @@ class Pruning:
                     f"layer {layers[0]} keeps {len(by_layer[layers[0]])} experts and layer {layer} "
                     f"{len(by_layer[layer])}; a gpt-oss has as many in each: keep equal numbers"
                 )
-        return ResolvedPruning(layers, tuple(tuple(sorted(by_layer[layer])) for layer in layers))
+        return ResolvedPruning(
+            layers, tuple(tuple(sorted(by_layer[layer])) for layer in layers), sizes
+        )
+
+
+def _distinct(text: str, count: int, noun: str) -> tuple[int, ...]:
+    """Return the numbers in a text, sorted; refuse one that occurs twice, which may be mistyped."""
+    numbers = sorted(numbers_in(text, count, noun))
+    for one, other in pairwise(numbers):
+        if one == other:
+            raise OptionError(f"{text!r} keeps {noun} {one} twice; name it once")
+    return tuple(numbers)
 
 
 def _check_experts(layer: int, experts: Sequence[int] | None, model: ModelConfig) -> None:
@@ -105,6 +118,8 @@ class ResolvedPruning:
     layers: tuple[int, ...]
     experts: tuple[tuple[int, ...], ...]
     """Of each layer that is kept, the experts that are kept."""
+    source_sizes: Mapping[str, int]
+    """The source's numbers of layers and experts, by the axes `l` and `e`."""
 
     def model(self, model: ModelConfig) -> ModelConfig:
         """Return the smaller model."""

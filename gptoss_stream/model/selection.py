@@ -12,7 +12,7 @@ from ..errors import OptionError
 from .config import ModelConfig
 from .tensors import ATTENTION_BIASES
 
-__all__ = ["GROUPS", "ResolvedSelection", "Selection", "parse_numbers"]
+__all__ = ["GROUPS", "ResolvedSelection", "Selection", "numbers_in", "parse_numbers"]
 
 GROUPS: Mapping[str, frozenset[str]] = {
     "attention": frozenset({"q", "k", "v", "o", "sinks"}) | ATTENTION_BIASES,
@@ -124,7 +124,12 @@ def parse_numbers(text: str, count: int, noun: str) -> tuple[int, ...]:
     Raises:
         OptionError: For another text, and for numbers beyond the last.
     """
-    numbers: set[int] = set()
+    return tuple(sorted(set(numbers_in(text, count, noun))))
+
+
+def numbers_in(text: str, count: int, noun: str) -> list[int]:
+    """Return the numbers in a text as they are written; takes and raises as `parse_numbers`."""
+    numbers: list[int] = []
     for item in text.split(","):
         match = _RANGE.fullmatch(item.strip())
         if match is None:
@@ -138,5 +143,5 @@ def parse_numbers(text: str, count: int, noun: str) -> tuple[int, ...]:
         first, last = first % count, last % count
         if first > last:
             raise OptionError(f"{item.strip()!r}: the first {noun} comes after the last")
-        numbers.update(range(first, last + 1))
-    return tuple(sorted(numbers))
+        numbers += range(first, last + 1)
+    return numbers

@@ -108,7 +108,7 @@ class _Mapping:
         self._sizes = model.sizes
         self._raws = raws
         self._dtype = dtype
-        self._source_rows = source_rows(source, model)
+        self._source_rows = source_rows(source, model, pruning)
         # Tied embeddings: the embedding is the unembedding too.
         self._source_rows.setdefault("unembed", self._source_rows["embed"])
 

@@ -48,20 +48,24 @@ class SourceRow:
     """The row's first element in the stored tensor, which several rows may share."""
 
 
-def source_rows(table: Table, model: ModelConfig) -> dict[str, list[SourceRow]]:
+def source_rows(
+    table: Table, model: ModelConfig, pruning: ResolvedPruning | None = None
+) -> dict[str, list[SourceRow]]:
     """Return the rows that hold each model tensor, by its name.
 
     Args:
         table: The source's table.
         model: The model; rows of tensors that it lacks are left out.
+        pruning: The source's layers and experts of which it is made; None for all.
     """
+    sizes = {**model.sizes, **(pruning.source_sizes if pruning else {})}
     found: dict[str, list[SourceRow]] = {}
     for rows in rows_by_name(table).values():
         first = 0
         for row in rows:
             if row.is_in(model):
                 found.setdefault(row.tensor, []).append(SourceRow(row, first))
-            first += prod(stored_shape(row, model.sizes))
+            first += prod(stored_shape(row, sizes))
     return found
 
 
@@ -74,7 +78,7 @@ class SegmentBuilder:
     source_rows: Sequence[SourceRow]
     """The source's rows with the model tensor; none if it is absent and zero."""
     sizes: Mapping[str, int]
-    """The size of each axis."""
+    """The size of each axis in the target."""
     block_axis: str = ""
     """The axis along which the target's rows are encoded, its last one; empty if they are not."""
     pruning: ResolvedPruning | None = None
@@ -109,17 +113,29 @@ class SegmentBuilder:
 
         It does if the source stores each index in a tensor or row of its own. It also does if the
         axis is that of experts or of gate and up, and the axes after it are in another order: in
-        one segment of all indices, a row would be a whole matrix. And it does if only some experts
-        are taken.
+        one segment of all indices, a row would be a whole matrix. And it does if only some layers
+        or experts are taken.
         """
         first, stored = order[0], self._stored_order(fixed)
-        if first not in stored:
-            return True
-        if first == "e" and self.pruning and not self.pruning.keeps_first_experts(fixed["l"]):
+        if first not in stored or self._is_chosen(first, fixed):
             return True
         if first not in ("e", "t") or stored == order:
             return False
         return first == "t" or stored[0] == first
+
+    def _is_chosen(self, axis: str, fixed: Mapping[str, int]) -> bool:
+        """Return whether the indices of an axis have to be taken from the source one by one.
+
+        Otherwise the source stores them in one piece: they are all, or the first ones of the axis
+        that is outermost.
+        """
+        if self.pruning is None or axis not in self.pruning.source_sizes:
+            return False
+        if axis == "l" or "l" not in fixed:
+            return True  # which expert of the source it is depends on the layer
+        is_whole = self.sizes[axis] == self.pruning.source_sizes[axis]
+        is_outermost = self._source_row(fixed).row.order[0] == axis
+        return not is_whole and not (is_outermost and self.pruning.keeps_first_experts(fixed["l"]))
 
     def _single_element(self, fixed: Mapping[str, int]) -> Segment:
         """Return a segment of one element, such as the router's bias of an expert."""
@@ -148,6 +164,8 @@ class SegmentBuilder:
 
     def _segment(self, groups: _Groups, order: list[str], fixed: Mapping[str, int]) -> Segment:
         """Return a single segment for a row of the target."""
+        if any(self._is_chosen(axis, fixed) for axis in order):
+            raise self._refusal("layers and experts are chosen along the target's first axis only")
         if "t" in order and _gate_up_step(self._stored_order(fixed)) != _gate_up_step(order):
             operand, operand_groups = self._interleaved_operand(groups, fixed)
         else:
@@ -192,7 +210,11 @@ class SegmentBuilder:
         source = self._source_row(fixed)
         row, first = source.row, source.first
         groups = list(row.groups)
-        sizes = {axis: self.sizes[axis] for axis in row.order}
+        stored = {} if self.pruning is None else self.pruning.source_sizes
+        sizes = {
+            axis: (stored if axis in stored and axis in fixed else self.sizes)[axis]
+            for axis in row.order
+        }
         # Fixed axes that are outermost only change where the elements begin.
         while len(groups[0]) == 1 and groups[0][0] in fixed and len(groups) > 1:
             axis = groups.pop(0)[0]

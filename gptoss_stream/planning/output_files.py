@@ -16,9 +16,10 @@ def output_files(plan: Plan) -> dict[str, bytes | CopiedFile]:
         By name: the configuration files of the output's format as bytes, and the source's
         tokenizer, chat template and generation settings to be copied.
     """
+    config = plan.info.config
+    if plan.pruning is not None:
+        config = formats.pruned_config(config, plan.model)
     return {
         **{file.name: file for file in find_auxiliary_files(plan.info.location)},
-        **formats.load(plan.to).files(
-            plan.model, plan.info.config, plan.main_dtype, partial=plan.is_partial
-        ),
+        **formats.load(plan.to).files(plan.model, config, plan.main_dtype, partial=plan.is_partial),
     }

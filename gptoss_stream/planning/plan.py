@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .. import formats
+from .._utils.messages import listed
 from ..checkpoint.metadata import CheckpointInfo, read_metadata
 from ..errors import ConfigError, OptionError, TensorError
 from ..formats import SourceModel, check_tensors
@@ -230,19 +231,25 @@ def plan_conversion(
         unmapped=unmapped_tensors(source, used, left_out),
         narrowed=_count_narrowed(tensors),
         warning=formats.warning(target) if to != source.name else "",
-        notes=(*source.notes, *_notes(source.model, model)),
+        notes=(*source.notes, *_notes(source, model)),
         pruning=None if pruning is None else pruning.as_dict(),
         mxfp4_rule=None if quantization is None else quantization.rule,
         reference=None if quantization is None or reference is None else reference.info,
     )
 
 
-def _notes(source: ModelConfig, model: ModelConfig) -> Iterator[str]:
-    """Yield what users should know about a smaller model."""
-    if model.experts_per_token < source.experts_per_token:
+def _notes(source: SourceModel, model: ModelConfig) -> Iterator[str]:
+    """Yield what users should know about a smaller model; nothing about the whole one."""
+    if model.experts_per_token < source.model.experts_per_token:
         yield (
-            f"each token went to {source.experts_per_token} experts and goes to "
+            f"each token went to {source.model.experts_per_token} experts and goes to "
             f"{model.experts_per_token}, as many as are kept"
+        )
+    stale = [] if model is source.model else formats.stale_entries(source.info.config, model)
+    if stale:
+        yield (
+            f"the configuration is written without {listed(stale)}, which may be about single "
+            "layers or experts of the source"
         )
 
 

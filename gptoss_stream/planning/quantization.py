@@ -103,7 +103,7 @@ def _reference_segments(
     """Yield the same tensor as the reference holds it."""
     if reference is None:
         return
-    rows = source_rows(reference.table, model).get(row.tensor, [])
+    rows = source_rows(reference.table, model, builder.pruning).get(row.tensor, [])
     raws = {name: replace(raw, checkpoint=1) for name, raw in reference.info.tensors.items()}
     same = replace(builder, raws=raws, source_rows=rows, sizes=model.sizes)
     yield from same.segments(row.groups, fixed)

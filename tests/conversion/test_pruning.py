@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import independent
 import oracle
@@ -222,6 +223,8 @@ def test_a_file_of_experts(as_list, model, tmp_path):
         ({"keep_layers": "4"}, "layers 0 to 3"),
         ({"keep_experts": "5"}, "experts 0 to 4"),
         ({"keep_layers": "none"}, "names no layers"),
+        ({"keep_layers": "0,2,1-3"}, "keeps layer 2 twice"),
+        ({"keep_experts": "4,0,-1"}, "keeps expert 4 twice"),
         ({"keep_experts": {0: [0], 1: [1], 2: [0, 1], 3: [2]}}, "as many in each"),
         ({"keep_experts": {0: [0], 1: [1], 2: [0]}}, "layer 3 is kept"),
         ({"keep_experts": {n: [1, 1] for n in range(4)}}, "twice"),
@@ -275,6 +278,44 @@ def test_a_damaged_file_of_experts_is_refused(text, model, tmp_path):
     )
     assert_clean_error(done, 2)
     assert "experts.json" in done.stderr
+
+
+def test_a_file_of_experts_that_is_none(model, tmp_path):
+    """A pipe and a device are not read, which would never end."""
+    os.mkfifo(tmp_path / "pipe")
+    for file in (tmp_path / "pipe", "/dev/zero", tmp_path):
+        done = run_in_process("plan", model("hf-mxfp4"), "--keep-experts", f"@{file}")
+        assert_clean_error(done, 2)
+        assert f"{file}: not a regular file" in done.stderr
+
+
+SETTINGS = {
+    "layer_scales": [1.0, 2.0, 3.0, 4.0],
+    "expert_names": ["a", "b", "c", "d", "e"],
+    "extra": {"moe": [1, 2, 3, 4, 5]},
+    "by_number": {"0": 1, "3": 2},
+}
+
+
+@pytest.mark.parametrize("target", FORMATS)
+def test_settings_of_single_layers_and_experts_are_not_left(target, model, tmp_path):
+    """They would be about others. The count of experts may have its other spelling."""
+    tensors = independent.load_folder(model("hf-mxfp4"))
+    config = json.loads((model("hf-mxfp4") / "config.json").read_text())
+    config["num_experts"] = config.pop("num_local_experts")
+    harmless = {"eos_token_id": [1, 2, 3, 4], "house_style": "plain"}
+    source = independent.save(tmp_path / "source", tensors, config=config | SETTINGS | harmless)
+    out = tmp_path / "out"
+    layers = "0-1" if target == "openai" else "1-2"
+    report = gptoss_stream.convert(source, out, to=target, keep_layers=layers, keep_experts="1,4")
+    assert any("without layer_scales, expert_names, extra, …" in note for note in report.notes)
+    written = [json.loads(file.read_text()) for file in out.glob("*config.json")]
+    assert not any(config.keys() & SETTINGS.keys() for config in written)
+    if target != "openai":
+        assert any(config.items() >= harmless.items() for config in written)
+    again = gptoss_stream.plan(out, to="hf").model
+    assert (again.num_layers, again.num_experts, again.experts_per_token) == (2, 2, 2)
+    assert gptoss_stream.verify(source, out).equal
 
 
 def test_a_stray_tensor_of_a_layer_that_is_not_kept_is_refused_still(model, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import permutations
@@ -14,6 +15,7 @@ from einops import rearrange
 from gptoss_stream.errors import OptionError
 from gptoss_stream.formats._table import Row
 from gptoss_stream.model.config import ModelConfig
+from gptoss_stream.model.pruning import Pruning, ResolvedPruning
 from gptoss_stream.model.tensors import MODEL_TENSORS
 from gptoss_stream.planning.mapping import output_tensors
 from gptoss_stream.tensors.dtypes import DType
@@ -49,12 +51,18 @@ def axes_of(tensor: str) -> list[str]:
     return [axis for axis in MODEL_TENSORS[tensor].split() if axis != "l"]
 
 
-def stored_by(table: list[Row]) -> dict[str, np.ndarray]:
-    """Return what einops gives for each stored name of a table, without rows that share one."""
+def stored_by(table: list[Row], kept: Sequence[int] = (0, 1, 2)) -> dict[str, np.ndarray]:
+    """Return what einops gives for each stored name of a table, without rows that share one.
+
+    The model has the kept experts only.
+    """
+    model = replace(MODEL, num_experts=len(kept))
     found = {}
     for row in table:
-        for layer, expert in MODEL.instances(row.stored):
+        for layer, expert in model.instances(row.stored):
             array, left = values(row.tensor), axes_of(row.tensor)
+            if "e" in left:
+                array = array.take(kept, left.index("e"))
             for axis, index in {
                 **row.fixed,
                 **({"e": expert} if "{e}" in row.stored else {}),
@@ -66,13 +74,22 @@ def stored_by(table: list[Row]) -> dict[str, np.ndarray]:
     return found
 
 
-def mapped(source: list[Row], target: list[Row]) -> dict[str, np.ndarray]:
-    """Return what the mapping makes of a source's tensors for a target."""
-    return map_arrays(stored_by(source), source, target, MODEL)
+def mapped(
+    source: list[Row], target: list[Row], kept: Sequence[int] | None = None
+) -> dict[str, np.ndarray]:
+    """Return what the mapping makes of a source's tensors for a target, with some experts."""
+    if kept is None:
+        return map_arrays(stored_by(source), source, target, MODEL)
+    pruning = Pruning(None, ",".join(map(str, kept))).resolve(MODEL)
+    return map_arrays(stored_by(source), source, target, pruning.model(MODEL), pruning)
 
 
 def map_arrays(
-    arrays: dict[str, np.ndarray], source: list[Row], target: list[Row], model: ModelConfig
+    arrays: dict[str, np.ndarray],
+    source: list[Row],
+    target: list[Row],
+    model: ModelConfig,
+    pruning: ResolvedPruning | None = None,
 ) -> dict[str, np.ndarray]:
     """Map stored arrays, in byte ranges that begin and end within rows."""
     raws = {n: RawTensor(n, DType.F32, a.shape, "x", 0) for n, a in arrays.items()}
@@ -86,7 +103,8 @@ def map_arrays(
         materialize_rows(segment, targets, dtype, Reader())
 
     found = {}
-    for tensor in output_tensors(tuple(source), tuple(target), model, raws, None):
+    tables = tuple(source), tuple(target)
+    for tensor in output_tensors(*tables, model, raws, None, pruning=pruning):
         out = np.zeros(tensor.nbytes, np.uint8)
         for begin in range(0, tensor.nbytes, 52):
             end = min(begin + 52, tensor.nbytes)
@@ -143,6 +161,52 @@ def test_any_two_rows_give_the_right_values_or_a_refusal(tensor):
             np.testing.assert_array_equal(found[name], array, str((source, target)))
         right += 1
     assert right >= 60
+
+
+@pytest.mark.parametrize("tensor", ["gate_up", "gate_up_bias", "down", "router", "q"])
+def test_some_experts_of_any_two_rows_give_the_right_values_or_a_refusal(tensor):
+    """Wherever a format has the axis of experts, and whichever of them are kept."""
+    random = Random(tensor)
+    right = 0
+    for _ in range(400):
+        source, target = [EMBED, *random_rows(tensor, random)], random_rows(tensor, random)
+        kept = random.choice([[0], [1], [2], [0, 1], [0, 2], [1, 2]])
+        try:
+            found = mapped(source, target, kept)
+        except OptionError:
+            continue
+        expected = stored_by(target, kept)
+        assert found.keys() == expected.keys()
+        for name, array in expected.items():
+            np.testing.assert_array_equal(found[name], array, str((source, target, kept)))
+        right += 1
+    assert right >= 60
+
+
+@pytest.mark.parametrize("kept", [[0], [0, 1], [0, 2], [2]])
+@pytest.mark.parametrize("target", ["e", "e m", "m e"])
+@pytest.mark.parametrize("source", ["e", "e m", "m e"])
+def test_some_experts_of_one_tensor(source, target, kept):
+    """Of the router, whose experts may be its rows or its columns, and of its bias."""
+    if (source == "e") != (target == "e"):
+        return
+    tensor = "router_bias" if source == "e" else "router"
+    rows = [EMBED, Row("x.{l}", tensor, source)], [Row("y.{l}", tensor, target)]
+    if source == "m e" or (target == "m e" and kept[-1] >= len(kept)):
+        with pytest.raises(OptionError, match="cannot be converted to this format"):
+            mapped(*rows, kept)
+    else:
+        np.testing.assert_array_equal(mapped(*rows, kept)["y.0"], stored_by(rows[1], kept)["y.0"])
+
+
+def test_some_experts_of_rows_one_after_another_in_a_tensor():
+    source = [EMBED, *(Row("x.{l}", "gate_up", "e i m", {"t": t}) for t in (0, 1))]
+    stored = np.ascontiguousarray(rearrange(values("gate_up"), "e t i m -> (t e) i m"))
+    arrays = {"embed": values("embed"), "x.0": stored}
+    pruning = Pruning(None, "0,2").resolve(MODEL)
+    target = [Row("y.{l}", "gate_up", "e (i t) m")]
+    found = map_arrays(arrays, source, target, pruning.model(MODEL), pruning)
+    np.testing.assert_array_equal(found["y.0"], stored_by(target, [0, 2])["y.0"])
 
 
 def test_gate_and_up_stored_in_different_ways():
