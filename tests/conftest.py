@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import gptoss_stream
+import gptoss_stream.verification.verify  # before a test patches what it imports
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -73,7 +73,8 @@ def test_other_dtypes_and_shapes(source, variant, sources, tmp_path, monkeypatch
                 assert shards[name] == shards[name.replace("_blocks", "_scales")]
         pairs = sum(name.endswith("_blocks") for name in expected)
         assert len(set(shards.values())) == len(found) - pairs
-        monkeypatch.setattr("gptoss_stream.verification.data.CHUNK_NBYTES", chunk)
+        for module in ("data", "verify"):
+            monkeypatch.setattr(f"gptoss_stream.verification.{module}.CHUNK_NBYTES", chunk)
         assert gptoss_stream.verify(folder, out).equal
 
 
