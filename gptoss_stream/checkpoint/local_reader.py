@@ -61,10 +61,13 @@ class LocalReader:
 
         nbytes = prod(shape) * tensor.dtype.itemsize
         free = self._memory.setdefault(threading.get_ident(), [])
-        # The smallest that suffices: otherwise each of several would grow to the largest size.
-        fitting = (number for number, one in enumerate(free) if len(one) >= nbytes)
-        number = min(fitting, key=lambda number: len(free[number]), default=-1)
-        memory = free.pop(number) if free else np.empty(0, np.uint8)
+        # The smallest that suffices, or else the largest, to be replaced: several that are in use
+        # at a time would otherwise all grow to the largest size.
+        fitting = [one for one in free if len(one) >= nbytes]
+        memory = (
+            min(fitting, key=len) if fitting else max(free, key=len, default=np.empty(0, np.uint8))
+        )
+        free[:] = [one for one in free if one is not memory]
         if len(memory) < nbytes:
             memory = np.empty(nbytes, np.uint8)
         begin = tensor.offset + first * tensor.dtype.itemsize
