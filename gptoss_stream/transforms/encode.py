@@ -6,6 +6,7 @@ needs both calls it itself.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,8 @@ __all__ = ["encode_rows"]
 
 _Array = np.ndarray[Any, Any]
 
+_REFERENCE_NBYTES = 4 << 20
+"""The most bytes of a reference's blocks that a thread has in memory."""
 _COMPARED_ROWS = 512
 """Rows that are compared with the reference at a time, in little memory."""
 
@@ -102,45 +105,73 @@ def encode_rows(
     """
     encoding = segment.encoding
     assert encoding is not None
+    others = [_other_component(target, encoding) for target in targets]
+    pairs = list(zip(targets, others, strict=True))
+    # All at once, so that the operand is read once; with a reference, as few as memory allows.
+    batches = (
+        [pairs] if encoding.reference is None else [[p] for pair in pairs for p in _cut(*pair)]
+    )
+    try:
+        for batch in batches:
+            _encode_batch(segment, batch, encoding, reader, loss)
+    except ValueError:
+        raws = list(raw_tensors(segment.operand))
+        names = " or ".join(repr(raw.name) for raw in raws)
+        raise TensorError(
+            f"{raws[0].shard}: tensor {names} has values that are NaN, infinite or so large "
+            "that MXFP4 cannot hold them in bfloat16; correct the program that saved it"
+        ) from None
+    return others
+
+
+def _other_component(target: TargetRows, encoding: Mxfp4Encoding) -> _Array:
+    """Return memory for the other component of target rows, [rows, bytes] uint8."""
+    rows, width = target.out.shape
+    is_blocks = encoding.component == BLOCKS
+    return np.empty((rows, width // BLOCK_NBYTES if is_blocks else width * BLOCK_NBYTES), np.uint8)
+
+
+def _cut(target: TargetRows, other: _Array) -> Iterator[tuple[TargetRows, _Array]]:
+    """Cut target rows and the other component into pieces with few bytes of blocks."""
+    rows = max(1, _REFERENCE_NBYTES // max(target.out.shape[1], other.shape[1]))
+    for begin in range(0, len(other), rows):
+        out = target.out[begin : begin + rows]
+        begins = target.begins or begin > 0
+        yield TargetRows(target.first + begin, out, begins), other[begin : begin + rows]
+
+
+def _encode_batch(
+    segment: Segment,
+    batch: list[tuple[TargetRows, _Array]],
+    encoding: Mxfp4Encoding,
+    reader: Reader,
+    loss: EncodingLoss | None,
+) -> None:
+    """Encode target rows, each with memory for the other component."""
     with ExitStack() as stack:
-        encoded = [_start(target, encoding, reader, stack) for target in targets]
-        try:
-            if segment.rearrangement.transposes:
-                _encode_transposed(segment, encoded, reader, loss)
-            else:
-                for one in encoded:
-                    _encode_in_order(segment, one, reader, loss)
-        except ValueError:
-            raws = list(raw_tensors(segment.operand))
-            names = " or ".join(repr(raw.name) for raw in raws)
-            raise TensorError(
-                f"{raws[0].shard}: tensor {names} has values that are NaN, infinite or so large "
-                "that MXFP4 cannot hold them in bfloat16; correct the program that saved it"
-            ) from None
-        return [one.scales if encoding.component == BLOCKS else one.blocks for one in encoded]
+        encoded = [_start(target, other, encoding, reader, stack) for target, other in batch]
+        if segment.rearrangement.transposes:
+            _encode_transposed(segment, encoded, reader, loss)
+            return
+        for one in encoded:
+            _encode_in_order(segment, one, reader, loss)
 
 
 def _start(
-    target: TargetRows, encoding: Mxfp4Encoding, reader: Reader, stack: ExitStack
+    target: TargetRows,
+    other: _Array,
+    encoding: Mxfp4Encoding,
+    reader: Reader,
+    stack: ExitStack,
 ) -> _EncodedRows:
     """Return target rows with memory for both components, and load the reference's."""
-    rows, width = target.out.shape
-    groups = width // BLOCK_NBYTES if encoding.component == BLOCKS else width
-    other = np.empty(
-        rows * groups * (1 if encoding.component == BLOCKS else BLOCK_NBYTES), np.uint8
-    )
     blocks, scales = (target.out, other) if encoding.component == BLOCKS else (other, target.out)
     reference = None
     if encoding.reference is not None:
         reference = stack.enter_context(
             encoding.reference.load_packed(reader, (target.first, target.end))
         )
-    return _EncodedRows(
-        target,
-        blocks.reshape(rows, groups, BLOCK_NBYTES),
-        scales.reshape(rows, groups),
-        reference,
-    )
+    return _EncodedRows(target, blocks.reshape(*scales.shape, BLOCK_NBYTES), scales, reference)
 
 
 def _encode_transposed(

@@ -129,6 +129,8 @@ def test_trained_blocks_are_encoded_and_the_others_kept(base, tmp_path, monkeypa
     tensors[name][1, 32:64, 3] += 1.0  # the second block of row 3 of expert 1
     save_file(tensors, file, {"format": "pt"})
     monkeypatch.setattr("gptoss_stream.writing.executor.CHUNK_NBYTES", 4096)
+    monkeypatch.setattr("gptoss_stream.transforms.encode._REFERENCE_NBYTES", 500)
+    monkeypatch.setattr("gptoss_stream.transforms.encode._COMPARED_ROWS", 3)
     report = gptoss_stream.convert(
         tmp_path / "floats", tmp_path / "out", to="hf-mxfp4", reference=base
     )
