@@ -20,9 +20,9 @@ from ..model.pruning import ResolvedPruning
 from ..model.tensors import ABSENT_IS_ZERO
 from ..tensors.dtypes import DType
 from ..tensors.raw_tensor import RawTensor
-from ..transforms.mxfp4_encoding import BLOCKS, SCALES
 from ..transforms.operands import raw_tensors
 from ..transforms.output_tensor import Origin, OutputTensor, Segment
+from ..transforms.row_encoding import BLOCKS, SCALES
 from .operand_binding import SegmentBuilder, SourceRow, source_rows
 from .quantization import Quantization, encoded_segments
 

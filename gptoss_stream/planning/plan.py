@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .. import formats
@@ -170,12 +170,16 @@ def plan(
 
 
 def read_reference(reference: LocationLike | None) -> SourceModel | None:
-    """Read the format and the model of a reference, if there is one; raises as `plan` does."""
+    """Read the format and the model of a reference, if there is one; raises as `plan` does.
+
+    Its raw tensors have the number 1 in `RawTensor.checkpoint`.
+    """
     if reference is None:
         return None
     source = formats.read_source(read_metadata(open_location(reference)), None)
     check_tensors(source.table, source.model, source.info)
-    return source
+    tensors = {name: replace(raw, checkpoint=1) for name, raw in source.info.tensors.items()}
+    return replace(source, info=replace(source.info, tensors=tensors))
 
 
 def plan_conversion(

@@ -8,13 +8,13 @@ from itertools import accumulate
 
 from ..errors import OptionError
 from ..formats import Row, SourceModel
-from ..formats._table import Mxfp4Encoding as Mxfp4Storage
+from ..formats._table import Mxfp4Encoding
 from ..model.config import ModelConfig
 from ..tensors.dtypes import BLOCK_VALUES, DType
 from ..tensors.mxfp4_rules import DEFAULT_RULE
-from ..transforms.mxfp4_encoding import Mxfp4Encoding
 from ..transforms.mxfp4_operand import Mxfp4Operand
 from ..transforms.output_tensor import Segment
+from ..transforms.row_encoding import RowEncoding
 from .operand_binding import SegmentBuilder, source_rows
 
 __all__ = ["Quantization", "encoded_segments", "refuse_reference"]
@@ -28,9 +28,10 @@ class Quantization:
     """How floats become MXFP4."""
 
     rule: str = DEFAULT_RULE
-    """The name of the rule (see `tensors.mxfp4_encoder`)."""
+    """The name of the rule (see `tensors.mxfp4_rules`)."""
     reference: SourceModel | None = None
-    """A checkpoint in MXFP4. A block of it that decodes to the source's values is kept."""
+    """A checkpoint in MXFP4, as `read_reference` returns it. A block of it that decodes to the
+    source's values is kept."""
 
 
 def refuse_reference(reference: SourceModel, model: ModelConfig) -> None:
@@ -40,17 +41,17 @@ def refuse_reference(reference: SourceModel, model: ModelConfig) -> None:
         OptionError: Saying why.
     """
     where = reference.info.location
-    if not any(isinstance(row.encoding, Mxfp4Storage) for row in reference.table):
+    if not any(isinstance(row.encoding, Mxfp4Encoding) for row in reference.table):
         raise OptionError(
             f"--reference {where}: it is in the format {reference.name}, without MXFP4; name the "
             "checkpoint that the model was trained from, such as openai/gpt-oss-20b"
         )
-    for name, size in model.sizes.items():
-        found = reference.model.sizes[name]
-        if name in "leitm" and found != size:
-            what = {"l": "layers", "e": "experts", "i": "intermediate size", "m": "hidden size"}
+    compared = {"l": "layers", "e": "experts", "i": "intermediate size", "m": "hidden size"}
+    for axis, what in compared.items():
+        found, size = reference.model.sizes[axis], model.sizes[axis]
+        if found != size:
             raise OptionError(
-                f"--reference {where}: {what[name]} {found}, and the source has {size}; name the "
+                f"--reference {where}: {what} {found}, and the source has {size}; name the "
                 "checkpoint that the model was trained from"
             )
 
@@ -89,7 +90,7 @@ def encoded_segments(
                 "another format"
             )
         reference = _reference_rows(kept, first, how.num_rows)
-        yield replace(segment, encoding=Mxfp4Encoding(quantization.rule, component, reference))
+        yield replace(segment, encoding=RowEncoding(quantization.rule, component, reference))
         first += how.num_rows
 
 
@@ -104,8 +105,7 @@ def _reference_segments(
     if reference is None:
         return
     rows = source_rows(reference.table, model, builder.pruning).get(row.tensor, [])
-    raws = {name: replace(raw, checkpoint=1) for name, raw in reference.info.tensors.items()}
-    same = replace(builder, raws=raws, source_rows=rows, sizes=model.sizes)
+    same = replace(builder, raws=reference.info.tensors, source_rows=rows, sizes=model.sizes)
     yield from same.segments(row.groups, fixed)
 
 

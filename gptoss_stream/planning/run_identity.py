@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .. import __version__
+from ..checkpoint.metadata import CheckpointInfo
 from .plan import Plan
 
 __all__ = ["encoding_identity", "run_identity"]
@@ -27,7 +28,7 @@ def run_identity(plan: Plan) -> dict[str, Any]:
         "version": __version__,
         "source": location.identity,
         **({"source_revision": location.revision} if location.revision else {}),
-        "source_files": {s.name: [s.nbytes, s.version] for s in plan.info.shards},
+        "source_files": _files(plan.info),
         "source_config": _digest(json.dumps(plan.info.configs, sort_keys=True).encode()),
         "source_format": plan.source_format,
         "format": plan.to,
@@ -62,8 +63,13 @@ def _encoding(plan: Plan) -> dict[str, Any]:
     found: dict[str, Any] = {"mxfp4_rule": plan.mxfp4_rule}
     if plan.reference is not None:
         found["reference"] = plan.reference.location.identity
-        found["reference_files"] = {s.name: [s.nbytes, s.version] for s in plan.reference.shards}
+        found["reference_files"] = _files(plan.reference)
     return found
+
+
+def _files(info: CheckpointInfo) -> dict[str, list[Any]]:
+    """Return the size and the version of each shard of a checkpoint."""
+    return {shard.name: [shard.nbytes, shard.version] for shard in info.shards}
 
 
 def _digest(*texts: bytes) -> str:

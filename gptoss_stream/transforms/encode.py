@@ -19,10 +19,10 @@ from ..tensors.cast import STORAGE, cast
 from ..tensors.dtypes import BLOCK_NBYTES, BLOCK_VALUES, DType
 from ..tensors.mxfp4 import NAN_SCALE, decode
 from ..tensors.mxfp4_encoder import EncodingLoss, encode
-from .mxfp4_encoding import BLOCKS, Mxfp4Encoding
 from .mxfp4_operand import Packed
 from .operands import raw_tensors
 from .output_tensor import Segment
+from .row_encoding import BLOCKS, RowEncoding
 from .tiles import TargetRows, load_rows, row_intervals, transposed_tiles
 
 __all__ = ["encode_rows"]
@@ -124,7 +124,7 @@ def encode_rows(
     return others
 
 
-def _other_component(target: TargetRows, encoding: Mxfp4Encoding) -> _Array:
+def _other_component(target: TargetRows, encoding: RowEncoding) -> _Array:
     """Return memory for the other component of target rows, [rows, bytes] uint8."""
     rows, width = target.out.shape
     is_blocks = encoding.component == BLOCKS
@@ -143,7 +143,7 @@ def _cut(target: TargetRows, other: _Array) -> Iterator[tuple[TargetRows, _Array
 def _encode_batch(
     segment: Segment,
     batch: list[tuple[TargetRows, _Array]],
-    encoding: Mxfp4Encoding,
+    encoding: RowEncoding,
     reader: Reader,
     loss: EncodingLoss | None,
 ) -> None:
@@ -160,7 +160,7 @@ def _encode_batch(
 def _start(
     target: TargetRows,
     other: _Array,
-    encoding: Mxfp4Encoding,
+    encoding: RowEncoding,
     reader: Reader,
     stack: ExitStack,
 ) -> _EncodedRows:

@@ -22,9 +22,9 @@ from typing import NamedTuple
 
 from ..checkpoint.reader import ElementRange
 from ..tensors.dtypes import DType, nbytes
-from .mxfp4_encoding import Mxfp4Encoding
 from .operand import Operand
 from .rearrangement import Rearrangement
+from .row_encoding import RowEncoding
 
 __all__ = ["Origin", "OutputTensor", "Segment", "element_ranges"]
 
@@ -35,7 +35,7 @@ class Segment:
 
     operand: Operand
     rearrangement: Rearrangement
-    encoding: Mxfp4Encoding | None = None
+    encoding: RowEncoding | None = None
     """How its rows of floats become bytes; None if they are cast."""
 
     @property

@@ -38,7 +38,8 @@ class TargetRows:
     out: np.ndarray[Any, Any]
     """The memory, [rows, *row_shape], in the `STORAGE` of the output's dtype."""
     begins: bool = True
-    """Whether the first byte of the first row is asked for. Otherwise it was, with other rows."""
+    """Whether the bytes to make begin with the first row or before it. If they begin within the
+    row, the row is made for the bytes before them too, and is counted there."""
 
     @property
     def end(self) -> int:

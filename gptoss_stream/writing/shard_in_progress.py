@@ -85,9 +85,7 @@ class ShardInProgress:
         """
         if segment in self.transposes:
             self.transposes[segment].read_rows(targets, dtype, stop, ahead)
-        elif segment.encoding is None:
-            materialize_rows(segment, targets, dtype, reader)
-        elif not tensor.made_with:
+        elif segment.encoding is not None and not tensor.made_with:
             self._encode_rows(tensor, segment, targets, reader)
         elif segment in self._scales:
             self._scales[segment].read_rows(segment, targets, stop)

@@ -11,7 +11,6 @@ file. Row 1 of the transposed matrix [3, 5] is row 1 of each slot, one after ano
 
 from __future__ import annotations
 
-import os
 import threading
 from itertools import pairwise
 from math import prod
@@ -29,12 +28,12 @@ from ..transforms.materialize import materialize_rows
 from ..transforms.operands import as_dense
 from ..transforms.output_tensor import Segment
 from ..transforms.tiles import TargetRows
+from .temporary_file import TemporaryFile
 
 __all__ = ["SpilledTranspose", "is_memory_low"]
 
 _WRITEBACK_BLOCKS = 8  # blocks that the system may still be writing to the disk
 _MIN_VIEW_NBYTES = 512
-_MAX_VIEWS = 1024  # that one preadv call fills (IOV_MAX)
 _SPARE_NBYTES = 1_000_000_000
 
 
@@ -66,12 +65,9 @@ class SpilledTranspose:
         self._blocks_left = len(self.blocks)
         self._counting = threading.Lock()
         self._is_ready = threading.Event()
-        self._file = file
-        self._descriptor = os.open(
-            file, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o600
-        )
+        self._file = TemporaryFile(file)
         # Each run of bytes is read once: reading more than was asked for would be waste.
-        _advise(self._descriptor, 0, 0, "POSIX_FADV_RANDOM")
+        self._file.advise(0, 0, "POSIX_FADV_RANDOM")
 
     @staticmethod
     def blocks_of(segment: Segment, block_nbytes: int) -> list[tuple[int, int]]:
@@ -98,7 +94,7 @@ class SpilledTranspose:
         )
         targets = [TargetRows(0, rows)]
         materialize_rows(self._segment, targets, self._dtype, reader, (begin, end))
-        _write(self._descriptor, data, block * self._slot_nbytes)
+        self._file.write(data, block * self._slot_nbytes)
         if drop_cache:
             self._drop_cache(block)
         with self._counting:
@@ -110,7 +106,7 @@ class SpilledTranspose:
         # Starts writing what is not yet on the disk; the call for a later block drops it.
         begin = max(0, block - _WRITEBACK_BLOCKS) * self._slot_nbytes
         nbytes = (block + 1) * self._slot_nbytes - begin
-        _advise(self._descriptor, begin, nbytes, "POSIX_FADV_DONTNEED")
+        self._file.advise(begin, nbytes, "POSIX_FADV_DONTNEED")
 
     def read_rows(
         self, targets: list[TargetRows], dtype: DType, stop: threading.Event, ahead: int
@@ -142,55 +138,23 @@ class SpilledTranspose:
             row_nbytes = nbytes_per_source_row * (end - begin)
             offset = block * self._slot_nbytes + first * row_nbytes
             nbytes = (last - first) * row_nbytes
-            _advise(self._descriptor, offset + ahead * nbytes, nbytes, "POSIX_FADV_WILLNEED")
+            self._file.advise(offset + ahead * nbytes, nbytes, "POSIX_FADV_WILLNEED")
             if is_direct:
                 views = [row[begin * itemsize : end * itemsize] for row in rows]
-                _read(self._descriptor, views, offset)
+                self._file.read(views, offset)
                 continue
             found = np.empty((last - first, *row_shape[:-1], end - begin), STORAGE[self._dtype])
-            _read(self._descriptor, [found.data.cast("B")], offset)
+            self._file.read([found.data.cast("B")], offset)
             for target in targets:
                 part = found[target.first - first : target.end - first]
                 cast(part, self._dtype, target.out[..., begin:end], dtype)
 
     def close(self) -> None:
         """Close and delete the spill file."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-            self._file.unlink(missing_ok=True)
+        self._file.close()
 
 
 def _block_rows(segment: Segment, block_nbytes: int) -> int:
     operand = as_dense(segment.operand)
     row_nbytes = segment.elements // operand.shape[0] * operand.raw.dtype.itemsize
     return max(1, block_nbytes // row_nbytes)
-
-
-def _advise(descriptor: int, offset: int, nbytes: int, advice: str) -> None:
-    """Give the system advice on a file, where it takes any."""
-    if hasattr(os, advice):
-        os.posix_fadvise(descriptor, offset, nbytes, getattr(os, advice))
-
-
-def _write(descriptor: int, data: np.ndarray[Any, Any], offset: int) -> None:
-    view = data.data
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written
-
-
-def _read(descriptor: int, views: list[memoryview], offset: int) -> None:
-    """Fill views, one after another, with the bytes from `offset` on."""
-    while views:
-        count = os.preadv(descriptor, views[:_MAX_VIEWS], offset)
-        if count == 0:
-            raise OSError("the spill file is shorter than what was written to it")
-        offset += count
-        full = 0
-        while full < len(views) and count >= len(views[full]):
-            count -= len(views[full])
-            full += 1
-        views = views[full:]
-        if count:
-            views[0] = views[0][count:]

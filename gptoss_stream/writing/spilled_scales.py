@@ -6,7 +6,6 @@ tensor. The scales of one tensor can have 66 MB (gpt-oss-120b), so they do not w
 
 from __future__ import annotations
 
-import os
 import threading
 from itertools import accumulate
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 
 from ..transforms.output_tensor import OutputTensor, Segment
 from ..transforms.tiles import TargetRows
+from .temporary_file import TemporaryFile
 
 __all__ = ["SpilledScales"]
 
@@ -40,10 +40,7 @@ class SpilledScales:
         self._chunks_left = chunks
         self._counting = threading.Lock()
         self._is_ready = threading.Event()
-        self._file = file
-        self._descriptor = os.open(
-            file, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o600
-        )
+        self._file = TemporaryFile(file)
 
     def write_rows(self, segment: Segment, first: int, scales: np.ndarray[Any, Any]) -> None:
         """Write the scales of rows whose blocks were made.
@@ -53,11 +50,7 @@ class SpilledScales:
             first: The first row's number in it.
             scales: The scales, [rows, groups] uint8, C-contiguous.
         """
-        view = scales.data.cast("B")
-        offset = self._begins[segment] + first * scales.shape[1]
-        while view:
-            written = os.pwrite(self._descriptor, view, offset)
-            view, offset = view[written:], offset + written
+        self._file.write(scales, self._begins[segment] + first * scales.shape[1])
 
     def end_chunk(self) -> None:
         """Count a chunk in which all blocks are made and their scales written here."""
@@ -79,16 +72,8 @@ class SpilledScales:
                 return
         for target in targets:
             offset = self._begins[segment] + target.first * target.out.shape[1]
-            view = target.out.data.cast("B")
-            while view:
-                count = os.preadv(self._descriptor, [view], offset)
-                if count == 0:
-                    raise OSError("the spill file is shorter than what was written to it")
-                view, offset = view[count:], offset + count
+            self._file.read([target.out.data.cast("B")], offset)
 
     def close(self) -> None:
         """Close and delete the spill file."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-            self._file.unlink(missing_ok=True)
+        self._file.close()

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from ..tensors.dtypes import BLOCK_NBYTES, BLOCK_VALUES
 from .mxfp4_operand import Mxfp4Operand
 
-__all__ = ["BLOCKS", "SCALES", "Mxfp4Encoding"]
+__all__ = ["BLOCKS", "SCALES", "RowEncoding"]
 
 BLOCKS, SCALES = 0, 1
 """The two tensors that an encoding makes of one."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Mxfp4Encoding:
+class RowEncoding:
     """How rows of floats become rows of blocks or of scales."""
 
     rule: str
-    """The name of the rule (see `tensors.mxfp4_encoder`)."""
+    """The name of the rule (see `tensors.mxfp4_rules`)."""
     component: int
     """`BLOCKS` or `SCALES`."""
     reference: Mxfp4Operand | None = None

@@ -1,0 +1,61 @@
+"""A file for bytes that wait on the disk until their place in a shard is written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["TemporaryFile"]
+
+_MAX_VIEWS = 1024  # that one preadv call fills (IOV_MAX)
+
+
+class TemporaryFile:
+    """A file that is written and read at offsets, from any thread, and deleted when it is closed.
+
+    Args:
+        path: Where to create it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor = os.open(
+            path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o600
+        )
+
+    def advise(self, offset: int, nbytes: int, advice: str) -> None:
+        """Give the system advice on some bytes, such as POSIX_FADV_RANDOM, where it takes any."""
+        if hasattr(os, advice):
+            os.posix_fadvise(self._descriptor, offset, nbytes, getattr(os, advice))
+
+    def write(self, data: np.ndarray[Any, Any], offset: int) -> None:
+        """Write a C-contiguous array of uint8 at an offset."""
+        view = data.data.cast("B")
+        while view:
+            written = os.pwrite(self._descriptor, view, offset)
+            view, offset = view[written:], offset + written
+
+    def read(self, views: list[memoryview], offset: int) -> None:
+        """Fill views, one after another, with the bytes from an offset on."""
+        while views:
+            count = os.preadv(self._descriptor, views[:_MAX_VIEWS], offset)
+            if count == 0:
+                raise OSError("the spill file is shorter than what was written to it")
+            offset += count
+            full = 0
+            while full < len(views) and count >= len(views[full]):
+                count -= len(views[full])
+                full += 1
+            views = views[full:]
+            if count:
+                views[0] = views[0][count:]
+
+    def close(self) -> None:
+        """Close and delete the file."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+            self._path.unlink(missing_ok=True)
