@@ -171,7 +171,7 @@ def _write_remote(
         remote.check_run()
         checksums[name] = summary.sha256 or ""
         if summary.losses:
-            remote.losses = {name: losses_as_text(summary.losses)}
+            remote.losses[name] = losses_as_text(summary.losses)
 
     staging.mkdir(parents=True, exist_ok=True)
     check_space(staging, staging_nbytes([shard], 1))

@@ -22,6 +22,7 @@ __all__ = [
     "losses_as_text",
     "parse_losses",
     "parse_report",
+    "reported_losses",
 ]
 
 REPORT_NAME = "mxfp4_encoding.json"
@@ -76,14 +77,22 @@ def build_report(
     }
 
 
-def parse_report(text: bytes) -> dict[str, EncodingLoss]:
-    """Return what the tensors of a report have lost; nothing for a damaged text."""
+def parse_report(text: bytes) -> dict[str, Any] | None:
+    """Return the report that is in a file, or None for a damaged text."""
     try:
-        tensors = strict_json.loads(text)["tensors"]
-        found = {name: _as_loss(tensor) for name, tensor in tensors.items()}
+        report = strict_json.loads(text)
+        losses = [_as_loss(tensor) for tensor in (report["total"], *report["tensors"].values())]
+        is_valid = all(map(_is_valid, losses)) and isinstance(report["rule"], str)
+        return report if is_valid and isinstance(report["unknown"], list) else None
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
-        return {}
-    return found if all(map(_is_valid, found.values())) else {}
+        return None
+
+
+def reported_losses(text: bytes) -> dict[str, EncodingLoss]:
+    """Return what the tensors of a report have lost; nothing for a damaged text."""
+    report = parse_report(text)
+    tensors = {} if report is None else report["tensors"]
+    return {name: _as_loss(tensor) for name, tensor in tensors.items()}
 
 
 def _as_dict(loss: EncodingLoss) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from .encoding_report import (
     build_report,
     parse_losses,
     parse_report,
+    reported_losses,
 )
 from .folder_lock import LOCK_NAME, FolderLock
 from .output_folder import OutputFolder
@@ -217,15 +218,15 @@ class OutputRun(OutputFolder):
 
     def keep_report(self, text: bytes) -> None:
         """Keep what a report says of shards that are not written again."""
-        self._known_losses = parse_report(text)
+        self._known_losses = reported_losses(text)
 
     def encoding_report(self) -> dict[str, Any] | None:
         """Return the report of a finished run about encoding to MXFP4; None if nothing was."""
         if REPORT_NAME not in self.state["files"]:
             return None
         try:
-            return dict(strict_json.loads((self.path / REPORT_NAME).read_bytes()))
-        except (FileNotFoundError, ValueError):  # it is not finished, or was changed since
+            return parse_report((self.path / REPORT_NAME).read_bytes())
+        except FileNotFoundError:  # it is not finished, or has lost the file
             return None
 
     def _write_report(self, losses: Mapping[str, bytes]) -> None:

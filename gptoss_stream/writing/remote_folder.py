@@ -50,7 +50,7 @@ class RemoteFolder:
         self._files: Mapping[str, FileInfo] = {}
         self._checksums: dict[str, str] = {}
         self._run = ""
-        self.losses: Mapping[str, bytes] = {}
+        self.losses: dict[str, bytes] = {}
         """What encoding shards to MXFP4 has lost, as texts by name; uploaded with the shards."""
 
     @property

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .._utils import strict_json
 from .._utils.failures import machine_error
 from .._utils.paths import user_path
 from ..errors import OptionError, OutputError
@@ -25,7 +24,7 @@ from ..storage.location import WritableLocation
 from ..tensors.safetensors_header import INDEX_NAME
 from .checksums import CHECKSUMS_NAME
 from .disk_space import check_space, disk_full_error, is_disk_full
-from .encoding_report import REPORT_NAME
+from .encoding_report import REPORT_NAME, losses_as_text, parse_report
 from .executor import Callbacks, Executor
 from .output import refuse_overwriting_task
 from .output_run import OutputRun
@@ -161,10 +160,10 @@ class _RemoteOutput:
 
     def _encoding_report(self) -> dict[str, Any] | None:
         """Return the report about encoding to MXFP4, of this run or one that ended before."""
-        if self.run.encoding_report() is not None:
-            return self.run.encoding_report()
-        text = self.remote.read_report() if self.spec.encoding is not None else None
-        return None if text is None else dict(strict_json.loads(text))
+        report = self.run.encoding_report()
+        if report is None and self.spec.encoding is not None:
+            report = parse_report(self.remote.read_report() or b"")
+        return report
 
     def _write_shards(
         self,
@@ -180,7 +179,8 @@ class _RemoteOutput:
             if self.task is not None:  # another run may have replaced this one
                 self.remote.check_run()
             run.before_commit(name, summary)
-            self.remote.losses = run.losses()
+            if summary.losses:
+                self.remote.losses[name] = losses_as_text(summary.losses)
 
         with Uploads(self.remote, run.path, self.max_staged, run.checksums.get) as uploads:
             for shard in staged:

@@ -11,7 +11,7 @@ import torch
 from clusters import cluster
 from loopback import FileServer
 from memory_location import MemoryLocation
-from runs import digests
+from runs import digests, run_in_process
 from safetensors.torch import load_file, save_file
 
 import gptoss_stream
@@ -213,12 +213,18 @@ def test_a_finished_output_that_lost_a_file_keeps_its_report(trained, options, w
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", '{"tensors": 3}', '{"tensors": {"a": {"blocks": "x"}}}']
+    "text", ["", "[]", "[1]", "{}", '{"tensors": 3}', '{"tensors": {"a": {"blocks": "x"}}}']
 )
 def test_a_damaged_report_is_not_believed(text, trained, options, whole, tmp_path):
     out = tmp_path / "out"
     gptoss_stream.convert(trained, out, **options)
     (out / REPORT).write_text(text)
+    again = run_in_process(
+        "convert", trained, out, "--to", "hf-mxfp4", "--reference", options["reference"],
+        "--max-shard-size", SIZE, "--checksums",
+    )  # fmt: skip
+    assert again.returncode == 0
+    assert "nothing to do" in again.stdout
     (out / "config.json").unlink()
     report = gptoss_stream.convert(trained, out, **options)
     assert report.mxfp4["unknown"] == sorted(whole[1]["tensors"])
