@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._utils.memory import peak_rss_nbytes
 from ._utils.paths import user_path
+from .adapters import AdapterLike, as_adapters, check_values, open_adapters
 from .checkpoint.metadata import read_metadata
 from .errors import OptionError, OutputError
 from .formats import read_source
@@ -18,7 +20,7 @@ from .model.selection import Selection
 from .planning.array_task import ArrayTask
 from .planning.options import DEFAULT_FORMAT, ConversionOptions
 from .planning.output_files import output_files
-from .planning.plan import Plan, plan_conversion, read_reference
+from .planning.plan import Plan, plan_conversion, read_adapters, read_reference
 from .planning.run_identity import encoding_identity, run_identity
 from .planning.shards import DEFAULT_SHARD_SIZE
 from .storage.local_folder import LocalFolder
@@ -56,6 +58,8 @@ def convert(
     reference: LocationLike | None = None,
     keep_layers: str | None = None,
     keep_experts: str | ExpertsByLayer | None = None,
+    adapters: AdapterLike | Sequence[AdapterLike] = (),
+    merge_like_peft: bool = False,
     on_plan: Callable[[Plan], None] | None = None,
     on_start: Callable[[int, int], None] | None = None,
     on_progress: Callable[[int], None] | None = None,
@@ -90,6 +94,8 @@ def convert(
             decode to the source's values, so that what was not trained keeps its bytes.
         keep_layers: The layers of which a smaller model is made, such as "0-5"; all by default.
         keep_experts: The experts of which a smaller model is made (see `plan`); all by default.
+        adapters: LoRA adapters to merge, in order: locations, or `Adapter` objects that say more.
+        merge_like_peft: Whether merged values are rounded as PEFT does, instead of once.
         on_plan: Called with the plan when the output can be written, before `on_start`.
         on_start: Called with the bytes to write (by this task), and how many of them were finished
             before.
@@ -106,8 +112,9 @@ def convert(
         MissingPackageError: If an extra is not installed.
     """
     from ._utils.thread_pool import count_workers
-    from .checkpoint.open_reader import open_readers
+    from .planning.plan_readers import open_plan_readers
     from .writing.output_spec import OutputSpec
+    from .writing.remote_output import staging_folder
     from .writing.spill_file import is_memory_low
     from .writing.thread_executor import ThreadExecutor
 
@@ -116,7 +123,7 @@ def convert(
     base_name = None if base is None else base.identity
     options = ConversionOptions(
         to, source_format, dtype, max_shard_size, selection, mxfp4_rule, base_name,
-        Pruning.of(keep_layers, keep_experts),
+        Pruning.of(keep_layers, keep_experts), as_adapters(adapters), merge_like_peft,
     )  # fmt: skip
     threads = count_workers(workers)
     array_task = None if task is None else ArrayTask(*task)
@@ -124,13 +131,16 @@ def convert(
         raise OptionError(f"{array_task} is for runs without a scheduler; give only one of them")
     target = _open_target(output)
     location = open_location(source)
-    if not overwrite:
-        location = location.pinned_to(_unfinished_state(target))
+    state = None if overwrite else _unfinished_state(target)
+    location = location.pinned_to(state)
+    options = replace(options, adapters=open_adapters(options.adapters, state))
     source_model = read_source(read_metadata(location), source_format)
-    plan = plan_conversion(source_model, options, read_reference(base))
+    plan = plan_conversion(source_model, options, read_reference(base), read_adapters(options))
     _refuse_overlap("source", location, target)
     if base is not None:
         _refuse_overlap("reference", base, target)
+    for adapter in () if plan.merge is None else plan.merge.infos:
+        _refuse_overlap("adapter", adapter.location, target)
     identity = run_identity(plan)
     spec = OutputSpec(
         identity, plan.shards, output_files(plan), checksums, encoding_identity(identity)
@@ -144,7 +154,10 @@ def convert(
             on_start(total, done)
 
     ahead = 0 if low_memory else threads
-    with open_readers(plan.info, plan.reference, ahead) as reader:
+    scratch = target if isinstance(target, Path) else staging_folder(target, staging, array_task)
+    with open_plan_readers(plan, scratch, ahead) as reader:
+        if plan.merge is not None:
+            check_values(plan.merge, reader)
         executor: Executor = ThreadExecutor(reader, threads, low_memory=low_memory)
         if client is not None:
             executor = _dask_executor(client, location, target, options, spec, workers, staging)
@@ -220,6 +233,7 @@ def _dask_executor(
 
     output = os.path.realpath(target) if isinstance(target, Path) else target.identity
     folder = None if staging is None else str(user_path(staging).absolute())
+    options = replace(options, adapters=tuple(one.by_name() for one in options.adapters))
     task_spec = TaskSpec(
         source.identity, output, options, spec.identity, spec.checksums, threads=1, staging=folder
     )

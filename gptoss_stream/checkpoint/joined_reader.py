@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ class JoinedReader:
         readers: The reader of each, by the number that `RawTensor.checkpoint` has.
     """
 
-    def __init__(self, readers: Sequence[Reader]) -> None:
+    def __init__(self, readers: Mapping[int, Reader]) -> None:
         self._readers = readers
 
     def read(
@@ -34,22 +34,22 @@ class JoinedReader:
 
     def set_schedule(self, schedule: ReadSchedule, stop: threading.Event) -> None:
         """Give each reader its part of the schedule (see `Reader.set_schedule`)."""
-        for number, reader in enumerate(self._readers):
+        for number, reader in self._readers.items():
             reader.set_schedule(_part(schedule, number), stop)
 
     def begin_step(self, step: int) -> None:
         """Begin a step (see `Reader.begin_step`)."""
-        for reader in self._readers:
+        for reader in self._readers.values():
             reader.begin_step(step)
 
     def end_step(self, step: int) -> None:
         """End a step (see `Reader.end_step`)."""
-        for reader in self._readers:
+        for reader in self._readers.values():
             reader.end_step(step)
 
     def check_unchanged(self) -> None:
         """Check that no file has changed since it was opened (see `Reader.check_unchanged`)."""
-        for reader in self._readers:
+        for reader in self._readers.values():
             reader.check_unchanged()
 
 

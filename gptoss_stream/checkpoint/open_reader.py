@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
 from typing import TypeAlias
 
+from .._utils.temporary_file import scratch_folder
 from .joined_reader import JoinedReader
 from .local_reader import LocalReader
 from .metadata import CheckpointInfo
 from .reader import Reader
+from .regrouping_reader import RegroupingReader
 from .remote_reader import RemoteReader
 
 __all__ = ["CheckpointReader", "open_reader", "open_readers"]
@@ -30,18 +34,37 @@ def open_reader(info: CheckpointInfo, ahead: int = 0) -> AbstractContextManager[
 
 @contextmanager
 def open_readers(
-    source: CheckpointInfo, reference: CheckpointInfo | None, ahead: int = 0
+    source: CheckpointInfo,
+    reference: CheckpointInfo | None = None,
+    adapters: Sequence[CheckpointInfo] = (),
+    *,
+    ahead: int = 0,
+    scratch: Path | None = None,
 ) -> Iterator[Reader]:
-    """Open a reader of a source and of a reference, if there is one.
+    """Open a reader of a source, of a reference and of adapters, as far as there are any.
 
     Args:
         source: The source, number 0 in `RawTensor.checkpoint`.
         reference: The reference, number 1.
+        adapters: The adapters, numbers from 2 on.
         ahead: See `open_reader`.
+        scratch: Where temporary files for adapters are created; by default as the system says.
     """
-    with open_reader(source, ahead) as reader:
-        if reference is None:
-            yield reader
-            return
-        with open_reader(reference, ahead) as reference_reader:
-            yield JoinedReader((reader, reference_reader))
+    folder = scratch_folder(scratch or Path(tempfile.gettempdir()))
+    with ExitStack() as stack:
+        readers: dict[int, Reader] = {0: stack.enter_context(open_reader(source, ahead))}
+        if reference is not None:
+            readers[1] = stack.enter_context(open_reader(reference, ahead))
+        for number, adapter in enumerate(adapters, 2):
+            readers[number] = stack.enter_context(RegroupingReader(adapter, folder))
+        if adapters:
+            stack.enter_context(_one_blas_thread())
+        yield readers[0] if len(readers) == 1 else JoinedReader(readers)
+
+
+def _one_blas_thread() -> AbstractContextManager[object]:
+    """Return a context in which a matrix product takes one thread: the threads here are many."""
+    from threadpoolctl import threadpool_limits
+
+    limits: AbstractContextManager[object] = threadpool_limits(1, "blas")
+    return limits

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from .._utils.messages import counted, sized
+from ._adapter_options import add_adapters, open_adapters
 from ._distributed_options import add_distributed_options, array_task, dask_client
 from ._options import (
     add_conversion_options,
@@ -67,6 +68,7 @@ def add_parser(commands: Commands) -> None:
     add_quiet(parser)
     add_json(parser)
     add_selection(parser)
+    add_adapters(parser)
     add_pruning(parser)
     add_remote_source(parser, can_download=True)
     add_remote_output(parser)
@@ -129,6 +131,8 @@ def _convert(arguments: argparse.Namespace, task: tuple[int, int] | None) -> Rep
             reference=open_reference(arguments),
             keep_layers=arguments.keep_layers,
             keep_experts=parse_keep_experts(arguments),
+            adapters=open_adapters(arguments),
+            merge_like_peft=bool(arguments.merge_like_peft),
             on_plan=on_plan,
             on_start=on_start,
             on_progress=on_progress,

@@ -15,10 +15,10 @@ from .. import __version__
 from .._utils.failures import machine_error
 from .._utils.memory import peak_rss_nbytes
 from ..checkpoint.metadata import read_metadata
-from ..checkpoint.open_reader import open_readers
 from ..errors import CheckpointError, OptionError
 from ..formats import read_source
-from ..planning.plan import Plan, plan_conversion, read_reference
+from ..planning.plan import Plan, plan_conversion, read_adapters, read_reference
+from ..planning.plan_readers import open_plan_readers
 from ..planning.run_identity import run_identity
 from ..planning.shards import PlannedShard
 from ..storage.location import WritableLocation
@@ -74,9 +74,10 @@ def open_task(spec: TaskSpec) -> _OpenedTask:
             read_source(info, spec.options.source_format),
             spec.options,
             read_reference(spec.options.reference),
+            read_adapters(spec.options),
         )
         # The revision that a user named may have moved on since it was resolved to a commit.
-        ignored = {"source", "source_revision", "reference"}
+        ignored = {"source", "source_revision", "reference", "adapters"}
         expected, found = (
             {key: value for key, value in json.loads(json.dumps(identity)).items()
              if key not in ignored}
@@ -198,8 +199,7 @@ def _write(
 ) -> None:
     threads = task.spec.threads
     low_memory = is_memory_low(task.plan.spill_nbytes)
-    reference = task.plan.reference
     ahead = 0 if low_memory else threads
-    with open_readers(task.plan.info, reference, ahead=ahead) as reader:
+    with open_plan_readers(task.plan, folder, ahead) as reader:
         executor = ThreadExecutor(reader, threads, low_memory=low_memory)
         executor.write_shards([shard], folder, partial_folder, callbacks, checksums=checksums)

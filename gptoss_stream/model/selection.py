@@ -10,13 +10,13 @@ from typing import Any
 
 from ..errors import OptionError
 from .config import ModelConfig
-from .tensors import ATTENTION_BIASES
+from .tensors import ATTENTION_BIASES, EXPERT_TENSORS
 
 __all__ = ["GROUPS", "ResolvedSelection", "Selection", "numbers_in", "parse_numbers"]
 
 GROUPS: Mapping[str, frozenset[str]] = {
     "attention": frozenset({"q", "k", "v", "o", "sinks"}) | ATTENTION_BIASES,
-    "experts": frozenset({"gate_up", "gate_up_bias", "down", "down_bias"}),
+    "experts": EXPERT_TENSORS,
     "router": frozenset({"router", "router_bias"}),
     "embeddings": frozenset({"embed", "unembed", "unembed_bias"}),
     "norms": frozenset({"attn_norm", "mlp_norm", "final_norm"}),

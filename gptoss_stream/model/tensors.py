@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["ABSENT_IS_ZERO", "ATTENTION_BIASES", "MODEL_TENSORS"]
+__all__ = ["ABSENT_IS_ZERO", "ATTENTION_BIASES", "EXPERT_TENSORS", "MODEL_TENSORS", "matrix_axes"]
 
 MODEL_TENSORS: Mapping[str, str] = {
     "embed": "v m",
@@ -40,7 +40,37 @@ m hidden size, i intermediate size, v vocabulary. `unembed_bias` is zero in a re
 only `transformer-lens` stores it.
 """
 
+EXPERT_TENSORS = frozenset({"gate_up", "gate_up_bias", "down", "down_bias"})
+"""Tensors of which each expert has its own."""
+
 ATTENTION_BIASES = frozenset({"q_bias", "k_bias", "v_bias", "o_bias"})
 
 ABSENT_IS_ZERO = ATTENTION_BIASES | {"unembed_bias"}
 """Tensors that a model may lack; it then computes as if they were zero."""
+
+_MATRICES: Mapping[str, tuple[str, str]] = {
+    "embed": ("v", "m"),
+    "q": ("nh", "m"),
+    "k": ("kh", "m"),
+    "v": ("kh", "m"),
+    "o": ("m", "nh"),
+    "router": ("e", "m"),
+    "gate_up": ("it", "m"),
+    "gate_up_bias": ("it", ""),
+    "down": ("m", "i"),
+    "unembed": ("v", "m"),
+}
+
+
+def matrix_axes(tensor: str) -> tuple[str, str]:
+    """Return the axes of the rows and of the columns of a tensor, of one layer and expert.
+
+    They are those of the linear layers in transformers: rows are outputs, columns are inputs, and
+    gate and up alternate. A vector has no axes of columns.
+
+    Args:
+        tensor: A name in `MODEL_TENSORS`.
+    """
+    without = "le" if tensor in EXPERT_TENSORS else "l"
+    vector = "".join(axis for axis in MODEL_TENSORS[tensor].split() if axis not in without)
+    return _MATRICES.get(tensor, (vector, ""))

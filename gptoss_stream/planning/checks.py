@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 
 from .. import formats
+from ..adapters import Merge
 from ..checkpoint.metadata import CheckpointInfo
 from ..checkpoint.zero_check import is_zero
 from ..errors import OptionError, TensorError
@@ -28,6 +29,7 @@ __all__ = [
     "pruned_tensors",
     "refuse_cut_stacks",
     "refuse_unmappable",
+    "replaced_tensors",
     "unmapped_tensors",
 ]
 
@@ -69,7 +71,11 @@ def choose_dtype(dtype: str | None, source_format: str, to: str) -> str:
 
 
 def choose_quantization(
-    options: ConversionOptions, source: SourceModel, reference: SourceModel | None, target: Table
+    options: ConversionOptions,
+    source: SourceModel,
+    reference: SourceModel | None,
+    target: Table,
+    merge: Merge | None,
 ) -> Quantization | None:
     """Return how floats become MXFP4; None if none do.
 
@@ -78,11 +84,14 @@ def choose_quantization(
         source: The source.
         reference: The checkpoint that `--reference` names, if any.
         target: The table of the format that is written.
+        merge: The adapters to be merged, if any.
 
     Raises:
         OptionError: If there is nothing to encode, and an option says how.
     """
-    if mxfp4_tensors(target) - mxfp4_tensors(source.table):
+    packed = mxfp4_tensors(target)
+    merged = {tensor for tensor in packed if merge is not None and merge.touches(tensor)}
+    if merged or packed - mxfp4_tensors(source.table):
         _refuse_widths(options.to, target, source.model)
         if reference is not None:
             refuse_reference(reference, source.model)
@@ -91,7 +100,7 @@ def choose_quantization(
         if value is not None:
             reason = (
                 "the source's experts are in MXFP4 already, and are copied byte for byte"
-                if mxfp4_tensors(target)
+                if packed
                 else f"{options.to} holds no MXFP4"
             )
             raise OptionError(f"{option} is for floats that become MXFP4: {reason}; remove it")
@@ -144,6 +153,19 @@ def pruned_tensors(source: SourceModel, pruning: ResolvedPruning) -> set[str]:
         axes = spec.rows[0].axes_in_name
         for layer, expert in source.model.instances(spec.name) if "l" in axes else ():
             if not pruning.keeps(layer, expert if "e" in axes else None):
+                names.add(source.info.tensors[spec.name.format(l=layer, e=expert)].name)
+    return names
+
+
+def replaced_tensors(source: SourceModel, merge: Merge) -> set[str]:
+    """Return the stored names of tensors that an adapter stores instead."""
+    replaced = {(place.tensor, place.layer) for place in merge.replaced()}
+    names = set()
+    for spec in table_specs(source.table, source.model):
+        of_layer = "l" in spec.rows[0].axes_in_name
+        for layer, expert in source.model.instances(spec.name):
+            number = layer if of_layer else None
+            if all((row.tensor, number) in replaced for row in spec.rows):
                 names.add(source.info.tensors[spec.name.format(l=layer, e=expert)].name)
     return names
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from itertools import groupby
 from math import prod
 
+from ..adapters import Merge
 from ..errors import OptionError
 from ..formats import Row, Table, TensorSpec, table_specs
 from ..formats._table import DENSE, Mxfp4Encoding
@@ -23,6 +24,7 @@ from ..tensors.raw_tensor import RawTensor
 from ..transforms.operands import raw_tensors
 from ..transforms.output_tensor import Origin, OutputTensor, Segment
 from ..transforms.row_encoding import BLOCKS, SCALES
+from .adaptation import TensorMerge
 from .operand_binding import SegmentBuilder, SourceRow, source_rows
 from .quantization import Quantization, encoded_segments
 
@@ -41,6 +43,7 @@ def output_tensors(
     dtype: DType | None,
     quantization: Quantization | None = None,
     pruning: ResolvedPruning | None = None,
+    merge: Merge | None = None,
 ) -> Iterator[OutputTensor]:
     """Yield every tensor of the target, in the order in which they are written.
 
@@ -52,11 +55,12 @@ def output_tensors(
         dtype: The dtype of dense tensors; None keeps that of the source.
         quantization: How floats are encoded; the default rule without a reference if it is None.
         pruning: The source's layers and experts that are kept; None for all.
+        merge: The adapters to be merged; None for none.
 
     Raises:
         OptionError: If the target cannot be made of the source.
     """
-    mapping = _Mapping(source, model, raws, dtype, quantization or Quantization(), pruning)
+    mapping = _Mapping(source, model, raws, dtype, quantization or Quantization(), pruning, merge)
     for spec, layer, expert in _in_order(table_specs(target, model), model.sizes):
         yield mapping.output_tensor(spec, layer, expert)
 
@@ -91,6 +95,7 @@ class _Mapping:
         dtype: The dtype of dense tensors; None keeps that of the source.
         quantization: How floats are encoded.
         pruning: The source's layers and experts that are kept; None for all.
+        merge: The adapters to be merged; None for none.
     """
 
     def __init__(
@@ -101,8 +106,10 @@ class _Mapping:
         dtype: DType | None,
         quantization: Quantization,
         pruning: ResolvedPruning | None,
+        merge: Merge | None,
     ) -> None:
         self._pruning = pruning
+        self._merge = merge
         self._model = model
         self._quantization = quantization
         self._sizes = model.sizes
@@ -120,15 +127,17 @@ class _Mapping:
         in_name = {axis: i for axis, i in (("l", layer), ("e", expert)) if i is not None}
         is_mxfp4 = isinstance(spec.rows[0].encoding, Mxfp4Encoding)
         segments: list[Segment] = []
+        stored: list[Segment] = []
         for row in spec.rows:
             source_rows = self._source_rows.get(row.tensor, [])
             sizes: Mapping[str, int] = self._sizes
             fixed = {**row.fixed, **in_name}
             if not source_rows and row.tensor not in ABSENT_IS_ZERO:
                 raise OptionError(f"the source holds nothing that {name!r} can be made of")
-            if is_mxfp4 and not _is_packed(source_rows):
+            merge = self._tensor_merge(source_rows, layer)
+            if is_mxfp4 and (merge is not None or not _is_packed(source_rows)):
                 builder = SegmentBuilder(
-                    self._raws, source_rows, sizes, row.order[-1], self._pruning
+                    self._raws, source_rows, sizes, row.order[-1], self._pruning, merge
                 )
                 segments += encoded_segments(
                     builder, row, fixed, spec.component, self._model, self._quantization
@@ -136,9 +145,13 @@ class _Mapping:
                 continue
             if is_mxfp4:
                 source_rows, sizes = self._stored_bytes(row, source_rows, spec)
-            builder = SegmentBuilder(self._raws, source_rows, sizes, pruning=self._pruning)
-            segments += builder.segments(row.groups, fixed)
-        dtype = DType.U8 if is_mxfp4 else self._dtype or self._kept_dtype(segments)
+            builder = SegmentBuilder(
+                self._raws, source_rows, sizes, pruning=self._pruning, merge=merge
+            )
+            made = list(builder.segments(row.groups, fixed))
+            segments += made
+            stored += made if merge is None else self._unchanged(builder, row, fixed)
+        dtype = DType.U8 if is_mxfp4 else self._dtype or self._kept_dtype(stored)
         for segment in segments:
             if prod(segment.row_shape) * dtype.itemsize > _MAX_ROW_NBYTES:
                 raise OptionError(f"output tensor {name!r} cannot be made in bounded memory")
@@ -148,6 +161,26 @@ class _Mapping:
             first = _component_row(spec.rows[0], BLOCKS)
             made_with = first.stored.format(l=layer, e=expert)
         return OutputTensor(name, dtype, spec.shape, tuple(segments), origin, made_with)
+
+    def _tensor_merge(
+        self, source_rows: Sequence[SourceRow], layer: int | None
+    ) -> TensorMerge | None:
+        """Return what adapters change in a tensor of a layer; None if nothing."""
+        tensor = source_rows[0].row.tensor if source_rows else ""
+        if self._merge is None:
+            return None
+        sizes = {**self._sizes, **(self._pruning.source_sizes if self._pruning else {})}
+        if self._pruning is not None and layer is not None:
+            layer = self._pruning.layers[layer]
+        if not self._merge.touches(tensor, layer):
+            return None
+        return TensorMerge(self._merge, tensor, sizes, self._pruning)
+
+    def _unchanged(
+        self, builder: SegmentBuilder, row: Row, fixed: Mapping[str, int]
+    ) -> list[Segment]:
+        """Return the segments without any adapter, whose dtype is kept."""
+        return list(replace(builder, merge=None).segments(row.groups, fixed))
 
     def _stored_bytes(
         self, target: Row, source_rows: Sequence[SourceRow], spec: TensorSpec

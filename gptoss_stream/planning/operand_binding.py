@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TypeAlias
 
+from ..adapters import Replacement
 from ..errors import OptionError
 from ..formats import Row, Table, rows_by_name
 from ..formats._table import Mxfp4Encoding, stored_shape
@@ -32,6 +33,7 @@ from ..transforms.operand import Operand
 from ..transforms.operands import DenseOperand, InterleavedOperand, ZeroOperand
 from ..transforms.output_tensor import Segment
 from ..transforms.rearrangement import make_rearrangement
+from .adaptation import TensorMerge
 
 __all__ = ["SegmentBuilder", "SourceRow", "source_rows"]
 
@@ -83,6 +85,8 @@ class SegmentBuilder:
     """The axis along which the target's rows are encoded, its last one; empty if they are not."""
     pruning: ResolvedPruning | None = None
     """The source's layers and experts of which the target's are made; None if all are the same."""
+    merge: TensorMerge | None = None
+    """What adapters change in the tensor; None for nothing."""
 
     def segments(self, groups: _Groups, fixed: Mapping[str, int]) -> Iterator[Segment]:
         """Yield the segments for a row of the target.
@@ -95,6 +99,11 @@ class SegmentBuilder:
             OptionError: If the source's elements cannot be rearranged to the target's.
         """
         order = [axis for group in groups for axis in group]
+        if self.merge is not None and order[:1] != ["l"]:
+            replacement = self.merge.replacement(fixed)
+            if replacement is not None:
+                yield from self._replaced(replacement).segments(groups, fixed)
+                return
         if not self.source_rows:
             size = prod(self.sizes[axis] for axis in order)
             yield Segment(ZeroOperand((size,)), make_rearrangement(("x",), ("x",), (size,)))
@@ -108,6 +117,14 @@ class SegmentBuilder:
         else:
             yield self._segment(groups, order, fixed)
 
+    def _replaced(self, replacement: Replacement) -> SegmentBuilder:
+        """Return a builder that takes what an adapter stores instead of the source's tensor."""
+        assert self.merge is not None
+        row, raw = replacement.row, replacement.raw
+        name = row.stored.format(l=replacement.layer)
+        merge = replace(self.merge, is_replaced=True)
+        return replace(self, raws={name: raw}, source_rows=[SourceRow(row)], merge=merge)
+
     def _needs_split(self, order: list[str], fixed: Mapping[str, int]) -> bool:
         """Return whether each index of the target's first axis becomes a segment of its own.
 
@@ -117,6 +134,8 @@ class SegmentBuilder:
         or experts are taken.
         """
         first, stored = order[0], self._stored_order(fixed)
+        if self.merge is not None and self.merge.splits(first, fixed):
+            return True
         if first not in stored or self._is_chosen(first, fixed):
             return True
         if first not in ("e", "t") or stored == order:
@@ -171,12 +190,17 @@ class SegmentBuilder:
         else:
             operand, operand_groups = self._operand(fixed)
         is_contiguous = isinstance(operand, DenseOperand) and operand.selected is None
-        merged = _merge_axes(operand_groups, order, self.block_axis, across_groups=is_contiguous)
+        inputs = self.merge.input_axes if self.merge is not None else ""
+        merged = _merge_axes(
+            operand_groups, order, self.block_axis, inputs, across_groups=is_contiguous
+        )
         shape = tuple(prod(self.sizes[axis] for axis in axes) for axes in merged)
         if isinstance(operand, DenseOperand) and is_contiguous:
             operand = replace(operand, stored_shape=shape)
         if shape != operand.shape:
             raise self._refusal(f"its axes cannot be rearranged as {' '.join(order)}")
+        if self.merge is not None:
+            operand = self.merge.adapted(operand, merged, fixed)
         source = tuple("".join(axes) for axes in merged)
         target = tuple(sorted(source, key=lambda name: order.index(name[0])))
         try:
@@ -272,7 +296,7 @@ def _indices_with(axis: str, index: int, group: tuple[str, ...], sizes: Mapping[
 
 
 def _merge_axes(
-    groups: _Groups, order: list[str], block_axis: str, *, across_groups: bool
+    groups: _Groups, order: list[str], block_axis: str, inputs: str, *, across_groups: bool
 ) -> list[list[str]]:
     """Merge axes that follow on each other in both source and target: they need no rearranging.
 
@@ -280,6 +304,7 @@ def _merge_axes(
         groups: The source's axes, as it stores them.
         order: The target's axes.
         block_axis: An axis that is not merged with those before it.
+        inputs: Axes that are not merged with others: of an adapted matrix, those of its inputs.
         across_groups: Whether axes of different groups may be merged.
 
     Returns:
@@ -291,7 +316,8 @@ def _merge_axes(
         for axis in group:
             position = order.index(axis)
             follows = position > 0 and bool(merged) and order[position - 1] == merged[-1][-1]
-            if may_merge and follows and axis != block_axis:
+            is_alike = follows and (axis in inputs) == (merged[-1][-1] in inputs)
+            if may_merge and is_alike and axis != block_axis:
                 merged[-1].append(axis)
             else:
                 merged.append([axis])

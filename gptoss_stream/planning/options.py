@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .. import formats
+from ..adapters import Adapter
 from ..errors import OptionError
 from ..model.pruning import Pruning
 from ..model.selection import Selection
@@ -30,6 +31,8 @@ class ConversionOptions:
         mxfp4_rule: How floats become MXFP4 (see `tensors.mxfp4_rules`); None for the default.
         reference: A checkpoint in MXFP4 whose blocks are kept where they have the source's values.
         pruning: The layers and experts of which a smaller model is made; None for all.
+        adapters: The LoRA adapters to merge, in order.
+        merge_like_peft: Whether merged values are rounded as PEFT does.
 
     Raises:
         OptionError: For a value that cannot be used.
@@ -43,6 +46,8 @@ class ConversionOptions:
     mxfp4_rule: str | None = None
     reference: str | None = None
     pruning: Pruning | None = None
+    adapters: tuple[Adapter, ...] = ()
+    merge_like_peft: bool = False
 
     def __post_init__(self) -> None:
         parse_size(self.max_shard_size)
@@ -55,3 +60,5 @@ class ConversionOptions:
         if self.mxfp4_rule not in (None, *RULES):
             names = ", ".join(RULES)
             raise OptionError(f"unknown MXFP4 rule {self.mxfp4_rule!r}; choose one of {names}")
+        if self.merge_like_peft and not self.adapters:
+            raise OptionError("--merge-like-peft is for adapters, and none is given; remove it")

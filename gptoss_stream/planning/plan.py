@@ -8,13 +8,22 @@ the first byte is written.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .. import formats
 from .._utils.messages import listed
+from ..adapters import (
+    AdapterFile,
+    AdapterLike,
+    Merge,
+    as_adapters,
+    merge_adapters,
+    read_adapter,
+)
 from ..checkpoint.metadata import CheckpointInfo, read_metadata
+from ..checkpoint.regrouping_reader import KEPT_TENSORS
 from ..errors import ConfigError, OptionError, TensorError
 from ..formats import SourceModel, check_tensors
 from ..model.config import ModelConfig
@@ -31,13 +40,14 @@ from .checks import (
     pruned_tensors,
     refuse_cut_stacks,
     refuse_unmappable,
+    replaced_tensors,
     unmapped_tensors,
 )
 from .mapping import output_tensors
 from .options import DEFAULT_FORMAT, ConversionOptions
 from .shards import DEFAULT_SHARD_SIZE, PlannedShard, parse_size, plan_shards, spill_nbytes
 
-__all__ = ["Plan", "plan", "plan_conversion", "read_reference"]
+__all__ = ["Plan", "plan", "plan_conversion", "read_adapters", "read_reference"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +86,8 @@ class Plan:
     pruning: Mapping[str, Any] | None = field(default=None, repr=False)
     """The layers of the source that are kept, and the experts of each: {"layers": [0, 3],
     "experts": {"0": [1, 4], "3": [0, 2]}}; None if all are."""
+    merge: Merge | None = field(default=None, repr=False)
+    """The LoRA adapters that are merged; None for none."""
     reference: CheckpointInfo | None = field(default=None, repr=False)
     """The checkpoint whose MXFP4 blocks are kept where they decode to the source's values."""
 
@@ -112,7 +124,8 @@ class Plan:
     @property
     def spill_nbytes(self) -> int:
         """Bytes of disk space that spill files need in addition to the output."""
-        return spill_nbytes(self.shards)
+        regrouped = 0 if self.merge is None else KEPT_TENSORS * self.merge.regrouped_nbytes
+        return spill_nbytes(self.shards) + regrouped
 
 
 def _union_length(ranges: list[tuple[int, int]]) -> int:
@@ -136,6 +149,8 @@ def plan(
     reference: LocationLike | None = None,
     keep_layers: str | None = None,
     keep_experts: str | ExpertsByLayer | None = None,
+    adapters: AdapterLike | Sequence[AdapterLike] = (),
+    merge_like_peft: bool = False,
 ) -> Plan:
     """Plan the conversion of a checkpoint; moves no data.
 
@@ -153,6 +168,8 @@ def plan(
         keep_layers: The layers of which a smaller model is made, such as "0-5"; all by default.
         keep_experts: The experts of each layer of which a smaller model is made, such as
             "0,3,7-12", or lists of as many numbers by layer; all by default.
+        adapters: LoRA adapters to merge, in order: locations, or `Adapter` objects that say more.
+        merge_like_peft: Whether merged values are rounded as PEFT does, instead of once.
 
     Raises:
         OptionError: For an argument that cannot be used, and if the format cannot be written.
@@ -162,11 +179,12 @@ def plan(
     """
     pruning = Pruning.of(keep_layers, keep_experts)
     options = ConversionOptions(
-        to, source_format, dtype, max_shard_size, selection, mxfp4_rule, pruning=pruning
-    )
+        to, source_format, dtype, max_shard_size, selection, mxfp4_rule, pruning=pruning,
+        adapters=as_adapters(adapters), merge_like_peft=merge_like_peft,
+    )  # fmt: skip
     info = read_metadata(open_location(source))
     read = formats.read_source(info, source_format)
-    return plan_conversion(read, options, read_reference(reference))
+    return plan_conversion(read, options, read_reference(reference), read_adapters(options))
 
 
 def read_reference(reference: LocationLike | None) -> SourceModel | None:
@@ -182,10 +200,24 @@ def read_reference(reference: LocationLike | None) -> SourceModel | None:
     return replace(source, info=replace(source.info, tensors=tensors))
 
 
+def read_adapters(options: ConversionOptions) -> list[AdapterFile]:
+    """Read the adapters of a conversion; raises as `plan` does.
+
+    Their tensors have the numbers from 2 on in `RawTensor.checkpoint`.
+    """
+    return [read_adapter(one, number) for number, one in enumerate(options.adapters, 2)]
+
+
 def plan_conversion(
-    source: SourceModel, options: ConversionOptions, reference: SourceModel | None = None
+    source: SourceModel,
+    options: ConversionOptions,
+    reference: SourceModel | None = None,
+    adapters: Sequence[AdapterFile] = (),
 ) -> Plan:
-    """Plan the conversion of a checkpoint that was read, and of a reference; raises as `plan`."""
+    """Plan the conversion of a checkpoint, a reference and adapters that were read.
+
+    Raises as `plan` does.
+    """
     info = source.info
     target, to = formats.load(options.to), options.to
     dtype = choose_dtype(options.dtype, source.name, to)
@@ -201,15 +233,25 @@ def plan_conversion(
     check_tensors(source.table, source.model, info)
     if source.doubt:
         raise TensorError(source.doubt)
-    quantization = choose_quantization(options, source, reference, target.TABLE)
+    merge = merge_adapters(adapters, source.model, like_peft=options.merge_like_peft)
+    quantization = choose_quantization(options, source, reference, target.TABLE, merge)
     left_out = refuse_unmappable(source, target.TABLE, info, to)
+    if merge is not None:
+        left_out |= replaced_tensors(source, merge)
     if pruning is not None:
         left_out |= pruned_tensors(source, pruning)
     selection = (options.selection or Selection()).resolve(model)
     written_dtype = None if dtype == KEEP else output_dtype(dtype)
     every = [
         *output_tensors(
-            source.table, target.TABLE, model, info.tensors, written_dtype, quantization, pruning
+            source.table,
+            target.TABLE,
+            model,
+            info.tensors,
+            written_dtype,
+            quantization,
+            pruning,
+            merge,
         )
     ]
     refuse_cut_stacks(every, selection, to)
@@ -237,6 +279,7 @@ def plan_conversion(
         warning=formats.warning(target) if to != source.name else "",
         notes=(*source.notes, *_notes(source, model)),
         pruning=None if pruning is None else pruning.as_dict(),
+        merge=merge,
         mxfp4_rule=None if quantization is None else quantization.rule,
         reference=None if quantization is None or reference is None else reference.info,
     )

@@ -38,6 +38,7 @@ def run_identity(plan: Plan) -> dict[str, Any]:
         "max_shard_size": plan.max_shard_size,
         **({} if plan.pruning is None else {"pruning": plan.pruning}),
         **_encoding(plan),
+        **_merge(plan),
         "unused": list(plan.unmapped),
         "plan": _digest(
             *(
@@ -65,6 +66,14 @@ def _encoding(plan: Plan) -> dict[str, Any]:
         found["reference"] = plan.reference.location.identity
         found["reference_files"] = _files(plan.reference)
     return found
+
+
+def _merge(plan: Plan) -> dict[str, Any]:
+    """Return what identifies the adapters that are merged, if any are."""
+    if plan.merge is None:
+        return {}
+    rounding = {"merge_like_peft": True} if plan.merge.like_peft else {}
+    return {"adapters": plan.merge.sources(), "merged": plan.merge.identity(), **rounding}
 
 
 def _files(info: CheckpointInfo) -> dict[str, list[Any]]:

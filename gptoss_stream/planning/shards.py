@@ -13,7 +13,7 @@ from itertools import accumulate, pairwise
 
 from ..errors import OptionError
 from ..tensors.safetensors_header import SINGLE_NAME, build_header
-from ..transforms.operands import DenseOperand, as_dense
+from ..transforms.operands import spilled_dtype
 from ..transforms.output_tensor import OutputTensor, Segment
 
 __all__ = [
@@ -64,10 +64,7 @@ class PlannedShard:
     @property
     def transposed_nbytes(self) -> int:
         """Bytes of its transpositions that go through spill files."""
-        return sum(
-            segment.elements * as_dense(segment.operand).raw.dtype.itemsize
-            for segment, _ in self.spilled()
-        )
+        return sum(spilled_nbytes(segment) for segment, _ in self.spilled())
 
     @property
     def scales_nbytes(self) -> int:
@@ -106,13 +103,18 @@ class PlannedShard:
 
 def is_spilled(segment: Segment) -> bool:
     """Return whether a segment is a transposition that goes through a spill file."""
-    operand, rearrangement = segment.operand, segment.rearrangement
+    rearrangement = segment.rearrangement
     return (
         rearrangement.transposes
-        and isinstance(operand, DenseOperand)
         and not SPILLED_AXES.isdisjoint("".join(rearrangement.axes))
-        and segment.elements * operand.raw.dtype.itemsize > SPILL_NBYTES
+        and spilled_nbytes(segment) > SPILL_NBYTES
     )
+
+
+def spilled_nbytes(segment: Segment) -> int:
+    """Return the bytes of a segment in a spill file; 0 if its operand is never spilled."""
+    dtype = spilled_dtype(segment.operand)
+    return 0 if dtype is None else segment.elements * dtype.itemsize
 
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)

@@ -7,7 +7,7 @@ from math import prod
 
 from .dtypes import DType
 
-__all__ = ["RawTensor"]
+__all__ = ["RawTensor", "RegroupedTensor"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,8 @@ class RawTensor:
     offset: int
     """The first byte of its data in the file."""
     checkpoint: int = 0
-    """Which of the checkpoints that a conversion reads: 0 the source, 1 the reference."""
+    """Which of the checkpoints that a conversion reads: 0 the source, 1 the reference, others the
+    adapters."""
 
     @property
     def nbytes(self) -> int:
@@ -33,3 +34,15 @@ class RawTensor:
     def end(self) -> int:
         """The byte after the last of its data in the file."""
         return self.offset + self.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class RegroupedTensor(RawTensor):
+    """A tensor that is stored as [rows, groups * width], and is read as [groups, rows, width].
+
+    Example: in `lora_B` [5760, 512] of rank 16, column j belongs to expert j mod 32. Expert 3 alone
+    is [5760, 16], and touches every row.
+    """
+
+    is_group_fastest: bool = True
+    """Whether neighbours along the second axis belong to different groups."""

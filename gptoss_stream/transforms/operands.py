@@ -1,9 +1,9 @@
 """Where the elements of an output tensor come from: stored tensors, or some of their elements.
 
-An operand is an array of one or more axes that is loaded a tile at a time. There are four kinds:
+An operand is an array of one or more axes that is loaded a tile at a time. There are five kinds:
 `DenseOperand` (floats or bytes as they are stored), `Mxfp4Operand` (an MXFP4 matrix),
-`InterleavedOperand` (rows or columns of several operands in turn) and `ZeroOperand` (zeros, stored
-nowhere).
+`InterleavedOperand` (rows or columns of several operands in turn), `ZeroOperand` (zeros, stored
+nowhere) and `AdaptedOperand` (another operand with what an adapter changes in it).
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from math import prod
 
 from ..checkpoint.reader import ElementRange, Reader
+from ..tensors.dtypes import DType
 from ..tensors.raw_tensor import RawTensor
+from .adapted_operand import AdaptedOperand
 from .mxfp4_operand import Mxfp4Operand
 from .operand import Interval, Loaded, Operand, Tile
 
-__all__ = ["DenseOperand", "InterleavedOperand", "ZeroOperand", "as_dense", "raw_tensors"]
+__all__ = ["DenseOperand", "InterleavedOperand", "ZeroOperand", "raw_tensors", "spilled_dtype"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +158,7 @@ class ZeroOperand:
 
 
 def raw_tensors(operand: Operand) -> Iterator[RawTensor]:
-    """Yield the raw tensors that an operand reads."""
+    """Yield the raw tensors that an operand reads, without those of adapters."""
     if isinstance(operand, DenseOperand):
         yield operand.raw
     elif isinstance(operand, Mxfp4Operand):
@@ -164,14 +166,12 @@ def raw_tensors(operand: Operand) -> Iterator[RawTensor]:
     elif isinstance(operand, InterleavedOperand):
         for one in operand.operands:
             yield from raw_tensors(one)
+    elif isinstance(operand, AdaptedOperand):
+        yield from raw_tensors(operand.base)
 
 
-def as_dense(operand: Operand) -> DenseOperand:
-    """Return the operand of a spilled transposition, which is always dense.
-
-    Raises:
-        TypeError: For another operand.
-    """
-    if not isinstance(operand, DenseOperand):
-        raise TypeError("only dense operands are spilled")
-    return operand
+def spilled_dtype(operand: Operand) -> DType | None:
+    """Return the dtype of an operand's elements in a spill file; None if it is never spilled."""
+    if isinstance(operand, AdaptedOperand):
+        return None if spilled_dtype(operand.base) is None else operand.dtype
+    return operand.raw.dtype if isinstance(operand, DenseOperand) else None

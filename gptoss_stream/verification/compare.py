@@ -22,7 +22,7 @@ from ..checkpoint.reader import ElementRange, ReadSchedule
 from ..errors import OptionError
 from ..formats import SourceModel, check_tensors, read_source
 from ..model.selection import GROUPS
-from ..model.tensors import MODEL_TENSORS
+from ..model.tensors import MODEL_TENSORS, matrix_axes
 from ..storage.location import LocationLike
 from ..storage.open_location import open_location
 from .arrangements import Arrangement, arrangements, relate
@@ -33,21 +33,6 @@ __all__ = ["compare"]
 
 _LENGTH = 16
 """Rows and columns of a block of values that is compared."""
-
-_MATRICES = {
-    "embed": ("v", "m"),
-    "q": ("nh", "m"),
-    "k": ("kh", "m"),
-    "v": ("kh", "m"),
-    "o": ("m", "nh"),
-    "router": ("e", "m"),
-    "gate_up": ("it", "m"),
-    "gate_up_bias": ("it", ""),
-    "down": ("m", "i"),
-    "unembed": ("v", "m"),
-}
-"""The axes of the rows and of the columns of model tensors; gate and up alternate. All axes of any
-other tensor are those of a vector."""
 
 _MUST_BE_EQUAL = {
     "m": "hidden size",
@@ -172,18 +157,11 @@ class _Task(NamedTuple):
             "l": np.full_like(rows, self.layer or 0),
             "e": np.full_like(rows, self.expert or 0),
         }
-        for axes, numbers in zip(_axes(self.tensor), (rows, columns), strict=True):
+        for axes, numbers in zip(matrix_axes(self.tensor), (rows, columns), strict=True):
             if axes:
                 shape = [self.sizes[axis] for axis in axes]
                 indices |= zip(axes, np.unravel_index(numbers, shape), strict=True)
         return Elements(self.tensor, indices)
-
-
-def _axes(tensor: str) -> tuple[str, str]:
-    """Return the axes of the rows and columns of a model tensor, of one layer and expert."""
-    without = "le" if tensor in GROUPS["experts"] else "l"
-    vector = "".join(axis for axis in MODEL_TENSORS[tensor].split() if axis not in without)
-    return _MATRICES.get(tensor, (vector, ""))
 
 
 def _tasks(
@@ -196,7 +174,9 @@ def _tasks(
             axes = MODEL_TENSORS[tensor].split()
             if ("l" in axes) != (layer is not None) or ("e" in axes and not sizes["e"]):
                 continue
-            num_rows, num_columns = (prod(sizes[axis] for axis in axes) for axes in _axes(tensor))
+            num_rows, num_columns = (
+                prod(sizes[axis] for axis in axes) for axes in matrix_axes(tensor)
+            )
             named = dict(
                 arrangements(tensor, num_rows, num_columns, is_split=models[0].is_split(tensor))
             )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .._utils import strict_json
+from ..adapters import recorded_adapters
 from ..checkpoint.metadata import CheckpointInfo, read_header
 from ..errors import CheckpointError, OutputError
 from ..model.pruning import ResolvedPruning
@@ -92,14 +93,15 @@ def recorded_options(folder: Path, found: CheckpointInfo) -> dict[str, Any]:
         found: The tensors in it.
 
     Returns:
-        `to`, `dtype`, `selection`, `mxfp4_rule`, `reference`, `keep_layers` and `keep_experts`,
-        from the output's record. Without a valid record they are the defaults, but `dtype` follows
-        from the tensors.
+        `to`, `dtype`, `selection`, `mxfp4_rule`, `reference`, `keep_layers`, `keep_experts`,
+        `adapters` and `merge_like_peft`, from the output's record. Without a valid record they are
+        the defaults, but `dtype` follows from the tensors.
     """
     dtype, keeps_dtypes = _dtype_of_tensors(found)
     to, selection = DEFAULT_FORMAT, Selection()
     encoding: dict[str, str | None] = {"mxfp4_rule": None, "reference": None}
     kept: dict[str, Any] = {"keep_layers": None, "keep_experts": None}
+    merged: dict[str, Any] = {"adapters": (), "merge_like_peft": False}
     try:
         record = strict_json.loads((folder / RECORD_NAME).read_bytes())
         to, keeps_dtypes = str(record["format"]), record["dtype"] == KEEP
@@ -107,10 +109,15 @@ def recorded_options(folder: Path, found: CheckpointInfo) -> dict[str, Any]:
         encoding = {key: _as_text(record.get(key)) for key in encoding}
         if "pruning" in record:
             kept["keep_layers"], kept["keep_experts"] = ResolvedPruning.options(record["pruning"])
+        if "adapters" in record:
+            merged = {
+                "adapters": recorded_adapters(record["adapters"], record["merged"]),
+                "merge_like_peft": record.get("merge_like_peft") is True,
+            }
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         pass  # compare_record reports it
     dtype = KEEP if keeps_dtypes else dtype
-    return {"to": to, "dtype": dtype, "selection": selection, **encoding, **kept}
+    return {"to": to, "dtype": dtype, "selection": selection, **encoding, **kept, **merged}
 
 
 def _as_text(value: Any) -> str | None:

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from .._utils.failures import machine_error
 from .._utils.thread_pool import count_workers, run_steps
+from ..adapters import AdapterLike, as_adapters, check_values
 from ..checkpoint.local_reader import LocalReader
 from ..checkpoint.metadata import CheckpointInfo
-from ..checkpoint.open_reader import open_readers
 from ..errors import CheckpointError, OptionError, OutputError
 from ..model.selection import Selection
 from ..planning.plan import Plan, plan
+from ..planning.plan_readers import open_plan_readers
 from ..storage.location import Location, LocationLike
 from ..storage.open_location import local_path, open_location
 from ..transforms.output_tensor import OutputTensor
@@ -49,6 +52,8 @@ def verify(
     workers: int | None = None,
     mxfp4_rule: str | None = None,
     reference: LocationLike | None = None,
+    adapters: AdapterLike | Sequence[AdapterLike] = (),
+    merge_like_peft: bool | None = None,
     on_start: Callable[[int, int], None] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Verification:
@@ -67,6 +72,8 @@ def verify(
         workers: Number of threads; by default one more than processors, at most 8.
         mxfp4_rule: How floats became MXFP4; by default as recorded in the output.
         reference: The checkpoint whose MXFP4 blocks were kept; by default as recorded, too.
+        adapters: The LoRA adapters that were merged; by default as recorded, too.
+        merge_like_peft: Whether merged values were rounded as PEFT does; by default as recorded.
         on_start: Called with the bytes to compare, and 0.
         on_progress: Called with the bytes compared since the last call, from any thread.
 
@@ -90,7 +97,12 @@ def verify(
         options["to"] = to or options["to"]
         options["selection"] = selection or options["selection"]
         options["mxfp4_rule"] = mxfp4_rule or options["mxfp4_rule"]
-        options["reference"] = reference or _recorded_reference(options["reference"])
+        options["reference"] = reference or _recorded("reference", options["reference"])
+        options["adapters"] = as_adapters(adapters) or tuple(
+            replace(one, location=_recorded("adapter", one.location)) for one in options["adapters"]
+        )
+        if merge_like_peft is not None:
+            options["merge_like_peft"] = merge_like_peft
         planned = plan(source, source_format=source_format, **options)
         expected = {tensor.name: tensor for shard in planned.shards for tensor in shard.tensors}
         if selection is None and found.tensors and not found.tensors.keys() & expected.keys():
@@ -105,7 +117,7 @@ def verify(
         nbytes = sum(tensor.nbytes for tensor in tensors)
         if on_start is not None:
             on_start(nbytes, 0)
-        differences += _compare_data(planned, found, tensors, threads, on_progress)
+        differences += _compare_data(planned, found, tensors, threads, folder, on_progress)
     except OSError as error:
         raise machine_error(error, f"verifying {folder}") from error
     return Verification(
@@ -119,8 +131,8 @@ def verify(
     )
 
 
-def _recorded_reference(name: str | None) -> Location | None:
-    """Open the reference that an output's record names, if it names one."""
+def _recorded(what: str, name: str | None) -> Location | None:
+    """Open the reference or the adapter that an output's record names, if it names one."""
     if name is None:
         return None
     try:
@@ -129,8 +141,8 @@ def _recorded_reference(name: str | None) -> Location | None:
         return location
     except CheckpointError as error:
         raise CheckpointError(
-            f"{error}; the output's record names it as the reference: if it has moved, give it "
-            "with --reference"
+            f"{error}; the output's record names it as the {what}: if it has moved, give it "
+            f"with --{what}"
         ) from None
 
 
@@ -147,6 +159,7 @@ def _compare_data(
     output: CheckpointInfo,
     tensors: Iterable[OutputTensor],
     threads: int,
+    scratch: Path,
     on_progress: Callable[[int], None] | None,
 ) -> list[Difference]:
     """Compare the data of tensors.
@@ -155,9 +168,11 @@ def _compare_data(
         CheckpointError: If a file changes meanwhile.
     """
     with (
-        open_readers(planned.info, planned.reference) as source_reader,
+        open_plan_readers(planned, scratch) as source_reader,
         LocalReader(output) as output_reader,
     ):
+        if planned.merge is not None:
+            check_values(planned.merge, source_reader)
         comparison = DataComparison(
             source_reader, output_reader, tensors, output.tensors, on_progress or _ignore
         )

@@ -21,14 +21,14 @@ import numpy as np
 
 from .._utils.buffers import ALIGNMENT
 from .._utils.memory import available_nbytes
+from .._utils.temporary_file import TemporaryFile
 from ..checkpoint.reader import Reader
 from ..tensors.cast import STORAGE, cast
 from ..tensors.dtypes import DType
 from ..transforms.materialize import materialize_rows
-from ..transforms.operands import as_dense
+from ..transforms.operands import spilled_dtype
 from ..transforms.output_tensor import Segment
 from ..transforms.tiles import TargetRows
-from .temporary_file import TemporaryFile
 
 __all__ = ["SpilledTranspose", "is_memory_low"]
 
@@ -57,7 +57,7 @@ class SpilledTranspose:
 
     def __init__(self, segment: Segment, file: Path, block_nbytes: int) -> None:
         self._segment = segment
-        self._dtype = as_dense(segment.operand).raw.dtype
+        self._dtype = _dtype(segment)
         self._block_rows = _block_rows(segment, block_nbytes)
         self._row_nbytes = segment.elements // segment.operand.shape[0] * self._dtype.itemsize
         self.blocks = self.blocks_of(segment, block_nbytes)
@@ -155,6 +155,12 @@ class SpilledTranspose:
 
 
 def _block_rows(segment: Segment, block_nbytes: int) -> int:
-    operand = as_dense(segment.operand)
-    row_nbytes = segment.elements // operand.shape[0] * operand.raw.dtype.itemsize
+    row_nbytes = segment.elements // segment.operand.shape[0] * _dtype(segment).itemsize
     return max(1, block_nbytes // row_nbytes)
+
+
+def _dtype(segment: Segment) -> DType:
+    """Return the dtype of the spilled elements."""
+    dtype = spilled_dtype(segment.operand)
+    assert dtype is not None
+    return dtype

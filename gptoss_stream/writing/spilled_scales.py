@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from .._utils.temporary_file import TemporaryFile
 from ..transforms.output_tensor import OutputTensor, Segment
 from ..transforms.tiles import TargetRows
-from .temporary_file import TemporaryFile
 
 __all__ = ["SpilledScales"]
 

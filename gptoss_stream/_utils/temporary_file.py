@@ -1,14 +1,15 @@
-"""A file for bytes that wait on the disk until their place in a shard is written."""
+"""Files for bytes that wait on the disk until they are needed."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["TemporaryFile"]
+__all__ = ["TemporaryFile", "scratch_folder", "unnamed_file"]
 
 _MAX_VIEWS = 1024  # that one preadv call fills (IOV_MAX)
 
@@ -59,3 +60,20 @@ class TemporaryFile:
             os.close(self._descriptor)
             self._descriptor = -1
             self._path.unlink(missing_ok=True)
+
+
+def unnamed_file(folder: Path) -> TemporaryFile:
+    """Create a file without a name, which is gone even if the process is killed."""
+    descriptor, name = tempfile.mkstemp(dir=folder, prefix=".gptoss_stream-")
+    os.close(descriptor)
+    file = TemporaryFile(Path(name))
+    Path(name).unlink()
+    return file
+
+
+def scratch_folder(path: Path) -> Path:
+    """Return an existing folder for unnamed files, on the file system of a path if possible."""
+    folder = path.absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    return folder if os.access(folder, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())

@@ -1,0 +1,194 @@
+"""An operand with what an adapter changes in it.
+
+It is loaded like the operand that it is made of, in whatever order of axes that has, and gives
+float32. So merging an adapter is no step of its own: what is rearranged, cast or encoded afterwards
+is the merged tensor, and it is rounded once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+from ..checkpoint.reader import ElementRange, Reader
+from ..errors import TensorError
+from ..tensors.dtypes import DType
+from .changes import Change
+from .operand import Interval, Loaded, Operand, Tile
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["AdaptedOperand", "MatrixAxis", "RowNorms"]
+
+_Array: TypeAlias = "np.ndarray[Any, Any]"
+_NORM_TILE_NBYTES = 1 << 20
+
+
+class MatrixAxis(NamedTuple):
+    """An axis of an operand: which outputs or inputs of the matrix its indices are.
+
+    Example: the axis (n h) of query heads, 64 heads of 64 elements, is ((64, 64), (64, 1)).
+    """
+
+    is_input: bool
+    strides: tuple[tuple[int, int], ...]
+    """The size of each model axis in it, outermost first, and how far apart its indices are."""
+
+    def numbers(self, interval: Interval | None) -> _Array:
+        """Return the outputs or inputs for an interval of indices, or for all."""
+        import numpy as np
+
+        numbers = np.zeros(1, np.intp)
+        for size, stride in self.strides:
+            numbers = (numbers[:, None] + np.arange(size) * stride).reshape(-1)
+        return numbers if interval is None else numbers[slice(*interval)]
+
+
+class RowNorms:
+    """The lengths of all rows of a matrix with its change, which DoRA needs; computed once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._norms: _Array | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether they are computed."""
+        return self._norms is not None
+
+    def find(self, operand: AdaptedOperand, reader: Reader) -> _Array:
+        """Return the lengths, [outputs] float32."""
+        with self._lock:
+            if self._norms is None:
+                self._norms = operand.row_norms(reader)
+            return self._norms
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AdaptedOperand:
+    """An operand that holds a matrix, or some of its rows, with a change."""
+
+    base: Operand
+    axes: tuple[MatrixAxis, ...]
+    """What each axis of the operand is in the matrix."""
+    first: tuple[int, int]
+    """The output and the input at the operand's first element."""
+    change: Change
+    num_outputs: int
+    """The number of outputs of the whole matrix."""
+    dtype: DType
+    """What loading gives: float32, or the dtype of the base if each adapter is rounded to it."""
+    norms: RowNorms = field(default_factory=RowNorms, repr=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See `Operand`."""
+        return self.base.shape
+
+    @contextmanager
+    def load(self, reader: Reader, tile: Tile) -> Iterator[Loaded]:
+        """See `Operand`; the values have the operand's dtype."""
+        import numpy as np
+
+        from ..tensors.cast import STORAGE, cast
+
+        values, matrix, outputs = self._changed(reader, tile)
+        magnitude = self.change.magnitude
+        if magnitude is not None:
+            lengths = magnitude.load(reader, 0, self.num_outputs)[:, 0].astype(np.float32)
+            scaling = lengths[outputs] / self.norms.find(self, reader)[outputs]
+            matrix *= scaling[:, None]
+            values = self._as_tile(matrix, values)
+        if self.dtype is DType.F32:
+            yield values, self.dtype
+            return
+        rounded = np.empty(values.shape, STORAGE[self.dtype])
+        cast(values, DType.F32, rounded, self.dtype)
+        yield rounded, self.dtype
+
+    def _changed(self, reader: Reader, tile: Tile) -> tuple[_Array, _Array, _Array]:
+        """Load a tile and change it.
+
+        Returns:
+            The tile, the same as a matrix [outputs, inputs], and the outputs.
+        """
+        import numpy as np
+
+        from ..tensors.cast import cast
+
+        intervals = [tile.rows, tile.columns, *[None] * len(self.shape)][: len(self.shape)]
+        numbers = [axis.numbers(part) for axis, part in zip(self.axes, intervals, strict=True)]
+        values = tile.out if tile.dtype is DType.F32 else None
+        if values is None:
+            values = np.empty([len(some) for some in numbers], np.float32)
+        with self.base.load(reader, Tile(tile.rows, tile.columns, DType.F32, values)) as loaded:
+            array, dtype = loaded
+            if array is not values:
+                cast(array, dtype, values, DType.F32)
+        outputs, inputs = (
+            _sums(first, [some for some, axis in zip(numbers, self.axes, strict=True)
+                          if axis.is_input is is_input])
+            for first, is_input in zip(self.first, (False, True), strict=True)
+        )  # fmt: skip
+        matrix = values.transpose(self._order).reshape(len(outputs), len(inputs))
+        self.change.apply(matrix, outputs, inputs, reader)
+        if not (np.isfinite(matrix.max()) and np.isfinite(matrix.min())):
+            raw = self.change.raw
+            raise TensorError(
+                f"{raw.shard}: with tensor {raw.name!r} merged, values are NaN or infinite; the "
+                "adapter or the model is damaged: check both"
+            )
+        return self._as_tile(matrix, values), matrix, outputs
+
+    @property
+    def _order(self) -> list[int]:
+        """The operand's axes with those of outputs first."""
+        return sorted(range(len(self.axes)), key=lambda number: self.axes[number].is_input)
+
+    def _as_tile(self, matrix: _Array, values: _Array) -> _Array:
+        """Return a tile with the values of a matrix, which may share the tile's memory."""
+        import numpy as np
+
+        if not np.shares_memory(matrix, values):
+            turned = values.transpose(self._order)
+            turned[...] = matrix.reshape(turned.shape)
+        return values
+
+    def row_norms(self, reader: Reader) -> _Array:
+        """Return the lengths of the rows of the matrix with its change, [outputs] float32.
+
+        Each sum is taken in float64 and in the order of the inputs, whatever the tiles.
+        """
+        import numpy as np
+
+        sums = np.zeros(self.num_outputs)
+        row_nbytes = prod(self.shape[1:]) * DType.F32.itemsize
+        step = max(1, _NORM_TILE_NBYTES // row_nbytes)
+        for begin in range(0, self.shape[0], step):
+            rows = begin, min(begin + step, self.shape[0])
+            _, matrix, outputs = self._changed(reader, Tile(rows, None, DType.F32))
+            found = sums[outputs]
+            for column in np.ascontiguousarray(matrix.T, np.float64):
+                found += column * column
+            sums[outputs] = found
+        return np.sqrt(sums).astype(np.float32)
+
+    def element_ranges(self, rows: Interval) -> Iterator[ElementRange]:
+        """See `Operand`; DoRA needs all rows until their lengths are known."""
+        needs_all = self.change.magnitude is not None and not self.norms.is_known
+        yield from self.base.element_ranges((0, self.shape[0]) if needs_all else rows)
+
+
+def _sums(first: int, parts: list[_Array]) -> _Array:
+    """Return the sums of a number of each part, the last part's fastest."""
+    import numpy as np
+
+    sums = np.full(1, first, np.intp)
+    for part in parts:
+        sums = (sums[:, None] + part).reshape(-1)
+    return sums

@@ -1,0 +1,160 @@
+"""What adapters change in a matrix of the model, a tile at a time.
+
+A matrix is a tensor of one layer and expert, [outputs, inputs] as `model.tensors.matrix_axes` says;
+a vector is a matrix with one input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..checkpoint.reader import Reader
+from ..tensors.dtypes import DType
+from ..tensors.raw_tensor import RawTensor
+from .factors import Factor, FactorCache
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["Change", "LowRankChange", "RowsChange"]
+
+_MAX_NUMBERS = 8192
+"""The most outputs or inputs of a tile that a low-rank change takes at once, which bounds the
+memory for rows of factors."""
+
+
+class Change(Protocol):
+    """A change of a matrix."""
+
+    @property
+    def magnitude(self) -> Factor | None:
+        """DoRA's length of each output's row, [outputs, 1]; None without DoRA."""
+        ...
+
+    @property
+    def raw(self) -> RawTensor:
+        """A tensor of the adapter that it is made of, for messages."""
+        ...
+
+    def apply(
+        self,
+        values: np.ndarray[Any, Any],
+        outputs: np.ndarray[Any, Any],
+        inputs: np.ndarray[Any, Any],
+        reader: Reader,
+    ) -> None:
+        """Change a tile in place, without the scaling by `magnitude`.
+
+        Args:
+            values: The tile, [outputs, inputs] float32.
+            outputs: The numbers of its outputs in the matrix.
+            inputs: The numbers of its inputs.
+            reader: Reads the adapter.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankChange:
+    """The addition of `scale * left @ right.T`, in float32."""
+
+    left: Factor
+    """[outputs, rank]."""
+    right: Factor | None
+    """[inputs, rank]; None for a vector."""
+    shape: tuple[int, int]
+    """The matrix's numbers of outputs and inputs."""
+    scale: float
+    cache: FactorCache = field(repr=False, compare=False)
+    rounded_to: DType | None = None
+    """The dtype that the change is rounded to before it is added; None for none."""
+    magnitude: Factor | None = None
+    """See `Change`."""
+
+    @property
+    def raw(self) -> RawTensor:
+        """See `Change`."""
+        return self.left.raw
+
+    def apply(
+        self,
+        values: np.ndarray[Any, Any],
+        outputs: np.ndarray[Any, Any],
+        inputs: np.ndarray[Any, Any],
+        reader: Reader,
+    ) -> None:
+        """See `Change`."""
+        from ..tensors.low_rank import add_product
+
+        for top in range(0, len(outputs), _MAX_NUMBERS):
+            rows = slice(top, top + _MAX_NUMBERS)
+            left = self.cache.rows(self.left, self.scale, self.shape[0], outputs[rows], reader)
+            for begin in range(0, len(inputs), _MAX_NUMBERS):
+                columns = slice(begin, begin + _MAX_NUMBERS)
+                right = self._right(inputs[columns], reader)
+                add_product(values[rows, columns], left, right, through=self._round)
+
+    def _right(self, inputs: np.ndarray[Any, Any], reader: Reader) -> np.ndarray[Any, Any]:
+        """Return the rows of the second factor."""
+        import numpy as np
+
+        if self.right is None:
+            return np.ones((len(inputs), 1))
+        return self.cache.rows(self.right, 1.0, self.shape[1], inputs, reader)
+
+    def _round(self, delta: np.ndarray[Any, Any]) -> None:
+        """Round a part of the change to `rounded_to`, in place."""
+        if self.rounded_to not in (None, DType.F32):
+            round_to(delta, self.rounded_to)
+
+
+@dataclass(frozen=True, slots=True)
+class RowsChange:
+    """The replacement of some outputs' rows, such as those of a few tokens of an embedding."""
+
+    raw: RawTensor
+    """The new rows, [rows, inputs]."""
+    rows: Sequence[int]
+    """The number of the output that each is for."""
+    magnitude: Factor | None = None
+    """See `Change`: None."""
+
+    def apply(
+        self,
+        values: np.ndarray[Any, Any],
+        outputs: np.ndarray[Any, Any],
+        inputs: np.ndarray[Any, Any],
+        reader: Reader,
+    ) -> None:
+        """See `Change`."""
+        import numpy as np
+
+        from ..tensors.cast import cast
+
+        place = {row: number for number, row in enumerate(self.rows)}
+        found = np.isin(outputs, self.rows)
+        width = self.raw.shape[1]
+        for position in np.flatnonzero(found):
+            number = place[int(outputs[position])]
+            with reader.read(self.raw, number * width, (width,)) as array:
+                row = np.empty(width, np.float32)
+                cast(array, self.raw.dtype, row, DType.F32)
+            values[position] = row[inputs]
+
+
+def round_to(values: np.ndarray[Any, Any], dtype: DType | None) -> None:
+    """Round float32 values to another dtype, in place.
+
+    Raises:
+        OverflowError: If a value is too large for it.
+    """
+    import numpy as np
+
+    from ..tensors.cast import STORAGE, cast
+
+    if dtype is not None:
+        rounded = np.empty(values.shape, STORAGE[dtype])
+        cast(values, DType.F32, rounded, dtype)
+        cast(rounded, dtype, values, DType.F32)

@@ -1,0 +1,148 @@
+"""The factors of low-rank changes, as an adapter stores them, and a cache of those in use."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.reader import Reader
+from ..tensors.dtypes import DType
+from ..tensors.raw_tensor import RawTensor
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["Factor", "FactorCache"]
+
+_CACHE_NBYTES = 16 << 20
+"""The most bytes of factors in memory, for all threads: with rank 64, those of three experts."""
+_CACHED_NBYTES = 4 << 20
+"""A larger factor, such as that of an unembedding, is not kept: each tile takes some rows of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """One of the two factors of a change: a matrix [size, rank], stored that way or transposed.
+
+    Example: expert 3 of 32 has rows 48 to 64 of a `lora_A` [512, 2880] of rank 16. `first` is
+    48 * 2880, `size` 2880, `rank` 16, and `is_rank_first` is true.
+    """
+
+    raw: RawTensor
+    first: int
+    """The first element in the raw tensor."""
+    size: int
+    rank: int
+    is_rank_first: bool
+    """Whether it is stored as [rank, size]."""
+    indices: range | None = None
+    """Which indices of the change's axis it has, such as every other one; None for all. All others
+    are zero."""
+
+    def load(self, reader: Reader, begin: int, end: int) -> np.ndarray[Any, Any]:
+        """Load what the factor has for indices `begin … end` of the change's axis.
+
+        Returns:
+            [end - begin, rank] float64.
+        """
+        import numpy as np
+
+        if self.indices is None:
+            return self._load(reader, begin, end)
+        start, step = self.indices.start, self.indices.step
+        low, high = (max(0, -(-(index - start) // step)) for index in (begin, end))
+        out = np.zeros((end - begin, self.rank))
+        if low < high:
+            out[start + low * step - begin :: step] = self._load(reader, low, high)
+        return out
+
+    def _load(self, reader: Reader, begin: int, end: int) -> np.ndarray[Any, Any]:
+        """Load rows of the factor."""
+        import numpy as np
+
+        out = np.empty((end - begin, self.rank))
+        if not self.is_rank_first:
+            shape = end - begin, self.rank
+            self._read(reader, self.first + begin * self.rank, shape, out)
+        elif (begin, end) == (0, self.size):
+            self._read(reader, self.first, (self.rank, self.size), out.T)
+        else:
+            for number, column in enumerate(out.T):
+                first = self.first + number * self.size + begin
+                self._read(reader, first, (end - begin,), column)
+        return out
+
+    def _read(
+        self, reader: Reader, first: int, shape: tuple[int, ...], out: np.ndarray[Any, Any]
+    ) -> None:
+        """Read elements as float64."""
+        import numpy as np
+
+        from ..tensors.cast import cast
+
+        with reader.read(self.raw, first, shape) as array:
+            if self.raw.dtype is DType.F32:
+                out[...] = array
+                return
+            wide = np.empty(shape, np.float32)
+            cast(array, self.raw.dtype, wide, DType.F32)
+            out[...] = wide
+
+
+class FactorCache:
+    """The factors that were used last, rounded for exact products, for any thread."""
+
+    def __init__(self) -> None:
+        self._factors: OrderedDict[tuple[Factor, float], np.ndarray[Any, Any]] = OrderedDict()
+        self._nbytes = 0
+        self._lock = threading.Lock()
+
+    def rows(
+        self, factor: Factor, scale: float, size: int, numbers: np.ndarray[Any, Any], reader: Reader
+    ) -> np.ndarray[Any, Any]:
+        """Return some rows of a factor, times a scale.
+
+        Args:
+            factor: The factor.
+            scale: The scale.
+            size: The size of the change's axis.
+            numbers: The indices along it, [rows] of integers, at least one.
+            reader: Reads the adapter.
+
+        Returns:
+            [rows, rank] float64, rounded by `on_grid`.
+        """
+        from ..tensors.low_rank import on_grid
+
+        def prepared(begin: int, end: int) -> np.ndarray[Any, Any]:
+            return on_grid(factor.load(reader, begin, end) * scale)
+
+        first, last = int(numbers.min()), int(numbers.max())
+        if size * factor.rank * 8 > _CACHED_NBYTES:
+            some: np.ndarray[Any, Any] = prepared(first, last + 1)[numbers - first]
+            return some
+        whole = self._find((factor, scale), lambda: prepared(0, size))
+        if last - first + 1 == len(numbers) and (numbers[1:] > numbers[:-1]).all():
+            return whole[first : last + 1]
+        found: np.ndarray[Any, Any] = whole[numbers]
+        return found
+
+    def _find(
+        self, key: tuple[Factor, float], make: Callable[[], np.ndarray[Any, Any]]
+    ) -> np.ndarray[Any, Any]:
+        """Return what is kept for a key; make it if nothing is."""
+        with self._lock:
+            if key in self._factors:
+                self._factors.move_to_end(key)
+                return self._factors[key]
+        made = make()  # perhaps by two threads at once, which costs less than waiting
+        with self._lock:
+            if key not in self._factors:
+                self._factors[key] = made
+                self._nbytes += made.nbytes
+            while self._nbytes > _CACHE_NBYTES and len(self._factors) > 1:
+                self._nbytes -= self._factors.popitem(last=False)[1].nbytes
+        return made
