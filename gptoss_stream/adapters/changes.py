@@ -220,10 +220,9 @@ class _Builder:
         module, tensors = parts.module, parts.tensors
         a, b = pair(self.file, parts, "lora_A", "lora_B")
         outputs, inputs = self._matrix_shape(tensor)
-        rank, scale = self._rank(module.name, a, a.shape[0]), self._scale(module.name)
-        if tensor == "router":  # as a parameter it has a name of its own
-            rank = self._rank(f"{module.name}.weight", a, a.shape[0])
-            scale = self._scale(f"{module.name}.weight")
+        # The router's weight is a parameter, not a linear layer, and patterns match its name.
+        name = f"{module.name}.weight" if module.template.endswith(".router") else module.name
+        rank, scale = self._rank(name, a, a.shape[0]), self._scale(name)
         self._check_shape(a, (rank, inputs), "the base model")
         self._check_shape(b, (outputs, rank), "the base model")
         left = Factor(b, 0, outputs, rank, is_rank_first=False)

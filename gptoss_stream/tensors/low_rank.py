@@ -2,9 +2,10 @@
 
 A sum of floats depends on the order of its terms, and a BLAS chooses that by the shapes and by the
 processor. A merged tensor would then have other bits on another machine, or in other tiles, and
-could not be verified. So the factors are rounded first, each row to a grid of its own, which is so
-coarse that float64 holds every product and every sum exactly. With rank 32 or less a value keeps
-24 bits below the largest of its row, as many as a float32 has, with rank 256 it keeps 22.
+could not be verified. So the factors are rounded first, each column to a grid of its own, which is
+so coarse that float64 holds every product and every sum exactly. With rank 32 or less a value keeps
+24 bits below the largest of its column, as many as a float32 has, with rank 256 it keeps 22. So a
+float32 holds the rounded values too.
 
 This is the idea of error-free matrix products by K. Ozaki, T. Ogita, S. Oishi and S. M. Rump
 (Numerical Algorithms 59, 2012), with one slice only.
@@ -19,52 +20,55 @@ import numpy as np
 __all__ = ["add_product", "on_grid"]
 
 _MANTISSA_BITS = 53  # of float64
-_BLOCK_ELEMENTS = 1 << 17
-"""Elements of a product that are computed at a time: 1 MB, which the processor's cache holds."""
+_MOST_BITS = 24  # of float32, in which the rounded values are kept
+_BLOCK_ELEMENTS = 1 << 15
+"""Elements of a product that are computed at a time: 256 KB, which the processor's cache holds."""
 
 _Array = np.ndarray[Any, Any]
 
 
 def on_grid(factor: _Array) -> _Array:
-    """Round the rows of a factor so that products with another such factor are exact.
+    """Round a factor, each of its columns, so that products with another such factor are exact.
 
     Args:
-        factor: A factor, [rows, rank] float64, finite.
+        factor: A factor, [rank, columns] float64, finite.
 
     Returns:
-        The rounded factor, [rows, rank] float64, C-contiguous.
+        The rounded factor, [rank, columns] float32, C-contiguous; infinite where that is too small.
     """
-    rank = factor.shape[1]
+    rank = len(factor)
     # The products of two values have twice the bits of one, and a sum of `rank` of them has
     # ceil(log2(rank)) more.
-    bits = (_MANTISSA_BITS - (rank - 1).bit_length()) // 2
-    exponents = np.frexp(np.abs(factor).max(axis=1, initial=0.0))[1]
-    units = np.ldexp(1.0, exponents - bits)[:, None]
-    rounded = np.ascontiguousarray(factor / units)
+    bits = min(_MOST_BITS, (_MANTISSA_BITS - (rank - 1).bit_length()) // 2)
+    exponents = np.frexp(np.abs(factor).max(axis=0, initial=0.0))[1]
+    units = np.ldexp(1.0, exponents - bits)
+    rounded = factor / units
     np.rint(rounded, out=rounded)
     rounded *= units
-    return rounded
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(rounded, np.float32)
 
 
 def add_product(values: _Array, left: _Array, right: _Array, *, through: Any = None) -> None:
-    """Add `left @ right.T` to values.
+    """Add `left.T @ right` to values.
 
     Args:
         values: [rows, columns] float32, with rows or columns contiguous; changed in place.
-        left: [rows, rank] float64, rounded by `on_grid`.
-        right: [columns, rank] float64, rounded by `on_grid`.
+        left: [rank, rows] float32, rounded by `on_grid`.
+        right: [rank, columns] float32, rounded by `on_grid`.
         through: A function of a float32 array that rounds it further, in place.
     """
     if values.strides[0] < values.strides[1]:
         values, left, right = values.T, right, left
-    step = max(1, _BLOCK_ELEMENTS // max(1, len(right)))
-    exact = np.empty((min(step, len(values)), len(right)), np.float64)
+    rows, columns = values.shape
+    step = max(1, _BLOCK_ELEMENTS // columns)
+    exact = np.empty((min(step, rows), columns), np.float64)
     rounded = np.empty(exact.shape, np.float32)
-    across = right.T
-    for first in range(0, len(values), step):
+    left, right = left.astype(np.float64), right.astype(np.float64)
+    for first in range(0, rows, step):
         block = values[first : first + step]
         product, delta = exact[: len(block)], rounded[: len(block)]
-        np.matmul(left[first : first + step], across, out=product)
+        np.matmul(left[:, first : first + step].T, right, out=product)
         with np.errstate(over="ignore"):  # an infinite value is refused by the caller
             np.copyto(delta, product, casting="same_kind")
         if through is not None:

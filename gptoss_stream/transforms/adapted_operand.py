@@ -18,6 +18,7 @@ from ..checkpoint.reader import ElementRange, Reader
 from ..errors import TensorError
 from ..tensors.dtypes import DType
 from .changes import Change
+from .factors import Numbers, as_index
 from .operand import Interval, Loaded, Operand, Tile
 
 if TYPE_CHECKING:
@@ -39,14 +40,20 @@ class MatrixAxis(NamedTuple):
     strides: tuple[tuple[int, int], ...]
     """The size of each model axis in it, outermost first, and how far apart its indices are."""
 
-    def numbers(self, interval: Interval | None) -> _Array:
+    def numbers(self, interval: Interval | None) -> Numbers:
         """Return the outputs or inputs for an interval of indices, or for all."""
         import numpy as np
 
-        numbers = np.zeros(1, np.intp)
-        for size, stride in self.strides:
-            numbers = (numbers[:, None] + np.arange(size) * stride).reshape(-1)
-        return numbers if interval is None else numbers[slice(*interval)]
+        (size, stride), *others = reversed(self.strides)
+        while others and others[0][1] == size * stride:
+            size *= others.pop(0)[0]
+        whole = slice(None) if interval is None else slice(*interval)
+        if not others:
+            return range(0, size * stride, stride)[whole]
+        numbers = np.arange(size) * stride
+        for size, stride in others:
+            numbers = (np.arange(size)[:, None] * stride + numbers).reshape(-1)
+        return numbers[whole]
 
 
 class RowNorms:
@@ -100,9 +107,12 @@ class AdaptedOperand:
         values, matrix, outputs = self._changed(reader, tile)
         magnitude = self.change.magnitude
         if magnitude is not None:
-            lengths = magnitude.load(reader, 0, self.num_outputs)[:, 0].astype(np.float32)
-            scaling = lengths[outputs] / self.norms.find(self, reader)[outputs]
-            matrix *= scaling[:, None]
+            lengths = magnitude.load(reader, 0, self.num_outputs)[0].astype(np.float32)
+            chosen = as_index(outputs)
+            with np.errstate(all="ignore"):
+                scaling = lengths[chosen] / self.norms.find(self, reader)[chosen]
+                matrix *= scaling[:, None]
+            self._check_finite(scaling)
             values = self._as_tile(matrix, values)
         if self.dtype is DType.F32:
             yield values, self.dtype
@@ -111,7 +121,7 @@ class AdaptedOperand:
         cast(values, DType.F32, rounded, self.dtype)
         yield rounded, self.dtype
 
-    def _changed(self, reader: Reader, tile: Tile) -> tuple[_Array, _Array, _Array]:
+    def _changed(self, reader: Reader, tile: Tile) -> tuple[_Array, _Array, Numbers]:
         """Load a tile and change it.
 
         Returns:
@@ -137,13 +147,19 @@ class AdaptedOperand:
         )  # fmt: skip
         matrix = values.transpose(self._order).reshape(len(outputs), len(inputs))
         self.change.apply(matrix, outputs, inputs, reader)
-        if not (np.isfinite(matrix.max()) and np.isfinite(matrix.min())):
+        self._check_finite(matrix)
+        return self._as_tile(matrix, values), matrix, outputs
+
+    def _check_finite(self, values: _Array) -> None:
+        """Refuse values that are NaN or infinite."""
+        import numpy as np
+
+        if not (np.isfinite(values.max()) and np.isfinite(values.min())):
             raw = self.change.raw
             raise TensorError(
                 f"{raw.shard}: with tensor {raw.name!r} merged, values are NaN or infinite; the "
                 "adapter or the model is damaged: check both"
             )
-        return self._as_tile(matrix, values), matrix, outputs
 
     @property
     def _order(self) -> list[int]:
@@ -172,10 +188,10 @@ class AdaptedOperand:
         for begin in range(0, self.shape[0], step):
             rows = begin, min(begin + step, self.shape[0])
             _, matrix, outputs = self._changed(reader, Tile(rows, None, DType.F32))
-            found = sums[outputs]
+            found = sums[as_index(outputs)]
             for column in np.ascontiguousarray(matrix.T, np.float64):
                 found += column * column
-            sums[outputs] = found
+            sums[as_index(outputs)] = found
         return np.sqrt(sums).astype(np.float32)
 
     def element_ranges(self, rows: Interval) -> Iterator[ElementRange]:
@@ -184,11 +200,16 @@ class AdaptedOperand:
         yield from self.base.element_ranges((0, self.shape[0]) if needs_all else rows)
 
 
-def _sums(first: int, parts: list[_Array]) -> _Array:
+def _sums(first: int, parts: list[Numbers]) -> Numbers:
     """Return the sums of a number of each part, the last part's fastest."""
     import numpy as np
 
+    if not parts:
+        return range(first, first + 1)
+    part = parts[0]
+    if len(parts) == 1 and isinstance(part, range):
+        return range(first + part.start, first + part.stop, part.step)
     sums = np.full(1, first, np.intp)
-    for part in parts:
-        sums = (sums[:, None] + part).reshape(-1)
+    for some in parts:
+        sums = (sums[:, None] + np.asarray(some)).reshape(-1)
     return sums

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..checkpoint.reader import Reader
 from ..tensors.dtypes import DType
 from ..tensors.raw_tensor import RawTensor
-from .factors import Factor, FactorCache
+from .factors import Factor, FactorCache, Numbers, as_index
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,8 +41,8 @@ class Change(Protocol):
     def apply(
         self,
         values: np.ndarray[Any, Any],
-        outputs: np.ndarray[Any, Any],
-        inputs: np.ndarray[Any, Any],
+        outputs: Numbers,
+        inputs: Numbers,
         reader: Reader,
     ) -> None:
         """Change a tile in place, without the scaling by `magnitude`.
@@ -81,8 +81,8 @@ class LowRankChange:
     def apply(
         self,
         values: np.ndarray[Any, Any],
-        outputs: np.ndarray[Any, Any],
-        inputs: np.ndarray[Any, Any],
+        outputs: Numbers,
+        inputs: Numbers,
         reader: Reader,
     ) -> None:
         """See `Change`."""
@@ -90,19 +90,19 @@ class LowRankChange:
 
         for top in range(0, len(outputs), _MAX_NUMBERS):
             rows = slice(top, top + _MAX_NUMBERS)
-            left = self.cache.rows(self.left, self.scale, self.shape[0], outputs[rows], reader)
+            left = self.cache.find(self.left, self.scale, self.shape[0], outputs[rows], reader)
             for begin in range(0, len(inputs), _MAX_NUMBERS):
                 columns = slice(begin, begin + _MAX_NUMBERS)
                 right = self._right(inputs[columns], reader)
                 add_product(values[rows, columns], left, right, through=self._round)
 
-    def _right(self, inputs: np.ndarray[Any, Any], reader: Reader) -> np.ndarray[Any, Any]:
-        """Return the rows of the second factor."""
+    def _right(self, inputs: Numbers, reader: Reader) -> np.ndarray[Any, Any]:
+        """Return what the second factor has for inputs, [rank, inputs]."""
         import numpy as np
 
         if self.right is None:
-            return np.ones((len(inputs), 1))
-        return self.cache.rows(self.right, 1.0, self.shape[1], inputs, reader)
+            return np.ones((1, len(inputs)), np.float32)
+        return self.cache.find(self.right, 1.0, self.shape[1], inputs, reader)
 
     def _round(self, delta: np.ndarray[Any, Any]) -> None:
         """Round a part of the change to `rounded_to`, in place."""
@@ -124,8 +124,8 @@ class RowsChange:
     def apply(
         self,
         values: np.ndarray[Any, Any],
-        outputs: np.ndarray[Any, Any],
-        inputs: np.ndarray[Any, Any],
+        outputs: Numbers,
+        inputs: Numbers,
         reader: Reader,
     ) -> None:
         """See `Change`."""
@@ -134,14 +134,14 @@ class RowsChange:
         from ..tensors.cast import cast
 
         place = {row: number for number, row in enumerate(self.rows)}
-        found = np.isin(outputs, self.rows)
+        outputs = np.asarray(outputs)
         width = self.raw.shape[1]
-        for position in np.flatnonzero(found):
+        for position in np.flatnonzero(np.isin(outputs, self.rows)):
             number = place[int(outputs[position])]
             with reader.read(self.raw, number * width, (width,)) as array:
                 row = np.empty(width, np.float32)
                 cast(array, self.raw.dtype, row, DType.F32)
-            values[position] = row[inputs]
+            values[position] = row[as_index(inputs)]
 
 
 def round_to(values: np.ndarray[Any, Any], dtype: DType | None) -> None:

@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..checkpoint.reader import Reader
 from ..tensors.dtypes import DType
@@ -15,9 +15,12 @@ from ..tensors.raw_tensor import RawTensor
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Factor", "FactorCache"]
+__all__ = ["Factor", "FactorCache", "Numbers", "as_index"]
 
-_CACHE_NBYTES = 16 << 20
+Numbers: TypeAlias = "range | np.ndarray[Any, Any]"
+"""Numbers of outputs or inputs, ascending if they are a range."""
+
+_CACHE_NBYTES = 12 << 20
 """The most bytes of factors in memory, for all threads: with rank 64, those of three experts."""
 _CACHED_NBYTES = 4 << 20
 """A larger factor, such as that of an unembedding, is not kept: each tile takes some rows of it."""
@@ -46,7 +49,7 @@ class Factor:
         """Load what the factor has for indices `begin … end` of the change's axis.
 
         Returns:
-            [end - begin, rank] float64.
+            [rank, end - begin] float64.
         """
         import numpy as np
 
@@ -54,25 +57,25 @@ class Factor:
             return self._load(reader, begin, end)
         start, step = self.indices.start, self.indices.step
         low, high = (max(0, -(-(index - start) // step)) for index in (begin, end))
-        out = np.zeros((end - begin, self.rank))
+        out = np.zeros((self.rank, end - begin))
         if low < high:
-            out[start + low * step - begin :: step] = self._load(reader, low, high)
+            out[:, start + low * step - begin :: step] = self._load(reader, low, high)
         return out
 
     def _load(self, reader: Reader, begin: int, end: int) -> np.ndarray[Any, Any]:
-        """Load rows of the factor."""
+        """Load some of the factor, without what is zero."""
         import numpy as np
 
-        out = np.empty((end - begin, self.rank))
+        out = np.empty((self.rank, end - begin))
         if not self.is_rank_first:
             shape = end - begin, self.rank
-            self._read(reader, self.first + begin * self.rank, shape, out)
+            self._read(reader, self.first + begin * self.rank, shape, out.T)
         elif (begin, end) == (0, self.size):
-            self._read(reader, self.first, (self.rank, self.size), out.T)
+            self._read(reader, self.first, (self.rank, self.size), out)
         else:
-            for number, column in enumerate(out.T):
+            for number, row in enumerate(out):
                 first = self.first + number * self.size + begin
-                self._read(reader, first, (end - begin,), column)
+                self._read(reader, first, (end - begin,), row)
         return out
 
     def _read(
@@ -100,35 +103,31 @@ class FactorCache:
         self._nbytes = 0
         self._lock = threading.Lock()
 
-    def rows(
-        self, factor: Factor, scale: float, size: int, numbers: np.ndarray[Any, Any], reader: Reader
+    def find(
+        self, factor: Factor, scale: float, size: int, numbers: Numbers, reader: Reader
     ) -> np.ndarray[Any, Any]:
-        """Return some rows of a factor, times a scale.
+        """Return what a factor has for some outputs or inputs, times a scale.
 
         Args:
             factor: The factor.
             scale: The scale.
             size: The size of the change's axis.
-            numbers: The indices along it, [rows] of integers, at least one.
+            numbers: The outputs or inputs, at least one.
             reader: Reads the adapter.
 
         Returns:
-            [rows, rank] float64, rounded by `on_grid`.
+            [rank, numbers] float32, rounded by `on_grid`.
         """
         from ..tensors.low_rank import on_grid
 
         def prepared(begin: int, end: int) -> np.ndarray[Any, Any]:
             return on_grid(factor.load(reader, begin, end) * scale)
 
-        first, last = int(numbers.min()), int(numbers.max())
-        if size * factor.rank * 8 > _CACHED_NBYTES:
-            some: np.ndarray[Any, Any] = prepared(first, last + 1)[numbers - first]
-            return some
-        whole = self._find((factor, scale), lambda: prepared(0, size))
-        if last - first + 1 == len(numbers) and (numbers[1:] > numbers[:-1]).all():
-            return whole[first : last + 1]
-        found: np.ndarray[Any, Any] = whole[numbers]
-        return found
+        if size * factor.rank * 4 <= _CACHED_NBYTES:
+            whole = self._find((factor, scale), lambda: prepared(0, size))
+            return whole[:, as_index(numbers)]
+        first, last = int(min(numbers)), int(max(numbers))
+        return prepared(first, last + 1)[:, as_index(numbers, first)]
 
     def _find(
         self, key: tuple[Factor, float], make: Callable[[], np.ndarray[Any, Any]]
@@ -146,3 +145,10 @@ class FactorCache:
             while self._nbytes > _CACHE_NBYTES and len(self._factors) > 1:
                 self._nbytes -= self._factors.popitem(last=False)[1].nbytes
         return made
+
+
+def as_index(numbers: Numbers, first: int = 0) -> slice | np.ndarray[Any, Any]:
+    """Return numbers, counted from `first`, as an index of an array: a slice where possible."""
+    if isinstance(numbers, range):
+        return slice(numbers.start - first, numbers.stop - first, numbers.step)
+    return numbers - first

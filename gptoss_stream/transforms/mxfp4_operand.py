@@ -99,10 +99,10 @@ class Mxfp4Operand:
                 f"{self.scales.shard}: tensor {self.scales.name!r} holds the scale "
                 f"{NAN_SCALE}, which is NaN; its weights are damaged, download them again"
             )
-        # Values are decoded in pairs, which must be aligned.
-        if values is None or values.ctypes.data % (2 * dtype.itemsize):
-            num_rows, num_groups = scales.shape
-            values = np.empty((num_rows, num_groups * BLOCK_VALUES), STORAGE[dtype])
+        shape = len(scales), scales.shape[1] * BLOCK_VALUES
+        # Values are decoded in pairs, which must be aligned, and in whole blocks.
+        if values is None or values.shape != shape or values.ctypes.data % (2 * dtype.itemsize):
+            values = np.empty(shape, STORAGE[dtype])
         decode(blocks, scales, values, dtype)
         if largest > largest_scale(dtype) and count_infinities(values, dtype):
             raise OverflowError(f"values with the scale 2^{largest - 127} exceed {dtype}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.reader import Reader
 from ..tensors.dtypes import BLOCK_VALUES, DType
+from .adapted_operand import AdaptedOperand
 from .operand import Interval, Loaded, Tile
 from .output_tensor import Segment
 
@@ -55,7 +56,7 @@ def row_intervals(segment: Segment, target: TargetRows, dtype: DType) -> list[In
         target: The rows.
         dtype: The dtype in which the tiles are made, before any encoding.
     """
-    row_nbytes = prod(segment.rearrangement.row_shape) * dtype.itemsize
+    row_nbytes = prod(segment.rearrangement.row_shape) * _loaded_itemsize(segment, dtype)
     return _intervals(target.first, target.end, _TILE_NBYTES // row_nbytes)
 
 
@@ -111,7 +112,7 @@ def transposed_tiles(
     """
     from einops import rearrange
 
-    row_nbytes = segment.operand.shape[1] * dtype.itemsize
+    row_nbytes = segment.operand.shape[1] * _loaded_itemsize(segment, dtype)
     num_rows = min(_TRANSPOSED_TILE_ROWS, _TRANSPOSED_TILE_NBYTES // row_nbytes)
     if segment.encoding is not None:
         num_rows = max(BLOCK_VALUES, num_rows // BLOCK_VALUES * BLOCK_VALUES)
@@ -119,6 +120,12 @@ def transposed_tiles(
         with segment.operand.load(reader, Tile((begin, end), rows, dtype)) as (array, source_dtype):
             transposed = rearrange(array, segment.rearrangement.pattern)
             yield (begin, end), transposed, source_dtype
+
+
+def _loaded_itemsize(segment: Segment, dtype: DType) -> int:
+    """Return the bytes of an element while a tile is made."""
+    is_adapted = isinstance(segment.operand, AdaptedOperand)
+    return DType.F32.itemsize if is_adapted else dtype.itemsize
 
 
 def _intervals(begin: int, end: int, length: int) -> list[Interval]:
