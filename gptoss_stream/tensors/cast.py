@@ -14,7 +14,7 @@ import numpy as np
 
 from .dtypes import DType
 
-__all__ = ["STORAGE", "cast", "count_infinities"]
+__all__ = ["STORAGE", "cast", "count_infinities", "round_finite"]
 
 STORAGE: dict[DType, type[np.generic]] = {
     DType.U8: np.uint8,
@@ -68,8 +68,14 @@ def _round(source: _Array, out: _Array) -> None:
         _round_block(values, target[first : first + len(values)], scratch[: len(values)])
 
 
-def _round_block(values: _Array, out: _Array, scratch: _Array) -> None:
-    """Cast a few float32 values to bfloat16, with memory for as many uint32."""
+def round_finite(values: _Array, out: _Array, scratch: _Array) -> None:
+    """Cast a few float32 values to bfloat16, NaN to any value.
+
+    Args:
+        values: float32, C-contiguous, few enough for the processor's cache.
+        out: The target, of the same shape, uint16.
+        scratch: Memory of the same shape, uint32.
+    """
     bits = values.view(np.uint32)
     # To nearest, ties to even: add one less than half a unit in the last place, and one more where
     # the last bit that stays is 1.
@@ -78,6 +84,12 @@ def _round_block(values: _Array, out: _Array, scratch: _Array) -> None:
     scratch += bits
     scratch += np.uint32(0x7FFF)
     np.right_shift(scratch, 16, out=out, casting="unsafe")
+
+
+def _round_block(values: _Array, out: _Array, scratch: _Array) -> None:
+    """Cast a few float32 values to bfloat16, with memory for as many uint32."""
+    round_finite(values, out, scratch)
+    bits = values.view(np.uint32)
     if np.isnan(values.max(initial=0.0)):
         nan = (bits & 0x7FFF_FFFF) > 0x7F80_0000
         out[nan] = ((bits[nan] >> 16) | 0x40).astype(np.uint16)  # stays NaN, quiet

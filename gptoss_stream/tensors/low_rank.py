@@ -13,9 +13,12 @@ This is the idea of error-free matrix products by K. Ozaki, T. Ogita, S. Oishi a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
+from .cast import round_finite
 
 __all__ = ["add_product", "on_grid"]
 
@@ -49,28 +52,43 @@ def on_grid(factor: _Array) -> _Array:
         return np.ascontiguousarray(rounded, np.float32)
 
 
-def add_product(values: _Array, left: _Array, right: _Array, *, through: Any = None) -> None:
+def add_product(
+    values: _Array,
+    left: _Array,
+    right: _Array,
+    *,
+    through: Callable[[_Array], None] | None = None,
+    rounded: _Array | None = None,
+) -> None:
     """Add `left.T @ right` to values.
 
     Args:
         values: [rows, columns] float32, with rows or columns contiguous; changed in place.
         left: [rank, rows] float32, rounded by `on_grid`.
         right: [rank, columns] float32, rounded by `on_grid`.
-        through: A function of a float32 array that rounds it further, in place.
+        through: Rounds the product further, in place, before it is added.
+        rounded: Memory for the sums as bits of bfloat16, laid out like the values, which are then
+            left as they are. NaN and infinity become any such values, or infinity.
     """
     if values.strides[0] < values.strides[1]:
         values, left, right = values.T, right, left
+        rounded = None if rounded is None else rounded.T
     rows, columns = values.shape
     step = max(1, _BLOCK_ELEMENTS // columns)
     exact = np.empty((min(step, rows), columns), np.float64)
-    rounded = np.empty(exact.shape, np.float32)
+    as_float32 = np.empty(exact.shape, np.float32)
+    scratch = np.empty(exact.shape, np.uint32)
     left, right = left.astype(np.float64), right.astype(np.float64)
     for first in range(0, rows, step):
         block = values[first : first + step]
-        product, delta = exact[: len(block)], rounded[: len(block)]
+        product, delta = exact[: len(block)], as_float32[: len(block)]
         np.matmul(left[:, first : first + step].T, right, out=product)
         with np.errstate(over="ignore"):  # an infinite value is refused by the caller
             np.copyto(delta, product, casting="same_kind")
         if through is not None:
             through(delta)
-        block += delta
+        if rounded is None:
+            block += delta
+        else:
+            delta += block
+            round_finite(delta, rounded[first : first + step], scratch[: len(block)])

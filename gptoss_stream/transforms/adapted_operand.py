@@ -28,6 +28,7 @@ __all__ = ["AdaptedOperand", "MatrixAxis", "RowNorms"]
 
 _Array: TypeAlias = "np.ndarray[Any, Any]"
 _NORM_TILE_NBYTES = 1 << 20
+_INFINITY_WITHOUT_SIGN = 0xFF00  # of bfloat16, as a uint16
 
 
 class MatrixAxis(NamedTuple):
@@ -99,21 +100,17 @@ class AdaptedOperand:
 
     @contextmanager
     def load(self, reader: Reader, tile: Tile) -> Iterator[Loaded]:
-        """See `Operand`; the values have the operand's dtype."""
+        """See `Operand`; the values have the operand's dtype, or the tile's if that is bfloat16."""
         import numpy as np
 
         from ..tensors.cast import STORAGE, cast
 
-        values, matrix, outputs = self._changed(reader, tile)
-        magnitude = self.change.magnitude
-        if magnitude is not None:
-            lengths = magnitude.load(reader, 0, self.num_outputs)[0].astype(np.float32)
-            chosen = as_index(outputs)
-            with np.errstate(all="ignore"):
-                scaling = lengths[chosen] / self.norms.find(self, reader)[chosen]
-                matrix *= scaling[:, None]
-            self._check_finite(scaling)
-            values = self._as_tile(matrix, values)
+        values, outputs, inputs = self._load_base(reader, tile)
+        rounded = self._rounded(reader, tile, values, outputs, inputs)
+        if rounded is not None:
+            yield rounded, DType.BF16
+            return
+        self._change(reader, values, outputs, inputs)
         if self.dtype is DType.F32:
             yield values, self.dtype
             return
@@ -121,12 +118,8 @@ class AdaptedOperand:
         cast(values, DType.F32, rounded, self.dtype)
         yield rounded, self.dtype
 
-    def _changed(self, reader: Reader, tile: Tile) -> tuple[_Array, _Array, Numbers]:
-        """Load a tile and change it.
-
-        Returns:
-            The tile, the same as a matrix [outputs, inputs], and the outputs.
-        """
+    def _load_base(self, reader: Reader, tile: Tile) -> tuple[_Array, Numbers, Numbers]:
+        """Load a tile of the base as float32; returns it with its outputs and inputs."""
         import numpy as np
 
         from ..tensors.cast import cast
@@ -145,10 +138,58 @@ class AdaptedOperand:
                           if axis.is_input is is_input])
             for first, is_input in zip(self.first, (False, True), strict=True)
         )  # fmt: skip
-        matrix = values.transpose(self._order).reshape(len(outputs), len(inputs))
+        return values, outputs, inputs
+
+    def _rounded(
+        self, reader: Reader, tile: Tile, values: _Array, outputs: Numbers, inputs: Numbers
+    ) -> _Array | None:
+        """Change a tile and round it to bfloat16 at once, in the processor's cache.
+
+        Returns:
+            The tile; None if that is not what is wanted, or a value is NaN, infinite or too large.
+            The values are then as they were.
+        """
+        import numpy as np
+
+        is_wanted = tile.dtype is DType.BF16 and self.dtype is DType.F32
+        if not is_wanted or self.change.magnitude is not None:
+            return None
+        rounded = tile.out if tile.out is not None else np.empty(values.shape, np.uint16)
+        matrix, target = (self._as_matrix(one, outputs) for one in (values, rounded))
+        if not (np.shares_memory(matrix, values) and np.shares_memory(target, rounded)):
+            return None
+        self.change.apply(matrix, outputs, inputs, reader, target)
+        # Without the sign, infinity and NaN are the largest.
+        return rounded if np.left_shift(rounded, 1).max() < _INFINITY_WITHOUT_SIGN else None
+
+    def _change(self, reader: Reader, values: _Array, outputs: Numbers, inputs: Numbers) -> None:
+        """Change a tile in place."""
+        import numpy as np
+
+        matrix = self._as_matrix(values, outputs)
+        self._change_matrix(reader, matrix, outputs, inputs)
+        magnitude = self.change.magnitude
+        if magnitude is not None:
+            lengths = magnitude.load(reader, 0, self.num_outputs)[0].astype(np.float32)
+            chosen = as_index(outputs)
+            with np.errstate(all="ignore"):
+                scaling = lengths[chosen] / self.norms.find(self, reader)[chosen]
+                matrix *= scaling[:, None]
+            self._check_finite(scaling)
+        if not np.shares_memory(matrix, values):
+            turned = values.transpose(self._order)
+            turned[...] = matrix.reshape(turned.shape)
+
+    def _change_matrix(
+        self, reader: Reader, matrix: _Array, outputs: Numbers, inputs: Numbers
+    ) -> None:
+        """Change a tile in place, without DoRA's scaling."""
         self.change.apply(matrix, outputs, inputs, reader)
         self._check_finite(matrix)
-        return self._as_tile(matrix, values), matrix, outputs
+
+    def _as_matrix(self, values: _Array, outputs: Numbers) -> _Array:
+        """Return a tile as [outputs, inputs], sharing its memory where the axes allow that."""
+        return values.transpose(self._order).reshape(len(outputs), -1)
 
     def _check_finite(self, values: _Array) -> None:
         """Refuse values that are NaN or infinite."""
@@ -166,15 +207,6 @@ class AdaptedOperand:
         """The operand's axes with those of outputs first."""
         return sorted(range(len(self.axes)), key=lambda number: self.axes[number].is_input)
 
-    def _as_tile(self, matrix: _Array, values: _Array) -> _Array:
-        """Return a tile with the values of a matrix, which may share the tile's memory."""
-        import numpy as np
-
-        if not np.shares_memory(matrix, values):
-            turned = values.transpose(self._order)
-            turned[...] = matrix.reshape(turned.shape)
-        return values
-
     def row_norms(self, reader: Reader) -> _Array:
         """Return the lengths of the rows of the matrix with its change, [outputs] float32.
 
@@ -187,7 +219,9 @@ class AdaptedOperand:
         step = max(1, _NORM_TILE_NBYTES // row_nbytes)
         for begin in range(0, self.shape[0], step):
             rows = begin, min(begin + step, self.shape[0])
-            _, matrix, outputs = self._changed(reader, Tile(rows, None, DType.F32))
+            values, outputs, inputs = self._load_base(reader, Tile(rows, None, DType.F32))
+            matrix = self._as_matrix(values, outputs)
+            self._change_matrix(reader, matrix, outputs, inputs)
             found = sums[as_index(outputs)]
             for column in np.ascontiguousarray(matrix.T, np.float64):
                 found += column * column

@@ -44,6 +44,7 @@ class Change(Protocol):
         outputs: Numbers,
         inputs: Numbers,
         reader: Reader,
+        rounded: np.ndarray[Any, Any] | None = None,
     ) -> None:
         """Change a tile in place, without the scaling by `magnitude`.
 
@@ -52,6 +53,8 @@ class Change(Protocol):
             outputs: The numbers of its outputs in the matrix.
             inputs: The numbers of its inputs.
             reader: Reads the adapter.
+            rounded: Memory for the result as bits of bfloat16, laid out like the tile; the tile may
+                then be left as it was.
         """
         ...
 
@@ -84,6 +87,7 @@ class LowRankChange:
         outputs: Numbers,
         inputs: Numbers,
         reader: Reader,
+        rounded: np.ndarray[Any, Any] | None = None,
     ) -> None:
         """See `Change`."""
         from ..tensors.low_rank import add_product
@@ -94,7 +98,11 @@ class LowRankChange:
             for begin in range(0, len(inputs), _MAX_NUMBERS):
                 columns = slice(begin, begin + _MAX_NUMBERS)
                 right = self._right(inputs[columns], reader)
-                add_product(values[rows, columns], left, right, through=self._round)
+                add_product(
+                    values[rows, columns], left, right,
+                    through=None if self.rounded_to in (None, DType.F32) else self._round,
+                    rounded=None if rounded is None else rounded[rows, columns],
+                )  # fmt: skip
 
     def _right(self, inputs: Numbers, reader: Reader) -> np.ndarray[Any, Any]:
         """Return what the second factor has for inputs, [rank, inputs]."""
@@ -105,9 +113,19 @@ class LowRankChange:
         return self.cache.find(self.right, 1.0, self.shape[1], inputs, reader)
 
     def _round(self, delta: np.ndarray[Any, Any]) -> None:
-        """Round a part of the change to `rounded_to`, in place."""
-        if self.rounded_to not in (None, DType.F32):
-            round_to(delta, self.rounded_to)
+        """Round a part of the change to `rounded_to`, in place.
+
+        Raises:
+            OverflowError: If a value is too large for it.
+        """
+        import numpy as np
+
+        from ..tensors.cast import STORAGE, cast
+
+        if self.rounded_to is not None:
+            rounded = np.empty(delta.shape, STORAGE[self.rounded_to])
+            cast(delta, DType.F32, rounded, self.rounded_to)
+            cast(rounded, self.rounded_to, delta, DType.F32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +145,7 @@ class RowsChange:
         outputs: Numbers,
         inputs: Numbers,
         reader: Reader,
+        rounded: np.ndarray[Any, Any] | None = None,
     ) -> None:
         """See `Change`."""
         import numpy as np
@@ -142,19 +161,5 @@ class RowsChange:
                 row = np.empty(width, np.float32)
                 cast(array, self.raw.dtype, row, DType.F32)
             values[position] = row[as_index(inputs)]
-
-
-def round_to(values: np.ndarray[Any, Any], dtype: DType | None) -> None:
-    """Round float32 values to another dtype, in place.
-
-    Raises:
-        OverflowError: If a value is too large for it.
-    """
-    import numpy as np
-
-    from ..tensors.cast import STORAGE, cast
-
-    if dtype is not None:
-        rounded = np.empty(values.shape, STORAGE[dtype])
-        cast(values, DType.F32, rounded, dtype)
-        cast(rounded, dtype, values, DType.F32)
+        if rounded is not None:
+            cast(values, DType.F32, rounded, DType.BF16, overflow="infinity")
