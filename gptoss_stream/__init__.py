@@ -12,6 +12,9 @@ Convert and check:
     compare           compare a few values of each tensor with those of another checkpoint
     synth             write a random checkpoint, to try things with
 
+LoRA adapters are merged on the way (`adapters=`): name their locations, or an `Adapter` that says
+more.
+
 Load an output:
 
     open_state_dict          tensors by name, memory-mapped
@@ -32,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names for type checkers
     from . import formats as formats
+    from .adapters.adapter import Adapter as Adapter
     from .checkpoint.metadata import CheckpointInfo as CheckpointInfo
     from .conversion import convert as convert
     from .errors import (
@@ -95,6 +99,7 @@ __version__ = "0.1.0"
 # The module of each public name. It is imported when the name is first used, so that `--help` and
 # usage errors come at once.
 _MODULES = {
+    "Adapter": "adapters.adapter",
     "CheckpointError": "errors",
     "CheckpointInfo": "checkpoint.metadata",
     "Comparison": "verification.relations",

@@ -8,7 +8,7 @@ Must not know: how a model's tensors are converted and written.
 from __future__ import annotations
 
 from .adapter import Adapter, AdapterLike, as_adapters, open_adapters, recorded_adapters
-from .adapter_file import AdapterFile, read_adapter
+from .adapter_file import AdapterFile, is_adapter, read_adapter
 from .changes import Replacement
 from .description import describe
 from .merge import Merge, check_values, merge_adapters
@@ -22,6 +22,7 @@ __all__ = [
     "as_adapters",
     "check_values",
     "describe",
+    "is_adapter",
     "merge_adapters",
     "open_adapters",
     "read_adapter",

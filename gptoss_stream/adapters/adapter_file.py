@@ -15,7 +15,7 @@ from ..tensors.dtypes import DType
 from .adapter import Adapter
 from .lora_config import LoraConfig, parse_config
 
-__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "AdapterFile", "ModelCard", "read_adapter"]
+__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "AdapterFile", "ModelCard", "is_adapter", "read_adapter"]
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -46,6 +46,14 @@ class AdapterFile:
     """Its files and tensors."""
     config: LoraConfig
     card: ModelCard
+
+
+def is_adapter(location: Location) -> bool:
+    """Return whether an adapter is at a location, and no whole checkpoint."""
+    try:
+        return location.has(CONFIG_NAME) and not location.has("config.json")
+    except OSError as error:
+        raise machine_error(error, f"reading {location}") from error
 
 
 def read_adapter(adapter: Adapter, number: int = 0) -> AdapterFile:

@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import CheckpointError, OptionError
 from ..tensors.raw_tensor import RawTensor
 from .adapter_file import AdapterFile
+from .changes import AdapterChanges
 from .parts import EXPERT_PARTS, EXPERTS, Parts, Saved, model_tensor, parts_of
 from .stacks import Decision, decide_b_layout, decide_orientation, find_stacks
 
@@ -18,10 +19,13 @@ _NAMES = {"gate_up": "gate_up_proj", "down": "down_proj", "unembed": "lm_head",
           "embed": "embed_tokens", "router": "router"}  # fmt: skip
 
 
-def describe(file: AdapterFile) -> dict[str, Any]:
+def describe(file: AdapterFile, changes: AdapterChanges | None = None) -> dict[str, Any]:
     """Return what an adapter is, as JSON types.
 
-    Its base model need not be there. What only the base model's sizes show is said to be unknown.
+    Args:
+        file: The adapter.
+        changes: What it changes in its base model. Without it, what only the base model's sizes
+            show is said to be unknown.
 
     Raises:
         CheckpointError: If the adapter is damaged, or cannot be merged.
@@ -44,7 +48,10 @@ def describe(file: AdapterFile) -> dict[str, Any]:
         "tensors": len(file.info.tensors),
         "bytes": sum(raw.nbytes for raw in file.info.tensors.values()),
     }
-    return {**found, **_stacks(file, parts, targets)}
+    if changes is None:
+        return {**found, **_stacks(file, parts)}
+    decided = {"orientation": changes.orientation, "b_layout": changes.b_layout}
+    return {**found, **{key: one._asdict() for key, one in decided.items() if one is not None}}
 
 
 def _kind(file: AdapterFile, parts: Iterable[Parts]) -> str:
@@ -93,9 +100,7 @@ def _saved_name(saved: Saved) -> str:
     return saved.row.stored.replace("model.layers.{l}.", "")
 
 
-def _stacks(
-    file: AdapterFile, parts: Iterable[Parts], targets: dict[str, set[int | None]]
-) -> dict[str, Any]:
+def _stacks(file: AdapterFile, parts: Iterable[Parts]) -> dict[str, Any]:
     """Return how the adapters of stacked experts are read; nothing without any."""
     stacked = [one for one in parts if one.module.template == EXPERTS]
     if not stacked:

@@ -18,7 +18,9 @@ from ..tensors.raw_tensor import RawTensor, RegroupedTensor
 from ..transforms.changes import Change, LowRankChange
 from ..transforms.factors import FactorCache
 from .adapter_file import CONFIG_NAME, AdapterFile
-from .changes import AdapterChanges, Place, Replacement, changes_of
+from .base_model import Place
+from .changes import AdapterChanges, Replacement, changes_of
+from .description import describe
 
 __all__ = ["Merge", "check_values", "merge_adapters"]
 
@@ -80,9 +82,19 @@ class Merge:
         """The files and tensors of each adapter."""
         return [one.file.info for one in self.adapters]
 
+    def describe(self) -> list[dict[str, Any]]:
+        """Return what the adapters are, as JSON types."""
+        return [
+            {**describe(one.file, one), "merged_scale": one.file.adapter.scale}
+            for one in self.adapters
+        ]
+
     def sources(self) -> list[dict[str, Any]]:
         """Return where the adapters are, as JSON types."""
-        return [_source(one.file.info.location) for one in self.adapters]
+        return [
+            {**_source(one.file.info.location), "scale": one.file.adapter.scale}
+            for one in self.adapters
+        ]
 
     def identity(self) -> dict[str, Any]:
         """Return what tells the adapters, and how they are merged, from others, as JSON types."""

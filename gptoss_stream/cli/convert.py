@@ -146,6 +146,8 @@ def _print_report(report: Report, task: tuple[int, int] | None) -> None:
         f"{counted(len(report.shards), 'shard')}, {describe_format(report.format, report.dtype)}"
         f"{', part of the model' if report.partial else ''}"
     )
+    for adapter in report.adapters:
+        print(f"merged {adapter['adapter']}, scale {adapter['scale']:g}")
     print_narrowed(report.narrowed)
     if report.mxfp4 is not None:
         print_encoding(report.mxfp4)

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from .._utils.messages import counted, listed, sized
+from ._adapter_page import print_adapter
 from ._comparison import print_comparison
 from ._options import add_json, add_remote_source, add_source, add_source_format, open_source
 from ._parser import Commands
@@ -30,13 +31,14 @@ def add_parser(commands: Commands) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser(
         "inspect",
-        help="describe a checkpoint or converted output, or compare it with another",
+        help="describe a checkpoint, converted output or adapter, or compare with another",
         description="Describe a checkpoint or a converted output: its format, model and tensors. "
+        "Describe a LoRA adapter: its kind, rank, targets, layers, and how it is read. "
         "Or, with --against, compare a few values of each tensor with those of another checkpoint: "
         "this finds what no shape shows, such as square matrices that are transposed. The exit "
         "code is 1 if all tensors of a kind are transposed, or have gate and up in another order.",
     )
-    add_source(parser, "checkpoint or converted output")
+    add_source(parser, "checkpoint, converted output or LoRA adapter")
     add_source_format(parser)
     parser.add_argument(
         "--against",
@@ -53,10 +55,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command; return the exit code."""
     if arguments.against is not None:
         return _compare(arguments)
+    from ..adapters import is_adapter
     from ..loading.output_info import read_output_info
     from ..storage.local_folder import LocalFolder
 
     location = open_source(arguments)
+    if is_adapter(location):
+        _inspect_adapter(location, arguments)
+        return 0
     output = read_output_info(location.path) if isinstance(location, LocalFolder) else None
     if output is None:
         _inspect_checkpoint(location, arguments)
@@ -89,6 +95,17 @@ def _compare(arguments: argparse.Namespace) -> int:
     else:
         print_comparison(result)
     return 1 if result.rearranged else 0
+
+
+def _inspect_adapter(location: Location, arguments: argparse.Namespace) -> None:
+    """Read a LoRA adapter and print what it is."""
+    from ..adapters import Adapter, describe, read_adapter
+
+    found = describe(read_adapter(Adapter(location)))
+    if arguments.json:
+        print_json(found)
+    else:
+        print_adapter(found)
 
 
 def _inspect_checkpoint(location: Location, arguments: argparse.Namespace) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .._utils.messages import counted, sized
+from .._utils.messages import counted, listed, sized
 from .._utils.paths import user_path
+from ._adapter_options import add_adapters, open_adapters
+from ._adapter_page import describe_adapter
 from ._options import (
     add_conversion_options,
     add_json,
@@ -69,6 +71,7 @@ def add_parser(commands: Commands) -> None:
     add_quiet(parser, "the plan and errors")
     add_json(parser)
     add_selection(parser)
+    add_adapters(parser)
     add_pruning(parser)
     add_remote_source(parser)
     add_remote_output(parser)
@@ -92,6 +95,8 @@ def run(arguments: argparse.Namespace) -> int:
         reference=open_reference(arguments),
         keep_layers=arguments.keep_layers,
         keep_experts=parse_keep_experts(arguments),
+        adapters=open_adapters(arguments),
+        merge_like_peft=bool(arguments.merge_like_peft),
     )
     workers = count_workers(arguments.workers)
     resources = _resources(planned, output, workers, arguments)
@@ -119,7 +124,12 @@ def _resources(
         folder = staging_folder(output, arguments.staging)
         needed = staging_nbytes(planned.shards, arguments.max_staged)
     is_local = planned.info.location.is_local and output is None
-    memory = memory_nbytes(workers, is_local=is_local, has_reference=planned.reference is not None)
+    memory = memory_nbytes(
+        workers,
+        is_local=is_local,
+        has_reference=planned.reference is not None,
+        has_adapters=planned.merge is not None,
+    )
     return _Resources(needed, free_nbytes(folder), memory)
 
 
@@ -137,6 +147,11 @@ def _print_plan(planned: Plan, resources: _Resources, workers: int) -> None:
         f"{': NOT ENOUGH' if resources.disk_needed > resources.disk_free else ''}\n"
         f"memory   {sized(resources.memory)} at most, {counted(workers, 'worker')}"
     )
+    for adapter in () if planned.merge is None else planned.merge.describe():
+        print(
+            f"adapter  {adapter['path']}: {describe_adapter(adapter)}, "
+            f"{listed([*adapter['targets'], *adapter['saved_whole']], 9)}"
+        )
     if planned.mxfp4_rule is not None:
         kept = "" if planned.reference is None else f", blocks of {planned.reference.location} kept"
         print(f"mxfp4    experts encoded by the rule {planned.mxfp4_rule}{kept}")
@@ -166,6 +181,7 @@ def _as_dict(planned: Plan, resources: _Resources) -> dict[str, Any]:
         "dtype": planned.dtype,
         "narrowed": dict(planned.narrowed),
         "mxfp4_rule": planned.mxfp4_rule,
+        "adapters": [] if planned.merge is None else planned.merge.describe(),
         "reference": None if planned.reference is None else str(planned.reference.location),
         "max_shard_size": planned.max_shard_size,
         "tensors": planned.num_tensors,

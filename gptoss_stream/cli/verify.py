@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from .._utils.messages import counted, sized
 from ..errors import OptionError
+from ._adapter_options import add_adapters, open_adapters
 from ._options import (
     add_json,
     add_quantization,
@@ -62,6 +63,7 @@ def add_parser(commands: Commands) -> None:
     add_workers(parser)
     add_quiet(parser, "differences and errors")
     add_json(parser)
+    add_adapters(parser)
     add_selection(parser, "By default as recorded in OUTPUT's gptoss_stream.json.")
     add_remote_source(parser)
     parser.set_defaults(run=run)
@@ -95,6 +97,8 @@ def _verify(arguments: argparse.Namespace) -> Verification:
             workers=arguments.workers,
             mxfp4_rule=arguments.mxfp4_rule,
             reference=open_reference(arguments),
+            adapters=open_adapters(arguments),
+            merge_like_peft=arguments.merge_like_peft,
             on_start=on_start,
             on_progress=on_progress,
         )

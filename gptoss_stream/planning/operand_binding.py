@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TypeAlias
 
 from ..adapters import Replacement
 from ..errors import OptionError
@@ -34,11 +33,9 @@ from ..transforms.operands import DenseOperand, InterleavedOperand, ZeroOperand
 from ..transforms.output_tensor import Segment
 from ..transforms.rearrangement import make_rearrangement
 from .adaptation import TensorMerge
+from .axes import Groups, gate_up_step, indices_with, merge_axes
 
 __all__ = ["SegmentBuilder", "SourceRow", "source_rows"]
-
-_Groups: TypeAlias = "Sequence[tuple[str, ...]]"
-"""The model axes that make up each stored axis."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +85,7 @@ class SegmentBuilder:
     merge: TensorMerge | None = None
     """What adapters change in the tensor; None for nothing."""
 
-    def segments(self, groups: _Groups, fixed: Mapping[str, int]) -> Iterator[Segment]:
+    def segments(self, groups: Groups, fixed: Mapping[str, int]) -> Iterator[Segment]:
         """Yield the segments for a row of the target.
 
         Args:
@@ -181,17 +178,17 @@ class SegmentBuilder:
             f"{reason}; choose another format"
         )
 
-    def _segment(self, groups: _Groups, order: list[str], fixed: Mapping[str, int]) -> Segment:
+    def _segment(self, groups: Groups, order: list[str], fixed: Mapping[str, int]) -> Segment:
         """Return a single segment for a row of the target."""
         if any(self._is_chosen(axis, fixed) for axis in order):
             raise self._refusal("layers and experts are chosen along the target's first axis only")
-        if "t" in order and _gate_up_step(self._stored_order(fixed)) != _gate_up_step(order):
+        if "t" in order and gate_up_step(self._stored_order(fixed)) != gate_up_step(order):
             operand, operand_groups = self._interleaved_operand(groups, fixed)
         else:
             operand, operand_groups = self._operand(fixed)
         is_contiguous = isinstance(operand, DenseOperand) and operand.selected is None
         inputs = self.merge.input_axes if self.merge is not None else ""
-        merged = _merge_axes(
+        merged = merge_axes(
             operand_groups, order, self.block_axis, inputs, across_groups=is_contiguous
         )
         shape = tuple(prod(self.sizes[axis] for axis in axes) for axes in merged)
@@ -209,7 +206,7 @@ class SegmentBuilder:
             raise self._refusal(str(error)) from None
 
     def _interleaved_operand(
-        self, groups: _Groups, fixed: Mapping[str, int]
+        self, groups: Groups, fixed: Mapping[str, int]
     ) -> tuple[Operand, list[tuple[str, ...]]]:
         """Return gate and up in turn, as in the target's (i t), and the axes of each stored axis.
 
@@ -250,7 +247,7 @@ class SegmentBuilder:
             for axis in set(group) & fixed.keys():
                 if selected is not None or number > 1:
                     raise self._refusal("more than one of its axes would be sliced")
-                selected, selected_axis = _indices_with(axis, fixed[axis], group, sizes), number
+                selected, selected_axis = indices_with(axis, fixed[axis], group, sizes), number
                 groups[number] = tuple(other for other in group if other != axis)
         if isinstance(row.encoding, Mxfp4Encoding):
             if selected_axis:
@@ -273,53 +270,3 @@ class SegmentBuilder:
             if f"{{{axis}}}" in name and axis not in fixed:
                 raise self._refusal(f"it holds a single {noun}")
         return self.raws[name.format(l=fixed.get("l"), e=fixed.get("e"))]
-
-
-def _gate_up_step(order: Sequence[str]) -> int | None:
-    """Return how gate and up are stored.
-
-    Returns:
-        1 if they alternate, "(i t)"; -1 if they are halves, "(t i)"; None without both of them.
-    """
-    return order.index("t") - order.index("i") if "t" in order else None
-
-
-def _indices_with(axis: str, index: int, group: tuple[str, ...], sizes: Mapping[str, int]) -> range:
-    """Return the indices of a stored axis at which one of its model axes has an index."""
-    size = prod(sizes[other] for other in group)
-    if group[0] == axis:
-        length = size // sizes[axis]
-        return range(index * length, (index + 1) * length)
-    if group[-1] == axis:
-        return range(index, size, sizes[axis])
-    raise OptionError(f"the axis {axis} is within ({' '.join(group)}), where it cannot be sliced")
-
-
-def _merge_axes(
-    groups: _Groups, order: list[str], block_axis: str, inputs: str, *, across_groups: bool
-) -> list[list[str]]:
-    """Merge axes that follow on each other in both source and target: they need no rearranging.
-
-    Args:
-        groups: The source's axes, as it stores them.
-        order: The target's axes.
-        block_axis: An axis that is not merged with those before it.
-        inputs: Axes that are not merged with others: of an adapted matrix, those of its inputs.
-        across_groups: Whether axes of different groups may be merged.
-
-    Returns:
-        The source's axes in its order, each merged axis as the axes that it consists of.
-    """
-    merged: list[list[str]] = []
-    for group in groups:
-        may_merge = across_groups
-        for axis in group:
-            position = order.index(axis)
-            follows = position > 0 and bool(merged) and order[position - 1] == merged[-1][-1]
-            is_alike = follows and (axis in inputs) == (merged[-1][-1] in inputs)
-            if may_merge and is_alike and axis != block_axis:
-                merged[-1].append(axis)
-            else:
-                merged.append([axis])
-            may_merge = True
-    return merged

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .. import formats
 from ..checkpoint.auxiliary_files import CopiedFile, find_auxiliary_files
+from .model_card import CARD_NAME, model_card
 from .plan import Plan
 
 __all__ = ["output_files"]
@@ -13,13 +14,15 @@ def output_files(plan: Plan) -> dict[str, bytes | CopiedFile]:
     """Return the small files of an output, without index, record and checksums.
 
     Returns:
-        By name: the configuration files of the output's format as bytes, and the source's
-        tokenizer, chat template and generation settings to be copied.
+        By name: the configuration files of the output's format as bytes, the source's tokenizer,
+        chat template and generation settings to be copied, and with adapters a model card.
     """
     config = plan.info.config
     if plan.pruning is not None:
         config = formats.pruned_config(config, plan.model)
+    card = {} if plan.merge is None else {CARD_NAME: model_card(plan, plan.merge)}
     return {
+        **card,
         **{file.name: file for file in find_auxiliary_files(plan.info.location)},
         **formats.load(plan.to).files(plan.model, config, plan.main_dtype, partial=plan.is_partial),
     }

@@ -7,8 +7,7 @@ the first byte is written.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,9 +30,9 @@ from ..model.pruning import ExpertsByLayer, Pruning, prune
 from ..model.selection import ResolvedSelection, Selection
 from ..storage.location import LocationLike
 from ..storage.open_location import open_location
-from ..tensors.dtypes import KEEP, DType, is_exact, output_dtype
+from ..tensors.dtypes import KEEP, DType, output_dtype
 from ..transforms.operands import raw_tensors
-from ..transforms.output_tensor import OutputTensor, element_ranges
+from ..transforms.output_tensor import element_ranges
 from .checks import (
     choose_dtype,
     choose_quantization,
@@ -45,6 +44,7 @@ from .checks import (
 )
 from .mapping import output_tensors
 from .options import DEFAULT_FORMAT, ConversionOptions
+from .precision import count_narrowed, main_dtype
 from .shards import DEFAULT_SHARD_SIZE, PlannedShard, parse_size, plan_shards, spill_nbytes
 
 __all__ = ["Plan", "plan", "plan_conversion", "read_adapters", "read_reference"]
@@ -269,13 +269,13 @@ def plan_conversion(
         model=model,
         to=to,
         dtype=dtype,
-        main_dtype=_main_dtype(tensors),
+        main_dtype=main_dtype(tensors),
         max_shard_size=max_shard_size,
         selection=selection,
         is_partial=len(tensors) < len(every),
         shards=plan_shards(tensors, max_shard_size),
         unmapped=unmapped_tensors(source, used, left_out),
-        narrowed=_count_narrowed(tensors),
+        narrowed=count_narrowed(tensors),
         warning=formats.warning(target) if to != source.name else "",
         notes=(*source.notes, *_notes(source, model)),
         pruning=None if pruning is None else pruning.as_dict(),
@@ -298,27 +298,3 @@ def _notes(source: SourceModel, model: ModelConfig) -> Iterator[str]:
             f"the configuration is written without {listed(stale)}, which may be about single "
             "layers or experts of the source"
         )
-
-
-def _main_dtype(tensors: Iterable[OutputTensor]) -> DType:
-    """Return the dtype of most dense elements; bfloat16 without any."""
-    counts: Counter[DType] = Counter()
-    for tensor in tensors:
-        if tensor.dtype is not DType.U8:
-            counts[tensor.dtype] += tensor.nbytes // tensor.dtype.itemsize
-    return max(counts, key=lambda dtype: counts[dtype], default=DType.BF16)
-
-
-def _count_narrowed(tensors: Iterable[OutputTensor]) -> dict[str, int]:
-    """Count the tensors that lose precision, by dtypes."""
-    counts: Counter[str] = Counter()
-    for tensor in tensors:
-        found = {raw.dtype for s in tensor.segments for raw in raw_tensors(s.operand)}
-        if any(segment.encoding is not None for segment in tensor.segments):
-            continue  # the report says what encoding loses
-        counts.update(
-            f"{'MXFP4' if dtype is DType.U8 else dtype} to {tensor.dtype}"
-            for dtype in found
-            if not is_exact(dtype, tensor.dtype)
-        )
-    return dict(sorted(counts.items()))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .._utils.failures import machine_error
 from .._utils.thread_pool import count_workers, run_steps
-from ..adapters import AdapterLike, as_adapters, check_values
+from ..adapters import Adapter, AdapterLike, as_adapters, check_values
 from ..checkpoint.local_reader import LocalReader
 from ..checkpoint.metadata import CheckpointInfo
 from ..errors import CheckpointError, OptionError, OutputError
@@ -97,10 +97,10 @@ def verify(
         options["to"] = to or options["to"]
         options["selection"] = selection or options["selection"]
         options["mxfp4_rule"] = mxfp4_rule or options["mxfp4_rule"]
-        options["reference"] = reference or _recorded("reference", options["reference"])
-        options["adapters"] = as_adapters(adapters) or tuple(
-            replace(one, location=_recorded("adapter", one.location)) for one in options["adapters"]
-        )
+        if reference is None and options["reference"] is not None:
+            reference = _recorded("reference", options["reference"])
+        options["reference"] = reference
+        options["adapters"] = _with_recorded(as_adapters(adapters), options["adapters"])
         if merge_like_peft is not None:
             options["merge_like_peft"] = merge_like_peft
         planned = plan(source, source_format=source_format, **options)
@@ -131,10 +131,8 @@ def verify(
     )
 
 
-def _recorded(what: str, name: str | None) -> Location | None:
-    """Open the reference or the adapter that an output's record names, if it names one."""
-    if name is None:
-        return None
+def _recorded(what: str, name: str) -> Location:
+    """Open the reference or the adapter that an output's record names."""
     try:
         location = open_location(name)
         location.check()
@@ -144,6 +142,20 @@ def _recorded(what: str, name: str | None) -> Location | None:
             f"{error}; the output's record names it as the {what}: if it has moved, give it "
             f"with --{what}"
         ) from None
+
+
+def _with_recorded(given: Sequence[Adapter], recorded: Sequence[Adapter]) -> tuple[Adapter, ...]:
+    """Return the adapters that are given, or else those of an output's record.
+
+    Where as many are given, and nothing is said about them, the record says it.
+    """
+    if not given:
+        opened = [_recorded("adapter", str(one.location)) for one in recorded]
+        return tuple(replace(one, location=at) for one, at in zip(recorded, opened, strict=True))
+    if len(given) != len(recorded) or any(one != Adapter(one.location) for one in given):
+        return tuple(given)
+    pairs = zip(recorded, given, strict=True)
+    return tuple(replace(one, location=other.location) for one, other in pairs)
 
 
 def _sample(tensors: list[OutputTensor], count: int, seed: int) -> list[OutputTensor]:

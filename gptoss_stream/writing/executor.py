@@ -23,22 +23,33 @@ CHUNK_NBYTES = 8 << 20
 _INTERPRETER_NBYTES = 45_000_000  # Python with numpy, einops and tqdm
 _THREAD_NBYTES = 6_000_000  # tiles, indices, a row that two chunks share
 _REFERENCE_NBYTES = 10_000_000  # of each thread: the blocks of a reference
+_ADAPTERS_NBYTES = 30_000_000  # factors in use, a tensor that is being regrouped, BLAS
+_MERGING_NBYTES = 8_000_000  # of each thread: tiles in float32
 _REMOTE_NBYTES = 200_000_000  # blocks that are needed at the same time, and the clients' code
 
 
-def memory_nbytes(threads: int, *, is_local: bool = True, has_reference: bool = False) -> int:
+def memory_nbytes(
+    threads: int,
+    *,
+    is_local: bool = True,
+    has_reference: bool = False,
+    has_adapters: bool = False,
+) -> int:
     """Estimate the peak resident memory of a process that writes shards.
 
     Args:
         threads: Threads that convert.
         is_local: Whether source and output are local; a remote source is read ahead.
         has_reference: Whether blocks of a reference are kept.
+        has_adapters: Whether adapters are merged.
 
     Returns:
         An upper estimate in bytes.
     """
     per_thread = CHUNK_NBYTES + _THREAD_NBYTES + (_REFERENCE_NBYTES if has_reference else 0)
     nbytes = _INTERPRETER_NBYTES + threads * per_thread
+    if has_adapters:
+        nbytes += _ADAPTERS_NBYTES + threads * _MERGING_NBYTES
     return nbytes if is_local else nbytes + _REMOTE_NBYTES
 
 

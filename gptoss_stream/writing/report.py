@@ -41,6 +41,8 @@ class Report:
     """What users should know about how the source was read."""
     narrowed: Mapping[str, int]
     """The number of tensors that lost precision, by dtypes: {"F32 to BF16": 12}."""
+    adapters: tuple[Mapping[str, Any], ...]
+    """The LoRA adapters that were merged: location, revision and scale."""
     mxfp4: Mapping[str, Any] | None
     """What encoding to MXFP4 lost, in all and by tensor; None if nothing was encoded, or the output
     is not complete. The same is in the output's mxfp4_encoding.json."""
@@ -82,5 +84,6 @@ def make_report(
         unmapped=plan.unmapped,
         notes=plan.notes,
         narrowed=plan.narrowed,
+        adapters=() if plan.merge is None else tuple(plan.merge.sources()),
         mxfp4=result.encoding,
     )
