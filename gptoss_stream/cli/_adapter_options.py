@@ -23,7 +23,7 @@ def add_adapters(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="ADAPTER",
         help="LoRA adapter to merge: a folder with adapter_config.json, a Hub repository "
-        "(repository@revision for a revision), or a URL; may be repeated, merged in order",
+        "(hf://user/name@revision for a revision), or a URL; may be repeated, merged in order",
     )
     group.add_argument(
         "--adapter-scale",
@@ -65,7 +65,7 @@ def open_adapters(arguments: argparse.Namespace) -> tuple[Adapter, ...]:
         OptionError: For options that do not fit together.
     """
     from ..adapters import Adapter
-    from ..storage.open_location import open_location
+    from ..storage.open_location import is_repository, open_location
 
     names, scales = arguments.adapter, arguments.adapter_scale
     given = {
@@ -87,7 +87,8 @@ def open_adapters(arguments: argparse.Namespace) -> tuple[Adapter, ...]:
         scale = scales[min(number, len(scales) - 1)] if scales else 1.0
         # Checked before any network is asked.
         adapter = Adapter(name, scale, arguments.lora_b_layout, arguments.lora_orientation)
-        location = open_location(name, token=arguments.token)
+        token = arguments.token if is_repository(name) else None
+        location = open_location(name, token=token)
         if not location.is_local and not arguments.quiet:
             print_message(f"merging {location}")
         adapters.append(adapter.at(location))

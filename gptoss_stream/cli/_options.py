@@ -241,11 +241,12 @@ def open_output(arguments: argparse.Namespace) -> WritableLocation | None:
 
 def open_reference(arguments: argparse.Namespace) -> Location | None:
     """Open the checkpoint that `--reference` names, if any; print where it is read from."""
-    from ..storage.open_location import open_location
+    from ..storage.open_location import is_repository, open_location
 
     if arguments.reference is None:
         return None
-    location = open_location(arguments.reference, token=arguments.token)
+    token = arguments.token if is_repository(arguments.reference) else None
+    location = open_location(arguments.reference, token=token)
     if not location.is_local and not arguments.quiet:
         print_message(f"comparing with {location}")
     return location

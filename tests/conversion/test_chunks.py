@@ -101,7 +101,7 @@ def test_reads_that_return_fewer_bytes_than_requested(checkpoints, tmp_path, mon
         return preadv(descriptor, [*full, last[: max(1, len(last) // 2)]], offset)
 
     monkeypatch.setattr("gptoss_stream.planning.shards.SPILL_NBYTES", 20_000)
-    monkeypatch.setattr("gptoss_stream.writing.temporary_file._MAX_VIEWS", 5)
+    monkeypatch.setattr("gptoss_stream._utils.temporary_file._MAX_VIEWS", 5)
     monkeypatch.setattr(os, "preadv", short)
     gptoss_stream.convert(source, tmp_path / "short")
     assert max(requested) == 5
