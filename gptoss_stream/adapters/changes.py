@@ -142,8 +142,9 @@ class _Builder:
         module, tensors = parts.module, parts.tensors
         a, b = pair(self.base.file, parts, "lora_A", "lora_B")
         outputs, inputs = self.base.matrix_shape(tensor)
-        # The router's weight is a parameter, not a linear layer, and patterns match its name.
-        name = f"{module.name}.weight" if module.template.endswith(".router") else module.name
+        # Where the weight is adapted as a parameter, patterns match the parameter's name.
+        is_parameter = self.base.file.config.targets_parameter(f"{module.name}.weight")
+        name = f"{module.name}.weight" if is_parameter else module.name
         rank, scale = self.base.rank(name, a, a.shape[0]), self.base.scale(name)
         self.base.check_shape(a, (rank, inputs), "the base model")
         self.base.check_shape(b, (outputs, rank), "the base model")
@@ -155,8 +156,9 @@ class _Builder:
             self.base.check_shape(magnitude, (outputs,), "the base model")
             lengths = Factor(magnitude, 0, outputs, 1, is_rank_first=False)
         change = LowRankChange(
-            left, right, (outputs, inputs), scale, self.base.cache, magnitude=lengths
-        )
+            left, right, (outputs, inputs), scale, self.base.cache,
+            is_rounded_by_peft=is_parameter, magnitude=lengths,
+        )  # fmt: skip
         place = Place(tensor, module.layer, module.expert)
         self.found.add(Addition(place, lambda: change, rank))
         if "lora_B.bias" in tensors:
@@ -196,7 +198,9 @@ class _Builder:
         left = Factor(a, 0, tokens, rank, is_rank_first=True)
         right = Factor(b, 0, width, rank, is_rank_first=False)
         scale = self.base.scale(module.name)
-        change = LowRankChange(left, right, (tokens, width), scale, self.base.cache)
+        change = LowRankChange(
+            left, right, (tokens, width), scale, self.base.cache, is_rounded_by_peft=True
+        )
         self.found.add(Addition(Place(tensor, None, None), lambda: change, rank))
 
     def _add_tokens(self, parts: Parts, tensor: str, name: str) -> None:

@@ -36,7 +36,9 @@ def stack_changes(
         of_a = Factor(stack.a, expert * rank * width, width, rank, is_rank_first=True)
         of_b = Factor(b, expert * height * rank, height, rank, is_rank_first=False)
         left, right = (of_a, of_b) if is_swapped else (of_b, of_a)
-        return LowRankChange(left, right, (left.size, right.size), scale, base.cache)
+        return LowRankChange(
+            left, right, (left.size, right.size), scale, base.cache, is_rounded_by_peft=True
+        )
 
     for expert in range(experts):
         place = Place(stack.tensor, stack.layer, expert)

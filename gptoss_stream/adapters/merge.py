@@ -11,7 +11,6 @@ from ..checkpoint.metadata import CheckpointInfo
 from ..checkpoint.reader import Reader
 from ..errors import TensorError
 from ..model.config import ModelConfig
-from ..model.tensors import EXPERT_TENSORS
 from ..storage.location import Location
 from ..tensors.dtypes import DType
 from ..tensors.raw_tensor import RawTensor, RegroupedTensor
@@ -33,8 +32,8 @@ class Merge:
 
     adapters: tuple[AdapterChanges, ...]
     like_peft: bool
-    """Whether values are rounded to the model's dtype after each adapter, and what is added to an
-    expert's matrix before that too, as PEFT does."""
+    """Whether values are rounded to the model's dtype after each adapter, and what is added to a
+    parameter or an embedding before that too, as PEFT does."""
     touched: Mapping[str, frozenset[int | None]]
     """The layers in which each model tensor is changed or replaced."""
 
@@ -48,10 +47,9 @@ class Merge:
         place = Place(tensor, layer, expert)
         return [make() for one in self.adapters for make in one.changes.get(place, ())]
 
-    def rounded(self, change: Change, tensor: str, dtype: DType) -> Change:
-        """Return a change that is rounded before it is added, if PEFT would do that."""
-        is_parameter = tensor in EXPERT_TENSORS or tensor == "router"
-        if self.like_peft and is_parameter and isinstance(change, LowRankChange):
+    def rounded(self, change: Change, dtype: DType) -> Change:
+        """Return a change that is rounded before it is added, if that is asked for."""
+        if self.like_peft and isinstance(change, LowRankChange) and change.is_rounded_by_peft:
             return replace(change, rounded_to=dtype)
         return change
 

@@ -34,6 +34,7 @@ _LORA = re.compile(
 _RENAMED = (
     (re.compile(r"(\.layers\.\d+)\.attn\."), r"\1.self_attn."),
     (re.compile(r"^(?:model\.)?unembed_tokens$"), "lm_head"),
+    (re.compile(r"^(?=layers\.|embed_tokens(\.|$)|norm\.)"), "model."),  # of a model without head
     (re.compile(r"\.modules_to_save(?:\.default)?(?=\.|$)"), ""),
 )
 

@@ -92,7 +92,7 @@ class TensorMerge:
         for change in changes:
             operand = AdaptedOperand(
                 operand, mapped, (first[0], first[1]),
-                self.merge.rounded(change, self.tensor, dtype), shape[0],
+                self.merge.rounded(change, dtype), shape[0],
                 dtype if self.merge.like_peft else DType.F32,
             )  # fmt: skip
         return operand

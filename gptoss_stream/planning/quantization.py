@@ -105,7 +105,9 @@ def _reference_segments(
     if reference is None:
         return
     rows = source_rows(reference.table, model, builder.pruning).get(row.tensor, [])
-    same = replace(builder, raws=reference.info.tensors, source_rows=rows, sizes=model.sizes)
+    same = replace(
+        builder, raws=reference.info.tensors, source_rows=rows, sizes=model.sizes, merge=None
+    )
     yield from same.segments(row.groups, fixed)
 
 

@@ -71,8 +71,10 @@ class LowRankChange:
     """The matrix's numbers of outputs and inputs."""
     scale: float
     cache: FactorCache = field(repr=False, compare=False)
+    is_rounded_by_peft: bool = False
+    """Whether PEFT rounds it to the model's dtype before it adds it."""
     rounded_to: DType | None = None
-    """The dtype that the change is rounded to before it is added; None for none."""
+    """The dtype that it is rounded to before it is added; None for none."""
     magnitude: Factor | None = None
     """See `Change`."""
 
