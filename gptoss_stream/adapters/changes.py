@@ -157,7 +157,7 @@ class _Builder:
             lengths = Factor(magnitude, 0, outputs, 1, is_rank_first=False)
         change = LowRankChange(
             left, right, (outputs, inputs), scale, self.base.cache,
-            is_rounded_by_peft=is_parameter, magnitude=lengths,
+            is_rounded_by_peft=is_parameter or tensor in EXPERT_TENSORS, magnitude=lengths,
         )  # fmt: skip
         place = Place(tensor, module.layer, module.expert)
         self.found.add(Addition(place, lambda: change, rank))

@@ -80,7 +80,9 @@ def tinker_changes(base: BaseModel, parts: Parts, name: str) -> Iterator[Additio
         right = Factor(a, first_a * rank * inputs, inputs, rank, is_rank_first=True)
         left = Factor(b, first_b * height * rank, height, rank, is_rank_first=False,
                       indices=indices)  # fmt: skip
-        return LowRankChange(left, right, (outputs, inputs), scale, base.cache)
+        return LowRankChange(
+            left, right, (outputs, inputs), scale, base.cache, is_rounded_by_peft=True
+        )
 
     for expert in range(experts):
         yield Addition(Place(tensor, module.layer, expert), partial(make, expert), rank)

@@ -136,7 +136,7 @@ def merge_adapters(
     touched: dict[str, set[int | None]] = {}
     for number, one in enumerate(adapters):
         for place in one.replacements:
-            _refuse_conflict(one, place, adapters[:number], adapters[number + 1 :])
+            _refuse_loss(one, place, adapters[:number])
         for place in (*one.changes, *one.replacements):
             touched.setdefault(place.tensor, set()).add(place.layer)
         _refuse_late_magnitudes(one, adapters[:number])
@@ -144,21 +144,16 @@ def merge_adapters(
     return Merge(adapters, like_peft, frozen)
 
 
-def _refuse_conflict(
-    one: AdapterChanges,
-    place: Place,
-    earlier: Sequence[AdapterChanges],
-    later: Sequence[AdapterChanges],
-) -> None:
-    """Refuse a tensor that one adapter stores whole and another changes or stores too."""
+def _refuse_loss(one: AdapterChanges, place: Place, earlier: Sequence[AdapterChanges]) -> None:
+    """Refuse to replace what an adapter before has changed or stored."""
     raw = one.replacements[place].raw
-    for other in (*earlier, *later):
+    for other in earlier:
         changed = {(p.tensor, p.layer) for p in (*other.changes, *other.replacements)}
         if (place.tensor, place.layer) in changed:
             raise TensorError(
-                f"{one.file.info.location}: tensor {raw.name!r} is stored whole, and the adapter "
-                f"{other.file.info.location} changes the same one: one of them would be lost; "
-                "merge them in runs of their own, in the order that you want"
+                f"{one.file.info.location}: tensor {raw.name!r} is stored whole, and would replace "
+                f"what the adapter {other.file.info.location} changes; merge them in another "
+                "order, or one of them alone"
             )
 
 
