@@ -65,6 +65,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "router and experts": {
         **{"r": 3, "lora_alpha": 6, "target_modules": []},
         "target_parameters": [ROUTER, GATE_UP, DOWN],
+        "rank_pattern": {"router.weight": 2, r"0\.mlp\.router\.weight": 1},
+        "alpha_pattern": {r".*experts.*": 2},
     },
     "router and head saved": {
         **{"r": 1, "lora_alpha": 2, "target_modules": ["k_proj"]},
@@ -114,10 +116,6 @@ ADAPTERS: dict[str, dict[str, Any]] = {
         **{"r": 3, "lora_alpha": 6, "target_modules": ["embed_tokens"], "use_dora": True},
     },
     "lora_bias": {"r": 3, "lora_alpha": 6, "target_modules": ATTENTION, "lora_bias": True},
-    "DoRA and lora_bias": {
-        **{"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "o_proj"]},
-        **{"lora_bias": True, "use_dora": True},
-    },
     "all biases": {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj"], "bias": "all"},
     "biases of LoRA": {
         **{"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "o_proj"], "bias": "lora_only"},
@@ -139,7 +137,7 @@ def save_base(folder: Path, dtype: torch.dtype, **settings: Any) -> Path:
     return oracle.save_dense(folder, dtype, **SIZES | settings)
 
 
-def load(folder: Path, dtype: torch.dtype, as_other_versions: bool = False) -> Any:
+def load(folder: Path, dtype: torch.dtype | str, as_other_versions: bool = False) -> Any:
     """Load a model.
 
     With `as_other_versions`, without the mark that its experts' parameters are `[E, in, out]`:
@@ -174,9 +172,13 @@ def fill(model: torch.nn.Module, seed: int) -> None:
 def save_adapter(
     folder: Path, base: Path, seed: int = 1, as_other_versions: bool = False, **config: Any
 ) -> Path:
-    """Make an adapter of a model with PEFT, set it to random values, and save it with PEFT."""
+    """Make an adapter of a model with PEFT, set it to random values, and save it with PEFT.
+
+    The model is in the dtype of its files. PEFT saves LoRA's tensors in float32 all the same, and
+    all others in the model's dtype.
+    """
     with quiet():
-        model = load(base, torch.float32, as_other_versions)
+        model = load(base, "auto", as_other_versions)
         peft = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config))
         fill(peft, seed)
         peft.save_pretrained(folder)
