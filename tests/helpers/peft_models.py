@@ -48,6 +48,10 @@ ADAPTERS: dict[str, dict[str, Any]] = {
         **{"r": 8, "lora_alpha": 8, "target_modules": ATTENTION},
         "target_parameters": [GATE_UP, DOWN],
     },
+    "attention, experts and head": {
+        **{"r": 3, "lora_alpha": 6, "target_modules": [*ATTENTION, "lm_head"]},
+        "target_parameters": [GATE_UP, DOWN],
+    },
     "gate_up of one layer": {
         **{"r": 3, "lora_alpha": 6, "target_modules": []},
         "target_parameters": [f"1.{GATE_UP}"],
@@ -65,7 +69,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "router and experts": {
         **{"r": 3, "lora_alpha": 6, "target_modules": []},
         "target_parameters": [ROUTER, GATE_UP, DOWN],
-        "rank_pattern": {"router.weight": 2, r"0\.mlp\.router\.weight": 1},
+        "rank_pattern": {r"0\.mlp\.router\.weight": 1, "router.weight": 2},
         "alpha_pattern": {r".*experts.*": 2},
     },
     "router and head saved": {

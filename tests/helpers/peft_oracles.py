@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,27 +60,39 @@ def peft_logits(base: Path, adapter: Path, tokens: torch.Tensor) -> torch.Tensor
 
 def float64_merged(base: Path, *adapters: Path | Read) -> Tensors:
     """Return the tensors of a model after merging adapters, in float64 and unrounded."""
+    return _merged(base, adapters, absolute=False)
+
+
+def magnitudes(base: Path, *adapters: Path | Read) -> Tensors:
+    """Return the sums of the absolute values of all terms of which each merged value consists.
+
+    The errors of computing in float32, in any order, are some units in the last place of these.
+    """
+    return _merged(base, adapters, absolute=True)
+
+
+def _merged(base: Path, adapters: Iterable[Path | Read], absolute: bool) -> Tensors:
     merged = {name: tensor.double() for name, tensor in load_folder(base).items()}
+    if absolute:
+        merged = {name: tensor.abs() for name, tensor in merged.items()}
     experts = json.loads((base / "config.json").read_text())["num_local_experts"]
     for adapter in adapters:
         read = adapter if isinstance(adapter, Read) else Read(adapter)
-        _Merge(read, merged, experts).run()
+        _Merge(read, merged, experts, absolute).run()
     return merged
-
-
-def changed_names(before: Tensors, after: Tensors) -> set[str]:
-    """Return the names of the tensors whose values differ."""
-    return {name for name in after if not torch.equal(before[name].double(), after[name].double())}
 
 
 class _Merge:
     """Merges one adapter into float64 tensors, in place."""
 
-    def __init__(self, read: Read, merged: Tensors, experts: int) -> None:
-        self.read, self.merged, self.experts = read, merged, experts
+    def __init__(self, read: Read, merged: Tensors, experts: int, absolute: bool) -> None:
+        self.read, self.merged, self.experts, self.absolute = read, merged, experts, absolute
         self.config = json.loads((read.folder / "adapter_config.json").read_text())
         stored = load_file(read.folder / "adapter_model.safetensors")
         self.left = {name.removeprefix(PREFIX): t.double() for name, t in stored.items()}
+        self.names = set(self.left)
+        if absolute:
+            self.left = {name: tensor.abs() for name, tensor in self.left.items()}
 
     def run(self) -> None:
         """Use every tensor of the adapter once. Replaced tensors are first: deltas add to them."""
@@ -91,7 +103,7 @@ class _Merge:
             a, b = self.left.pop(key), self.left.pop(key.replace("_A", "_B"))
             if kind == "lora_embedding_A":
                 self.embedding(module, a, b)
-            elif ".experts." in key + "." and ".experts" in module:
+            elif ".mlp.experts" in module:
                 self.any_expert(module, a, b)
             else:
                 self.linear(module, a, b)
@@ -115,12 +127,12 @@ class _Merge:
         """Return the factor of B A, for a module or an expert parameter by its whole name."""
         assert rank == self.pattern("rank_pattern", name, self.config["r"])
         alpha = self.pattern("alpha_pattern", name, self.config["lora_alpha"])
-        root = self.config["use_rslora"]
+        root = self.config.get("use_rslora", False)
         return self.read.scale * alpha / (math.sqrt(rank) if root else rank)
 
     def pattern(self, which: str, name: str, default: int) -> int:
         """Return the value of the first pattern that fits the end of a name, from a point on."""
-        for pattern, value in self.config[which].items():
+        for pattern, value in self.config.get(which, {}).items():
             if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name):
                 return value
         return default
@@ -132,7 +144,7 @@ class _Merge:
         scaling = self.scaling(len(a), of_parameter)
         weight = self.merged[f"{name}.weight"] + scaling * torch.einsum("or,ri->oi", b, a)
         magnitude = self.left.pop(f"{module}.lora_magnitude_vector", None)
-        if magnitude is not None:
+        if magnitude is not None and not self.absolute:
             norms = weight.square().sum(1).sqrt()
             weight = weight * (magnitude / norms)[:, None]
         self.merged[f"{name}.weight"] = weight
@@ -145,7 +157,7 @@ class _Merge:
         scaling = self.scaling(len(a), module)
         weight = self.merged[f"{module}.weight"] + scaling * torch.einsum("hr,rv->vh", b, a)
         magnitude = self.left.pop(f"{module}.lora_magnitude_vector", None)
-        if magnitude is not None:
+        if magnitude is not None and not self.absolute:
             weight = weight * (magnitude / weight.square().sum(0).sqrt())[None]
         self.merged[f"{module}.weight"] = weight
 
@@ -178,7 +190,7 @@ class _Merge:
         """Return which parameter factors are of. Of two in a layer gate_up is the inner one."""
         if module.endswith(".base_layer"):
             return "gate_up_proj"
-        if any(key.startswith(f"{module}.base_layer.lora_") for key in self.inner):
+        if f"{module}.base_layer.lora_A.weight" in self.names:
             return "down_proj"
         (only,) = {
             target.rpartition(".")[2]
@@ -187,12 +199,6 @@ class _Merge:
             if f".{experts}{what}".endswith(f".{target}")
         }
         return only
-
-    @property
-    def inner(self) -> list[str]:
-        """The names of all tensors of the adapter."""
-        stored = load_file(self.read.folder / "adapter_model.safetensors")
-        return [name.removeprefix(PREFIX) for name in stored]
 
     def tinker(self, experts: str, kind: str, a: torch.Tensor, b: torch.Tensor) -> None:
         """Merge factors [E, r, in] and [E, out, r], of which one may be shared by all experts."""
@@ -204,6 +210,33 @@ class _Merge:
         self.merged[experts + what][..., columns] += scaling * product
 
 
-def total_error(found: Tensors, exact: Tensors, names: Sequence[str] | set[str]) -> float:
+# --- comparing ----------------------------------------------------------------------------------
+
+def changed_names(before: Tensors, after: Tensors) -> set[str]:
+    """Return the names of the tensors whose values differ."""
+    return {name for name in after if not torch.equal(before[name].double(), after[name].double())}
+
+
+BITS = {torch.bfloat16: 8, torch.float32: 24}
+
+
+def rounded(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Round float64 to the nearest value of a dtype, ties to even, in one step.
+
+    torch rounds float64 to float32 first, and that to bfloat16.
+    """
+    mantissa, exponent = torch.frexp(exact)
+    digits = torch.round(torch.ldexp(mantissa, torch.tensor(BITS[dtype])))
+    return torch.ldexp(digits, exponent - BITS[dtype]).to(dtype)
+
+
+def unit(dtype: torch.dtype, *tensors: torch.Tensor) -> torch.Tensor:
+    """Return one unit in the last place of the largest of several values, in float64."""
+    largest = torch.stack([tensor.double().abs() for tensor in tensors]).amax(0)
+    _, exponent = torch.frexp(largest)
+    return torch.ldexp(torch.ones_like(largest), exponent - BITS[dtype])
+
+
+def total_error(found: Tensors, exact: Tensors, names: Iterable[str]) -> float:
     """Return the sum of all differences to exact values, over some tensors."""
     return sum(float((found[name].double() - exact[name]).abs().sum()) for name in names)
