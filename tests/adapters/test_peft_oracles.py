@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
-from adapter_cases import CASES, GROUPED, NOT_READ_BY_PEFT, Case
+from adapter_cases import CASES
 from independent import load_folder
-from peft_oracles import (
-    Read,
-    changed_names,
-    float64_merged,
-    peft_merged,
-    rounded,
-    total_error,
-    unit,
-)
-
-import peft_rewrites
+from peft_oracles import changed_names
 
 UNITS = 24 * 2.0**-24
 """Of the sum of all terms' absolute values: what one computation in float32 may be wrong by.

@@ -11,7 +11,10 @@ import oracle
 import peft_models
 import peft_rewrites as rewrites
 import torch
+from independent import load_folder
 from peft_oracles import Read, Tensors, float64_merged, magnitudes, peft_merged
+
+import gptoss_stream
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,8 @@ class Made:
         folder = self.adapter(case, dtype) if read else self.from_peft(case, dtype)
         base, other = self.base(dtype, case.base), case.other_versions
         return self.once(
-            ("by PEFT", folder), lambda _: peft_merged(base, folder, dtype=dtype, as_other_versions=other)
+            ("by PEFT", folder),
+            lambda _: peft_merged(base, folder, dtype=dtype, as_other_versions=other),
         )
 
     def exact(self, case: Case, dtype: torch.dtype) -> Tensors:
@@ -146,3 +150,23 @@ class Made:
         """Return the sums of absolute values."""
         base, read = self.base(dtype, case.base), self.read(case, dtype)
         return self.once(("magnitudes", read), lambda _: magnitudes(base, read))
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return what a dtype is called in options."""
+    return str(dtype).removeprefix("torch.")
+
+
+def told(case: Case, folder: Path) -> Any:
+    """Return an adapter as a user gives it: its folder, or what they know about it too."""
+    return gptoss_stream.Adapter(folder, **case.told) if case.told else folder
+
+
+def converted(
+    made: Made, case: Case, dtype: torch.dtype, out: Path, to: str = "hf", **options: Any
+) -> Tensors:
+    """Convert a model and merge an adapter on the way, both in a dtype; return the tensors."""
+    adapter = told(case, made.adapter(case, dtype))
+    base = made.base(dtype, case.base)
+    gptoss_stream.convert(base, out, to=to, dtype=name_of(dtype), adapters=[adapter], **options)
+    return load_folder(out)

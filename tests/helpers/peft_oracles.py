@@ -212,6 +212,7 @@ class _Merge:
 
 # --- comparing ----------------------------------------------------------------------------------
 
+
 def changed_names(before: Tensors, after: Tensors) -> set[str]:
     """Return the names of the tensors whose values differ."""
     return {name for name in after if not torch.equal(before[name].double(), after[name].double())}
