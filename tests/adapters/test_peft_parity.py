@@ -83,7 +83,7 @@ def test_bfloat16_rounded_once(name, made, tmp_path):
     assert_nearest(found, exact, names)
     for key in names:
         ours, theirs = (total_error(tensors, exact, [key]) for tensors in (found, by_peft))
-        if ".experts." in key:  # PEFT rounds twice
+        if ".experts." in key and theirs:  # PEFT rounds twice, but not what replaces the base's
             assert ours < theirs, key
         else:  # near ties decide
             assert ours <= theirs * (1 + 1e-6), key
@@ -194,9 +194,22 @@ def test_several_adapters_rounded_like_peft(adapters, made, tmp_path):
 
 # --- the model -----------------------------------------------------------------------------------
 
-RUN = ["attention and experts", "patterns", "down of one layer, gate_up of the other", "router",
-       "rsLoRA", "DoRA", "lora_bias", "all biases", "norms and embedding saved", "DoRA of embedding",
-       "tokens of embedding and head", "embedding and head", "router and head saved"]  # fmt: skip
+RUN = [
+    "attention and experts",
+    "patterns",
+    "down of one layer, gate_up of the other",
+    "router",
+    "rsLoRA",
+    "DoRA",
+    "lora_bias",
+    "all biases",
+    "norms and embedding saved",
+    "experts saved",
+    "DoRA of embedding",
+    "tokens of embedding and head",
+    "embedding and head",
+    "router and head saved",
+]
 
 
 @pytest.mark.parametrize("adapter", RUN)

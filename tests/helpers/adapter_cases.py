@@ -13,6 +13,7 @@ import peft_rewrites as rewrites
 import torch
 from independent import load_folder
 from peft_oracles import Read, Tensors, float64_merged, magnitudes, peft_merged
+from safetensors.torch import save_file
 
 import gptoss_stream
 
@@ -100,8 +101,11 @@ class Made:
         )
 
     def mxfp4(self) -> Path:
-        """Return the folder of a model with random MXFP4 for its experts' matrices."""
-        return self.once(("mxfp4",), lambda path: oracle.save_mxfp4(path, **peft_models.SIZES))
+        """Return the folder of a model with random MXFP4 for its experts' matrices.
+
+        Many blocks have small codes only, so that encoding their values anew gives other bytes.
+        """
+        return self.once(("mxfp4",), _save_mxfp4)
 
     def from_peft(self, case: Case, dtype: torch.dtype) -> Path:
         """Return the folder that PEFT saved."""
@@ -150,6 +154,16 @@ class Made:
         """Return the sums of absolute values."""
         base, read = self.base(dtype, case.base), self.read(case, dtype)
         return self.once(("magnitudes", read), lambda _: magnitudes(base, read))
+
+
+def _save_mxfp4(folder: Path) -> Path:
+    oracle.save_mxfp4(folder, **peft_models.SIZES)
+    tensors = load_folder(folder)
+    for name, tensor in tensors.items():
+        if name.endswith("_blocks"):
+            tensor[:, ::2] &= 0xBB  # codes 0 to 3 of either sign
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 def name_of(dtype: torch.dtype) -> str:

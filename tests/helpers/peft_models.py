@@ -98,6 +98,19 @@ ADAPTERS: dict[str, dict[str, Any]] = {
         "target_modules": ["o_proj"],
         "modules_to_save": ["input_layernorm", "norm", "embed_tokens"],
     },
+    "experts saved": {
+        "r": 1,
+        "lora_alpha": 2,
+        "target_modules": ["v_proj"],
+        "modules_to_save": ["experts"],
+    },
+    # PEFT rounds what it merges into a parameter twice, also where the module is a Linear.
+    "q_proj as a parameter": {
+        "r": 3,
+        "lora_alpha": 6,
+        "target_modules": [],
+        "target_parameters": ["self_attn.q_proj.weight"],
+    },
     "head": {"r": 8, "lora_alpha": 4, "target_modules": ["lm_head"]},
     "embedding": {"r": 3, "lora_alpha": 4, "target_modules": ["embed_tokens"]},
     "embedding and head": {
@@ -156,6 +169,13 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     },
     "lora_bias": {"r": 3, "lora_alpha": 6, "target_modules": ATTENTION, "lora_bias": True},
     "all biases": {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj"], "bias": "all"},
+    "all biases, with a router": {
+        "r": 3,
+        "lora_alpha": 6,
+        "target_modules": ["q_proj"],
+        "target_parameters": [ROUTER, DOWN],
+        "bias": "all",
+    },
     "biases of LoRA": {
         "r": 3,
         "lora_alpha": 6,
