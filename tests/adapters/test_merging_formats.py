@@ -5,7 +5,7 @@ from __future__ import annotations
 import independent
 import pytest
 import torch
-from adapter_cases import CASES, NOT_READ_BY_PEFT, Case, converted, name_of, told
+from adapter_cases import CASES, Case, converted, name_of, told
 from format_pairs import FORMATS, MXFP4_FORMATS
 from outputs import same_bits
 
@@ -28,9 +28,20 @@ ADAPTERS = {
             "all biases",
         )
     },
-    **{name: CASES[name] for name in ("swapped, experts", *NOT_READ_BY_PEFT)},
+    **{
+        name: CASES[name]
+        for name in (
+            "swapped, experts",
+            "grouped by expert, as told",
+            "expert by expert",
+            "Tinker, shared",
+        )
+    },
 }
 """Those that are of each kind of tensor. Other differences are not of the model's format."""
+
+FOR_EXPERTS = ("attention, experts and head", "down of one layer, gate_up of the other")
+FOR_EXPERTS += ("experts saved", "swapped, experts", "expert by expert", "Tinker, shared")
 
 
 def assert_same(found, expected):
@@ -103,7 +114,7 @@ def mxfp4(made):
 
 
 @pytest.mark.parametrize("source", MXFP4_FORMATS)
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", FOR_EXPERTS)
 def test_merging_into_dequantised_experts(name, source, mxfp4, made, tmp_path):
     """From MXFP4 it gives what dequantising first and then merging gives."""
     adapter = told(ADAPTERS[name], made.adapter(ADAPTERS[name], torch.bfloat16))
