@@ -96,6 +96,24 @@ def test_a_merge_is_compared_with_the_conversion_of_the_same_turn():
     assert rows[adapters.MERGE]["peak_rss"] == 9
 
 
+def test_values_that_peft_rounds_the_other_way_are_counted(tmp_path):
+    ours = {"a": np.arange(6, dtype=np.uint16).reshape(2, 3), "b": np.ones(2, np.uint16)}
+    others = {
+        "same": (ours, "2 tensors, 2 equal to ours; 0 of 8 values differ (0.0e+00)"),
+        "value": (
+            {**ours, "b": np.array([1, 2], np.uint16)},
+            "2 tensors, 1 equal to ours; 1 of 8 values differ (1.2e-01)",
+        ),
+        "shape": ({**ours, "a": ours["a"].T.copy()}, "1 of 2 tensors are not ours, such as a"),
+        "name": ({"a": ours["a"]}, "1 of 1 tensors are not ours, such as b"),
+    }
+    for name, (tensors, _) in {"ours": (ours, ""), **others}.items():
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    for name, (_, text) in others.items():
+        assert adapters.compared(tmp_path / "ours", tmp_path / name) == text
+
+
 def test_a_merge_that_fails_is_noted_in_one_line():
     """And does not end the benchmark, also if it has failed in one turn of several."""
     error = Failed(["convert"], 1, "Traceback:\n  …\nerror: no adapter\n")
