@@ -1,11 +1,13 @@
 """The peers: other code that converts to a format, with the whole model in memory.
 
     python benchmarks/peer.py transformer-lens SOURCE OUTPUT
+    python benchmarks/peer.py peft SOURCE OUTPUT --adapter ADAPTER
 
 `transformer-lens`: transformers dequantizes, TransformerLens 3.9 converts, safetensors saves.
 `transformers`: transformers dequantizes and saves. `gpt-oss`: the reader of OpenAI's package
 dequantizes each tensor of its own format, safetensors saves them all. `modelopt`: transformers
-loads floats, nvidia-modelopt encodes each expert to MXFP4, safetensors saves.
+loads floats, nvidia-modelopt encodes each expert to MXFP4, safetensors saves. `peft`: transformers
+dequantizes, PEFT merges an adapter, transformers saves.
 """
 
 from __future__ import annotations
@@ -70,6 +72,13 @@ def with_transformers(source: Path, output: Path) -> None:
     load_model(source).save_pretrained(output, save_original_format=False)
 
 
+def with_peft(source: Path, output: Path, adapter: Path) -> None:
+    from peft import PeftModel
+
+    merged: Any = PeftModel.from_pretrained(load_model(source), str(adapter))
+    merged.merge_and_unload().save_pretrained(output, save_original_format=False)
+
+
 def with_gpt_oss(source: Path, output: Path) -> None:
     import torch
     from gpt_oss.torch.weights import Checkpoint
@@ -121,10 +130,16 @@ PEERS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("peer", choices=PEERS)
+    parser.add_argument("peer", choices=[*PEERS, "peft"])
     parser.add_argument("source", type=Path)
     parser.add_argument("output", type=Path, help="a folder to create")
+    parser.add_argument("--adapter", type=Path, help="for peft: the adapter to merge")
     arguments = parser.parse_args()
+    if (arguments.peer == "peft") != (arguments.adapter is not None):
+        parser.error("peft, and no other peer, needs --adapter")
+    if arguments.adapter is not None:
+        with_peft(arguments.source, arguments.output, arguments.adapter)
+        return
     PEERS[arguments.peer](arguments.source, arguments.output)
 
 

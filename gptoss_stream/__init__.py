@@ -11,6 +11,7 @@ Convert and check:
     verify_checksums  check the files of an output against its SHA256SUMS
     compare           compare a few values of each tensor with those of another checkpoint
     synth             write a random checkpoint, to try things with
+    synth_adapter     write a random LoRA adapter for such a checkpoint
 
 LoRA adapters are merged on the way (`adapters=`): name their locations, or an `Adapter` that says
 more.
@@ -75,7 +76,10 @@ if TYPE_CHECKING:  # the same names for type checkers
         open_location as open_location,
         open_writable_location as open_writable_location,
     )
-    from .synthesis import synth as synth
+    from .synthesis import (
+        synth as synth,
+        synth_adapter as synth_adapter,
+    )
     from .tensors.dtypes import DType as DType
     from .tensors.raw_tensor import RawTensor as RawTensor
     from .transforms.output_tensor import OutputTensor as OutputTensor
@@ -138,6 +142,7 @@ _MODULES = {
     "open_writable_location": "storage.open_location",
     "plan": "planning.plan",
     "synth": "synthesis",
+    "synth_adapter": "synthesis",
     "verify": "verification.verify",
     "verify_checksums": "verification.verify",
 }

@@ -30,7 +30,16 @@ from .transforms.materialize import materialize, materialize_rows
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["DEFAULT_FORMAT", "PRESETS", "Dimensions", "RandomCheckpoint", "random_checkpoint"]
+__all__ = [
+    "DEFAULT_FORMAT",
+    "PRESETS",
+    "Dimensions",
+    "RandomCheckpoint",
+    "RandomReader",
+    "check_seed",
+    "chosen_dimensions",
+    "random_checkpoint",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +122,36 @@ PRESETS = {
 }
 
 
-class _RandomReader(Reader):
+def chosen_dimensions(preset: str, overrides: Mapping[str, int | None]) -> Dimensions:
+    """Return the sizes of a preset, with those that replace them.
+
+    Args:
+        preset: A name in `PRESETS`.
+        overrides: Sizes by name; None leaves that of the preset.
+
+    Raises:
+        OptionError: For an unknown preset.
+    """
+    if preset not in PRESETS:
+        raise OptionError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
+    chosen = {key: value for key, value in overrides.items() if value is not None}
+    dimensions = replace(PRESETS[preset], **chosen)
+    if dimensions.experts_per_token > dimensions.experts and "experts_per_token" not in chosen:
+        dimensions = replace(dimensions, experts_per_token=dimensions.experts)
+    return dimensions
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that the generator cannot take.
+
+    Raises:
+        OptionError: For such a seed.
+    """
+    if not 0 <= seed < 2**64:
+        raise OptionError(f"seed {seed}: it must be in 0 to 2^64 - 1")
+
+
+class RandomReader(Reader):
     """Generates the elements of any raw tensor."""
 
     def __init__(self, seed: int) -> None:
@@ -123,10 +161,11 @@ class _RandomReader(Reader):
     def read(
         self, tensor: RawTensor, first: int, shape: tuple[int, ...]
     ) -> Iterator[np.ndarray[Any, Any]]:
+        """See `Reader`."""
         import numpy as np
 
         count = prod(shape)
-        kind = np.uint8 if tensor.dtype is DType.U8 else np.uint16
+        kind = {DType.U8: np.uint8, DType.F32: np.int32}.get(tensor.dtype, np.uint16)
         words = tensor.dtype.itemsize * first // 32  # a Philox counter gives 32 bytes
         skip = first - words * 32 // tensor.dtype.itemsize
         key = np.array([self._seed, zlib.crc32(tensor.name.encode())], np.uint64)
@@ -138,10 +177,14 @@ class _RandomReader(Reader):
 
 def _values(tensor: RawTensor, bits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Turn random bits into values of about the size of a trained model's."""
+    import numpy as np
+
     if tensor.name.endswith("_scales"):
         return bits % 6 + 117  # 2^-10 to 2^-5
     if tensor.dtype is DType.U8:
         return bits
+    if tensor.dtype is DType.F32:  # an adapter's
+        return (bits >> 8).astype(np.float32) * np.float32(2**-29)  # exact, -2^-6 to 2^-6
     if "norm" in tensor.name:
         return (bits & 0x00FF) | 0x3F00  # 0.5 to 2
     # Sign and mantissa are random; exponents of 2^-12 to 2^-5.
@@ -150,7 +193,7 @@ def _values(tensor: RawTensor, bits: np.ndarray[Any, Any]) -> np.ndarray[Any, An
 
 @dataclass(frozen=True, slots=True)
 class RandomCheckpoint:
-    """A random checkpoint that is not written yet."""
+    """A random checkpoint or adapter that is not written yet."""
 
     shards: Sequence[PlannedShard]
     reader: Reader
@@ -186,15 +229,8 @@ def random_checkpoint(
     Raises:
         OptionError: For dimensions that no model can have.
     """
-    if preset not in PRESETS:
-        raise OptionError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
-    target = formats.load(format)
-    chosen = {key: value for key, value in overrides.items() if value is not None}
-    dimensions = replace(PRESETS[preset], **chosen)
-    if dimensions.experts_per_token > dimensions.experts and "experts_per_token" not in chosen:
-        dimensions = replace(dimensions, experts_per_token=dimensions.experts)
-    if not 0 <= seed < 2**64:
-        raise OptionError(f"seed {seed}: it must be in 0 to 2^64 - 1")
+    dimensions, target = chosen_dimensions(preset, overrides), formats.load(format)
+    check_seed(seed)
     model, limit = dimensions.model(), parse_size(max_shard_size)
     raws = _raws(model)
     tensors = [*output_tensors(hf_mxfp4.TABLE, target.TABLE, model, raws, DType.BF16)]
@@ -210,7 +246,7 @@ def random_checkpoint(
         files["generation_config.json"] = strict_json.dumps(generation)
     return RandomCheckpoint(
         plan_shards(tensors, limit, **_AS_RELEASED.get(format, {})),
-        _RandomReader(seed),
+        RandomReader(seed),
         files,
         {
             "tool": "gptoss_stream",

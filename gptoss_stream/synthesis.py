@@ -1,20 +1,17 @@
-"""Writes random checkpoints, for tests, benchmarks and trying things."""
+"""Writes random checkpoints and adapters, for tests, benchmarks and trying things."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .planning.shards import DEFAULT_SHARD_SIZE
-from .random_checkpoint import DEFAULT_FORMAT, random_checkpoint
+from .random_adapter import DEFAULT_RANK, DEFAULT_TARGETS, random_adapter
+from .random_checkpoint import DEFAULT_FORMAT, RandomCheckpoint, random_checkpoint
 from .storage.open_location import local_path
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["synth"]
+__all__ = ["synth", "synth_adapter"]
 
 
 def synth(
@@ -56,20 +53,82 @@ def synth(
         OutputError: For an output that cannot be used.
         MachineError: If writing fails.
     """
+    checkpoint = random_checkpoint(
+        preset, format=format, seed=seed, max_shard_size=max_shard_size, **overrides
+    )
+    return _write(checkpoint, output, workers, overwrite, on_start, on_progress, is_checkpoint=True)
+
+
+def synth_adapter(
+    output: str | os.PathLike[str],
+    preset: str = "tiny",
+    *,
+    rank: int = DEFAULT_RANK,
+    alpha: float | None = None,
+    targets: str | Sequence[str] = DEFAULT_TARGETS,
+    seed: int = 0,
+    workers: int | None = None,
+    overwrite: bool = False,
+    on_start: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int], None] | None = None,
+    **overrides: int | None,
+) -> Path:
+    """Write a random LoRA adapter to a folder, in the files that PEFT 0.21 would save.
+
+    It is for the checkpoint that `synth` writes with the same preset and dimensions. Its tensors
+    are float32. A merge changes weights by a few percent.
+
+    Args:
+        output: The folder, which must be local.
+        preset: "tiny", "20b" or "120b".
+        rank: The rank of each matrix; in a stack of experts, of each expert's.
+        alpha: What is added is multiplied by alpha / rank. By default twice the rank, as is
+            customary.
+        targets: What it changes: "attention" (q, k, v, o), "router", "experts" (gate_up and down of
+            all experts), "lm_head"; a list, or a text with commas.
+        seed: Decides the values of all tensors.
+        workers: The number of threads, by default one more than there are processors, at most 8.
+        overwrite: Whether to delete what an earlier run of this tool wrote to `output`.
+        on_start: Called with the bytes to write, and how many of them were finished before.
+        on_progress: Called with bytes written since the last call, from any thread.
+        **overrides: Dimensions that replace those of the preset, as in `synth`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OptionError: For a rank, an alpha, targets or dimensions that cannot be used.
+        OutputError: For an output that cannot be used.
+        MachineError: If writing fails.
+    """
+    adapter = random_adapter(
+        preset, rank=rank, alpha=alpha, targets=targets, seed=seed, **overrides
+    )
+    return _write(adapter, output, workers, overwrite, on_start, on_progress, is_checkpoint=False)
+
+
+def _write(
+    made: RandomCheckpoint,
+    output: str | os.PathLike[str],
+    workers: int | None,
+    overwrite: bool,
+    on_start: Callable[[int, int], None] | None,
+    on_progress: Callable[[int], None] | None,
+    *,
+    is_checkpoint: bool,
+) -> Path:
+    """Write a random checkpoint or adapter; return the folder."""
     from ._utils.thread_pool import count_workers
     from .writing.output import write_output
     from .writing.output_spec import OutputSpec
     from .writing.thread_executor import ThreadExecutor
 
-    checkpoint = random_checkpoint(
-        preset, format=format, seed=seed, max_shard_size=max_shard_size, **overrides
-    )
-    total = sum(shard.nbytes for shard in checkpoint.shards)
+    total = sum(shard.nbytes for shard in made.shards)
     folder = local_path(output)
     write_output(
         folder,
-        OutputSpec(checkpoint.identity, checkpoint.shards, checkpoint.files),
-        ThreadExecutor(checkpoint.reader, count_workers(workers)),
+        OutputSpec(made.identity, made.shards, made.files, has_index=is_checkpoint),
+        ThreadExecutor(made.reader, count_workers(workers)),
         overwrite=overwrite,
         on_start=lambda done: on_start(total, done) if on_start is not None else None,
         on_progress=on_progress or (lambda nbytes: None),

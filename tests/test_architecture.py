@@ -28,6 +28,7 @@ ROWS = [
     {"writing"},
     {"distributed", "loading", "verification"},
     {"random_checkpoint"},
+    {"random_adapter"},
     {"conversion", "synthesis"},
     {"cli", "examples"},
     {"__main__"},

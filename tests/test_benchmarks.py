@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import adapters
 import floor
 import growth
 import numpy as np
@@ -9,7 +10,7 @@ import peers
 import pictures
 import pytest
 import trials
-from measure import Measured
+from measure import Failed, Measured
 from safetensors.numpy import save_file
 
 import gptoss_stream
@@ -77,6 +78,60 @@ def test_output_of_a_peer_is_compared_byte_for_byte(tmp_path):
     }
     assert found == {"same": [], "value": ["b"], "shape": ["a"], "name": ["b", "c"]}
     assert "as many bytes" in peers.compared(tmp_path / "ours", tmp_path / "name", False)
+
+
+def test_a_merge_is_compared_with_the_conversion_of_the_same_turn():
+    walls = [(2.0, 3.0), (4.0, 4.0), (1.0, 2.0)]
+    turns = [
+        {
+            adapters.MERGE: Measured(merge, 3.0, 9),
+            adapters.PLAIN: Measured(plain, 1.0, 7),
+        }
+        for plain, merge in walls
+    ]
+    rows = adapters.summary(turns, None)
+    assert [*rows] == [adapters.PLAIN, adapters.MERGE]
+    assert rows[adapters.PLAIN]["wall"] == 2.0
+    assert rows[adapters.MERGE]["to_plain"] == 1.5
+    assert rows[adapters.MERGE]["peak_rss"] == 9
+
+
+def test_values_that_peft_rounds_the_other_way_are_counted(tmp_path):
+    ours = {"a": np.arange(6, dtype=np.uint16).reshape(2, 3), "b": np.ones(2, np.uint16)}
+    others = {
+        "same": (ours, "2 tensors, 2 equal to ours; 0 of 8 values differ (0.0e+00)"),
+        "value": (
+            {**ours, "b": np.array([1, 2], np.uint16)},
+            "2 tensors, 1 equal to ours; 1 of 8 values differ (1.2e-01)",
+        ),
+        "shape": ({**ours, "a": ours["a"].T.copy()}, "1 of 2 tensors are not ours, such as a"),
+        "name": ({"a": ours["a"]}, "1 of 1 tensors are not ours, such as b"),
+    }
+    for name, (tensors, _) in {"ours": (ours, ""), **others}.items():
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    for name, (_, text) in others.items():
+        assert adapters.compared(tmp_path / "ours", tmp_path / name) == text
+
+
+def test_a_merge_that_fails_is_noted_in_one_line():
+    """And does not end the benchmark, also if it has failed in one turn of several."""
+    error = Failed(["convert"], 1, "Traceback:\n  …\nerror: no adapter\n")
+    note = adapters.failure(error)
+    assert note == "failed with 1: error: no adapter"
+    plain = Measured(2.0, 1.0, 7)
+    turns = [{adapters.PLAIN: plain, adapters.MERGE: plain}, {adapters.PLAIN: plain}]
+    rows = adapters.summary(turns, note)
+    assert rows[adapters.MERGE] == {"note": note}
+    peft = {adapters.PEFT: adapters.trials.medians([plain]) | {"note": "equal"}}
+    sizes = {"bytes_in": 1, "bytes_out": 2, "adapter_bytes": 3}
+    text = adapters.table([{"target": "hf", **sizes, "rows": rows | peft}])
+    assert text.splitlines()[-4:] == [
+        "  convert and merge",
+        "    failed with 1: error: no adapter",
+        f"  {adapters.PEFT:32} {2.0:8.1f} {'–':>9} {1.0:7.1f} {0:12d}",
+        "    equal",
+    ]
 
 
 def test_the_same_numbers_give_the_same_pictures(tmp_path):

@@ -1,9 +1,11 @@
-"""The command `synth`: write a random checkpoint."""
+"""The command `synth`: write a random checkpoint, or a random adapter for one."""
 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
+from ..errors import OptionError
 from ._options import add_max_shard_size, add_overwrite, add_quiet, add_workers
 from ._parser import Commands
 from ._progress import progress_bar
@@ -21,6 +23,9 @@ _DIMENSIONS = {
     "head-dim": "size of a head",
     "vocab-size": "tokens in the vocabulary",
 }
+_SHARED = ("seed", "workers", "overwrite")
+_OF_CHECKPOINTS = ("format", "max_shard_size")
+_OF_ADAPTERS = ("rank", "alpha", "targets")
 
 
 def add_parser(commands: Commands) -> None:
@@ -28,15 +33,14 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "synth",
         help="write a random checkpoint to try things with",
-        description="Write a random gpt-oss checkpoint. The same seed gives the same model in "
-        "every format.",
+        description="Write a random gpt-oss checkpoint, or a LoRA adapter for one. The same seed "
+        "gives the same model in every format.",
     )
     parser.add_argument(
         "output", metavar="OUTPUT", help="folder to write: new, empty, or unfinished to resume"
     )
     parser.add_argument(
         "--format",
-        default="hf-mxfp4",
         metavar="FORMAT",
         help="format to write (default: hf-mxfp4); the command 'formats' lists them all",
     )
@@ -51,34 +55,75 @@ def add_parser(commands: Commands) -> None:
     add_workers(parser)
     add_overwrite(parser)
     add_quiet(parser)
+    _add_adapter(parser)
     group = parser.add_argument_group("model dimensions (default: those of the preset)")
     for name, what in _DIMENSIONS.items():
         group.add_argument(f"--{name}", type=int, metavar="N", help=what)
-    parser.set_defaults(run=run)
+    # Without a value, so that it is known which of them were given.
+    parser.set_defaults(run=run, max_shard_size=None)
+
+
+def _add_adapter(parser: argparse.ArgumentParser) -> None:
+    """Add `--adapter` and the options about it."""
+    group = parser.add_argument_group("LoRA adapter")
+    group.add_argument(
+        "--adapter",
+        action="store_true",
+        help="write a random adapter for such a checkpoint instead, in PEFT's files",
+    )
+    group.add_argument("--rank", type=int, metavar="R", help="its rank (default: 16)")
+    group.add_argument(
+        "--alpha", type=int, metavar="A", help="its lora_alpha (default: twice the rank)"
+    )
+    group.add_argument(
+        "--targets",
+        metavar="LIST",
+        help="what it changes: some of attention, router, experts and lm_head, with commas "
+        "(default: attention,experts)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; return the exit code."""
-    from ..synthesis import synth
+    from ..random_adapter import DEFAULT_RANK, DEFAULT_TARGETS
+    from ..random_checkpoint import DEFAULT_FORMAT
+    from ..synthesis import synth, synth_adapter
 
-    names = [name.replace("-", "_") for name in _DIMENSIONS]
-    dimensions = {name: getattr(arguments, name) for name in names}
+    own = _own_options(arguments)
+    dimensions = {name.replace("-", "_") for name in _DIMENSIONS}
+    own |= {name: getattr(arguments, name) for name in (*_SHARED, *dimensions)}
+    write = synth_adapter if arguments.adapter else synth
     with progress_bar(arguments.quiet) as (on_start, on_progress):
-        folder = synth(
+        folder = write(
             arguments.output,
             arguments.preset,
-            format=arguments.format,
-            seed=arguments.seed,
-            max_shard_size=arguments.max_shard_size,
-            workers=arguments.workers,
-            overwrite=arguments.overwrite,
             on_start=on_start,
             on_progress=on_progress,
-            **dimensions,
+            **own,
         )
-    if not arguments.quiet:
-        print(
-            f"{folder}: random checkpoint "
-            f"({arguments.preset}, {arguments.format}, seed {arguments.seed})"
-        )
+    if arguments.quiet:
+        return 0
+    if arguments.adapter:
+        targets = arguments.targets or ",".join(DEFAULT_TARGETS)
+        what = f"adapter ({arguments.preset}, rank {arguments.rank or DEFAULT_RANK}, {targets}"
+    else:
+        what = f"checkpoint ({arguments.preset}, {arguments.format or DEFAULT_FORMAT}"
+    print(f"{folder}: random {what}, seed {arguments.seed})")
     return 0
+
+
+def _own_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the given options that only checkpoints have, or only adapters; refuse the others'.
+
+    Raises:
+        OptionError: For an option of the other kind.
+    """
+    own, others = (_OF_ADAPTERS, _OF_CHECKPOINTS)[:: 1 if arguments.adapter else -1]
+    for name in others:
+        if getattr(arguments, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            advice = "with --adapter; remove one of the two"
+            if not arguments.adapter:
+                advice = "for a checkpoint; add --adapter, or remove it"
+            raise OptionError(f"{option} has no meaning {advice}")
+    return {name: getattr(arguments, name) for name in own if getattr(arguments, name) is not None}

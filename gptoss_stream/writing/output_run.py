@@ -52,6 +52,7 @@ class OutputRun(OutputFolder):
         """The state of this run or, once the folder is locked, of the run that it resumes."""
         self._auxiliary_files = spec.auxiliary_files
         self._encoding = spec.encoding
+        self._has_index = spec.has_index
         self._encoded = [
             blocks.name for shard in spec.shards for blocks, _ in shard.encoded_pairs()
         ]
@@ -247,7 +248,7 @@ class OutputRun(OutputFolder):
         """Write the record, the checksums and last of all the index, if all shards are finished.
 
         Args:
-            index: The text of the index.
+            index: The text of the index, which is not written if the output has none.
             sizes: The bytes of each shard, by name.
             losses: What encoding each shard has lost, by name; by default what this folder knows.
 
@@ -266,9 +267,11 @@ class OutputRun(OutputFolder):
             self._write_with_checksum(RECORD_NAME, strict_json.dumps(self.state))
             if self._has_checksums:
                 known = {n: self.checksums[n] for n in self.state["files"] if n in self.checksums}
-                known[INDEX_NAME] = hashlib.sha256(index).hexdigest()
+                if self._has_index:
+                    known[INDEX_NAME] = hashlib.sha256(index).hexdigest()
                 self._write(self.path / CHECKSUMS_NAME, build_checksums(known))
-            self._write(self.path / INDEX_NAME, index)
+            if self._has_index:
+                self._write(self.path / INDEX_NAME, index)
             self.run_file.unlink()
             sync_folder(self.work)
             return True

@@ -29,6 +29,8 @@ class OutputSpec:
     """Whether `SHA256SUMS` is written."""
     encoding: Mapping[str, Any] | None = None
     """The rule and the reference by which floats become MXFP4; None if none do."""
+    has_index: bool = True
+    """Whether the index is written: a checkpoint has one, an adapter does not."""
 
     @property
     def index(self) -> bytes:
@@ -42,7 +44,8 @@ class OutputSpec:
         names = [*self.auxiliary_files, *(shard.name for shard in self.shards)]
         report = [] if self.encoding is None else [REPORT_NAME]
         checksums = [CHECKSUMS_NAME] if self.checksums else []
-        files = [*names, *report, *checksums, RECORD_NAME, INDEX_NAME]
+        index = [INDEX_NAME] if self.has_index else []
+        files = [*names, *report, *checksums, RECORD_NAME, *index]
         return {**self.identity, "checksums": self.checksums, "files": files}
 
 
