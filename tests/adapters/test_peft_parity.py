@@ -21,6 +21,7 @@ from peft_oracles import (
 )
 
 import gptoss_stream
+from gptoss_stream.errors import TensorError
 
 UNITS = 2 * 24 * 2.0**-24
 """Of the sum of all terms' absolute values: what two computations in float32 may differ by.
@@ -80,7 +81,7 @@ def test_bfloat16_rounded_once(name, made, tmp_path):
     exact, found = made.exact(case, dtype), converted(made, case, dtype, tmp_path / "out")
     names = changed_names(base, by_peft)
     assert_only_changed(found, base, names)
-    assert_nearest(found, exact, names)
+    assert_nearest(found, exact, names, made.magnitudes(case, dtype))
     for key in names:
         ours, theirs = (total_error(tensors, exact, [key]) for tensors in (found, by_peft))
         if ".experts." in key and theirs:  # PEFT rounds twice, but not what replaces the base's
@@ -89,15 +90,19 @@ def test_bfloat16_rounded_once(name, made, tmp_path):
             assert ours <= theirs * (1 + 1e-6), key
 
 
-def assert_nearest(found, exact, names):
-    """But for 2 and 1 in 10,000, values are the nearest of bfloat16, and these are next to it."""
+def assert_nearest(found, exact, names, bounds):
+    """But for 2 and 1 in 2,000, values are the nearest of bfloat16, and these are next to it.
+
+    Where the delta all but cancels the weight, what float32 loses of it is more than that.
+    """
     different = 0
     for key in names:
         nearest = rounded(exact[key], torch.bfloat16)
         differences = (found[key].double() - nearest.double()).abs()
         different += int((differences > 0).sum())
-        assert bool((differences <= unit(torch.bfloat16, nearest, found[key])).all()), key
-    assert different <= 2 + sum(found[key].numel() for key in names) / 10_000
+        allowed = unit(torch.bfloat16, nearest, found[key]) + UNITS / 2 * bounds[key]
+        assert bool((differences <= allowed).all()), key
+    assert different <= 2 + sum(found[key].numel() for key in names) / 2_000
 
 
 # --- what PEFT merges wrongly, or not at all ------------------------------------------------------
@@ -120,7 +125,7 @@ def assert_near(found, exact, bounds, dtype):
     """Values are rounded once from what was computed in float32 or better."""
     changed = [key for key in exact if not torch.equal(found[key].double(), exact[key])]
     if dtype is torch.bfloat16:
-        assert_nearest(found, exact, changed)
+        assert_nearest(found, exact, changed, bounds)
         return
     for key in changed:
         errors = (found[key].double() - exact[key]).abs()
@@ -153,12 +158,24 @@ SEVERAL = [
     ("attention and experts", "patterns"),
     ("experts", "gate_up of one layer", "down"),
     ("router and head saved", "router"),
-    ("router", "router and head saved"),  # replaces what the first has changed
-    ("lora_bias", "all biases"),
     ("all biases", "lora_bias"),
     ("DoRA", "attention"),
-    ("attention", "DoRA"),  # the norms are those of the weights with the first one's delta
 ]
+LOST = [
+    ("router", "router and head saved"),
+    ("lora_bias", "all biases"),
+    ("attention", "DoRA"),  # its norms were those of other weights
+]
+"""Pairs of which the second replaces, or was not trained on, what the first changes."""
+
+
+@pytest.mark.parametrize("adapters", LOST, ids=" + ".join)
+def test_adapters_that_lose_another(adapters, made, tmp_path):
+    base = made.base(torch.float32)
+    folders = [made.adapter(Case(name), torch.float32) for name in adapters]
+    with pytest.raises(TensorError, match="an adapter before it changes|would replace what"):
+        gptoss_stream.convert(base, tmp_path / "out", to="hf", adapters=folders)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("adapters", SEVERAL, ids=" + ".join)
@@ -206,7 +223,6 @@ RUN = [
     "all biases",
     "norms and embedding saved",
     "experts saved",
-    "DoRA of embedding",
     "tokens of embedding and head",
     "embedding and head",
     "router and head saved",

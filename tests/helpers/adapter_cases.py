@@ -44,7 +44,7 @@ class Case:
 
 SWAPPED = {"other_versions": True}
 READ_BY_PEFT: dict[str, Case] = {
-    **{name: Case(name) for name in peft_models.ADAPTERS},
+    **{name: Case(name) for name in peft_models.ADAPTERS if name != "DoRA of embedding"},
     "no biases, attention": Case("attention", base="no biases"),
     "square, experts": Case("experts", base="square"),
     "square, down": Case("down", base="square", told={"orientation": "normal"}),
