@@ -72,7 +72,9 @@ class LocalReader:
             memory = np.empty(nbytes, np.uint8)
         begin = tensor.offset + first * tensor.dtype.itemsize
         self._files.file(tensor.shard).read_into(memory[:nbytes].data, begin, self._stop)
-        yield memory[:nbytes].view(STORAGE[tensor.dtype]).reshape(shape)
+        array = memory[:nbytes].view(STORAGE[tensor.dtype]).reshape(shape)
+        array.flags.writeable = False
+        yield array
         free.append(memory)
 
     def set_schedule(self, schedule: ReadSchedule, stop: threading.Event) -> None:

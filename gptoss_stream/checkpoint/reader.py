@@ -58,7 +58,8 @@ class Reader(Protocol):
 
         Returns:
             A context manager that gives an array of that shape in the `STORAGE` of the tensor's
-            dtype (BF16 as its bits, uint16). The array is only valid within the context.
+            dtype (BF16 as its bits, uint16). The array is only valid within the context, and is
+            read-only if it is not the caller's own.
         """
         ...
 

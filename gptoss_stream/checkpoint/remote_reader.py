@@ -137,7 +137,9 @@ class RemoteReader:
         end = begin + prod(shape) * tensor.dtype.itemsize
         ranges = list(self._wait_for(tensor.shard, begin, end))
         whole = ranges[0] if len(ranges) == 1 else np.concatenate(ranges)
-        yield whole.view(STORAGE[tensor.dtype]).reshape(shape)
+        array = whole.view(STORAGE[tensor.dtype]).reshape(shape)
+        array.flags.writeable = False
+        yield array
 
     def _wait_for(self, shard: str, begin: int, end: int) -> Iterator[np.ndarray[Any, Any]]:
         """Yield the memory of bytes `begin` to `end` of a shard; wait for their blocks."""

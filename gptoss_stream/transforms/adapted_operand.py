@@ -131,7 +131,9 @@ class AdaptedOperand:
             values = np.empty([len(some) for some in numbers], np.float32)
         with self.base.load(reader, Tile(tile.rows, tile.columns, DType.F32, values)) as loaded:
             array, dtype = loaded
-            if array is not values:
+            if dtype is DType.F32 and array.flags.writeable:
+                values = array  # its own memory, and perhaps that of `values`
+            else:
                 cast(array, dtype, values, DType.F32)
         outputs, inputs = (
             _sums(first, [some for some, axis in zip(numbers, self.axes, strict=True)

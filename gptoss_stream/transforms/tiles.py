@@ -28,6 +28,11 @@ _TRANSPOSED_TILE_ROWS = 192
 """The most rows of the operand in a tile that is transposed. With fewer, calls cost more than the
 copying (32 rows took twice as long). With many more, the tile does not fit in the processor's
 cache."""
+_ADAPTED_ELEMENTS = 1 << 19
+"""The most elements in a tile that is merged with adapters, in float32. Merging takes many calls
+for each tile, between which threads wait for each other."""
+_ADAPTED_ROWS = 384
+"""The most rows of the operand in such a tile that is transposed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +61,11 @@ def row_intervals(segment: Segment, target: TargetRows, dtype: DType) -> list[In
         target: The rows.
         dtype: The dtype in which the tiles are made, before any encoding.
     """
-    row_nbytes = prod(segment.rearrangement.row_shape) * _loaded_itemsize(segment, dtype)
-    return _intervals(target.first, target.end, _TILE_NBYTES // row_nbytes)
+    row_elements = prod(segment.rearrangement.row_shape)
+    num_rows = _TILE_NBYTES // (row_elements * dtype.itemsize)
+    if isinstance(segment.operand, AdaptedOperand):
+        num_rows = _ADAPTED_ELEMENTS // row_elements
+    return _intervals(target.first, target.end, num_rows)
 
 
 @contextmanager
@@ -112,20 +120,16 @@ def transposed_tiles(
     """
     from einops import rearrange
 
-    row_nbytes = segment.operand.shape[1] * _loaded_itemsize(segment, dtype)
+    row_nbytes = segment.operand.shape[1] * dtype.itemsize
     num_rows = min(_TRANSPOSED_TILE_ROWS, _TRANSPOSED_TILE_NBYTES // row_nbytes)
+    if isinstance(segment.operand, AdaptedOperand):
+        num_rows = min(_ADAPTED_ROWS, _ADAPTED_ELEMENTS // (rows[1] - rows[0]))
     if segment.encoding is not None:
         num_rows = max(BLOCK_VALUES, num_rows // BLOCK_VALUES * BLOCK_VALUES)
     for begin, end in _intervals(*operand_rows, num_rows):
         with segment.operand.load(reader, Tile((begin, end), rows, dtype)) as (array, source_dtype):
             transposed = rearrange(array, segment.rearrangement.pattern)
             yield (begin, end), transposed, source_dtype
-
-
-def _loaded_itemsize(segment: Segment, dtype: DType) -> int:
-    """Return the bytes of an element while a tile is made."""
-    is_adapted = isinstance(segment.operand, AdaptedOperand)
-    return DType.F32.itemsize if is_adapted else dtype.itemsize
 
 
 def _intervals(begin: int, end: int, length: int) -> list[Interval]:
