@@ -83,8 +83,8 @@ def add_product(
     for first in range(0, rows, step):
         block = values[first : first + step]
         product, delta = exact[: len(block)], as_float32[: len(block)]
-        np.matmul(left[:, first : first + step].T, right, out=product)
-        with np.errstate(over="ignore"):  # an infinite value is refused by the caller
+        with np.errstate(all="ignore"):  # values that are not finite are refused by the caller
+            np.matmul(left[:, first : first + step].T, right, out=product)
             np.copyto(delta, product, casting="same_kind")
         if through is not None:
             through(delta)

@@ -173,7 +173,7 @@ LOST = [
 def test_adapters_that_lose_another(adapters, made, tmp_path):
     base = made.base(torch.float32)
     folders = [made.adapter(Case(name), torch.float32) for name in adapters]
-    with pytest.raises(TensorError, match="an adapter before it changes|would replace what"):
+    with pytest.raises(TensorError, match=r"an adapter before it changes|would replace what"):
         gptoss_stream.convert(base, tmp_path / "out", to="hf", adapters=folders)
     assert not (tmp_path / "out").exists()
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 
 def same_bits(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    integer = {2: torch.int16, 4: torch.int32}[expected.element_size()]
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[expected.element_size()]
     return (
         found.dtype == expected.dtype
         and found.shape == expected.shape
