@@ -49,9 +49,12 @@ class AdapterFile:
 
 
 def is_adapter(location: Location) -> bool:
-    """Return whether an adapter is at a location, and no whole checkpoint."""
+    """Return whether an adapter is at a location, and no weights of a whole checkpoint."""
     try:
-        return location.has(CONFIG_NAME) and not location.has("config.json")
+        if not location.has(CONFIG_NAME):
+            return False
+        names = {name for name in location.names() if name.endswith((".safetensors", ".index.json"))}
+        return names <= {WEIGHTS_NAME}
     except OSError as error:
         raise machine_error(error, f"reading {location}") from error
 

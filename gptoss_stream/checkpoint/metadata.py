@@ -80,8 +80,8 @@ def _read_configs(location: Location) -> Mapping[str, Mapping[str, Any]]:
     if "config.json" in names and location.has("adapter_config.json"):
         raise CheckpointError(
             f"{location.display_path('adapter_config.json')}: a LoRA adapter beside a checkpoint, "
-            "and nothing says whether it is merged; transformers would load it on top: merge it, "
-            "or move it to another folder"
+            "and nothing says whether it is merged; transformers would load it on top: move it to "
+            "another folder, and if it is not merged, name that with --adapter"
         )
     if names:
         return {name: read_config(location, name) for name in names}

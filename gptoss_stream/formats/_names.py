@@ -106,7 +106,8 @@ def _refuse_adapter(info: CheckpointInfo) -> None:
         if _ADAPTER.search(name):
             raise CheckpointError(
                 f"{info.location.display_path(raw.shard)}: tensor {name!r} is of a LoRA adapter "
-                "that is not merged; merge it (PEFT: merge_and_unload) and save the model again"
+                "that is not merged; save the adapter by itself (PEFT: save_pretrained) and merge "
+                "it into its base model with --adapter"
             )
 
 
