@@ -53,7 +53,9 @@ def is_adapter(location: Location) -> bool:
     try:
         if not location.has(CONFIG_NAME):
             return False
-        names = {name for name in location.names() if name.endswith((".safetensors", ".index.json"))}
+        names = {
+            name for name in location.names() if name.endswith((".safetensors", ".index.json"))
+        }
         return names <= {WEIGHTS_NAME}
     except OSError as error:
         raise machine_error(error, f"reading {location}") from error

@@ -33,7 +33,6 @@ class Addition(NamedTuple):
     place: Place
     make: Callable[[], Change]
     """Makes the change when it is needed: a model has thousands of experts."""
-    rank: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,19 +46,15 @@ class AdapterChanges:
     changes: dict[Place, list[Callable[[], Change]]] = field(default_factory=dict)
     """In order, made when they are needed: a model has thousands of experts."""
     replacements: dict[Place, Replacement] = field(default_factory=dict)
-    ranks: dict[str, set[int]] = field(default_factory=dict)
-    """The ranks of each model tensor that is changed."""
     orientation: Decision | None = None
     """Of stacked experts; None without."""
     b_layout: Decision | None = None
     """Of stacked experts; None without."""
-    notes: list[str] = field(default_factory=list)
 
     def add(self, *additions: Addition) -> None:
         """Add changes of tensors."""
-        for place, make, rank in additions:
+        for place, make in additions:
             self.changes.setdefault(place, []).append(make)
-            self.ranks.setdefault(place.tensor, set()).add(rank)
 
 
 def changes_of(file: AdapterFile, model: ModelConfig, cache: FactorCache) -> AdapterChanges:
@@ -160,7 +156,7 @@ class _Builder:
             is_rounded_by_peft=is_parameter or tensor in EXPERT_TENSORS, magnitude=lengths,
         )  # fmt: skip
         place = Place(tensor, module.layer, module.expert)
-        self.found.add(Addition(place, lambda: change, rank))
+        self.found.add(Addition(place, lambda: change))
         if "lora_B.bias" in tensors:
             self._add_bias(place, tensors["lora_B.bias"], outputs, scale)
         return {"lora_A", "lora_B", "lora_B.bias", "lora_magnitude_vector"}
@@ -178,7 +174,7 @@ class _Builder:
         self.base.check_shape(raw, (outputs,), "the base model")
         left = Factor(raw, 0, outputs, 1, is_rank_first=False)
         change = LowRankChange(left, None, (outputs, 1), scale, self.base.cache)
-        self.found.add(Addition(place._replace(tensor=bias), lambda: change, 1))
+        self.found.add(Addition(place._replace(tensor=bias), lambda: change))
 
     def _add_embedding(self, parts: Parts, tensor: str) -> None:
         """Add an embedding's change, whose matrices have no `.weight` and are transposed."""
@@ -201,7 +197,7 @@ class _Builder:
         change = LowRankChange(
             left, right, (tokens, width), scale, self.base.cache, is_rounded_by_peft=True
         )
-        self.found.add(Addition(Place(tensor, None, None), lambda: change, rank))
+        self.found.add(Addition(Place(tensor, None, None), lambda: change))
 
     def _add_tokens(self, parts: Parts, tensor: str, name: str) -> None:
         """Add the rows of trained tokens."""
@@ -224,4 +220,4 @@ class _Builder:
                 f"{vocabulary - 1}: it was trained on another model",
             )  # fmt: skip
         change = RowsChange(raw, tokens)
-        self.found.add(Addition(Place(tensor, None, None), lambda: change, len(tokens)))
+        self.found.add(Addition(Place(tensor, None, None), lambda: change))

@@ -42,7 +42,7 @@ def stack_changes(
 
     for expert in range(experts):
         place = Place(stack.tensor, stack.layer, expert)
-        yield Addition(place, partial(make, expert), rank)
+        yield Addition(place, partial(make, expert))
 
 
 def tinker_changes(base: BaseModel, parts: Parts, name: str) -> Iterator[Addition]:
@@ -85,4 +85,4 @@ def tinker_changes(base: BaseModel, parts: Parts, name: str) -> Iterator[Additio
         )
 
     for expert in range(experts):
-        yield Addition(Place(tensor, module.layer, expert), partial(make, expert), rank)
+        yield Addition(Place(tensor, module.layer, expert), partial(make, expert))

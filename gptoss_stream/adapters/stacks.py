@@ -19,7 +19,15 @@ from ..tensors.raw_tensor import RawTensor
 from .adapter_file import AdapterFile
 from .parts import EXPERTS, Parts
 
-__all__ = ["Decision", "Stack", "decide_b_layout", "decide_orientation", "find_stacks", "refuse"]
+__all__ = [
+    "Decision",
+    "Stack",
+    "decide_b_layout",
+    "decide_orientation",
+    "find_stacks",
+    "pair",
+    "refuse",
+]
 
 
 class Stack(NamedTuple):

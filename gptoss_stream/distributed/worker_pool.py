@@ -100,7 +100,12 @@ class WorkerPool:
 
     def _register_one(self, address: str) -> None:
         is_local = "://" not in self.spec.source
-        need = memory_nbytes(self.spec.threads, is_local=is_local) + _DASK_NBYTES
+        need = (
+            memory_nbytes(
+                self.spec.threads, is_local=is_local, has_adapters=bool(self.spec.options.adapters)
+            )
+            + _DASK_NBYTES
+        )
         try:
             answer = self._client.run(
                 register_worker, __version__, need, workers=[address], on_error="return"
