@@ -164,10 +164,12 @@ def _print_output(info: OutputInfo) -> None:
         state += "; run the same convert command again"
     total = sum(raw.nbytes for raw in info.tensors.values())
     shards = {raw.shard for raw in info.tensors.values()}
+    merged = "".join(f"merged {adapter}\n" for adapter in info.adapters)
     print(
         f"{info.path}: converted, {describe_format(info.format, info.dtype)}"
         f"{describe_selection(info.selection)}\n"
         f"from {info.source} ({info.source_format}) by gptoss_stream {info.version}\n"
+        f"{merged}"
         f"{counted(len(info.tensors), 'tensor')}, {sized(total)} in "
         f"{counted(len(shards), 'shard')}: {state}"
     )

@@ -33,6 +33,8 @@ class OutputInfo:
     """As from `ResolvedSelection.as_dict`."""
     source: str
     source_format: str
+    adapters: tuple[str, ...]
+    """The LoRA adapters that were merged, in order."""
     version: str
     """The version of this package that wrote it."""
     finished: bool
@@ -52,6 +54,7 @@ class OutputInfo:
         return {
             **asdict(self),
             "path": str(self.path),
+            "adapters": list(self.adapters),
             "missing": list(self.missing),
             "complete": self.complete,
             "tensors": {
@@ -106,6 +109,7 @@ def _from_record(folder: Path, record: Mapping[str, Any], *, is_finished: bool) 
         selection=dict(record["selection"]),
         source=str(record["source"]),
         source_format=str(record["source_format"]),
+        adapters=tuple(str(one["adapter"]) for one in record.get("adapters", ())),
         version=str(record["version"]),
         finished=is_finished,
         missing=tuple(missing),

@@ -104,6 +104,7 @@ def test_record_and_card(base, adapter, tmp_path):
     report = gptoss_stream.convert(base, out, to="hf", adapters=[Adapter(adapter, scale=0.25)])
     record = json.loads((out / "gptoss_stream.json").read_text())
     assert record["adapters"] == [{"adapter": str(adapter), "scale": 0.25}] == [*report.adapters]
+    assert f"merged {adapter}\n" in run_in_process("inspect", out).stdout
     card = (out / "README.md").read_text()
     assert f"| adapter | {adapter.name} |  | 0.25 |" in card
     assert f"| base | {base.name} |" in card

@@ -56,6 +56,15 @@ def test_other_formats(source_format, target, two, checkpoints, tmp_path):
     assert digests(tmp_path / "two") == digests(tmp_path / "one")
 
 
+def test_adapters(two, source, tmp_path):
+    adapter = gptoss_stream.synth_adapter(tmp_path / "adapter", layers=3, rank=4)
+    options = ("--to", "hf", "--adapter", str(adapter), "--adapter-scale", "0.5")
+    done = run(convert_command(source, tmp_path / "one", "--checksums", *options))
+    assert done.returncode == 0
+    assert_done(convert_on(two.address, source, tmp_path / "two", *options))
+    assert digests(tmp_path / "two") == digests(tmp_path / "one")
+
+
 def test_local_workers(source, whole, tmp_path):
     assert_done(convert_on("local:2", source, tmp_path / "out"))
     assert digests(tmp_path / "out") == whole
