@@ -13,6 +13,7 @@ from ..model.tensors import EXPERT_TENSORS
 from ..tensors.raw_tensor import RawTensor
 from ..transforms.changes import Change, LowRankChange, RowsChange
 from ..transforms.factors import Factor, FactorCache
+from .absent import refuse_absent
 from .adapter_file import AdapterFile
 from .base_model import Addition, BaseModel, Place
 from .expert_changes import stack_changes, tinker_changes
@@ -51,6 +52,11 @@ class AdapterChanges:
     b_layout: Decision | None = None
     """Of stacked experts; None without."""
 
+    def decisions(self) -> dict[str, str]:
+        """Return how the experts' tensors are read, as `Adapter` says it."""
+        decided = {"orientation": self.orientation, "b_layout": self.b_layout}
+        return {key: one.value for key, one in decided.items() if one is not None}
+
     def add(self, *additions: Addition) -> None:
         """Add changes of tensors."""
         for place, make in additions:
@@ -86,6 +92,7 @@ def changes_of(file: AdapterFile, model: ModelConfig, cache: FactorCache) -> Ada
     for one in parts:
         if one.module.template != EXPERTS:
             builder.add_module(one)
+    refuse_absent(file, model, [*found.changes], [one.raw.name for one in saved])
     return found
 
 
@@ -157,6 +164,18 @@ class _Builder:
         )  # fmt: skip
         place = Place(tensor, module.layer, module.expert)
         self.found.add(Addition(place, lambda: change))
+        config = self.base.file.config
+        for part, is_expected in (
+            ("lora_magnitude_vector", config.is_dora and not is_parameter),
+            ("lora_B.bias", config.has_lora_bias and not is_parameter),
+        ):
+            if is_expected is not (part in tensors):
+                said = "calls for one" if is_expected else "does not"
+                raise refuse(
+                    self.base.file, tensors.get(part, a),
+                    f"is of a layer {'with' if part in tensors else 'without'} {part}, and "
+                    f"adapter_config.json {said}; save or download the adapter again",
+                )  # fmt: skip
         if "lora_B.bias" in tensors:
             self._add_bias(place, tensors["lora_B.bias"], outputs, scale)
         return {"lora_A", "lora_B", "lora_B.bias", "lora_magnitude_vector"}

@@ -11,7 +11,7 @@ from ..tensors.raw_tensor import RawTensor
 from .adapter_file import AdapterFile
 from .changes import AdapterChanges
 from .parts import EXPERT_PARTS, EXPERTS, Parts, Saved, model_tensor, parts_of
-from .stacks import Decision, decide_b_layout, decide_orientation, find_stacks
+from .stacks import Decision, decide_b_layout, decide_orientation, find_stacks, pair
 
 __all__ = ["describe"]
 
@@ -134,13 +134,11 @@ def _sizes(
     """
     first: dict[int, tuple[RawTensor, RawTensor]] = {}
     for found in stacked:
-        if {"lora_A", "lora_B"} <= found.tensors.keys():
-            pair = found.tensors["lora_A"], found.tensors["lora_B"]
-            first.setdefault(found.module.depth, pair)
+        first.setdefault(found.module.depth, pair(file, found, "lora_A", "lora_B"))
     if 0 not in first:
         return None
     sides = {depth: (a.shape[1], b.shape[0]) for depth, (a, b) in first.items()}
-    seen = _hidden_size(parts)
+    seen = _hidden_size(file, parts)
     candidates = {
         (hidden, inner)
         for hidden in ({seen} if seen else {size for some in sides.values() for size in some})
@@ -170,10 +168,10 @@ def _inner_sizes(hidden: int, sides: Mapping[int, tuple[int, int]]) -> set[int]:
     return set.intersection(*found)
 
 
-def _hidden_size(parts: Iterable[Parts]) -> int | None:
+def _hidden_size(file: AdapterFile, parts: Iterable[Parts]) -> int | None:
     """Return the hidden size that another module's adapter shows."""
     for one in parts:
         last = one.module.template.rpartition(".")[2]
         if last in ("q_proj", "k_proj", "v_proj", "router", "lm_head") and "lora_A" in one.tensors:
-            return one.tensors["lora_A"].shape[-1]
+            return pair(file, one, "lora_A", "lora_B")[0].shape[1]
     return None

@@ -21,6 +21,8 @@ __all__ = ["LoraConfig", "parse_config"]
 _HARMLESS_INITS = (True, False, None, "true", "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the base model's weights as they are."""
 
+_NESTED_REPEATS = re.compile(r"[*+}][^()]*\)[*+{]")  # (a+)+ takes exponential time
+
 _CHANGED_BASE = "was trained on changed base weights, so that it does not fit the original ones"
 _NOT_MERGEABLE = {
     "layer_replication": "repeats layers, which no merge into these weights can do",
@@ -46,7 +48,12 @@ class LoraConfig:
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     is_rslora: bool
+    is_dora: bool
+    has_lora_bias: bool
     target_parameters: tuple[str, ...]
+    target_modules: tuple[str, ...]
+    """Names of modules, or of the last parts of them; empty if they are given in another way."""
+    modules_to_save: tuple[str, ...]
     token_indices: Mapping[str, tuple[int, ...]]
     """The tokens whose rows are trained, by the last part of a module's name."""
     peft_version: str | None
@@ -67,6 +74,10 @@ class LoraConfig:
         """Return what `lora_B @ lora_A` is multiplied by: alpha / r, or alpha / sqrt(r)."""
         rank = self.rank_of(module)
         return self.alpha_of(module) / (math.sqrt(rank) if self.is_rslora else rank)
+
+    def targets_module(self, name: str) -> bool:
+        """Return whether `target_modules` is a list that names a module."""
+        return any(name == one or name.endswith(f".{one}") for one in self.target_modules)
 
     def targets_parameter(self, name: str) -> bool:
         """Return whether `target_parameters` names a parameter."""
@@ -109,7 +120,11 @@ def parse_config(config: Mapping[str, Any], where: str) -> LoraConfig:
             rank_pattern=rank_pattern,
             alpha_pattern=alpha_pattern,
             is_rslora=_flag(config, "use_rslora"),
+            is_dora=_flag(config, "use_dora"),
+            has_lora_bias=_flag(config, "lora_bias"),
             target_parameters=_texts(config, "target_parameters"),
+            target_modules=_target_modules(config),
+            modules_to_save=_texts(config, "modules_to_save"),
             token_indices=_token_indices(config),
             peft_version=_text(config, "peft_version"),
             base_model=_text(config, "base_model_name_or_path"),
@@ -158,11 +173,13 @@ def _rank(config: Mapping[str, Any], key: str, default: int | None = None) -> in
 
 
 def _check_pattern(key: str) -> None:
-    """Refuse a text that is no regular expression."""
+    """Refuse a text that is no regular expression, or one that could take for ever."""
     try:
-        re.compile(key)
-    except re.error as error:
+        re.compile(rf"(.*\.)?({key})$")
+    except (re.error, OverflowError, RecursionError) as error:
         raise ConfigError(f"pattern {key[:80]!r}: {error}") from None
+    if len(key) > 500 or _NESTED_REPEATS.search(key):
+        raise ConfigError(f"pattern {key[:80]!r}: too complex; name the modules in a simpler way")
 
 
 def _mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -179,6 +196,16 @@ def _texts(config: Mapping[str, Any], key: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
         raise ConfigError(f"{key} is {str(value)[:40]!r}; it must be a list of names")
     return tuple(value)
+
+
+def _target_modules(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the targeted modules if they are a list for all layers, without exceptions."""
+    value = config.get("target_modules")
+    if not isinstance(value, list) or config.get("exclude_modules"):
+        return ()
+    if config.get("layers_to_transform") is not None:
+        return ()
+    return _texts(config, "target_modules")
 
 
 def _text(config: Mapping[str, Any], key: str) -> str | None:
@@ -202,11 +229,14 @@ def _token_indices(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         value = {"embed_tokens": value}
     if not isinstance(value, Mapping):
         raise ConfigError(f"trainable_token_indices is {str(value)[:40]!r}; it must be a list")
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for module, tokens in value.items():
         if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
             raise ConfigError(f"trainable_token_indices: {str(tokens)[:40]!r} is no list of tokens")
         if len(set(tokens)) < len(tokens):
             raise ConfigError(f"trainable_token_indices names a token of {module} twice")
-        found[str(module).rpartition(".")[2]] = tuple(tokens)
+        name = str(module).rpartition(".")[2]
+        if name in found:
+            raise ConfigError(f"trainable_token_indices names {name} twice")
+        found[name] = tuple(tokens)
     return found

@@ -101,6 +101,7 @@ class Merge:
                 "files": {shard.name: [shard.nbytes, shard.version] for shard in info.shards},
                 "config": info.configs[CONFIG_NAME],
                 **one.file.adapter.as_dict(),
+                **one.decisions(),
             }
             for number, (one, info) in enumerate(zip(self.adapters, self.infos, strict=True), 1)
         }
@@ -160,7 +161,7 @@ def _refuse_loss(one: AdapterChanges, place: Place, earlier: Sequence[AdapterCha
 def _refuse_late_magnitudes(one: AdapterChanges, earlier: Sequence[AdapterChanges]) -> None:
     """Refuse DoRA of a tensor that an earlier adapter changes: PEFT's versions differ in it."""
     for place, makes in one.changes.items():
-        if place.expert is not None or not any(place in other.changes for other in earlier):
+        if not any(place in other.changes for other in earlier):
             continue
         for change in (make() for make in makes):
             if change.magnitude is not None:

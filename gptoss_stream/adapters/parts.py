@@ -19,7 +19,16 @@ from ..formats import Row
 from ..tensors.raw_tensor import RawTensor
 from .adapter_file import AdapterFile
 
-__all__ = ["EXPERTS", "EXPERT_PARTS", "Module", "Parts", "Saved", "model_tensor", "parts_of"]
+__all__ = [
+    "EXPERTS",
+    "EXPERT_PARTS",
+    "Module",
+    "Parts",
+    "Saved",
+    "linear_modules",
+    "model_tensor",
+    "parts_of",
+]
 
 EXPERTS = "model.layers.{l}.mlp.experts"
 """The module of the stacked experts."""
@@ -149,6 +158,12 @@ def _module_names() -> dict[str, str]:
                 if stored.endswith(".weight") and "norm" not in stored:
                     names[stored.removesuffix(".weight")] = row.tensor
     return names
+
+
+def linear_modules() -> list[tuple[str, str]]:
+    """Return the modules with a weight of all experts or none, and its model tensor."""
+    names = _module_names().items()
+    return [(name, tensor) for name, tensor in names if tensor and EXPERTS not in name]
 
 
 def model_tensor(module: Module) -> str:

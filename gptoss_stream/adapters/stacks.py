@@ -99,6 +99,12 @@ def find_stacks(file: AdapterFile, parts: Iterable[Parts], sizes: Mapping[str, i
     by_layer: dict[int, dict[int, Parts]] = {}
     for one in parts:
         by_layer.setdefault(one.module.layer or 0, {})[one.module.depth] = one
+        for part in one.tensors.keys() - {"lora_A", "lora_B"}:
+            raise refuse(
+                file, one.tensors[part],
+                f"is a {part} of stacked experts, which have none in PEFT; correct the program "
+                "that saved it",
+            )  # fmt: skip
     stacks = []
     for layer, by_depth in sorted(by_layer.items()):
         found = {depth: pair(file, one, "lora_A", "lora_B") for depth, one in by_depth.items()}
@@ -236,7 +242,7 @@ def _by_versions(file: AdapterFile) -> Decision:
 
 def _numbers(version: str | None) -> tuple[int, ...]:
     """Return the numbers of a version: (0, 19, 1) for "0.19.1.dev0"."""
-    return tuple(map(int, re.findall(r"\d+", version or "")[:3]))
+    return tuple(map(int, re.findall(r"\d{1,6}", version or "")[:3]))
 
 
 def decide_b_layout(file: AdapterFile, stacks: Sequence[Stack]) -> Decision:

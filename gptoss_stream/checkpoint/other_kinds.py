@@ -11,8 +11,8 @@ __all__ = ["describe_other_kind"]
 _KINDS = (
     (
         re.compile(r"adapter_(config\.json|model\.(safetensors|bin))"),
-        "a LoRA adapter ({name}), not a checkpoint; merge it into its base model, for example with "
-        "PEFT's merge_and_unload, and name the folder of the merged model",
+        "a LoRA adapter ({name}), not a checkpoint; name its base model instead, and the adapter "
+        "with --adapter",
     ),
     (
         re.compile(r".*\.distcp|\.metadata|pytorch_model_fsdp.*"),

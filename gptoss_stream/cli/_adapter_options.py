@@ -9,7 +9,7 @@ from ..errors import OptionError
 from ._printing import print_message
 
 if TYPE_CHECKING:
-    from ..adapters import Adapter
+    from ..adapters import AdapterLike
 
 __all__ = ["add_adapter_readings", "add_adapters", "open_adapters"]
 
@@ -58,7 +58,7 @@ def add_adapter_readings(group: argparse._ActionsContainer) -> None:
     )
 
 
-def open_adapters(arguments: argparse.Namespace) -> tuple[Adapter, ...]:
+def open_adapters(arguments: argparse.Namespace) -> tuple[AdapterLike, ...]:
     """Return the adapters, opened; print where remote ones are read from.
 
     Raises:
@@ -82,7 +82,7 @@ def open_adapters(arguments: argparse.Namespace) -> tuple[Adapter, ...]:
             f"{len(scales)} times --adapter-scale for {len(names)} adapters; give it once for all "
             "of them, or once for each, in order"
         )
-    adapters = []
+    adapters: list[AdapterLike] = []
     for number, name in enumerate(names):
         scale = scales[min(number, len(scales) - 1)] if scales else 1.0
         # Checked before any network is asked.
@@ -91,5 +91,8 @@ def open_adapters(arguments: argparse.Namespace) -> tuple[Adapter, ...]:
         location = open_location(name, token=token)
         if not location.is_local and not arguments.quiet:
             print_message(f"merging {location}")
-        adapters.append(adapter.at(location))
+        # A bare location says nothing, so that verify takes the rest from the record.
+        adapters.append(
+            location if adapter == Adapter(name) and not scales else adapter.at(location)
+        )
     return tuple(adapters)

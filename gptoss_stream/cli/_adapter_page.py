@@ -17,8 +17,8 @@ def print_adapter(found: Mapping[str, Any]) -> None:
         found: As from `adapters.describe`.
     """
     print(f"{found['path']}: {describe_adapter(found)}")
-    print(f"base model  {found['base_model'] or 'not named'}")
-    print(f"saved by    PEFT {found['peft_version'] or 'of unknown version'}")
+    print(f"base model  {_plain(found['base_model']) or 'not named'}")
+    print(f"saved by    PEFT {_plain(found['peft_version']) or 'of unknown version'}")
     print(f"{counted(found['tensors'], 'tensor')}, {sized(found['bytes'])}")
     for name, layers in found["targets"].items():
         print(f"  {name:22}  {_layers(layers)}")
@@ -36,6 +36,11 @@ def describe_adapter(found: Mapping[str, Any]) -> str:
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
     scale = f"alpha {found['alpha']:g}"
     return f"{found['kind']}, {rank if ranks else 'without rank'}, {scale}"
+
+
+def _plain(text: str | None) -> str:
+    """Return a text of a file without characters that control a terminal."""
+    return "".join(one for one in (text or "")[:200] if one.isprintable())
 
 
 def _layers(layers: Sequence[int]) -> str:

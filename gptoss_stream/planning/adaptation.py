@@ -88,7 +88,8 @@ class TensorMerge:
         for axis, index in indices.items():
             if axis in of_axis:
                 first[of_axis[axis].is_input] += index * of_axis[axis].stride
-        (dtype,) = {raw.dtype for raw in raw_tensors(operand)} - {DType.U8} or {DType.BF16}
+        dtypes = {raw.dtype for raw in raw_tensors(operand)} - {DType.U8} or {DType.BF16}
+        dtype = dtypes.pop() if len(dtypes) == 1 else DType.F32
         for change in changes:
             operand = AdaptedOperand(
                 operand, mapped, (first[0], first[1]),

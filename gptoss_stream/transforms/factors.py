@@ -118,10 +118,13 @@ class FactorCache:
         Returns:
             [rank, numbers] float32, rounded by `on_grid`.
         """
+        import numpy as np
+
         from ..tensors.low_rank import on_grid
 
         def prepared(begin: int, end: int) -> np.ndarray[Any, Any]:
-            return on_grid(factor.load(reader, begin, end) * scale)
+            with np.errstate(all="ignore"):  # what is not finite is refused once it is added
+                return on_grid(factor.load(reader, begin, end) * scale)
 
         if size * factor.rank * 4 <= _CACHED_NBYTES:
             whole = self._find((factor, scale), lambda: prepared(0, size))

@@ -100,7 +100,7 @@ def verify(
         if reference is None and options["reference"] is not None:
             reference = _recorded("reference", options["reference"])
         options["reference"] = reference
-        options["adapters"] = _with_recorded(as_adapters(adapters), options["adapters"])
+        options["adapters"] = _with_recorded(adapters, options["adapters"])
         if merge_like_peft is not None:
             options["merge_like_peft"] = merge_like_peft
         planned = plan(source, source_format=source_format, **options)
@@ -144,16 +144,22 @@ def _recorded(what: str, name: str) -> Location:
         ) from None
 
 
-def _with_recorded(given: Sequence[Adapter], recorded: Sequence[Adapter]) -> tuple[Adapter, ...]:
+def _with_recorded(
+    adapters: AdapterLike | Sequence[AdapterLike], recorded: Sequence[Adapter]
+) -> tuple[Adapter, ...]:
     """Return the adapters that are given, or else those of an output's record.
 
-    Where as many are given, and nothing is said about them, the record says it.
+    Where as many are given, as locations alone, the record says the rest.
     """
+    given = as_adapters(adapters)
+    is_said = isinstance(adapters, Adapter) or (
+        isinstance(adapters, Sequence) and any(isinstance(one, Adapter) for one in adapters)
+    )
     if not given:
         opened = [_recorded("adapter", str(one.location)) for one in recorded]
         return tuple(replace(one, location=at) for one, at in zip(recorded, opened, strict=True))
-    if len(given) != len(recorded) or any(one != Adapter(one.location) for one in given):
-        return tuple(given)
+    if len(given) != len(recorded) or is_said:
+        return given
     pairs = zip(recorded, given, strict=True)
     return tuple(replace(one, location=other.location) for one, other in pairs)
 
