@@ -14,8 +14,10 @@ from adapter_cases import CASES, Case
 from independent import load_folder
 from loopback import FileServer
 from outputs import same_bits
+from peft_oracles import float64_merged
 from peft_rewrites import read, write
 from runs import assert_clean_error, digests, run_in_process
+from safetensors.torch import save_file
 
 import gptoss_stream
 from gptoss_stream import Adapter
@@ -90,6 +92,7 @@ def test_verify(base, adapter, tmp_path):
     assert gptoss_stream.verify(base, out).equal
     assert gptoss_stream.verify(base, out, adapters=[adapter]).equal  # the scale is recorded
     assert not gptoss_stream.verify(base, out, adapters=[Adapter(adapter, scale=1.5)]).equal
+    assert not gptoss_stream.verify(base, out, adapters=[Adapter(adapter)]).equal
     assert not gptoss_stream.verify(base, out, adapters=[Adapter(copy, 2)] * 2).equal
     assert not gptoss_stream.verify(base, out, merge_like_peft=True, adapters=[adapter, copy]).equal
     shutil.rmtree(copy)
@@ -97,6 +100,39 @@ def test_verify(base, adapter, tmp_path):
     assert_clean_error(done, 2)
     assert "names it as the adapter: if it has moved, give it with --adapter" in done.stderr
     assert run_in_process("verify", base, out, "--adapter", adapter, "--quiet").returncode == 0
+
+
+def test_a_card_that_changes_between_runs(made, tmp_path):
+    """What decides the orientation of a square matrix is part of the run."""
+    source, adapter, out = made.base(torch.float32, "square"), tmp_path / "a", tmp_path / "out"
+    shutil.copytree(made.adapter(Case("down", base="square"), torch.float32), adapter)
+    card = "- PEFT 0.21.0\n- Transformers: "
+    (adapter / "README.md").write_text(card + "5.1.0\n")
+    interrupted(source, out, adapters=[adapter])
+    (adapter / "README.md").write_text(card + "4.57.0\n")
+    options = {"to": "hf", "max_shard_size": "200KB", "adapters": [adapter]}
+    with pytest.raises(OutputError, match=r"differs in merged \(adapter 1\)"):
+        gptoss_stream.convert(source, out, **options)
+    (adapter / "README.md").write_text(card + "5.1.0\n")
+    gptoss_stream.convert(source, out, **options)
+    (adapter / "README.md").unlink()
+    assert gptoss_stream.verify(source, out).equal  # as recorded
+
+
+def test_mixed_dtypes(made, base, adapter, tmp_path):
+    """Gate and up of one expert may have different dtypes."""
+    unfused, out = tmp_path / "unfused", tmp_path / "out"
+    gptoss_stream.convert(base, unfused, to="transformer-lens", dtype="float32")
+    tensors = load_folder(unfused)
+    for name in tensors:
+        if "W_gate" in name:
+            tensors[name] = tensors[name].bfloat16()
+    save_file(tensors, unfused / "model.safetensors", {"format": "pt"})
+    gptoss_stream.convert(unfused, out, to="hf", dtype="float32", adapters=[adapter])
+    assert gptoss_stream.verify(unfused, out).equal
+    found, exact = load_folder(out), float64_merged(base, adapter)
+    for name in exact:
+        torch.testing.assert_close(found[name].double(), exact[name], rtol=0, atol=1e-3)
 
 
 def test_record_and_card(base, adapter, tmp_path):

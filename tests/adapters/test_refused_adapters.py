@@ -74,6 +74,8 @@ def turned(name):
 
 
 Q_A, Q_B = f"{L}self_attn.q_proj.lora_A.weight", f"{L}self_attn.q_proj.lora_B.weight"
+MAGNITUDE = f"{L}self_attn.k_proj.lora_magnitude_vector"
+Q_BIAS = f"{L}self_attn.q_proj.lora_B.bias"
 DOWN_A = f"{L}mlp.experts.lora_A.weight"
 GATE_UP_A, GATE_UP_B = (f"{L}mlp.experts.base_layer.lora_{x}.weight" for x in "AB")
 DAMAGES = {
@@ -131,6 +133,41 @@ DAMAGES = {
     "another method": (ATTENTION, set_to(peft_type="LOHA"), "peft_type is 'LOHA'; only LORA"),
     "rank in words": (ATTENTION, set_to(r="8"), "r is '8'; a rank is an integer"),
     "broken pattern": (ATTENTION, set_to(rank_pattern={"q_(": 8}), "pattern 'q_('"),
+    "patterns that take for ever": (ATTENTION, set_to(rank_pattern={"(a+)+b": 8}), "too complex"),
+    "no magnitudes": (ATTENTION, set_to(use_dora=True), "is of a layer without lora_magnitude_"),
+    "a magnitude less": ("DoRA", without(MAGNITUDE), "is of a layer without lora_magnitude_vector"),
+    "magnitudes of no DoRA": ("DoRA", set_to(use_dora=False), "is of a layer with lora_magnitude_"),
+    "a bias less": ("lora_bias", without(Q_BIAS), "is of a layer without lora_B.bias, and"),
+    "a bias of stacked experts": (
+        EXPERTS,
+        extra(f"{L}mlp.experts.lora_B.bias", (64,)),
+        "is a lora_B.bias of stacked experts, which have none in PEFT",
+    ),
+    "no router": (
+        ATTENTION,
+        set_to(modules_to_save=["router"]),
+        "modules_to_save in adapter_config.json names 'router', and the adapter has no tensors",
+    ),
+    "no tokens": (
+        ATTENTION,
+        set_to(trainable_token_indices=[3]),
+        "trainable_token_indices in adapter_config.json names 'embed_tokens'",
+    ),
+    "tokens twice": (
+        "tokens",
+        set_to(trainable_token_indices={"embed_tokens": [1], "model.embed_tokens": [2]}),
+        "trainable_token_indices names embed_tokens twice",
+    ),
+    "experts of no layer": (
+        ATTENTION,
+        set_to(target_parameters=["mlp.experts.down_proj"]),
+        "target_parameters in adapter_config.json names 'model.layers.0.mlp.experts.down_proj'",
+    ),
+    "a module less": (
+        ATTENTION,
+        lambda tensors, config: (without(Q_A)(tensors, config), without(Q_B)(tensors, config)),
+        "target_modules in adapter_config.json names 'model.layers.0.self_attn.q_proj'",
+    ),
     "no tensors": (ATTENTION, lambda tensors, config: tensors.clear(), "no tensors in it"),
     "unsloth without a mark": (
         EXPERTS,
