@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 
+from .. import formats
 from ..errors import TensorError
 from ..model.config import ModelConfig
 from .adapter_file import AdapterFile
 from .base_model import Place
-from .parts import EXPERTS, Module, linear_modules
+from .parts import EXPERTS, Module, Saved, linear_modules
 
 __all__ = ["refuse_absent"]
 
 
 def refuse_absent(
-    file: AdapterFile, model: ModelConfig, changed: Collection[Place], saved: Collection[str]
+    file: AdapterFile, model: ModelConfig, changed: Collection[Place], saved: Collection[Saved]
 ) -> None:
     """Refuse an adapter without tensors that its configuration names.
 
@@ -22,7 +23,7 @@ def refuse_absent(
         file: The adapter.
         model: The base model.
         changed: The tensors that it changes.
-        saved: The names of the tensors that it stores whole.
+        saved: The tensors that it stores whole.
 
     Raises:
         TensorError: Naming the first one.
@@ -31,9 +32,13 @@ def refuse_absent(
     for key, name, tensor, layer in _expected(file, model):
         if (tensor, layer) not in places:
             raise _absent(file, key, name)
-    for name in file.config.modules_to_save:
-        if not any(f".{name}." in f".{one}" for one in saved):
-            raise _absent(file, "modules_to_save", name)
+    stored = {(one.row.stored, one.layer) for one in saved}
+    for row in formats.load("hf").TABLE:
+        if row.is_in(model) and set(row.stored.split(".")) & set(file.config.modules_to_save):
+            for layer in _layers(row.stored, model):
+                if (row.stored, layer) not in stored:
+                    name = Module(row.stored, layer, None).name
+                    raise _absent(file, "modules_to_save", name)
     embeddings = {"embed_tokens": "embed", "lm_head": "unembed"}
     for name in file.config.token_indices:
         if (embeddings.get(name), None) not in places:
@@ -46,6 +51,11 @@ def _absent(file: AdapterFile, key: str, name: str) -> TensorError:
         f"{file.info.location}: {key} in adapter_config.json names {name!r}, and the adapter has "
         "no tensors for it: a part of it was not saved; save or download it again"
     )
+
+
+def _layers(template: str, model: ModelConfig) -> Iterable[int | None]:
+    """Return the layers that a name is used for; None alone without any."""
+    return range(model.num_layers) if "{l}" in template else (None,)
 
 
 def _expected(file: AdapterFile, model: ModelConfig) -> Iterator[tuple[str, str, str, int | None]]:
@@ -61,8 +71,7 @@ def _expected(file: AdapterFile, model: ModelConfig) -> Iterator[tuple[str, str,
             if config.targets_parameter(name):
                 yield "target_parameters", name, tensor, layer
     for template, tensor in linear_modules():
-        layers: Iterable[int | None] = range(model.num_layers) if "{l}" in template else (None,)
-        for number in layers:
+        for number in _layers(template, model):
             name = Module(template, number, None).name
             if config.targets_parameter(f"{name}.weight"):
                 yield "target_parameters", f"{name}.weight", tensor, number

@@ -92,7 +92,7 @@ def changes_of(file: AdapterFile, model: ModelConfig, cache: FactorCache) -> Ada
     for one in parts:
         if one.module.template != EXPERTS:
             builder.add_module(one)
-    refuse_absent(file, model, [*found.changes], [one.raw.name for one in saved])
+    refuse_absent(file, model, [*found.changes], saved)
     return found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -175,7 +176,9 @@ def _rank(config: Mapping[str, Any], key: str, default: int | None = None) -> in
 def _check_pattern(key: str) -> None:
     """Refuse a text that is no regular expression, or one that could take for ever."""
     try:
-        re.compile(rf"(.*\.)?({key})$")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what later versions of Python will read otherwise
+            re.compile(rf"(.*\.)?({key})$")
     except (re.error, OverflowError, RecursionError) as error:
         raise ConfigError(f"pattern {key[:80]!r}: {error}") from None
     if len(key) > 500 or _NESTED_REPEATS.search(key):

@@ -31,7 +31,8 @@ class LocalFolder:
     @property
     def identity(self) -> str:
         """Its path, with links resolved."""
-        return os.fsencode(self.path.resolve()).decode(errors="backslashreplace")
+        # Not Path.resolve: before Python 3.13 a loop of links is a RuntimeError there.
+        return os.fsencode(os.path.realpath(self.path)).decode(errors="backslashreplace")
 
     def display_path(self, name: str) -> str:
         """Return the path of a file."""

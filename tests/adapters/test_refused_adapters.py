@@ -146,7 +146,12 @@ DAMAGES = {
     "no router": (
         ATTENTION,
         set_to(modules_to_save=["router"]),
-        "modules_to_save in adapter_config.json names 'router', and the adapter has no tensors",
+        "modules_to_save in adapter_config.json names 'model.layers.0.mlp.router.weight'",
+    ),
+    "a router less": (
+        "router and head saved",
+        without("base_model.model.model.layers.1.mlp.router.bias"),
+        "modules_to_save in adapter_config.json names 'model.layers.1.mlp.router.bias'",
     ),
     "no tokens": (
         ATTENTION,
@@ -287,6 +292,8 @@ def test_files(made, tmp_path):
     (adapter / "adapter_config.json").unlink()
     assert "adapter_config.json: missing" in refuse(made, adapter, out)
     assert "a whole checkpoint and no adapter" in refuse(made, made.base(torch.float32), out)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert "loop" in refuse(made, tmp_path / "loop", out)
     assert "there is no such" in refuse(made, tmp_path / "nowhere", out)
 
 
