@@ -28,10 +28,19 @@ def refuse_absent(
     Raises:
         TensorError: Naming the first one.
     """
-    places = {(place.tensor, place.layer) for place in changed}
+    places: dict[tuple[str, int | None], set[int | None]] = {}
+    for place in changed:
+        places.setdefault((place.tensor, place.layer), set()).add(place.expert)
     for key, name, tensor, layer in _expected(file, model):
         if (tensor, layer) not in places:
             raise _absent(file, key, name)
+    for (_, layer), experts in places.items():
+        lacking = sorted({*range(model.num_experts)} - experts)
+        if None not in experts and lacking:
+            raise TensorError(
+                f"{file.info.location}: expert {lacking[0]} of layer {layer} has no adapter, and "
+                "other experts have one: a part of it was not saved; save or download it again"
+            )
     stored = {(one.row.stored, one.layer) for one in saved}
     for row in formats.load("hf").TABLE:
         if row.is_in(model) and set(row.stored.split(".")) & set(file.config.modules_to_save):

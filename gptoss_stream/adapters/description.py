@@ -84,7 +84,9 @@ def _targets(
             tensor = EXPERT_PARTS[last][0] if last in EXPERT_PARTS else model_tensor(module)
             inside = "experts." if ".experts" in module.template else ""
             names = [inside + _NAMES.get(tensor, last)]
-            ranks.add(file.config.rank_of(module.name))
+            parameter = f"{module.name}.weight"
+            is_parameter = file.config.targets_parameter(parameter)
+            ranks.add(file.config.rank_of(parameter if is_parameter else module.name))
         for name in names:
             targets.setdefault(name, set()).add(module.layer)
     return targets, ranks
@@ -108,7 +110,9 @@ def _stacks(file: AdapterFile, parts: Iterable[Parts]) -> dict[str, Any]:
     sizes = _sizes(file, parts, stacked)
     if sizes is None:
         unknown = {"value": None, "reason": "the base model's sizes are needed to see it"}
-        return {"orientation": unknown, "b_layout": unknown}
+        is_marked = file.config.b_layout is not None
+        layout = _decided(partial(decide_b_layout, file, ())) if is_marked else unknown
+        return {"orientation": unknown, "b_layout": layout}
     stacks = find_stacks(file, stacked, sizes)
     found: dict[str, Any] = {"experts": sizes["e"]}
     found["orientation"] = _decided(partial(decide_orientation, file, stacks, sizes))

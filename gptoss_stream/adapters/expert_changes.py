@@ -67,8 +67,8 @@ def tinker_changes(base: BaseModel, parts: Parts, name: str) -> Iterator[Additio
         if len(raw.shape) != 3 or raw.shape[0] not in (1, experts):
             raise refuse(
                 base.file, raw,
-                f"has the shape {list(raw.shape)}; the first axis must be 1 or the base "
-                f"model's {experts} experts",
+                f"has the shape {list(raw.shape)}; the first axis must be 1, or {experts} as "
+                "the base model has experts",
             )  # fmt: skip
     rank = base.rank(module.name, a, a.shape[1])
     base.check_shape(a, (a.shape[0], rank, inputs), "the base model")

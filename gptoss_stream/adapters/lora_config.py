@@ -169,7 +169,7 @@ def _rank(config: Mapping[str, Any], key: str, default: int | None = None) -> in
     """Return a rank: an integer of at least 1."""
     value = config.get(key, default)
     if type(value) is not int or not 1 <= value <= 2**16:
-        raise ConfigError(f"{key} is {str(value)[:40]!r}; a rank is an integer from 1 on")
+        raise ConfigError(f"{key} is {str(value)[:40]!r}; a rank is an integer from 1 to 65536")
     return value
 
 

@@ -31,7 +31,8 @@ def add_adapters(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=[],
         metavar="S",
-        help="multiplies what an adapter adds (default: 1); once for all, or once for each",
+        help="multiplies what an adapter adds (default: 1; of verify: as recorded); once for all, "
+        "or once for each",
     )
     group.add_argument(
         "--merge-like-peft",

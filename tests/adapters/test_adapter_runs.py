@@ -321,3 +321,12 @@ def test_unchanged_source_rows(made, tmp_path):
     changed = {name for name in plain if not same_bits(plain[name], out[name])}
     assert changed == {name for name in plain if "experts" in name and "W_out.weight" in name}
     assert Path(adapter).exists()
+
+
+def test_inspect_says_what_is_there(made):
+    """Patterns of parameters match their names, and a mark is read without any sizes."""
+    router = made.adapter(Case("router and experts"), torch.float32)
+    assert json.loads(run_in_process("inspect", router, "--json").stdout)["ranks"] == [1, 2, 3]
+    marked = made.adapter(CASES["grouped by expert, one layer"], torch.float32)
+    found = json.loads(run_in_process("inspect", marked, "--json").stdout)
+    assert found["b_layout"]["value"] == "grouped_by_expert"

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from adapter_cases import Case
+from adapter_cases import CASES, Case
 from peft_rewrites import read, write
 from runs import assert_clean_error, run_in_process
 
@@ -210,6 +210,17 @@ def refuse(made, adapter, out, *options, base="plain"):
 def test_damaged_adapter(name, made, damaged, tmp_path):
     adapter, change, message = DAMAGES[name]
     assert message in refuse(made, damaged(adapter, change), tmp_path / "out")
+
+
+def test_an_expert_less(made, tmp_path):
+    """Of unsloth's modules for each expert."""
+    folder = made.adapter(CASES["expert by expert"], torch.float32)
+    tensors, config = read(folder)
+    for name in [*tensors]:
+        if "layers.1.mlp.experts.down_projs.3." in name:
+            del tensors[name]
+    message = refuse(made, write(tmp_path / "less", tensors, config), tmp_path / "out")
+    assert "expert 3 of layer 1 has no adapter, and other experts have one" in message
 
 
 def test_other_base(made, tmp_path):
