@@ -90,12 +90,14 @@ class TensorMerge:
                 first[of_axis[axis].is_input] += index * of_axis[axis].stride
         dtypes = {raw.dtype for raw in raw_tensors(operand)} - {DType.U8} or {DType.BF16}
         dtype = dtypes.pop() if len(dtypes) == 1 else DType.F32
+        base_dtype = dtype
         for change in changes:
             operand = AdaptedOperand(
                 operand, mapped, (first[0], first[1]),
                 self.merge.rounded(change, dtype), shape[0],
-                dtype if self.merge.like_peft else DType.F32,
+                dtype if self.merge.like_peft else DType.F32, base_dtype,
             )  # fmt: skip
+            base_dtype = operand.dtype
         return operand
 
     def _strides(self) -> tuple[dict[str, _Stride], tuple[int, int]]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from .dtypes import DType
 
-__all__ = ["STORAGE", "cast", "count_infinities", "round_finite"]
+__all__ = ["STORAGE", "cast", "count_infinities", "is_finite_in_bfloat16", "round_finite"]
 
 STORAGE: dict[DType, type[np.generic]] = {
     DType.U8: np.uint8,
@@ -138,8 +138,13 @@ def _may_overflow(source: _Array, source_dtype: DType, dtype: DType) -> bool:
     """Return whether a value may be too large, as far as it is seen at once."""
     if (source_dtype, dtype) != (DType.F32, DType.BF16):
         return (source_dtype, dtype) in _CAN_OVERFLOW
-    extremes = source.min(initial=0.0), source.max(initial=0.0)
-    return not -_ROUNDS_TO_INFINITY < extremes[0] <= extremes[1] < _ROUNDS_TO_INFINITY
+    return not is_finite_in_bfloat16(source)
+
+
+def is_finite_in_bfloat16(values: _Array) -> bool:
+    """Return whether float32 values are finite, also once they are rounded to bfloat16."""
+    least, largest = values.min(initial=0.0), values.max(initial=0.0)
+    return bool(-_ROUNDS_TO_INFINITY < least <= largest < _ROUNDS_TO_INFINITY)
 
 
 def cast(

@@ -13,14 +13,14 @@ This is the idea of error-free matrix products by K. Ozaki, T. Ogita, S. Oishi a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from .cast import round_finite
+from .cast import is_finite_in_bfloat16, round_finite
 
-__all__ = ["add_product", "on_grid"]
+__all__ = ["add_product", "add_product_to_bfloat16", "on_grid"]
 
 _MANTISSA_BITS = 53  # of float64
 _MOST_BITS = 24  # of float32, in which the rounded values are kept
@@ -57,9 +57,7 @@ def add_product(
     values: _Array,
     left: _Array,
     right: _Array,
-    *,
     through: Callable[[_Array], None] | None = None,
-    rounded: _Array | None = None,
 ) -> None:
     """Add `left.T @ right` to values.
 
@@ -68,28 +66,54 @@ def add_product(
         left: [rank, rows] float32, rounded by `on_grid`.
         right: [rank, columns] float32, rounded by `on_grid`.
         through: Rounds the product further, in place, before it is added.
-        rounded: Memory for the sums as bits of bfloat16, laid out like the values, which are then
-            left as they are. NaN and infinity become any such values, or infinity.
     """
     if values.strides[0] < values.strides[1]:
         values, left, right = values.T, right, left
-        rounded = None if rounded is None else rounded.T
-    rows, columns = values.shape
-    step = max(1, _BLOCK_ELEMENTS // columns)
-    exact = np.empty((min(step, rows), columns), np.float64)
-    as_float32 = np.empty(exact.shape, np.float32)
-    scratch = np.empty(exact.shape, np.uint32)
-    left, right = left.astype(np.float64), right.astype(np.float64)
-    for first in range(0, rows, step):
-        block = values[first : first + step]
-        product, delta = exact[: len(block)], as_float32[: len(block)]
-        with np.errstate(all="ignore"):  # values that are not finite are refused by the caller
-            np.matmul(left[:, first : first + step].T, right, out=product)
-            np.copyto(delta, product, casting="same_kind")
+    for rows, delta in _products(left, right):
         if through is not None:
             through(delta)
-        if rounded is None:
-            block += delta
-        else:
-            delta += block
-            round_finite(delta, rounded[first : first + step], scratch[: len(block)])
+        values[rows] += delta
+
+
+def add_product_to_bfloat16(bits: _Array, left: _Array, right: _Array, out: _Array) -> bool:
+    """Add `left.T @ right` to bfloat16 values in float32, and round the sums to bfloat16.
+
+    Args:
+        bits: [rows, columns] uint16, the values' bits.
+        left: [rank, rows] float32, rounded by `on_grid`.
+        right: [rank, columns] float32, rounded by `on_grid`.
+        out: Memory for the sums' bits, of the same shape, with rows or columns contiguous.
+
+    Returns:
+        Whether all sums are finite in bfloat16; if not, `out` has no meaning.
+    """
+    if out.strides[0] < out.strides[1]:
+        bits, out, left, right = bits.T, out.T, right, left
+    wide = None
+    for rows, delta in _products(left, right):
+        if wide is None:
+            wide = np.empty(delta.shape, np.uint32)
+        scratch = wide[: len(delta)]
+        np.left_shift(bits[rows], 16, out=scratch, dtype=np.uint32)
+        with np.errstate(all="ignore"):
+            delta += scratch.view(np.float32)
+        if not is_finite_in_bfloat16(delta):
+            return False
+        round_finite(delta, out[rows], scratch)
+    return True
+
+
+def _products(left: _Array, right: _Array) -> Iterator[tuple[slice, _Array]]:
+    """Yield some rows of `left.T @ right` at a time, float32, in memory that is used again."""
+    num_rows, columns = left.shape[1], right.shape[1]
+    step = max(1, _BLOCK_ELEMENTS // columns)
+    exact = np.empty((min(step, num_rows), columns), np.float64)
+    rounded = np.empty(exact.shape, np.float32)
+    left, right = left.astype(np.float64), right.astype(np.float64)
+    for first in range(0, num_rows, step):
+        rows = slice(first, min(first + step, num_rows))
+        product, delta = exact[: rows.stop - first], rounded[: rows.stop - first]
+        with np.errstate(all="ignore"):  # values that are not finite are refused by the caller
+            np.matmul(left[:, rows].T, right, out=product)
+            np.copyto(delta, product, casting="same_kind")
+        yield rows, delta

@@ -28,7 +28,6 @@ __all__ = ["AdaptedOperand", "MatrixAxis", "RowNorms"]
 
 _Array: TypeAlias = "np.ndarray[Any, Any]"
 _NORM_TILE_NBYTES = 1 << 20
-_INFINITY_WITHOUT_SIGN = 0xFF00  # of bfloat16, as a uint16
 
 
 class MatrixAxis(NamedTuple):
@@ -91,6 +90,8 @@ class AdaptedOperand:
     """The number of outputs of the whole matrix."""
     dtype: DType
     """What loading gives: float32, or the dtype of the base if each adapter is rounded to it."""
+    base_dtype: DType
+    """The dtype that holds the base's values exactly."""
     norms: RowNorms = field(default_factory=RowNorms, repr=False)
 
     @property
@@ -105,11 +106,11 @@ class AdaptedOperand:
 
         from ..tensors.cast import STORAGE, cast
 
-        values, outputs, inputs = self._load_base(reader, tile)
-        rounded = self._rounded(reader, tile, values, outputs, inputs)
+        rounded = self._load_rounded(reader, tile)
         if rounded is not None:
             yield rounded, DType.BF16
             return
+        values, outputs, inputs = self._load_base(reader, tile)
         self._change(reader, values, outputs, inputs)
         if self.dtype is DType.F32:
             yield values, self.dtype
@@ -118,51 +119,55 @@ class AdaptedOperand:
         cast(values, DType.F32, rounded, self.dtype)
         yield rounded, self.dtype
 
+    def _load_rounded(self, reader: Reader, tile: Tile) -> _Array | None:
+        """Load a tile and change it, from bfloat16 to bfloat16 at once, in the processor's cache.
+
+        Returns:
+            The tile; None if that is not what is wanted, or a value is NaN, infinite or too large.
+        """
+        import numpy as np
+
+        dtypes = {tile.dtype, self.base_dtype}
+        if dtypes != {DType.BF16} or self.dtype is not DType.F32 or self.change.magnitude:
+            return None
+        outputs, inputs = self._numbers(tile)
+        with self.base.load(reader, tile._replace(out=None)) as (array, dtype):
+            rounded = tile.out if tile.out is not None else np.empty(array.shape, np.uint16)
+            bits, out = (self._as_matrix(one, outputs) for one in (array, rounded))
+            if dtype is not DType.BF16 or not np.shares_memory(out, rounded):
+                return None
+            is_done = self.change.apply_to_bfloat16(bits, outputs, inputs, reader, out)
+            return rounded if is_done else None
+
     def _load_base(self, reader: Reader, tile: Tile) -> tuple[_Array, Numbers, Numbers]:
         """Load a tile of the base as float32; returns it with its outputs and inputs."""
         import numpy as np
 
         from ..tensors.cast import cast
 
-        intervals = [tile.rows, tile.columns, *[None] * len(self.shape)][: len(self.shape)]
-        numbers = [axis.numbers(part) for axis, part in zip(self.axes, intervals, strict=True)]
         values = tile.out if tile.dtype is DType.F32 else None
         if values is None:
-            values = np.empty([len(some) for some in numbers], np.float32)
+            values = np.empty([len(some) for some in self._indices(tile)], np.float32)
         with self.base.load(reader, Tile(tile.rows, tile.columns, DType.F32, values)) as loaded:
             array, dtype = loaded
             if dtype is DType.F32 and array.flags.writeable:
                 values = array  # its own memory, and perhaps that of `values`
             else:
                 cast(array, dtype, values, DType.F32)
-        outputs, inputs = (
-            _sums(first, [some for some, axis in zip(numbers, self.axes, strict=True)
-                          if axis.is_input is is_input])
-            for first, is_input in zip(self.first, (False, True), strict=True)
-        )  # fmt: skip
-        return values, outputs, inputs
+        return values, *self._numbers(tile)
 
-    def _rounded(
-        self, reader: Reader, tile: Tile, values: _Array, outputs: Numbers, inputs: Numbers
-    ) -> _Array | None:
-        """Change a tile and round it to bfloat16 at once, in the processor's cache.
+    def _indices(self, tile: Tile) -> list[Numbers]:
+        """Return which outputs or inputs the indices along each axis of a tile are."""
+        intervals = [tile.rows, tile.columns, *[None] * len(self.shape)][: len(self.shape)]
+        return [axis.numbers(part) for axis, part in zip(self.axes, intervals, strict=True)]
 
-        Returns:
-            The tile; None if that is not what is wanted, or a value is NaN, infinite or too large.
-            The values are then as they were.
-        """
-        import numpy as np
-
-        is_wanted = tile.dtype is DType.BF16 and self.dtype is DType.F32
-        if not is_wanted or self.change.magnitude is not None:
-            return None
-        rounded = tile.out if tile.out is not None else np.empty(values.shape, np.uint16)
-        matrix, target = (self._as_matrix(one, outputs) for one in (values, rounded))
-        if not (np.shares_memory(matrix, values) and np.shares_memory(target, rounded)):
-            return None
-        self.change.apply(matrix, outputs, inputs, reader, target)
-        # Without the sign, infinity and NaN are the largest.
-        return rounded if np.left_shift(rounded, 1).max() < _INFINITY_WITHOUT_SIGN else None
+    def _numbers(self, tile: Tile) -> tuple[Numbers, Numbers]:
+        """Return the outputs and the inputs of a tile."""
+        numbers = list(zip(self.axes, self._indices(tile), strict=True))
+        return (
+            _sums(self.first[0], [some for axis, some in numbers if not axis.is_input]),
+            _sums(self.first[1], [some for axis, some in numbers if axis.is_input]),
+        )
 
     def _change(self, reader: Reader, values: _Array, outputs: Numbers, inputs: Numbers) -> None:
         """Change a tile in place."""

@@ -6,7 +6,7 @@ a vector is a matrix with one input.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -44,7 +44,6 @@ class Change(Protocol):
         outputs: Numbers,
         inputs: Numbers,
         reader: Reader,
-        rounded: np.ndarray[Any, Any] | None = None,
     ) -> None:
         """Change a tile in place, without the scaling by `magnitude`.
 
@@ -53,8 +52,28 @@ class Change(Protocol):
             outputs: The numbers of its outputs in the matrix.
             inputs: The numbers of its inputs.
             reader: Reads the adapter.
-            rounded: Memory for the result as bits of bfloat16, laid out like the tile; the tile may
-                then be left as it was.
+        """
+        ...
+
+    def apply_to_bfloat16(
+        self,
+        bits: np.ndarray[Any, Any],
+        outputs: Numbers,
+        inputs: Numbers,
+        reader: Reader,
+        out: np.ndarray[Any, Any],
+    ) -> bool:
+        """Change a tile of bfloat16 and round it to bfloat16, in the processor's cache.
+
+        Args:
+            bits: The tile, [outputs, inputs] uint16.
+            outputs: The numbers of its outputs in the matrix.
+            inputs: The numbers of its inputs.
+            reader: Reads the adapter.
+            out: Memory for the result.
+
+        Returns:
+            Whether that was done; else `apply` has to be used, which says what is wrong.
         """
         ...
 
@@ -89,22 +108,40 @@ class LowRankChange:
         outputs: Numbers,
         inputs: Numbers,
         reader: Reader,
-        rounded: np.ndarray[Any, Any] | None = None,
     ) -> None:
         """See `Change`."""
         from ..tensors.low_rank import add_product
 
+        through = None if self.rounded_to in (None, DType.F32) else self._round
+        for place, left, right in self._factors(outputs, inputs, reader):
+            add_product(values[place], left, right, through)
+
+    def apply_to_bfloat16(
+        self,
+        bits: np.ndarray[Any, Any],
+        outputs: Numbers,
+        inputs: Numbers,
+        reader: Reader,
+        out: np.ndarray[Any, Any],
+    ) -> bool:
+        """See `Change`."""
+        from ..tensors.low_rank import add_product_to_bfloat16
+
+        return all(
+            add_product_to_bfloat16(bits[place], left, right, out[place])
+            for place, left, right in self._factors(outputs, inputs, reader)
+        )
+
+    def _factors(
+        self, outputs: Numbers, inputs: Numbers, reader: Reader
+    ) -> Iterator[tuple[tuple[slice, slice], np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+        """Yield parts of a tile, with what the factors have for their outputs and inputs."""
         for top in range(0, len(outputs), _MAX_NUMBERS):
             rows = slice(top, top + _MAX_NUMBERS)
             left = self.cache.find(self.left, self.scale, self.shape[0], outputs[rows], reader)
             for begin in range(0, len(inputs), _MAX_NUMBERS):
                 columns = slice(begin, begin + _MAX_NUMBERS)
-                right = self._right(inputs[columns], reader)
-                add_product(
-                    values[rows, columns], left, right,
-                    through=None if self.rounded_to in (None, DType.F32) else self._round,
-                    rounded=None if rounded is None else rounded[rows, columns],
-                )  # fmt: skip
+                yield (rows, columns), left, self._right(inputs[columns], reader)
 
     def _right(self, inputs: Numbers, reader: Reader) -> np.ndarray[Any, Any]:
         """Return what the second factor has for inputs, [rank, inputs]."""
@@ -147,7 +184,6 @@ class RowsChange:
         outputs: Numbers,
         inputs: Numbers,
         reader: Reader,
-        rounded: np.ndarray[Any, Any] | None = None,
     ) -> None:
         """See `Change`."""
         import numpy as np
@@ -163,5 +199,14 @@ class RowsChange:
                 row = np.empty(width, np.float32)
                 cast(array, self.raw.dtype, row, DType.F32)
             values[position] = row[as_index(inputs)]
-        if rounded is not None:
-            cast(values, DType.F32, rounded, DType.BF16, overflow="infinity")
+
+    def apply_to_bfloat16(
+        self,
+        bits: np.ndarray[Any, Any],
+        outputs: Numbers,
+        inputs: Numbers,
+        reader: Reader,
+        out: np.ndarray[Any, Any],
+    ) -> bool:
+        """Return False (see `Change`): few rows are replaced."""
+        return False
