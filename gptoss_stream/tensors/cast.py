@@ -143,8 +143,9 @@ def _may_overflow(source: _Array, source_dtype: DType, dtype: DType) -> bool:
 
 def is_finite_in_bfloat16(values: _Array) -> bool:
     """Return whether float32 values are finite, also once they are rounded to bfloat16."""
-    least, largest = values.min(initial=0.0), values.max(initial=0.0)
-    return bool(-_ROUNDS_TO_INFINITY < least <= largest < _ROUNDS_TO_INFINITY)
+    if not values.size:
+        return True
+    return bool(values.min() > -_ROUNDS_TO_INFINITY and values.max() < _ROUNDS_TO_INFINITY)
 
 
 def cast(

@@ -24,8 +24,8 @@ __all__ = ["add_product", "add_product_to_bfloat16", "on_grid"]
 
 _MANTISSA_BITS = 53  # of float64
 _MOST_BITS = 24  # of float32, in which the rounded values are kept
-_BLOCK_ELEMENTS = 1 << 17
-"""Elements of a product that are computed at a time: 1 MB, which the processor's cache holds. With
+_BLOCK_ELEMENTS = 1 << 18
+"""Elements of a product that are computed at a time: 2 MB, which the processor's cache holds. With
 fewer, threads wait for each other between the calls."""
 
 _Array = np.ndarray[Any, Any]
@@ -69,10 +69,11 @@ def add_product(
     """
     if values.strides[0] < values.strides[1]:
         values, left, right = values.T, right, left
-    for rows, delta in _products(left, right):
-        if through is not None:
-            through(delta)
-        values[rows] += delta
+    with np.errstate(all="ignore"):  # values that are not finite are refused by the caller
+        for rows, delta in _products(left, right):
+            if through is not None:
+                through(delta)
+            values[rows] += delta
 
 
 def add_product_to_bfloat16(bits: _Array, left: _Array, right: _Array, out: _Array) -> bool:
@@ -89,31 +90,32 @@ def add_product_to_bfloat16(bits: _Array, left: _Array, right: _Array, out: _Arr
     """
     if out.strides[0] < out.strides[1]:
         bits, out, left, right = bits.T, out.T, right, left
-    wide = None
-    for rows, delta in _products(left, right):
-        if wide is None:
-            wide = np.empty(delta.shape, np.uint32)
-        scratch = wide[: len(delta)]
-        np.left_shift(bits[rows], 16, out=scratch, dtype=np.uint32)
-        with np.errstate(all="ignore"):
-            delta += scratch.view(np.float32)
-        if not is_finite_in_bfloat16(delta):
-            return False
-        round_finite(delta, out[rows], scratch)
+    wide = np.empty((_block_rows(right), right.shape[1]), np.uint32)
+    with np.errstate(all="ignore"):
+        for rows, delta in _products(left, right):
+            scratch = wide[: len(delta)]
+            np.left_shift(bits[rows], 16, out=scratch, dtype=np.uint32)
+            np.add(delta, scratch.view(np.float32), out=delta)
+            if not is_finite_in_bfloat16(delta):
+                return False
+            round_finite(delta, out[rows], scratch)
     return True
 
 
 def _products(left: _Array, right: _Array) -> Iterator[tuple[slice, _Array]]:
     """Yield some rows of `left.T @ right` at a time, float32, in memory that is used again."""
-    num_rows, columns = left.shape[1], right.shape[1]
-    step = max(1, _BLOCK_ELEMENTS // columns)
-    exact = np.empty((min(step, num_rows), columns), np.float64)
+    num_rows, step = left.shape[1], min(_block_rows(right), left.shape[1])
+    exact = np.empty((step, right.shape[1]), np.float64)
     rounded = np.empty(exact.shape, np.float32)
-    left, right = left.astype(np.float64), right.astype(np.float64)
+    by_row, right = np.ascontiguousarray(left.T, np.float64), right.astype(np.float64)
     for first in range(0, num_rows, step):
         rows = slice(first, min(first + step, num_rows))
         product, delta = exact[: rows.stop - first], rounded[: rows.stop - first]
-        with np.errstate(all="ignore"):  # values that are not finite are refused by the caller
-            np.matmul(left[:, rows].T, right, out=product)
-            np.copyto(delta, product, casting="same_kind")
+        np.matmul(by_row[rows], right, out=product)
+        np.copyto(delta, product, casting="same_kind")
         yield rows, delta
+
+
+def _block_rows(right: _Array) -> int:
+    """Return how many rows of a product are computed at a time."""
+    return max(1, _BLOCK_ELEMENTS // int(right.shape[1]))
