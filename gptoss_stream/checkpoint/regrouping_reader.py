@@ -31,7 +31,7 @@ __all__ = ["KEPT_TENSORS", "RegroupingReader"]
 
 KEPT_TENSORS = 4
 """Regrouped tensors on the disk: of two layers, for gate and up and for down."""
-_TILE_NBYTES = 2 << 20
+_TILE_NBYTES = 1 << 20
 
 
 class _Regrouped:
