@@ -25,8 +25,8 @@ __all__ = ["add_product", "add_product_to_bfloat16", "on_grid"]
 _MANTISSA_BITS = 53  # of float64
 _MOST_BITS = 24  # of float32, in which the rounded values are kept
 _BLOCK_ELEMENTS = 3 << 16
-"""Elements of a product that are computed at a time: 1.5 MB, which the processor's cache holds. With
-fewer, threads wait for each other between the calls."""
+"""Elements of a product that are computed at a time: 1.5 MB, which the processor's cache holds.
+With fewer, threads wait for each other between the calls."""
 
 _Array = np.ndarray[Any, Any]
 
