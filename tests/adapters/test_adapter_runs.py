@@ -188,6 +188,23 @@ def test_tiles(name, to, cached, made, tmp_path, monkeypatch):
     assert digests(out, "*.safetensors") == digests(whole, "*.safetensors")
 
 
+@pytest.mark.parametrize("like_peft", [False, True])
+@pytest.mark.parametrize(
+    "name", ["head", "DoRA of head", "router and head saved", "tokens of embedding and head"]
+)
+def test_through_a_spill_file(name, like_peft, made, base, tmp_path, monkeypatch):
+    """An unembedding that is merged and transposed on the disk has the same bytes."""
+    adapter = made.adapter(Case(name), torch.float32)
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    options = {"adapters": [adapter], "merge_like_peft": like_peft}
+    gptoss_stream.convert(base, whole, **options)
+    monkeypatch.setattr("gptoss_stream.planning.shards.SPILL_NBYTES", 100)
+    assert gptoss_stream.plan(base, **options).spill_nbytes >= 101 * 64 * 4
+    gptoss_stream.convert(base, out, **options)
+    assert digests(out, "*.safetensors") == digests(whole, "*.safetensors")
+    assert gptoss_stream.verify(base, out).equal
+
+
 @pytest.mark.parametrize("to", ["hf", "transformer-lens", "hf-unfused"])
 def test_smaller_model(to, made, base, tmp_path):
     """As if the adapter had been merged first."""
