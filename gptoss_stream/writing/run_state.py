@@ -116,10 +116,24 @@ def differences(found: Mapping[str, Any], state: Mapping[str, Any]) -> Iterator[
     causes = [key for key in differing if key not in (*_FOR_USERS, *_DERIVED)]
     for key in causes or [key for key in differing if key not in _FOR_USERS]:
         old, new = found.get(key), state.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            names = sorted(n for n in {**old, **new} if old.get(n) != new.get(n))
-            yield f"{key} ({listed(names)})"
+        if isinstance(old, dict) or isinstance(new, dict):
+            yield f"{key} ({listed(_differing_names(old, new))})"
         elif isinstance(old, list) and isinstance(new, list):
             yield f"{key} ({listed(sorted({*map(str, old)} ^ {*map(str, new)}))})"
         else:
             yield f"{key} (was {str(old)[:24]}, now {str(new)[:24]})"
+
+
+def _differing_names(old: Any, new: Any) -> list[str]:
+    """Return what differs between two objects of a state, of which one may be absent.
+
+    Of objects in both of them, also what differs in these: "adapter 1: scale".
+    """
+    one, other = (value if isinstance(value, dict) else {} for value in (old, new))
+    names = []
+    for name in sorted({**one, **other}):
+        values = one.get(name), other.get(name)
+        if values[0] != values[1]:
+            inner = _differing_names(*values) if all(isinstance(v, dict) for v in values) else []
+            names.append(f"{name}: {' and '.join(inner)}" if inner else name)
+    return names
