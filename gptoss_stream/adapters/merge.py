@@ -23,7 +23,7 @@ from .description import describe
 
 __all__ = ["Merge", "check_values", "merge_adapters"]
 
-_CHECKED_NBYTES = 4 << 20
+_CHECKED_NBYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ __all__ = ["Factor", "FactorCache", "Numbers", "as_index"]
 Numbers: TypeAlias = "range | np.ndarray[Any, Any]"
 """Numbers of outputs or inputs, ascending if they are a range."""
 
-_CACHE_NBYTES = 7 << 20
+_CACHE_NBYTES = 6 << 20
 """The most bytes of factors in memory, for all threads: with rank 64, those of three matrices."""
 _CACHED_NBYTES = 4 << 20
 """A larger factor, such as that of an unembedding, is not kept: each tile takes some rows of it."""

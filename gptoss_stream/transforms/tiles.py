@@ -28,10 +28,10 @@ _TRANSPOSED_TILE_ROWS = 192
 """The most rows of the operand in a tile that is transposed. With fewer, calls cost more than the
 copying (32 rows took twice as long). With many more, the tile does not fit in the processor's
 cache."""
-_ADAPTED_ELEMENTS = 3 << 18
+_ADAPTED_ELEMENTS = 5 << 17
 """The most elements in a tile that is merged with adapters, in float32. Merging takes many calls
 for each tile, between which threads wait for each other."""
-_ADAPTED_ROWS = 576
+_ADAPTED_ROWS = 512
 """The most rows of the operand in such a tile that is transposed."""
 
 
