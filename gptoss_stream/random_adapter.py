@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from math import prod
 from typing import Any
 
 from . import __version__
@@ -19,7 +18,7 @@ from .adapters.adapter_file import CONFIG_NAME, WEIGHTS_NAME
 from .errors import OptionError
 from .formats import hf
 from .model.config import ModelConfig
-from .model.tensors import matrix_axes
+from .model.tensors import matrix_shape
 from .planning.shards import plan_shards
 from .random_checkpoint import RandomCheckpoint, RandomReader, check_seed, chosen_dimensions
 from .tensors.dtypes import DType
@@ -114,7 +113,7 @@ def _parameter_names() -> dict[str, str]:
 def _tensors(model: ModelConfig, names: Sequence[str], rank: int) -> Iterator[OutputTensor]:
     """Yield the A and the B of model tensors, in each layer."""
     for tensor in names:
-        rows, columns = (prod(model.sizes[a] for a in axes) for axes in matrix_axes(tensor))
+        rows, columns = matrix_shape(tensor, model.sizes)
         ranks = rank * model.num_experts if tensor in _STACKED else rank
         module = _parameter_names()[tensor].rpartition(".")[0] + _STACKED.get(tensor, "")
         for layer in range(model.num_layers) if "{l}" in module else (None,):

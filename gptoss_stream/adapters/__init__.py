@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from .adapter import Adapter, AdapterLike, as_adapters, open_adapters, recorded_adapters
 from .adapter_file import AdapterFile, is_adapter, read_adapter
-from .changes import Replacement
 from .description import describe
 from .merge import Merge, check_values, merge_adapters
+from .parts import Saved
 
 __all__ = [
     "Adapter",
     "AdapterFile",
     "AdapterLike",
     "Merge",
-    "Replacement",
+    "Saved",
     "as_adapters",
     "check_values",
     "describe",

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
 from typing import NamedTuple
 
 from ..model.config import ModelConfig
-from ..model.tensors import matrix_axes
+from ..model.tensors import matrix_shape
 from ..tensors.raw_tensor import RawTensor
 from ..transforms.changes import Change
 from ..transforms.factors import FactorCache
@@ -59,9 +58,7 @@ class BaseModel:
 
     def matrix_shape(self, tensor: str) -> tuple[int, int]:
         """Return the numbers of outputs and inputs of a model tensor, of one layer and expert."""
-        sizes = self.model.sizes
-        outputs, inputs = (prod(sizes[axis] for axis in axes) for axes in matrix_axes(tensor))
-        return outputs, inputs
+        return matrix_shape(tensor, self.model.sizes)
 
     def check_shape(self, raw: RawTensor, expected: tuple[int, ...], what: str) -> None:
         """Refuse a tensor that is not of the model's sizes."""

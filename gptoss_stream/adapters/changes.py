@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-from ..formats import Row
 from ..formats._table import stored_shape
 from ..model.config import ModelConfig
 from ..model.tensors import EXPERT_TENSORS
@@ -27,16 +25,7 @@ from .stacks import (
     refuse,
 )
 
-__all__ = ["AdapterChanges", "Place", "Replacement", "changes_of"]
-
-
-class Replacement(NamedTuple):
-    """A tensor that an adapter stores whole."""
-
-    row: Row
-    """How it is stored, a row of Hugging Face's table."""
-    layer: int | None
-    raw: RawTensor
+__all__ = ["AdapterChanges", "Place", "changes_of"]
 
 
 @dataclass(slots=True)
@@ -46,7 +35,7 @@ class AdapterChanges:
     file: AdapterFile
     changes: dict[Place, list[Callable[[], Change]]] = field(default_factory=dict)
     """In order, made when they are needed: a model has thousands of experts."""
-    replacements: dict[Place, Replacement] = field(default_factory=dict)
+    replacements: dict[Place, Saved] = field(default_factory=dict)
     orientation: Decision | None = None
     """Of stacked experts; None without."""
     b_layout: Decision | None = None
@@ -112,7 +101,7 @@ class _Builder:
             raise refuse(self.base.file, raw, "replaces a bias that the base model does not have")
         self.base.check_shape(raw, stored_shape(row, self.base.model.sizes), "the base model")
         place = Place(row.tensor, layer, None)
-        self.found.replacements[place] = Replacement(row, layer, raw)
+        self.found.replacements[place] = saved
 
     def add_module(self, parts: Parts) -> None:
         """Add the changes of a module that is a linear layer or an embedding."""

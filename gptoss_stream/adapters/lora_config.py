@@ -78,11 +78,16 @@ class LoraConfig:
 
     def targets_module(self, name: str) -> bool:
         """Return whether `target_modules` is a list that names a module."""
-        return any(name == one or name.endswith(f".{one}") for one in self.target_modules)
+        return _is_named(name, self.target_modules)
 
     def targets_parameter(self, name: str) -> bool:
         """Return whether `target_parameters` names a parameter."""
-        return any(name == one or name.endswith(f".{one}") for one in self.target_parameters)
+        return _is_named(name, self.target_parameters)
+
+
+def _is_named(name: str, among: Iterable[str]) -> bool:
+    """Return whether a name, or its last parts, are among others."""
+    return any(name == one or name.endswith(f".{one}") for one in among)
 
 
 def _pattern_key(patterns: Iterable[str], module: str) -> str:
@@ -150,8 +155,6 @@ def _refuse(config: Mapping[str, Any], where: str) -> None:
             f"{where}: init_lora_weights is {str(init)[:40]!r}: the adapter {_CHANGED_BASE}; save "
             "it again with PEFT's path_initial_model_for_weight_conversion, which converts it"
         )
-    if config.get("loftq_config") and init == "loftq":
-        raise CheckpointError(f"{where}: LoftQ: the adapter {_CHANGED_BASE}")
     for key, why in _NOT_MERGEABLE.items():
         if config.get(key):
             raise CheckpointError(f"{where}: {key} is set: the adapter {why}")

@@ -18,8 +18,9 @@ from ..transforms.changes import Change, LowRankChange
 from ..transforms.factors import FactorCache
 from .adapter_file import CONFIG_NAME, AdapterFile
 from .base_model import Place
-from .changes import AdapterChanges, Replacement, changes_of
+from .changes import AdapterChanges, changes_of
 from .description import describe
+from .parts import Saved
 
 __all__ = ["Merge", "check_values", "merge_adapters"]
 
@@ -53,7 +54,7 @@ class Merge:
             return replace(change, rounded_to=dtype)
         return change
 
-    def replacement(self, tensor: str, layer: int | None) -> Replacement | None:
+    def replacement(self, tensor: str, layer: int | None) -> Saved | None:
         """Return what an adapter stores instead of a tensor of the model; None if none does."""
         place = Place(tensor, layer, None)
         return next(
@@ -164,7 +165,7 @@ def _refuse_late_magnitudes(one: AdapterChanges, earlier: Sequence[AdapterChange
         if not any(place in other.changes for other in earlier):
             continue
         for change in (make() for make in makes):
-            if change.magnitude is not None:
+            if isinstance(change, LowRankChange) and change.magnitude is not None:
                 raise TensorError(
                     f"{one.file.info.location}: tensor {change.magnitude.raw.name!r} is DoRA of a "
                     "layer that an adapter before it changes too, which versions of PEFT merge "
@@ -192,17 +193,13 @@ def _check_tensor(file: AdapterFile, raw: RawTensor, reader: Reader) -> None:
     """Check that the values of a tensor are finite."""
     import numpy as np
 
-    from ..tensors.cast import STORAGE, cast
+    from ..tensors.cast import as_float32
 
     count = prod(raw.shape)
     step = _CHECKED_NBYTES // raw.dtype.itemsize
     for first in range(0, count, step):
         with reader.read(raw, first, (min(step, count - first),)) as array:
-            if raw.dtype is DType.BF16:
-                wide = np.empty(array.shape, STORAGE[DType.F32])
-                cast(array, raw.dtype, wide, DType.F32)
-                array = wide
-            if not np.isfinite(array).all():
+            if not np.isfinite(as_float32(array, raw.dtype)).all():
                 where = file.info.location.display_path(raw.shard)
                 raise TensorError(
                     f"{where}: tensor {raw.name!r} has values that are NaN or infinite; the "

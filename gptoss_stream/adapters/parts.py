@@ -129,7 +129,7 @@ def parts_of(file: AdapterFile) -> tuple[list[Parts], list[Saved]]:
 
 
 def _renamed(name: str) -> str:
-    """Return a name with Tinker's names replaced by Hugging Face's."""
+    """Return a name as Hugging Face's model has it."""
     for pattern, replacement in _RENAMED:
         name = pattern.sub(replacement, name)
     return name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -35,11 +34,10 @@ def open_reader(info: CheckpointInfo, ahead: int = 0) -> AbstractContextManager[
 @contextmanager
 def open_readers(
     source: CheckpointInfo,
-    reference: CheckpointInfo | None = None,
-    adapters: Sequence[CheckpointInfo] = (),
-    *,
+    reference: CheckpointInfo | None,
+    adapters: Sequence[CheckpointInfo],
+    scratch: Path,
     ahead: int = 0,
-    scratch: Path | None = None,
 ) -> Iterator[Reader]:
     """Open a reader of a source, of a reference and of adapters, as far as there are any.
 
@@ -47,16 +45,17 @@ def open_readers(
         source: The source, number 0 in `RawTensor.checkpoint`.
         reference: The reference, number 1.
         adapters: The adapters, numbers from 2 on.
+        scratch: Where temporary files for adapters are created (see `scratch_folder`).
         ahead: See `open_reader`.
-        scratch: Where temporary files for adapters are created; by default as the system says.
     """
-    folder = scratch_folder(scratch or Path(tempfile.gettempdir()))
     with ExitStack() as stack:
         readers: dict[int, Reader] = {0: stack.enter_context(open_reader(source, ahead))}
         if reference is not None:
             readers[1] = stack.enter_context(open_reader(reference, ahead))
         for number, adapter in enumerate(adapters, 2):
-            readers[number] = stack.enter_context(RegroupingReader(adapter, folder))
+            readers[number] = stack.enter_context(
+                RegroupingReader(adapter, scratch_folder(scratch))
+            )
         if adapters:
             stack.enter_context(_one_blas_thread())
         yield readers[0] if len(readers) == 1 else JoinedReader(readers)

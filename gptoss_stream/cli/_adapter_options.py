@@ -6,12 +6,12 @@ import argparse
 from typing import TYPE_CHECKING
 
 from ..errors import OptionError
-from ._printing import print_message
+from ._options import open_other
 
 if TYPE_CHECKING:
     from ..adapters import AdapterLike
 
-__all__ = ["add_adapter_readings", "add_adapters", "open_adapters"]
+__all__ = ["add_adapters", "open_adapters"]
 
 
 def add_adapters(parser: argparse.ArgumentParser) -> None:
@@ -40,11 +40,6 @@ def add_adapters(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="round merged values as PEFT does, up to twice, instead of once",
     )
-    add_adapter_readings(group)
-
-
-def add_adapter_readings(group: argparse._ActionsContainer) -> None:
-    """Add the options that say what an adapter's files do not."""
     group.add_argument(
         "--lora-b-layout",
         metavar="LAYOUT",
@@ -66,7 +61,6 @@ def open_adapters(arguments: argparse.Namespace) -> tuple[AdapterLike, ...]:
         OptionError: For options that do not fit together.
     """
     from ..adapters import Adapter
-    from ..storage.open_location import is_repository, open_location
 
     names, scales = arguments.adapter, arguments.adapter_scale
     given = {
@@ -88,10 +82,7 @@ def open_adapters(arguments: argparse.Namespace) -> tuple[AdapterLike, ...]:
         scale = scales[min(number, len(scales) - 1)] if scales else 1.0
         # Checked before any network is asked.
         adapter = Adapter(name, scale, arguments.lora_b_layout, arguments.lora_orientation)
-        token = arguments.token if is_repository(name) else None
-        location = open_location(name, token=token)
-        if not location.is_local and not arguments.quiet:
-            print_message(f"merging {location}")
+        location = open_other(name, arguments, "merging")
         # A bare location says nothing, so that verify takes the rest from the record.
         adapters.append(
             location if adapter == Adapter(name) and not scales else adapter.at(location)

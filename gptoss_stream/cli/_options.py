@@ -24,6 +24,7 @@ __all__ = [
     "add_source",
     "add_source_format",
     "add_workers",
+    "open_other",
     "open_output",
     "open_reference",
     "open_source",
@@ -241,14 +242,24 @@ def open_output(arguments: argparse.Namespace) -> WritableLocation | None:
 
 def open_reference(arguments: argparse.Namespace) -> Location | None:
     """Open the checkpoint that `--reference` names, if any; print where it is read from."""
-    from ..storage.open_location import is_repository, open_location
-
     if arguments.reference is None:
         return None
-    token = arguments.token if is_repository(arguments.reference) else None
-    location = open_location(arguments.reference, token=token)
+    return open_other(arguments.reference, arguments, "comparing with")
+
+
+def open_other(name: str, arguments: argparse.Namespace, doing: str) -> Location:
+    """Open a location beside SOURCE; print where it is read from if that is remote.
+
+    Args:
+        name: The location.
+        arguments: The parsed arguments.
+        doing: What is done with it, for the message.
+    """
+    from ..storage.open_location import is_repository, open_location
+
+    location = open_location(name, token=arguments.token if is_repository(name) else None)
     if not location.is_local and not arguments.quiet:
-        print_message(f"comparing with {location}")
+        print_message(f"{doing} {location}")
     return location
 
 

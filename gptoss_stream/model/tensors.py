@@ -7,8 +7,16 @@ order of axes it stores them. Gate and up projection are one tensor with an axis
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
-__all__ = ["ABSENT_IS_ZERO", "ATTENTION_BIASES", "EXPERT_TENSORS", "MODEL_TENSORS", "matrix_axes"]
+__all__ = [
+    "ABSENT_IS_ZERO",
+    "ATTENTION_BIASES",
+    "EXPERT_TENSORS",
+    "MODEL_TENSORS",
+    "matrix_axes",
+    "matrix_shape",
+]
 
 MODEL_TENSORS: Mapping[str, str] = {
     "embed": "v m",
@@ -74,3 +82,14 @@ def matrix_axes(tensor: str) -> tuple[str, str]:
     without = "le" if tensor in EXPERT_TENSORS else "l"
     vector = "".join(axis for axis in MODEL_TENSORS[tensor].split() if axis not in without)
     return _MATRICES.get(tensor, (vector, ""))
+
+
+def matrix_shape(tensor: str, sizes: Mapping[str, int]) -> tuple[int, int]:
+    """Return the numbers of rows and columns of a tensor, of one layer and expert.
+
+    Args:
+        tensor: A name in `MODEL_TENSORS`.
+        sizes: The size of each axis (see `ModelConfig.sizes`).
+    """
+    rows, columns = (prod(sizes[axis] for axis in axes) for axes in matrix_axes(tensor))
+    return rows, columns

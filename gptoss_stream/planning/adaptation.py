@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from ..adapters import Merge, Replacement
+from ..adapters import Merge, Saved
 from ..errors import OptionError
 from ..model.pruning import ResolvedPruning
-from ..model.tensors import EXPERT_TENSORS, matrix_axes
+from ..model.tensors import EXPERT_TENSORS, matrix_axes, matrix_shape
 from ..tensors.dtypes import DType
 from ..transforms.adapted_operand import AdaptedOperand, MatrixAxis
 from ..transforms.operand import Operand
@@ -46,7 +46,7 @@ class TensorMerge:
         is_expert = axis == "e" and self.tensor in EXPERT_TENSORS
         return is_expert and self.merge.touches(self.tensor, self._source(fixed).get("l"))
 
-    def replacement(self, fixed: Mapping[str, int]) -> Replacement | None:
+    def replacement(self, fixed: Mapping[str, int]) -> Saved | None:
         """Return what is taken instead of the tensor with some indices fixed, if anything is."""
         if self.is_replaced:
             return None
@@ -70,7 +70,7 @@ class TensorMerge:
         changes = self.merge.changes(self.tensor, indices.get("l"), expert)
         if not changes:
             return operand
-        of_axis, shape = self._strides()
+        of_axis = self._strides()
         try:
             mapped = tuple(
                 MatrixAxis(
@@ -94,22 +94,20 @@ class TensorMerge:
         for change in changes:
             operand = AdaptedOperand(
                 operand, mapped, (first[0], first[1]),
-                self.merge.rounded(change, dtype), shape[0],
+                self.merge.rounded(change, dtype), matrix_shape(self.tensor, self.sizes)[0],
                 dtype if self.merge.like_peft else DType.F32, base_dtype,
             )  # fmt: skip
             base_dtype = operand.dtype
         return operand
 
-    def _strides(self) -> tuple[dict[str, _Stride], tuple[int, int]]:
-        """Return how far apart the indices of each axis are in the matrix, and its shape."""
+    def _strides(self) -> dict[str, _Stride]:
+        """Return how far apart the indices of each axis are in the matrix."""
         found = {}
-        shape = []
         for is_input, axes in enumerate(matrix_axes(self.tensor)):
             for number, axis in enumerate(axes):
                 following = prod(self.sizes[other] for other in axes[number + 1 :])
                 found[axis] = _Stride(bool(is_input), following)
-            shape.append(prod(self.sizes[axis] for axis in axes))
-        return found, (shape[0], shape[1])
+        return found
 
     def _source(self, fixed: Mapping[str, int]) -> Mapping[str, int]:
         """Return fixed indices with the source's layer and expert."""

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from ..adapters import Replacement
+from ..adapters import Saved
 from ..errors import OptionError
 from ..formats import Row, Table, rows_by_name
 from ..formats._table import Mxfp4Encoding, stored_shape
@@ -114,7 +114,7 @@ class SegmentBuilder:
         else:
             yield self._segment(groups, order, fixed)
 
-    def _replaced(self, replacement: Replacement) -> SegmentBuilder:
+    def _replaced(self, replacement: Saved) -> SegmentBuilder:
         """Return a builder that takes what an adapter stores instead of the source's tensor."""
         assert self.merge is not None
         row, raw = replacement.row, replacement.raw

@@ -22,4 +22,4 @@ def open_plan_readers(plan: Plan, scratch: Path, ahead: int = 0) -> AbstractCont
         ahead: How many steps the system reads ahead (see `checkpoint.open_reader`).
     """
     adapters = [] if plan.merge is None else plan.merge.infos
-    return open_readers(plan.info, plan.reference, adapters, ahead=ahead, scratch=scratch)
+    return open_readers(plan.info, plan.reference, adapters, scratch, ahead)

@@ -14,7 +14,14 @@ import numpy as np
 
 from .dtypes import DType
 
-__all__ = ["STORAGE", "cast", "count_infinities", "is_finite_in_bfloat16", "round_finite"]
+__all__ = [
+    "STORAGE",
+    "as_float32",
+    "cast",
+    "count_infinities",
+    "is_finite_in_bfloat16",
+    "round_finite",
+]
 
 STORAGE: dict[DType, type[np.generic]] = {
     DType.U8: np.uint8,
@@ -177,3 +184,17 @@ def cast(
         infinities = count_infinities(out, dtype)
         if infinities and infinities > count_infinities(source, source_dtype):
             raise OverflowError(f"{infinities} values are too large for {dtype}")
+
+
+def as_float32(array: _Array, dtype: DType) -> _Array:
+    """Return floats as float32: the array itself if it is that.
+
+    Args:
+        array: The floats, in the `STORAGE` of their dtype.
+        dtype: Their dtype.
+    """
+    if dtype is DType.F32:
+        return array
+    wide = np.empty(array.shape, np.float32)
+    cast(array, dtype, wide, DType.F32)
+    return wide

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from ..checkpoint.reader import ElementRange, Reader
 from ..errors import TensorError
 from ..tensors.dtypes import DType
-from .changes import Change
-from .factors import Numbers, as_index
+from .changes import Change, LowRankChange
+from .factors import Factor, Numbers, as_index
 from .operand import Interval, Loaded, Operand, Tile
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["AdaptedOperand", "MatrixAxis", "RowNorms"]
+__all__ = ["AdaptedOperand", "DoraScaling", "MatrixAxis"]
 
 _Array: TypeAlias = "np.ndarray[Any, Any]"
 _NORM_TILE_NBYTES = 1 << 20
@@ -56,24 +56,28 @@ class MatrixAxis(NamedTuple):
         return numbers[whole]
 
 
-class RowNorms:
-    """The lengths of all rows of a matrix with its change, which DoRA needs; computed once."""
+class DoraScaling:
+    """What DoRA multiplies the rows of a matrix with its change by; computed once."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._norms: _Array | None = None
+        self._scaling: _Array | None = None
 
     @property
     def is_known(self) -> bool:
-        """Whether they are computed."""
-        return self._norms is not None
+        """Whether it is computed."""
+        return self._scaling is not None
 
-    def find(self, operand: AdaptedOperand, reader: Reader) -> _Array:
-        """Return the lengths, [outputs] float32."""
+    def find(self, operand: AdaptedOperand, magnitude: Factor, reader: Reader) -> _Array:
+        """Return the scaling, [outputs] float32: DoRA's length of each row by its own."""
+        import numpy as np
+
         with self._lock:
-            if self._norms is None:
-                self._norms = operand.row_norms(reader)
-            return self._norms
+            if self._scaling is None:
+                lengths = magnitude.load(reader, 0, operand.num_outputs)[0].astype(np.float32)
+                with np.errstate(all="ignore"):
+                    self._scaling = lengths / operand.row_norms(reader)
+            return self._scaling
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,12 +96,16 @@ class AdaptedOperand:
     """What loading gives: float32, or the dtype of the base if each adapter is rounded to it."""
     base_dtype: DType
     """The dtype that holds the base's values exactly."""
-    norms: RowNorms = field(default_factory=RowNorms, repr=False)
+    dora: DoraScaling = field(default_factory=DoraScaling, repr=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """See `Operand`."""
         return self.base.shape
+
+    @property
+    def _magnitude(self) -> Factor | None:
+        return self.change.magnitude if isinstance(self.change, LowRankChange) else None
 
     @contextmanager
     def load(self, reader: Reader, tile: Tile) -> Iterator[Loaded]:
@@ -127,8 +135,10 @@ class AdaptedOperand:
         """
         import numpy as np
 
-        dtypes = {tile.dtype, self.base_dtype}
-        if dtypes != {DType.BF16} or self.dtype is not DType.F32 or self.change.magnitude:
+        change, dtypes = self.change, {tile.dtype, self.base_dtype}
+        if not isinstance(change, LowRankChange) or change.magnitude is not None:
+            return None
+        if dtypes != {DType.BF16} or self.dtype is not DType.F32:
             return None
         outputs, inputs = self._numbers(tile)
         with self.base.load(reader, tile._replace(out=None)) as (array, dtype):
@@ -136,7 +146,7 @@ class AdaptedOperand:
             bits, out = (self._as_matrix(one, outputs) for one in (array, rounded))
             if dtype is not DType.BF16 or not np.shares_memory(out, rounded):
                 return None
-            is_done = self.change.apply_to_bfloat16(bits, outputs, inputs, reader, out)
+            is_done = change.apply_to_bfloat16(bits, outputs, inputs, reader, out)
             return rounded if is_done else None
 
     def _load_base(self, reader: Reader, tile: Tile) -> tuple[_Array, Numbers, Numbers]:
@@ -175,12 +185,9 @@ class AdaptedOperand:
 
         matrix = self._as_matrix(values, outputs)
         self._change_matrix(reader, matrix, outputs, inputs)
-        magnitude = self.change.magnitude
-        if magnitude is not None:
-            lengths = magnitude.load(reader, 0, self.num_outputs)[0].astype(np.float32)
-            chosen = as_index(outputs)
+        if self._magnitude is not None:
+            scaling = self.dora.find(self, self._magnitude, reader)[as_index(outputs)]
             with np.errstate(all="ignore"):
-                scaling = lengths[chosen] / self.norms.find(self, reader)[chosen]
                 matrix *= scaling[:, None]
             self._check_finite(scaling)
         if not np.shares_memory(matrix, values):
@@ -237,7 +244,7 @@ class AdaptedOperand:
 
     def element_ranges(self, rows: Interval) -> Iterator[ElementRange]:
         """See `Operand`; DoRA needs all rows until their lengths are known."""
-        needs_all = self.change.magnitude is not None and not self.norms.is_known
+        needs_all = self._magnitude is not None and not self.dora.is_known
         yield from self.base.element_ranges((0, self.shape[0]) if needs_all else rows)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..checkpoint.reader import Reader
 from ..tensors.dtypes import DType
@@ -25,18 +25,29 @@ _MAX_NUMBERS = 8192
 memory for rows of factors."""
 
 
-class Change(Protocol):
-    """A change of a matrix."""
+@dataclass(frozen=True, slots=True)
+class LowRankChange:
+    """The addition of `scale * left @ right.T`, in float32."""
 
-    @property
-    def magnitude(self) -> Factor | None:
-        """DoRA's length of each output's row, [outputs, 1]; None without DoRA."""
-        ...
+    left: Factor
+    """[outputs, rank]."""
+    right: Factor | None
+    """[inputs, rank]; None for a vector."""
+    shape: tuple[int, int]
+    """The matrix's numbers of outputs and inputs."""
+    scale: float
+    cache: FactorCache = field(repr=False, compare=False)
+    is_rounded_by_peft: bool = False
+    """Whether PEFT rounds it to the model's dtype before it adds it."""
+    rounded_to: DType | None = None
+    """The dtype that it is rounded to before it is added; None for none."""
+    magnitude: Factor | None = None
+    """DoRA's length of each output's row, [outputs, 1]; None without DoRA."""
 
     @property
     def raw(self) -> RawTensor:
         """A tensor of the adapter that it is made of, for messages."""
-        ...
+        return self.left.raw
 
     def apply(
         self,
@@ -53,7 +64,11 @@ class Change(Protocol):
             inputs: The numbers of its inputs.
             reader: Reads the adapter.
         """
-        ...
+        from ..tensors.low_rank import add_product
+
+        through = None if self.rounded_to in (None, DType.F32) else self._round
+        for place, left, right in self._factors(outputs, inputs, reader):
+            add_product(values[place], left, right, through)
 
     def apply_to_bfloat16(
         self,
@@ -75,56 +90,6 @@ class Change(Protocol):
         Returns:
             Whether that was done; else `apply` has to be used, which says what is wrong.
         """
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class LowRankChange:
-    """The addition of `scale * left @ right.T`, in float32."""
-
-    left: Factor
-    """[outputs, rank]."""
-    right: Factor | None
-    """[inputs, rank]; None for a vector."""
-    shape: tuple[int, int]
-    """The matrix's numbers of outputs and inputs."""
-    scale: float
-    cache: FactorCache = field(repr=False, compare=False)
-    is_rounded_by_peft: bool = False
-    """Whether PEFT rounds it to the model's dtype before it adds it."""
-    rounded_to: DType | None = None
-    """The dtype that it is rounded to before it is added; None for none."""
-    magnitude: Factor | None = None
-    """See `Change`."""
-
-    @property
-    def raw(self) -> RawTensor:
-        """See `Change`."""
-        return self.left.raw
-
-    def apply(
-        self,
-        values: np.ndarray[Any, Any],
-        outputs: Numbers,
-        inputs: Numbers,
-        reader: Reader,
-    ) -> None:
-        """See `Change`."""
-        from ..tensors.low_rank import add_product
-
-        through = None if self.rounded_to in (None, DType.F32) else self._round
-        for place, left, right in self._factors(outputs, inputs, reader):
-            add_product(values[place], left, right, through)
-
-    def apply_to_bfloat16(
-        self,
-        bits: np.ndarray[Any, Any],
-        outputs: Numbers,
-        inputs: Numbers,
-        reader: Reader,
-        out: np.ndarray[Any, Any],
-    ) -> bool:
-        """See `Change`."""
         from ..tensors.low_rank import add_product_to_bfloat16
 
         return all(
@@ -175,8 +140,6 @@ class RowsChange:
     """The new rows, [rows, inputs]."""
     rows: Sequence[int]
     """The number of the output that each is for."""
-    magnitude: Factor | None = None
-    """See `Change`: None."""
 
     def apply(
         self,
@@ -185,10 +148,10 @@ class RowsChange:
         inputs: Numbers,
         reader: Reader,
     ) -> None:
-        """See `Change`."""
+        """Change a tile in place (see `LowRankChange.apply`)."""
         import numpy as np
 
-        from ..tensors.cast import cast
+        from ..tensors.cast import as_float32
 
         place = {row: number for number, row in enumerate(self.rows)}
         outputs = np.asarray(outputs)
@@ -196,17 +159,8 @@ class RowsChange:
         for position in np.flatnonzero(np.isin(outputs, self.rows)):
             number = place[int(outputs[position])]
             with reader.read(self.raw, number * width, (width,)) as array:
-                row = np.empty(width, np.float32)
-                cast(array, self.raw.dtype, row, DType.F32)
-            values[position] = row[as_index(inputs)]
+                values[position] = as_float32(array, self.raw.dtype)[as_index(inputs)]
 
-    def apply_to_bfloat16(
-        self,
-        bits: np.ndarray[Any, Any],
-        outputs: Numbers,
-        inputs: Numbers,
-        reader: Reader,
-        out: np.ndarray[Any, Any],
-    ) -> bool:
-        """Return False (see `Change`): few rows are replaced."""
-        return False
+
+Change: TypeAlias = "LowRankChange | RowsChange"
+"""A change of a matrix."""

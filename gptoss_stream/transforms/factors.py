@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..checkpoint.reader import Reader
-from ..tensors.dtypes import DType
 from ..tensors.raw_tensor import RawTensor
 
 if TYPE_CHECKING:
@@ -82,17 +81,10 @@ class Factor:
         self, reader: Reader, first: int, shape: tuple[int, ...], out: np.ndarray[Any, Any]
     ) -> None:
         """Read elements as float64."""
-        import numpy as np
-
-        from ..tensors.cast import cast
+        from ..tensors.cast import as_float32
 
         with reader.read(self.raw, first, shape) as array:
-            if self.raw.dtype is DType.F32:
-                out[...] = array
-                return
-            wide = np.empty(shape, np.float32)
-            cast(array, self.raw.dtype, wide, DType.F32)
-            out[...] = wide
+            out[...] = as_float32(array, self.raw.dtype)
 
 
 class FactorCache:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +21,7 @@ from ..checkpoint.reader import ElementRange, ReadSchedule
 from ..errors import OptionError
 from ..formats import SourceModel, check_tensors, read_source
 from ..model.selection import GROUPS
-from ..model.tensors import MODEL_TENSORS, matrix_axes
+from ..model.tensors import MODEL_TENSORS, matrix_axes, matrix_shape
 from ..storage.location import LocationLike
 from ..storage.open_location import open_location
 from .arrangements import Arrangement, arrangements, relate
@@ -174,9 +173,7 @@ def _tasks(
             axes = MODEL_TENSORS[tensor].split()
             if ("l" in axes) != (layer is not None) or ("e" in axes and not sizes["e"]):
                 continue
-            num_rows, num_columns = (
-                prod(sizes[axis] for axis in axes) for axes in matrix_axes(tensor)
-            )
+            num_rows, num_columns = matrix_shape(tensor, sizes)
             named = dict(
                 arrangements(tensor, num_rows, num_columns, is_split=models[0].is_split(tensor))
             )
