@@ -15,7 +15,7 @@ from .reader import Reader
 from .regrouping_reader import RegroupingReader
 from .remote_reader import RemoteReader
 
-__all__ = ["CheckpointReader", "open_reader", "open_readers"]
+__all__ = ["CheckpointReader", "open_random_readers", "open_reader", "open_readers"]
 
 CheckpointReader: TypeAlias = "LocalReader | RemoteReader"
 
@@ -52,13 +52,37 @@ def open_readers(
         readers: dict[int, Reader] = {0: stack.enter_context(open_reader(source, ahead))}
         if reference is not None:
             readers[1] = stack.enter_context(open_reader(reference, ahead))
-        for number, adapter in enumerate(adapters, 2):
-            readers[number] = stack.enter_context(
-                RegroupingReader(adapter, scratch_folder(scratch))
-            )
         if adapters:
             stack.enter_context(_one_blas_thread())
-        yield readers[0] if len(readers) == 1 else JoinedReader(readers)
+        yield _joined(readers, adapters, scratch, stack)
+
+
+@contextmanager
+def open_random_readers(
+    source: CheckpointInfo, adapters: Sequence[CheckpointInfo], scratch: Path
+) -> Iterator[Reader]:
+    """Open a reader of a source and of adapters that reads in any order, without a schedule.
+
+    Args:
+        source: The source, number 0 in `RawTensor.checkpoint`.
+        adapters: The adapters, numbers from 2 on.
+        scratch: Where temporary files for adapters are created (see `scratch_folder`).
+    """
+    with ExitStack() as stack:
+        readers: dict[int, Reader] = {0: stack.enter_context(LocalReader(source))}
+        yield _joined(readers, adapters, scratch, stack)
+
+
+def _joined(
+    readers: dict[int, Reader],
+    adapters: Sequence[CheckpointInfo],
+    scratch: Path,
+    stack: ExitStack,
+) -> Reader:
+    """Return one reader of checkpoints and of adapters, which are opened."""
+    for number, adapter in enumerate(adapters, 2):
+        readers[number] = stack.enter_context(RegroupingReader(adapter, scratch_folder(scratch)))
+    return readers[0] if len(readers) == 1 else JoinedReader(readers)
 
 
 def _one_blas_thread() -> AbstractContextManager[object]:

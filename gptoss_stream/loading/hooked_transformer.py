@@ -23,6 +23,7 @@ from .._utils.failures import machine_error, missing_package
 from .._utils.messages import listed
 from ..errors import MissingPackageError, OutputError
 from ..model.selection import parse_numbers
+from ..storage.open_location import local_path
 from .state_dict import StateDict, open_state_dict
 
 if TYPE_CHECKING:
@@ -62,8 +63,9 @@ def load_hooked_transformer(
         MissingPackageError: If TransformerLens 3.9 is not installed.
     """
     torch, transformer_lens, config_class = _import_packages()
-    state_dict = open_state_dict(path, dtype=dtype, device=device)
-    config = _read_config(state_dict.path)
+    folder = local_path(path)
+    state_dict = open_state_dict(folder, dtype=dtype, device=device)
+    config = _read_config(folder)
     num_layers = int(config["n_layers"])
     chosen = (
         tuple(range(num_layers)) if layers is None else parse_numbers(layers, num_layers, "layer")
@@ -86,13 +88,13 @@ def load_hooked_transformer(
             )
 
     with torch.device("meta"):
-        model = build(config, _load_tokenizer(state_dict.path))
+        model = build(config, _load_tokenizer(folder))
     names = [name for name, _ in model.named_parameters()]
     model.load_state_dict(_parameters(state_dict, names, chosen), strict=False, assign=True)
     _set_buffers(model, build(_small_config(config)), device)
     unset = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if unset:
-        raise OutputError(f"{state_dict.path}: no values for {listed(unset)}; run verify")
+        raise OutputError(f"{folder}: no values for {listed(unset)}; run verify")
     return model.requires_grad_(False).eval()
 
 
@@ -170,7 +172,7 @@ def _parameters(
     if missing:
         present = sorted({int(match[1]) for name in state_dict if (match := _LAYER.match(name))})
         raise OutputError(
-            f"{state_dict.path}: it lacks {len(missing)} tensors of the model, such as "
+            f"{state_dict.location}: it lacks {len(missing)} tensors of the model, such as "
             f"{missing[0]!r}; it contains tensors of the layers "
             f"{', '.join(map(str, present)) or 'none'}: choose complete layers with layers=, or "
             "convert what is missing"

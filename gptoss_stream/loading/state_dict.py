@@ -1,101 +1,106 @@
-"""A converted output as a mapping from names to memory-mapped torch tensors.
-
-A file is mapped when one of its tensors is first accessed. A tensor is a view of the map, so that
-the system reads only those pages that are used. Needs torch (extra `torch`).
+"""A checkpoint as a mapping from names to torch tensors, without converting it.
 
     >>> import gptoss_stream
-    >>> state_dict = gptoss_stream.open_state_dict("gpt-oss-20b-tl")  # doctest: +SKIP
+    >>> state_dict = gptoss_stream.open_state_dict(
+    ...     "gpt-oss-20b", to="transformer-lens"
+    ... )  # doctest: +SKIP
     >>> state_dict["blocks.0.attn.W_Q"].shape  # doctest: +SKIP
     torch.Size([64, 2880, 64])
+
+A tensor is a view of a mapped file if its elements are stored as they are wanted. Otherwise it is
+made when it is accessed, as `convert` makes it. Needs torch (extra `torch`).
 """
 
 from __future__ import annotations
 
-import mmap
-import os
-import threading
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import formats
 from .._utils.failures import missing_package
-from .._utils.messages import listed
-from ..checkpoint.metadata import read_header
-from ..errors import OutputError
-from ..storage.local_folder import LocalFolder
-from ..storage.open_location import local_path
-from ..tensors.dtypes import OUTPUT_DTYPES, DType, output_dtype, torch_name
+from ..adapters import AdapterLike, as_adapters
+from ..checkpoint.metadata import read_metadata
+from ..checkpoint.open_reader import open_random_readers
+from ..errors import OptionError, OutputError
+from ..planning.options import ConversionOptions
+from ..planning.plan import Plan, plan_conversion, read_adapters
+from ..planning.plan_readers import open_random_plan_readers
+from ..storage.location import Location, LocationLike
+from ..storage.open_location import open_location
+from ..tensors.dtypes import DType, output_dtype, torch_name
 from ..tensors.raw_tensor import RawTensor
-from ..tensors.safetensors_header import INDEX_NAME, parse_index
+from ..transforms.operands import DenseOperand
+from ..transforms.output_tensor import OutputTensor, Segment
+from ..transforms.rearrangement import make_rearrangement
 from ..writing.run_state import WORK_NAME
-from .read_errors import translate_read_errors
+from .tensor_loader import TensorLoader
+from .torch_dtypes import torch_dtype
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["StateDict", "open_state_dict"]
+__all__ = ["StateDict", "TensorSlice", "open_state_dict"]
 
 
-# Without a reservation of swap space: Linux would refuse a private map that is larger than memory,
-# though hardly any of it is written to. (MAP_NORESERVE, which `mmap` lacks before Python 3.13.)
-_NORESERVE = 0x4000 if os.uname().sysname == "Linux" else 0
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A tensor of a state dict."""
+
+    tensor: OutputTensor
+    """How its bytes are made."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    """What its bytes mean."""
 
 
 class StateDict(Mapping[str, "torch.Tensor"]):
-    """The tensors of a converted output by name, as a read-only mapping.
+    """The tensors of a checkpoint by name, as a read-only mapping.
 
-    Tensors are private to the process: writing to one (an in-place operation) copies the pages to
-    memory and never changes the file. Tensors stay valid after `close`. A pickled `StateDict`
-    opens the same folder again; after a fork both processes can use it. Do not truncate files
-    that are in use: accessing a page that is gone kills the process (SIGBUS).
+    Mapped tensors are private to the process: writing to one (an in-place operation) copies the
+    pages to memory and never changes the file. They stay valid after `close`. Do not truncate files
+    that are in use: accessing a page that is gone kills the process (SIGBUS). A file that has
+    changed otherwise is refused when a tensor of it is next accessed.
+
+    A pickled `StateDict` opens the same checkpoint again; after a fork both processes can use it.
     """
 
     def __init__(
         self,
-        path: Path,
-        weight_map: Mapping[str, str],
+        location: Location,
+        entries: Mapping[str, _Entry],
+        loader: TensorLoader,
         dtype: torch.dtype | None,
         device: str | torch.device | None,
+        reopen: Callable[[], StateDict],
     ) -> None:
-        self.path = path
-        self._weight_map = weight_map
+        self.location = location
+        self._entries = entries
+        self._loader = loader
         self._dtype = dtype
         self._device = device
-        self._location = LocalFolder(path)
-        self._raws: dict[str, RawTensor] = {}
-        self._maps: dict[str, mmap.mmap] = {}
-        self._lock = threading.Lock()
-        self._is_closed = False
+        self._reopen = reopen
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        import torch
-
-        raw, mapped = self._find(name)
-        is_mxfp4 = raw.dtype is DType.U8
-        dtype = torch.uint8 if is_mxfp4 else getattr(torch, torch_name(raw.dtype))
-        count = raw.nbytes // raw.dtype.itemsize
-        if count == 0:
-            tensor = torch.empty(raw.shape, dtype=dtype)
-        else:
-            tensor = torch.frombuffer(mapped, dtype=dtype, count=count, offset=raw.offset)
-        return tensor.reshape(raw.shape).to(
-            device=self._device, dtype=dtype if is_mxfp4 else self._dtype
-        )
+        return self.get_slice(name)[:]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._weight_map
+        return name in self._entries
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._weight_map)
+        return iter(self._entries)
 
     def __len__(self) -> int:
-        return len(self._weight_map)
+        return len(self._entries)
 
     def __repr__(self) -> str:
-        return f"<StateDict of {len(self)} tensors in {self.path}>"
+        return f"<StateDict of {len(self)} tensors in {self.location}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (str(self.path), self._dtype, self._device)
+        return self._reopen, ()
 
     def __enter__(self) -> StateDict:
         return self
@@ -104,103 +109,195 @@ class StateDict(Mapping[str, "torch.Tensor"]):
         self.close()
 
     def close(self) -> None:
-        """Refuse further access; each file is unmapped with its last tensor."""
-        self._is_closed = True
-        self._maps.clear()
+        """Close all files and refuse further access. Tensors stay valid."""
+        self._loader.close()
+
+    def get_slice(self, name: str) -> TensorSlice:
+        """Return a tensor that is read when it is indexed, such as `get_slice(name)[3:5]`.
+
+        Only the rows that are asked for are made, that is, indices of the first axis. Of a mapped
+        tensor nothing is read yet. All of a tensor is made if it is stored transposed and is not
+        mapped, such as `W_U` in another dtype.
+        """
+        return TensorSlice(self._entries[name], self._loader, self._convert)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return a tensor's shape from the header, without reading its data."""
-        return self._find(name)[0].shape
+        """Return a tensor's shape, without reading its data."""
+        return self._entries[name].shape
 
-    def _find(self, name: str) -> tuple[RawTensor, mmap.mmap]:
-        """Return a tensor's description and its mapped shard."""
-        shard = self._weight_map[name]
-        with self._lock:
-            if self._is_closed:
-                raise OutputError(f"{self.path}: closed; open it again")
-            if shard not in self._maps:
-                self._open(shard)
-            return self._raws[name], self._maps[shard]
+    def dtype(self, name: str) -> torch.dtype:
+        """Return a tensor's dtype, without reading its data."""
+        stored = self._entries[name].dtype
+        is_converted = self._dtype is not None and stored.is_floating_point
+        return self._dtype if is_converted and self._dtype is not None else stored
 
-    def _open(self, shard: str) -> None:
-        """Map a shard and check that its tensors are those of the index."""
-        file = self.path / shard
-        with translate_read_errors(file):
-            _, raws, _ = read_header(self._location, shard)
-            with open(file, "rb") as opened:
-                mapped = mmap.mmap(
-                    opened.fileno(),
-                    0,
-                    flags=mmap.MAP_PRIVATE | _NORESERVE,  # writing to it never changes the file
-                    prot=mmap.PROT_READ | mmap.PROT_WRITE,
-                )
-        expected = {name for name, where in self._weight_map.items() if where == shard}
-        if raws.keys() != expected:
-            different = listed([*map(repr, sorted(raws.keys() ^ expected))])
-            raise OutputError(
-                f"{file}: its tensors are not those of the index: {different}; convert again, or "
-                "run verify"
-            )
-        for raw in raws.values():
-            if raw.dtype not in (*OUTPUT_DTYPES.values(), DType.U8):
-                raise OutputError(
-                    f"{file}: tensor {raw.name!r} is {raw.dtype}, which is not a dtype of outputs"
-                )
-        self._raws |= raws
-        self._maps[shard] = mapped
+    def is_mapped(self, name: str) -> bool:
+        """Return whether a tensor is a view of a mapped file, unless it is converted to a dtype."""
+        return self._loader.can_map(self._entries[name].tensor)
+
+    def _convert(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Convert a tensor to the dtype and the device of the mapping."""
+        dtype = self._dtype if tensor.dtype.is_floating_point else None
+        return tensor.to(device=self._device, dtype=dtype)
+
+
+class TensorSlice:
+    """A tensor that is read when it is indexed, as by `safetensors.safe_open(…).get_slice`."""
+
+    def __init__(
+        self,
+        entry: _Entry,
+        loader: TensorLoader,
+        convert: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        self._entry = entry
+        self._loader = loader
+        self._convert = convert
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the whole tensor."""
+        return self._entry.shape
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """Return a part of the tensor: `index` means what it means for a tensor."""
+        first, *others = index if isinstance(index, tuple) and index else (index,)
+        tensor, shape = self._entry.tensor, self._entry.shape
+        rows = _rows(first, shape[0]) if shape else None
+        if rows is None or rows == (0, shape[0]) or self._loader.can_map(tensor):
+            stored = self._loader.load(tensor, 0, tensor.nbytes)
+            whole = self._typed(stored, shape)
+            return self._convert(whole if index == slice(None) else whole[index])
+        begin, end = rows
+        row_nbytes = tensor.nbytes // shape[0]
+        stored = self._loader.load(tensor, begin * row_nbytes, end * row_nbytes)
+        part = self._typed(stored, (end - begin, *shape[1:]))
+        chosen = 0 if isinstance(first, int) else slice(None)
+        return self._convert(part[(chosen, *others)])
+
+    def _typed(self, stored: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return stored elements as they are meant; those of the source's names are bytes."""
+        return stored.view(self._entry.dtype).view(shape)
+
+
+def _rows(index: Any, size: int) -> tuple[int, int] | None:
+    """Return which rows [begin, end) an index of the first axis means; None for other indices."""
+    if isinstance(index, int) and not isinstance(index, bool):
+        if not -size <= index < size:
+            raise IndexError(f"index {index} is out of range for {size} rows")
+        return index % size, index % size + 1
+    if isinstance(index, slice) and index.step in (None, 1):
+        begin, end, _ = index.indices(size)
+        return begin, max(begin, end)
+    return None
 
 
 def open_state_dict(
-    path: str | os.PathLike[str],
+    source: LocationLike,
     *,
+    to: str | None = None,
     dtype: str | None = None,
     device: str | torch.device | None = None,
+    source_format: str | None = None,
+    adapters: AdapterLike | Sequence[AdapterLike] = (),
 ) -> StateDict:
-    """Open a converted output, of any format, as a mapping from names to torch tensors.
+    """Open a checkpoint as a mapping from names to torch tensors; reads headers only.
 
-    Only the index is read. The result is a context manager, which need not be used as one.
+    The result is a context manager, which need not be used as one.
 
     Args:
-        path: A local output folder.
-        dtype: A torch name such as "float32": each tensor is converted to it, as a copy, when it
-            is accessed. MXFP4 blocks and scales stay uint8. By default tensors are not converted.
+        source: A checkpoint in any format, or an output of `convert`: a local folder, a repository
+            of the Hub, or a URL (see `open_location`).
+        to: The format (see `formats.names`) whose names and tensors the mapping has, with the
+            values that `convert` would write. By default the mapping has the tensors that the
+            source stores, under their names.
+        dtype: A torch name such as "float32". With `to`, as for `convert`. Without `to`, floats are
+            converted when they are accessed, and MXFP4 blocks and scales stay uint8.
         device: Copy each tensor to this device when it is accessed. By default, and on the CPU,
             tensors are not copied.
+        source_format: With `to`, the format of the source; by default it is detected.
+        adapters: With `to`, LoRA adapters to merge, in order: locations, or `Adapter` objects.
 
     Raises:
-        OutputError: If the folder is not a finished output.
-        OptionError: If the dtype is unknown.
+        CheckpointError: If the source cannot be used.
+        OptionError: If an argument cannot be used.
         MachineError: If reading fails.
-        MissingPackageError: If torch is not installed.
+        MissingPackageError: If torch or another extra is not installed.
     """
     try:
         import torch
     except ImportError as error:
         raise missing_package(error, "torch") from None
-    folder = local_path(path)
-    torch_dtype = None if dtype is None else getattr(torch, torch_name(output_dtype(dtype)))
-    return StateDict(folder, _read_weight_map(folder), torch_dtype, device)
+    reopen = partial(
+        open_state_dict,
+        source,
+        to=to,
+        dtype=dtype,
+        device=device,
+        source_format=source_format,
+        adapters=adapters,
+    )
+    location = open_location(source)
+    if to is not None:
+        options = ConversionOptions(to, source_format, dtype, adapters=as_adapters(adapters))
+        return plan_state_dict(plan_tensors(location, options), device, reopen)
+    if source_format is not None or as_adapters(adapters):
+        raise OptionError(
+            "without a format to read as, tensors are as they are stored: add to=, such as "
+            'to="hf", or leave out source_format= and adapters='
+        )
+    chosen = None if dtype is None else getattr(torch, torch_name(output_dtype(dtype)))
+    if location.has(WORK_NAME) and not location.has("model.safetensors.index.json"):
+        raise OutputError(f"{location}: an unfinished conversion; run the same convert again")
+    info = read_metadata(location)
+    entries = {
+        name: _Entry(_stored_bytes(raw), raw.shape, torch_dtype(raw))
+        for name, raw in info.tensors.items()
+    }
+    loader = TensorLoader(info, lambda: open_random_readers(info, [], Path(tempfile.gettempdir())))
+    return StateDict(location, entries, loader, chosen, device, reopen)
 
 
-def _read_weight_map(folder: Path) -> dict[str, str]:
-    """Read the index of an output: tensor name to shard, all of which exist."""
-    index = folder / INDEX_NAME
-    with translate_read_errors(index):
-        if not index.is_file():
-            what = (
-                "an unfinished conversion; run the same convert again"
-                if (folder / WORK_NAME).exists()
-                else f"no {INDEX_NAME} in it; name a converted output"
-            )
-            raise OutputError(f"{folder}: {what}")
-        weight_map = parse_index(index.read_bytes(), str(index))
-        missing = [name for name in sorted({*weight_map.values()}) if not (folder / name).is_file()]
-    if missing:
-        raise OutputError(f"{folder}: shards are missing: {listed(missing)}; convert again")
-    return weight_map
+def plan_tensors(location: Location, options: ConversionOptions) -> Plan:
+    """Plan the tensors of a format that a checkpoint gives; raises as `open_state_dict` does."""
+    source = formats.read_source(read_metadata(location), options.source_format)
+    return plan_conversion(source, options, None, read_adapters(options))
 
 
-def _reopen(path: str, dtype: torch.dtype | None, device: str | torch.device | None) -> StateDict:
-    """Open the folder of a pickled `StateDict`."""
-    name = None if dtype is None else str(dtype).removeprefix("torch.")
-    return open_state_dict(path, dtype=name, device=device)
+def plan_state_dict(
+    plan: Plan, device: str | torch.device | None, reopen: Callable[[], StateDict]
+) -> StateDict:
+    """Return the tensors of a plan as a mapping.
+
+    Args:
+        plan: The plan, without a reference.
+        device: See `open_state_dict`.
+        reopen: Opens the same mapping in another process.
+    """
+
+    entries = {
+        tensor.name: _Entry(tensor, tensor.shape, _dtype_of(tensor))
+        for shard in plan.shards
+        for tensor in shard.tensors
+    }
+    loader = TensorLoader(
+        plan.info, lambda: open_random_plan_readers(plan, Path(tempfile.gettempdir()))
+    )
+    return StateDict(plan.info.location, entries, loader, None, device, reopen)
+
+
+def _dtype_of(tensor: OutputTensor) -> torch.dtype:
+    """Return the torch dtype of an output tensor."""
+    import torch
+
+    name = "uint8" if tensor.dtype is DType.U8 else torch_name(tensor.dtype)
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _stored_bytes(raw: RawTensor) -> OutputTensor:
+    """Return a raw tensor as the bytes that are stored, whatever its dtype."""
+    shape = (raw.nbytes,)
+    operand = DenseOperand(replace(raw, dtype=DType.U8, shape=shape), 0, shape)
+    segment = Segment(operand, make_rearrangement(("x",), ("x",), shape))
+    return OutputTensor(raw.name, DType.U8, shape, (segment,))

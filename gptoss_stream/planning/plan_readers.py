@@ -5,11 +5,12 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from ..checkpoint.open_reader import open_readers
+from ..checkpoint.metadata import CheckpointInfo
+from ..checkpoint.open_reader import open_random_readers, open_readers
 from ..checkpoint.reader import Reader
 from .plan import Plan
 
-__all__ = ["open_plan_readers"]
+__all__ = ["open_plan_readers", "open_random_plan_readers"]
 
 
 def open_plan_readers(plan: Plan, scratch: Path, ahead: int = 0) -> AbstractContextManager[Reader]:
@@ -21,5 +22,19 @@ def open_plan_readers(plan: Plan, scratch: Path, ahead: int = 0) -> AbstractCont
             exist yet.
         ahead: How many steps the system reads ahead (see `checkpoint.open_reader`).
     """
-    adapters = [] if plan.merge is None else plan.merge.infos
-    return open_readers(plan.info, plan.reference, adapters, scratch, ahead)
+    return open_readers(plan.info, plan.reference, _adapters(plan), scratch, ahead)
+
+
+def open_random_plan_readers(plan: Plan, scratch: Path) -> AbstractContextManager[Reader]:
+    """Open a reader of a plan's source and adapters that reads in any order, without a schedule.
+
+    Args:
+        plan: The plan, without a reference.
+        scratch: Where temporary files for adapters are created.
+    """
+    return open_random_readers(plan.info, _adapters(plan), scratch)
+
+
+def _adapters(plan: Plan) -> list[CheckpointInfo]:
+    """Return the adapters that a plan merges."""
+    return [] if plan.merge is None else plan.merge.infos

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from collections.abc import Mapping
@@ -14,6 +15,10 @@ from ..errors import CheckpointError
 from .location import FileInfo, changed
 
 __all__ = ["LocalFile", "LocalFolder"]
+
+# Without a reservation of swap space: Linux would refuse a private map that is larger than memory,
+# though hardly any of it is written to. (MAP_NORESERVE, which `mmap` lacks before Python 3.13.)
+_NORESERVE = 0x4000 if os.uname().sysname == "Linux" else 0
 
 
 class LocalFolder:
@@ -119,10 +124,28 @@ class LocalFile:
         except OSError as error:
             raise machine_error(error, f"reading {self._path} at byte {begin}") from error
 
+    def map(self) -> mmap.mmap:
+        """Map the file: writing to the memory copies the page and never changes the file.
+
+        The memory stays valid when the file is closed. Raises `OSError`, and `ValueError` if the
+        file is empty.
+        """
+        return mmap.mmap(
+            self._descriptor,
+            0,
+            flags=mmap.MAP_PRIVATE | _NORESERVE,
+            prot=mmap.PROT_READ | mmap.PROT_WRITE,
+        )
+
     def prefetch(self, begin: int, nbytes: int) -> None:
         """Ask the system to read bytes ahead; returns at once."""
         if hasattr(os, "posix_fadvise"):  # not on every system, and only a hint
             os.posix_fadvise(self._descriptor, begin, nbytes, os.POSIX_FADV_WILLNEED)
+
+    def forget(self, begin: int, nbytes: int) -> None:
+        """Tell the system that bytes need not stay in its cache; those that are mapped do."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, begin, nbytes, os.POSIX_FADV_DONTNEED)
 
     def check_unchanged(self) -> None:
         """Check that the file was not written to since it was opened.

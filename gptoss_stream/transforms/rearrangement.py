@@ -26,6 +26,8 @@ class Rearrangement:
     """An einops pattern for inputs of one shape."""
 
     pattern: str
+    source_axes: tuple[str, ...]
+    """The input's axes."""
     axes: tuple[str, ...]
     """The output's axes."""
     num_rows: int
@@ -61,6 +63,7 @@ def make_rearrangement(
         raise ValueError(f"pattern {pattern!r} is not a transposition and changes the first axis")
     return Rearrangement(
         pattern=pattern,
+        source_axes=source,
         axes=target,
         num_rows=sizes[target[0]],
         row_shape=tuple(sizes[axis] for axis in target[1:]),

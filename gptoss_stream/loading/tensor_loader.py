@@ -1,0 +1,147 @@
+"""Gives the tensors of a checkpoint: mapped where they are stored as wanted, else made."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from .._utils.parallel import num_processors, run_parallel
+from ..checkpoint.metadata import CheckpointInfo
+from ..checkpoint.reader import Reader
+from ..errors import OutputError
+from ..tensors.dtypes import DType
+from ..transforms.materialize import materialize, materialize_rows
+from ..transforms.output_tensor import OutputTensor, Segment
+from ..transforms.tiles import TargetRows
+from .mapped_tensors import MappedTensors
+from .torch_dtypes import TORCH_NAMES
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+__all__ = ["TensorLoader"]
+
+_MIN_NBYTES = 1 << 20
+"""The least bytes of a tensor that are worth a thread of their own."""
+
+
+class TensorLoader:
+    """Maps and makes output tensors, from any thread.
+
+    Args:
+        info: The source.
+        open_readers: Opens a reader of all that the tensors are made of, in any order.
+    """
+
+    def __init__(
+        self, info: CheckpointInfo, open_readers: Callable[[], AbstractContextManager[Reader]]
+    ) -> None:
+        self._info = info
+        self._mapped = MappedTensors(info)
+        self._open_readers = open_readers
+        self._reader: Reader | None = None
+        self._stack = ExitStack()
+        weakref.finalize(self, self._stack.close)  # also when the interpreter ends
+        self._lock = threading.Lock()
+        self._is_closed = False
+
+    def close(self) -> None:
+        """Close all files and refuse further reads. Tensors stay valid."""
+        with self._lock:
+            self._is_closed = True
+            self._reader = None
+            self._stack.close()
+            self._mapped.close()
+
+    def can_map(self, tensor: OutputTensor) -> bool:
+        """Return whether a tensor is a view of a mapped file. No data is read."""
+        return self._mapped.can_map(tensor)
+
+    def load(self, tensor: OutputTensor, begin: int, end: int) -> torch.Tensor:
+        """Return bytes `begin … end` of a tensor, whole rows, or the whole tensor.
+
+        Returns:
+            [elements] in the tensor's dtype; the whole tensor has its shape.
+        """
+        import torch
+
+        self._check_open()
+        is_whole = (begin, end) == (0, tensor.nbytes)
+        if is_whole and self.can_map(tensor):
+            return self._mapped.view(tensor)
+        out = torch.empty(end - begin, dtype=torch.uint8)
+        self.make_into(tensor, begin, end, out.numpy())
+        made = out.view(getattr(torch, TORCH_NAMES[tensor.dtype]))
+        return made.view(tensor.shape) if is_whole else made
+
+    def make_into(
+        self, tensor: OutputTensor, begin: int, end: int, out: np.ndarray[Any, Any]
+    ) -> None:
+        """Make bytes `begin … end` of a tensor on all processors.
+
+        Args:
+            tensor: The tensor.
+            begin: The first byte.
+            end: The byte after the last.
+            out: Memory for the bytes, [end - begin] uint8.
+        """
+        reader = self._opened()
+        threads = num_processors()
+        pieces = deque(_pieces(tensor, begin, end, threads))
+        make = partial(_make_rows, reader=reader)
+
+        def make_pieces() -> None:
+            while pieces:
+                try:
+                    low, high = pieces.popleft()
+                except IndexError:  # another thread took the last one
+                    return
+                materialize(tensor, low, high, out[low - begin : high - begin], make)
+
+        run_parallel([make_pieces] * min(threads, len(pieces)))
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise OutputError(f"{self._info.location}: closed; open it again")
+
+    def _opened(self) -> Reader:
+        """Return the reader, which is opened when it is first used."""
+        with self._lock:
+            self._check_open()
+            if self._reader is None:
+                self._reader = self._stack.enter_context(self._open_readers())
+            return self._reader
+
+
+def _make_rows(
+    segment: Segment, targets: list[TargetRows], dtype: DType, *, reader: Reader
+) -> None:
+    """Make rows of a segment (see `MakeRows`)."""
+    materialize_rows(segment, targets, dtype, reader)
+
+
+def _pieces(tensor: OutputTensor, begin: int, end: int, count: int) -> Iterator[tuple[int, int]]:
+    """Cut bytes of a tensor into pieces that threads make.
+
+    A transposition is not cut: each piece would read all of the source.
+    """
+    offset = 0
+    for segment in tensor.segments:
+        size = segment.elements * tensor.dtype.itemsize
+        low, high = max(begin, offset), min(end, offset + size)
+        if low < high:
+            row_nbytes = prod(segment.row_shape) * tensor.dtype.itemsize
+            step = max(_MIN_NBYTES, -(-(high - low) // count))
+            step = -(-step // row_nbytes) * row_nbytes
+            if segment.rearrangement.transposes:
+                step = high - low
+            for piece in range(low, high, step):
+                yield piece, min(high, piece + step)
+        offset += size
