@@ -16,10 +16,11 @@ Convert and check:
 LoRA adapters are merged on the way (`adapters=`): name their locations, or an `Adapter` that says
 more.
 
-Load an output:
+Use a checkpoint without converting it:
 
-    open_state_dict          tensors by name, memory-mapped
-    load_hooked_transformer  a TransformerLens model whose weights stay on the disk
+    open_state_dict          tensors by name, in any format
+    load_hooked_transformer  a TransformerLens model whose weights stay in the checkpoint
+    load_hf_model            transformers' own model, likewise
 
 Name sources and outputs beyond paths and URLs:
 
@@ -50,7 +51,8 @@ if TYPE_CHECKING:  # the same names for type checkers
         OutputError as OutputError,
         TensorError as TensorError,
     )
-    from .loading.hooked_transformer import load_hooked_transformer as load_hooked_transformer
+    from .inference.hf_model import load_hf_model as load_hf_model
+    from .inference.hooked_transformer import load_hooked_transformer as load_hooked_transformer
     from .loading.state_dict import (
         StateDict as StateDict,
         open_state_dict as open_state_dict,
@@ -136,7 +138,8 @@ _MODULES = {
     "compare": "verification.compare",
     "convert": "conversion",
     "formats": "",
-    "load_hooked_transformer": "loading.hooked_transformer",
+    "load_hf_model": "inference.hf_model",
+    "load_hooked_transformer": "inference.hooked_transformer",
     "open_location": "storage.open_location",
     "open_state_dict": "loading.state_dict",
     "open_writable_location": "storage.open_location",

@@ -27,6 +27,7 @@ ROWS = [
     {"planning"},
     {"writing"},
     {"distributed", "loading", "verification"},
+    {"inference"},
     {"random_checkpoint"},
     {"random_adapter"},
     {"conversion", "synthesis"},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from ..storage.location import NEVER_STOP
 from ..tensors.raw_tensor import RawTensor
 from .metadata import CheckpointInfo
 from .open_files import OpenFiles
-from .reader import ReadSchedule
+from .reader import ElementRange, ReadSchedule
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,10 +85,21 @@ class LocalReader:
         """Ask the system to read ahead what a later step needs."""
         later = step + self._ahead
         if self._ahead and later < self._schedule.num_steps:
-            for element_range in self._schedule.element_ranges(later):
-                file = self._files.file(element_range.raw.shard)
-                if isinstance(file, LocalFile):
-                    file.prefetch(*element_range.byte_range)
+            self.prefetch(self._schedule.element_ranges(later))
+
+    def prefetch(self, ranges: Iterable[ElementRange]) -> None:
+        """Ask the system to read elements into its cache (see `RandomReader.prefetch`)."""
+        for one in ranges:
+            file = self._files.file(one.raw.shard)
+            if isinstance(file, LocalFile):
+                file.prefetch(*one.byte_range)
+
+    def forget(self, ranges: Iterable[ElementRange]) -> None:
+        """Tell the system that elements need not stay cached (see `RandomReader.forget`)."""
+        for one in ranges:
+            file = self._files.file(one.raw.shard)
+            if isinstance(file, LocalFile):
+                file.forget(*one.byte_range)
 
     def end_step(self, step: int) -> None:
         """Do nothing: `read` frees its memory itself."""

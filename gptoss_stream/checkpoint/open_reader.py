@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
@@ -11,11 +12,17 @@ from .._utils.temporary_file import scratch_folder
 from .joined_reader import JoinedReader
 from .local_reader import LocalReader
 from .metadata import CheckpointInfo
-from .reader import Reader
+from .reader import RandomReader, Reader
 from .regrouping_reader import RegroupingReader
 from .remote_reader import RemoteReader
 
-__all__ = ["CheckpointReader", "open_random_readers", "open_reader", "open_readers"]
+__all__ = [
+    "CheckpointReader",
+    "RandomReaders",
+    "open_random_readers",
+    "open_reader",
+    "open_readers",
+]
 
 CheckpointReader: TypeAlias = "LocalReader | RemoteReader"
 
@@ -57,11 +64,21 @@ def open_readers(
         yield _joined(readers, adapters, scratch, stack)
 
 
+@dataclass(frozen=True, slots=True)
+class RandomReaders:
+    """Readers that read in any order."""
+
+    source: RandomReader
+    """Of the source alone, which can be told what will be read soon."""
+    every: Reader
+    """Of the source and the adapters."""
+
+
 @contextmanager
 def open_random_readers(
     source: CheckpointInfo, adapters: Sequence[CheckpointInfo], scratch: Path
-) -> Iterator[Reader]:
-    """Open a reader of a source and of adapters that reads in any order, without a schedule.
+) -> Iterator[RandomReaders]:
+    """Open readers of a source and of adapters that read in any order, without a schedule.
 
     Args:
         source: The source, number 0 in `RawTensor.checkpoint`.
@@ -69,8 +86,8 @@ def open_random_readers(
         scratch: Where temporary files for adapters are created (see `scratch_folder`).
     """
     with ExitStack() as stack:
-        readers: dict[int, Reader] = {0: stack.enter_context(LocalReader(source))}
-        yield _joined(readers, adapters, scratch, stack)
+        reader = stack.enter_context(LocalReader(source))
+        yield RandomReaders(reader, _joined({0: reader}, adapters, scratch, stack))
 
 
 def _joined(

@@ -17,7 +17,7 @@ from ..tensors.raw_tensor import RawTensor
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["ElementRange", "ReadSchedule", "Reader"]
+__all__ = ["ElementRange", "RandomReader", "ReadSchedule", "Reader"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,3 +87,13 @@ class Reader(Protocol):
             CheckpointError: If a file has changed.
         """
         return
+
+
+class RandomReader(Reader, Protocol):
+    """A reader that needs no schedule, and can be told what will be read soon."""
+
+    def prefetch(self, ranges: Iterable[ElementRange]) -> None:
+        """Begin to read what is needed soon, in the background."""
+
+    def forget(self, ranges: Iterable[ElementRange]) -> None:
+        """Tell the system that it need not keep what was read in its cache."""

@@ -43,7 +43,7 @@ from .torch_dtypes import torch_dtype
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["StateDict", "TensorSlice", "open_state_dict"]
+__all__ = ["StateDict", "TensorSlice", "open_state_dict", "plan_loader", "state_dict_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class StateDict(Mapping[str, "torch.Tensor"]):
         loader: TensorLoader,
         dtype: torch.dtype | None,
         device: str | torch.device | None,
-        reopen: Callable[[], StateDict],
+        reopen: Callable[[], StateDict] | None,
     ) -> None:
         self.location = location
         self._entries = entries
@@ -100,6 +100,8 @@ class StateDict(Mapping[str, "torch.Tensor"]):
         return f"<StateDict of {len(self)} tensors in {self.location}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if self._reopen is None:
+            raise TypeError("this StateDict belongs to a model and cannot be pickled")
         return self._reopen, ()
 
     def __enter__(self) -> StateDict:
@@ -240,7 +242,9 @@ def open_state_dict(
     location = open_location(source)
     if to is not None:
         options = ConversionOptions(to, source_format, dtype, adapters=as_adapters(adapters))
-        return plan_state_dict(plan_tensors(location, options), device, reopen)
+        read = formats.read_source(read_metadata(location), source_format)
+        plan = plan_conversion(read, options, None, read_adapters(options))
+        return state_dict_of(plan, device, reopen)
     if source_format is not None or as_adapters(adapters):
         raise OptionError(
             "without a format to read as, tensors are as they are stored: add to=, such as "
@@ -258,32 +262,31 @@ def open_state_dict(
     return StateDict(location, entries, loader, chosen, device, reopen)
 
 
-def plan_tensors(location: Location, options: ConversionOptions) -> Plan:
-    """Plan the tensors of a format that a checkpoint gives; raises as `open_state_dict` does."""
-    source = formats.read_source(read_metadata(location), options.source_format)
-    return plan_conversion(source, options, None, read_adapters(options))
-
-
-def plan_state_dict(
-    plan: Plan, device: str | torch.device | None, reopen: Callable[[], StateDict]
+def state_dict_of(
+    plan: Plan,
+    device: str | torch.device | None,
+    reopen: Callable[[], StateDict] | None = None,
 ) -> StateDict:
     """Return the tensors of a plan as a mapping.
 
     Args:
         plan: The plan, without a reference.
         device: See `open_state_dict`.
-        reopen: Opens the same mapping in another process.
+        reopen: Opens the same mapping in another process; without it the mapping is not pickled.
     """
-
     entries = {
         tensor.name: _Entry(tensor, tensor.shape, _dtype_of(tensor))
         for shard in plan.shards
         for tensor in shard.tensors
     }
-    loader = TensorLoader(
+    return StateDict(plan.info.location, entries, plan_loader(plan), None, device, reopen)
+
+
+def plan_loader(plan: Plan) -> TensorLoader:
+    """Return what makes the tensors of a plan, which has no reference."""
+    return TensorLoader(
         plan.info, lambda: open_random_plan_readers(plan, Path(tempfile.gettempdir()))
     )
-    return StateDict(plan.info.location, entries, loader, None, device, reopen)
 
 
 def _dtype_of(tensor: OutputTensor) -> torch.dtype:

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from .._utils.parallel import num_processors, run_parallel
 from ..checkpoint.metadata import CheckpointInfo
-from ..checkpoint.reader import Reader
+from ..checkpoint.open_reader import RandomReaders
+from ..checkpoint.reader import ElementRange, Reader
 from ..errors import OutputError
 from ..tensors.dtypes import DType
 from ..transforms.materialize import materialize, materialize_rows
-from ..transforms.output_tensor import OutputTensor, Segment
+from ..transforms.output_tensor import OutputTensor, Segment, element_ranges
 from ..transforms.tiles import TargetRows
 from .mapped_tensors import MappedTensors
 from .torch_dtypes import TORCH_NAMES
@@ -37,16 +38,18 @@ class TensorLoader:
 
     Args:
         info: The source.
-        open_readers: Opens a reader of all that the tensors are made of, in any order.
+        open_readers: Opens readers of all that the tensors are made of.
     """
 
     def __init__(
-        self, info: CheckpointInfo, open_readers: Callable[[], AbstractContextManager[Reader]]
+        self,
+        info: CheckpointInfo,
+        open_readers: Callable[[], AbstractContextManager[RandomReaders]],
     ) -> None:
         self._info = info
         self._mapped = MappedTensors(info)
         self._open_readers = open_readers
-        self._reader: Reader | None = None
+        self._readers: RandomReaders | None = None
         self._stack = ExitStack()
         weakref.finalize(self, self._stack.close)  # also when the interpreter ends
         self._lock = threading.Lock()
@@ -56,7 +59,7 @@ class TensorLoader:
         """Close all files and refuse further reads. Tensors stay valid."""
         with self._lock:
             self._is_closed = True
-            self._reader = None
+            self._readers = None
             self._stack.close()
             self._mapped.close()
 
@@ -92,7 +95,7 @@ class TensorLoader:
             end: The byte after the last.
             out: Memory for the bytes, [end - begin] uint8.
         """
-        reader = self._opened()
+        reader = self._opened().every
         threads = num_processors()
         pieces = deque(_pieces(tensor, begin, end, threads))
         make = partial(_make_rows, reader=reader)
@@ -107,17 +110,32 @@ class TensorLoader:
 
         run_parallel([make_pieces] * min(threads, len(pieces)))
 
+    def prefetch(self, tensor: OutputTensor) -> None:
+        """Begin to read what a tensor is made of, in the background."""
+        self._opened().source.prefetch(_of_source(tensor))
+
+    def forget(self, tensor: OutputTensor) -> None:
+        """Tell the system that what a tensor is made of need not stay in its cache."""
+        self._opened().source.forget(_of_source(tensor))
+
     def _check_open(self) -> None:
         if self._is_closed:
             raise OutputError(f"{self._info.location}: closed; open it again")
 
-    def _opened(self) -> Reader:
-        """Return the reader, which is opened when it is first used."""
+    def _opened(self) -> RandomReaders:
+        """Return the readers, which are opened when they are first used."""
         with self._lock:
             self._check_open()
-            if self._reader is None:
-                self._reader = self._stack.enter_context(self._open_readers())
-            return self._reader
+            if self._readers is None:
+                self._readers = self._stack.enter_context(self._open_readers())
+            return self._readers
+
+
+def _of_source(tensor: OutputTensor) -> Iterator[ElementRange]:
+    """Yield what is read of the source to make a tensor."""
+    for one in element_ranges(tensor, 0, tensor.nbytes):
+        if one.raw.checkpoint == 0:
+            yield one
 
 
 def _make_rows(

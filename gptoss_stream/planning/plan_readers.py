@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from ..checkpoint.metadata import CheckpointInfo
-from ..checkpoint.open_reader import open_random_readers, open_readers
+from ..checkpoint.open_reader import RandomReaders, open_random_readers, open_readers
 from ..checkpoint.reader import Reader
 from .plan import Plan
 
@@ -25,8 +25,8 @@ def open_plan_readers(plan: Plan, scratch: Path, ahead: int = 0) -> AbstractCont
     return open_readers(plan.info, plan.reference, _adapters(plan), scratch, ahead)
 
 
-def open_random_plan_readers(plan: Plan, scratch: Path) -> AbstractContextManager[Reader]:
-    """Open a reader of a plan's source and adapters that reads in any order, without a schedule.
+def open_random_plan_readers(plan: Plan, scratch: Path) -> AbstractContextManager[RandomReaders]:
+    """Open readers of a plan's source and adapters that read in any order, without a schedule.
 
     Args:
         plan: The plan, without a reference.

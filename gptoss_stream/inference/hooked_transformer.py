@@ -1,7 +1,8 @@
-"""A HookedTransformer of TransformerLens 3.9 whose weights are memory-mapped.
+"""A HookedTransformer of TransformerLens 3.9 whose weights stay in the checkpoint.
 
-The model is built without memory, on torch's meta device, and its parameters are then replaced with
-the tensors of a `StateDict`. Needs the extra `transformer-lens`.
+The model is built without memory, on torch's meta device. Its parameters are then replaced with
+mapped tensors, and its experts, where they have to be decoded, with modules that do so when they
+are used. Needs the extra `transformer-lens`.
 
 TransformerLens' weight processing is not applied: `fold_value_biases` assumes that a head's
 attention sums to 1, which is not so with gpt-oss's attention sinks.
@@ -9,76 +10,104 @@ attention sums to 1, which is not so with gpt-oss's attention sinks.
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._utils import strict_json
-from .._utils.failures import machine_error, missing_package
+from .._utils.failures import missing_package
 from .._utils.messages import listed
+from ..adapters import AdapterLike, as_adapters
+from ..checkpoint.small_files import read_config
 from ..errors import MissingPackageError, OutputError
+from ..loading.state_dict import StateDict, open_state_dict
+from ..model.pruning import Pruning
 from ..model.selection import parse_numbers
-from ..storage.open_location import local_path
-from .state_dict import StateDict, open_state_dict
+from ..planning.options import ConversionOptions
+from ..planning.shards import parse_size
+from ..storage.location import Location, LocationLike
+from ..storage.open_location import open_location
+from .checkpoint_model import open_checkpoint_model
+from .tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     import torch
     from transformer_lens import HookedTransformer
 
+    from .expert_weights import ExpertWeights
+
 __all__ = ["load_hooked_transformer"]
 
 
+_CONFIG_NAME = "tl_config.json"
 _LAYER = re.compile(r"blocks\.(\d+)\.")
 
 
 def load_hooked_transformer(
-    path: str | os.PathLike[str],
+    source: LocationLike,
     *,
     dtype: str | None = None,
     device: str | torch.device = "cpu",
     n_ctx: int | None = None,
     layers: str | None = None,
+    source_format: str | None = None,
+    adapters: AdapterLike | Sequence[AdapterLike] = (),
+    expert_cache: int | str = 0,
 ) -> HookedTransformer:
-    """Load a converted output in the format `transformer-lens` as a model with hooks.
+    """Load a checkpoint in any format as a model with hooks, without converting it.
 
-    Opens in seconds: on the CPU and in the output's own dtype, weights are read from the disk
-    when they are used. Parameters need no gradient. The network is not used.
+    Opens in seconds. On the CPU, weights that are stored as the model needs them are mapped: they
+    are read from the disk when they are used. Experts that are stored otherwise, such as those in
+    MXFP4, are decoded when the router picks them, once for all tokens of a pass;
+    `model.blocks[3].mlp.experts[5].W_in.weight` decodes one matrix. Parameters need no gradient;
+    gradients with respect to activations work.
 
     Args:
-        path: A local output folder. If it contains a tokenizer, the model has it.
-        dtype: A torch name such as "float32"; makes copies of the weights.
-        device: Any device other than the CPU makes copies of the weights.
+        source: A local folder, a repository of the Hub, or a URL (see `open_location`). If it
+            contains a tokenizer, the model has it.
+        dtype: A torch name such as "float32"; by default as for `convert`. Makes copies of the
+            weights that are stored in another dtype.
+        device: Any device other than the CPU makes copies of the dense weights, and experts are
+            copied there when they are used.
         n_ctx: The longest sequence, in tokens; by default the model's own.
         layers: Use only these layers, such as "0-3,7". The model numbers them from 0.
+        source_format: The format of the source; by default it is detected.
+        adapters: LoRA adapters to merge, in order: locations, or `Adapter` objects.
+        expert_cache: Memory for decoded experts that are kept for later passes, in bytes or as a
+            text such as "2GB"; those used longest ago go first. By default none are kept.
 
     Raises:
-        OutputError: If the folder is not a finished output in this format, or lacks a tensor.
-        OptionError: If the dtype is unknown, or the model has no such layers.
+        CheckpointError: If the source cannot be used.
+        OutputError: If it is a part of a model, and lacks a tensor.
+        OptionError: If an argument cannot be used.
         MachineError: If reading fails.
         MissingPackageError: If TransformerLens 3.9 is not installed.
     """
     torch, transformer_lens, config_class = _import_packages()
-    folder = local_path(path)
-    state_dict = open_state_dict(folder, dtype=dtype, device=device)
-    config = _read_config(folder)
-    num_layers = int(config["n_layers"])
-    chosen = (
-        tuple(range(num_layers)) if layers is None else parse_numbers(layers, num_layers, "layer")
-    )
+    location = open_location(source)
+    merged = as_adapters(adapters)
+    experts: ExpertWeights | None = None
+    if location.has(_CONFIG_NAME) and not merged:
+        state_dict = open_state_dict(location, dtype=dtype, device=device)
+        config, chosen = _stored_config(location, layers)
+        config["dtype"] = dtype or config["dtype"]
+    else:
+        options = ConversionOptions(
+            "transformer-lens", source_format, dtype, pruning=Pruning.of(layers, None),
+            adapters=merged,
+        )  # fmt: skip
+        opened = open_checkpoint_model(location, options, device, _cache_nbytes(expert_cache))
+        state_dict, experts = opened.tensors, opened.experts
+        config = opened.config(_CONFIG_NAME)
+        chosen = tuple(range(int(config["n_layers"])))
     config |= {
-        "n_layers": len(chosen),
-        "attn_types": [config["attn_types"][layer] for layer in chosen],
-        "dtype": getattr(torch, dtype or config["dtype"]),
+        "dtype": getattr(torch, config["dtype"]),
         "init_weights": False,
         "device": str(device),
+        "n_ctx": n_ctx or config["n_ctx"],
     }
-    if n_ctx is not None:
-        config["n_ctx"] = n_ctx
 
     def build(config: dict[str, Any], tokenizer: Any = None) -> Any:
         with warnings.catch_warnings():
@@ -88,13 +117,17 @@ def load_hooked_transformer(
             )
 
     with torch.device("meta"):
-        model = build(config, _load_tokenizer(folder))
+        model = build(config, load_tokenizer(location))
+    if experts is not None:
+        from .hooked_experts import replace_experts
+
+        replace_experts(model, experts)
     names = [name for name, _ in model.named_parameters()]
     model.load_state_dict(_parameters(state_dict, names, chosen), strict=False, assign=True)
     _set_buffers(model, build(_small_config(config)), device)
     unset = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if unset:
-        raise OutputError(f"{folder}: no values for {listed(unset)}; run verify")
+        raise OutputError(f"{location}: no values for {listed(unset)}; run verify")
     return model.requires_grad_(False).eval()
 
 
@@ -130,30 +163,34 @@ def _import_packages() -> tuple[Any, Any, Any]:
     return torch, transformer_lens, config_class
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    """Read the fields of `HookedTransformerConfig` from an output's tl_config.json."""
-    file = folder / "tl_config.json"
+def _cache_nbytes(size: int | str) -> int:
+    """Return the size of the cache of experts in bytes."""
+    return parse_size(size) if size else 0
+
+
+def _stored_config(
+    location: Location, layers: str | None
+) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """Read the configuration of an output in the format `transformer-lens`.
+
+    Args:
+        location: The output.
+        layers: The layers to use; None for all.
+
+    Returns:
+        The fields of `HookedTransformerConfig` for the layers, and the layers' numbers.
+    """
+    config = dict(read_config(location, _CONFIG_NAME))
     try:
-        config = strict_json.loads(file.read_bytes())
-        int(config["n_layers"]), list(config["attn_types"]), str(config["dtype"])
-    except FileNotFoundError:
+        num_layers, kinds, _ = int(config["n_layers"]), [*config["attn_types"]], config["dtype"]
+        every = tuple(range(num_layers))
+        chosen = every if layers is None else parse_numbers(layers, num_layers, "layer")
+        config |= {"n_layers": len(chosen), "attn_types": [kinds[layer] for layer in chosen]}
+    except (ValueError, TypeError, KeyError, IndexError):
         raise OutputError(
-            f"{file}: missing; a HookedTransformer needs an output in the format transformer-lens"
+            f"{location.display_path(_CONFIG_NAME)}: damaged; convert again, or run verify"
         ) from None
-    except OSError as error:
-        raise machine_error(error, f"reading {file}") from error
-    except (ValueError, TypeError, KeyError):
-        raise OutputError(f"{file}: damaged; convert again, or run verify") from None
-    return dict(config)
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    """Load the tokenizer of an output; None if it has none."""
-    if not (folder / "tokenizer.json").is_file():
-        return None
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return config, chosen
 
 
 def _parameters(

@@ -1,0 +1,92 @@
+"""A checkpoint opened as a model: dense tensors by name, and experts that are decoded when used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from .. import formats
+from ..checkpoint.auxiliary_files import CopiedFile
+from ..checkpoint.metadata import read_metadata
+from ..loading.state_dict import StateDict, plan_loader, state_dict_of
+from ..planning.options import ConversionOptions
+from ..planning.output_files import output_files
+from ..planning.plan import Plan, plan_conversion, read_adapters
+from ..storage.location import Location
+
+if TYPE_CHECKING:
+    import torch
+
+    from .expert_weights import ExpertWeights
+
+__all__ = ["CheckpointModel", "open_checkpoint_model"]
+
+_MATRICES = ("gate_up", "down")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointModel:
+    """A model that stays in its checkpoint."""
+
+    plan: Plan
+    """The plan of a conversion to the format whose names the model uses."""
+    tensors: StateDict
+    """All its tensors."""
+    experts: ExpertWeights | None
+    """The experts, if they have to be decoded; None if all can be mapped."""
+
+    @property
+    def files(self) -> Mapping[str, bytes | CopiedFile]:
+        """The configuration and other small files by name."""
+        return output_files(self.plan)
+
+    def config(self, name: str) -> dict[str, Any]:
+        """Return a configuration file of the format."""
+        data = self.files[name]
+        assert isinstance(data, bytes)
+        return dict(json.loads(data))
+
+
+def open_checkpoint_model(
+    location: Location,
+    options: ConversionOptions,
+    device: str | torch.device | None,
+    cache_nbytes: int,
+) -> CheckpointModel:
+    """Open a checkpoint as a model; raises as `open_state_dict` does.
+
+    Args:
+        location: The checkpoint.
+        options: The format whose names are used, the dtype, layers and adapters.
+        device: Where dense tensors are.
+        cache_nbytes: The most bytes of decoded experts that are kept.
+    """
+    source = formats.read_source(read_metadata(location), options.source_format)
+    adapters = read_adapters(options)
+    plan = plan_conversion(source, options, None, adapters)
+    tensors = state_dict_of(plan, device)
+    names = [
+        tensor.name
+        for shard in plan.shards
+        for tensor in shard.tensors
+        if tensor.origin.model_tensor in _MATRICES
+    ]
+    if all(tensors.is_mapped(name) for name in names):
+        return CheckpointModel(plan, tensors, None)
+    from .expert_weights import ExpertWeights
+
+    # One matrix for gate and up, with rows as MXFP4 stores them: nothing is transposed.
+    by_expert = plan_conversion(
+        source, replace(options, to="hf-unfused", dtype=plan.dtype), None, adapters
+    )
+    matrices = [
+        tensor
+        for shard in by_expert.shards
+        for tensor in shard.tensors
+        if tensor.origin.model_tensor in _MATRICES
+    ]
+    return CheckpointModel(
+        plan, tensors, ExpertWeights(matrices, plan_loader(by_expert), cache_nbytes)
+    )

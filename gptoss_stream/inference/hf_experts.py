@@ -1,0 +1,103 @@
+"""The experts of a layer in transformers' model, decoded when they are used.
+
+Source of the computation: transformers 5.24, `models/gpt_oss/modeling_gpt_oss.py`, `GptOssExperts`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .expert_weights import ExpertWeights
+
+__all__ = ["ExpertStack", "HfExperts"]
+
+
+class ExpertStack:
+    """The matrices of a layer's experts, [experts, in, out]: index it with an expert's number."""
+
+    def __init__(self, weights: ExpertWeights, name: str, layer: int, num_experts: int) -> None:
+        self._matrices = [weights.matrix(name, layer, expert) for expert in range(num_experts)]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Its shape, [experts, in, out]."""
+        rows, columns = self._matrices[0].shape
+        return torch.Size((len(self._matrices), columns, rows))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of decoded matrices."""
+        return self._matrices[0].dtype
+
+    def __len__(self) -> int:
+        return len(self._matrices)
+
+    def __getitem__(self, expert: int) -> torch.Tensor:
+        """Return the matrix of an expert, [in, out], decoded now."""
+        return self._matrices[int(expert)].tensor().T
+
+    def multiply(self, expert: int, inputs: torch.Tensor) -> torch.Tensor:
+        """Multiply activations [tokens, in] with the matrix of an expert: [tokens, out]."""
+        return self._matrices[expert].multiply(inputs)
+
+
+class HfExperts(nn.Module):
+    """Computes what `GptOssExperts` computes; its matrices are no parameters.
+
+    Args:
+        original: The module that it replaces, whose biases and settings it takes over.
+        weights: The matrices.
+        layer: The layer's number.
+    """
+
+    def __init__(self, original: Any, weights: ExpertWeights, layer: int) -> None:
+        super().__init__()
+        self.intermediate_size: int = original.intermediate_size
+        self.num_experts: int = original.num_experts
+        self.hidden_size: int = original.hidden_size
+        self.alpha: float = original.alpha
+        self.limit: float = original.limit
+        self.gate_up_proj = ExpertStack(weights, "gate_up", layer, self.num_experts)
+        self.gate_up_proj_bias = original.gate_up_proj_bias
+        self.down_proj = ExpertStack(weights, "down", layer, self.num_experts)
+        self.down_proj_bias = original.down_proj_bias
+        self._weights = weights
+        self._layer = layer
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        router_indices: torch.Tensor,
+        routing_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the weighted sum of the experts that the router has picked for each token.
+
+        Args:
+            hidden_states: [tokens, hidden].
+            router_indices: The experts of each token, [tokens, experts per token].
+            routing_weights: Their weights, of the same shape.
+
+        Returns:
+            [tokens, hidden].
+        """
+        sums = torch.zeros_like(hidden_states)
+        picked = torch.unique(router_indices).tolist()
+        self._weights.begin_pass(self._layer, picked)
+        for expert in picked:
+            tokens, places = torch.where(router_indices == expert)
+            gate_up = self.gate_up_proj.multiply(expert, hidden_states[tokens])
+            activated = self._activate(gate_up + self.gate_up_proj_bias[expert])
+            output = self.down_proj.multiply(expert, activated) + self.down_proj_bias[expert]
+            weighted = output * routing_weights[tokens, places, None]
+            sums.index_add_(0, tokens, weighted.to(sums.dtype))
+        return sums
+
+    def _activate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """Return the activations [tokens, intermediate] of gate and up, which alternate."""
+        gate, up = gate_up[..., ::2], gate_up[..., 1::2]
+        gate = gate.clamp(max=self.limit)
+        up = up.clamp(min=-self.limit, max=self.limit)
+        return (up + 1) * (gate * torch.sigmoid(gate * self.alpha))
