@@ -97,7 +97,7 @@ class ExpertWeights:
 
     def _take_memory(self, nbytes: int) -> torch.Tensor:
         """Return memory of this thread that is used again: new pages cost more than decoding."""
-        free: Any = getattr(self._memory, "free", None)
+        free: torch.Tensor | None = getattr(self._memory, "free", None)
         self._memory.free = None
         if free is None or len(free) < nbytes:
             free = torch.empty(nbytes, dtype=torch.uint8)
@@ -126,16 +126,17 @@ class ExpertMatrix:
         """Return the matrix as a tensor, which is not kept."""
         return self._weights.load(self._tensor)
 
-    def multiply(self, inputs: torch.Tensor) -> torch.Tensor:
+    def multiply(self, inputs: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Multiply activations with the matrix.
 
         Args:
             inputs: [tokens, in].
+            bias: [out], added before the sum is rounded, as by `torch.nn.Linear`.
 
         Returns:
             [tokens, out], differentiable with respect to the inputs.
         """
-        product: torch.Tensor = _Product.apply(inputs, self)  # type: ignore[no-untyped-call]
+        product: torch.Tensor = _Product.apply(inputs, self, bias)  # type: ignore[no-untyped-call]
         return product
 
     @contextmanager
@@ -149,13 +150,15 @@ class _Product(torch.autograd.Function):
     """A product with a matrix that is decoded again for the backward pass, not kept."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: torch.Tensor, matrix: ExpertMatrix) -> torch.Tensor:
+    def forward(
+        ctx: Any, inputs: torch.Tensor, matrix: ExpertMatrix, bias: torch.Tensor | None
+    ) -> torch.Tensor:
         ctx.matrix = matrix
         with matrix.borrow(inputs) as weight:
-            return functional.linear(inputs, weight)
+            return functional.linear(inputs, weight, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         with ctx.matrix.borrow(gradient) as weight:
-            return gradient @ weight, None
+            return gradient @ weight, None, None

@@ -59,13 +59,13 @@ class HookedExpert(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the outputs [tokens, d_model] for inputs [tokens, d_model]."""
-        gate_up = self._gate_up.multiply(x)
-        gate = self.hook_gate(gate_up[:, ::2] + self.W_gate.bias)
-        up = self.hook_pre(gate_up[:, 1::2] + self.W_in.bias)
+        bias = torch.stack([self.W_gate.bias, self.W_in.bias], dim=1).flatten()
+        gate_up = self._gate_up.multiply(x, bias)
+        gate, up = self.hook_gate(gate_up[:, ::2]), self.hook_pre(gate_up[:, 1::2])
         gate = gate.clamp(max=_LIMIT)
         up = up.clamp(min=-_LIMIT, max=_LIMIT)
         activated = self.hook_post((up + 1) * (gate * torch.sigmoid(gate * _ALPHA)))
-        return self._down.multiply(activated) + self.W_out.bias
+        return self._down.multiply(activated, self.W_out.bias)
 
 
 def replace_experts(model: Any, weights: ExpertWeights) -> None:
