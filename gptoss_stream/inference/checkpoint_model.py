@@ -14,7 +14,9 @@ from ..loading.state_dict import StateDict, plan_loader, state_dict_of
 from ..planning.options import ConversionOptions
 from ..planning.output_files import output_files
 from ..planning.plan import Plan, plan_conversion, read_adapters
+from ..planning.shards import parse_size
 from ..storage.location import Location
+from ..tensors import compiled
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +55,7 @@ def open_checkpoint_model(
     location: Location,
     options: ConversionOptions,
     device: str | torch.device | None,
-    cache_nbytes: int,
+    expert_cache: int | str,
 ) -> CheckpointModel:
     """Open a checkpoint as a model; raises as `open_state_dict` does.
 
@@ -61,8 +63,9 @@ def open_checkpoint_model(
         location: The checkpoint.
         options: The format whose names are used, the dtype, layers and adapters.
         device: Where dense tensors are.
-        cache_nbytes: The most bytes of decoded experts that are kept.
+        expert_cache: The most bytes of decoded experts that are kept, or a text such as "2GB".
     """
+    cache_nbytes = 0 if str(expert_cache).strip() == "0" else parse_size(expert_cache)
     source = formats.read_source(read_metadata(location), options.source_format)
     adapters = read_adapters(options)
     plan = plan_conversion(source, options, None, adapters)
@@ -77,6 +80,7 @@ def open_checkpoint_model(
         return CheckpointModel(plan, tensors, None)
     from .expert_weights import ExpertWeights
 
+    compiled.enable()
     # One matrix for gate and up, with rows as MXFP4 stores them: nothing is transposed.
     by_expert = plan_conversion(
         source, replace(options, to="hf-unfused", dtype=plan.dtype), None, adapters

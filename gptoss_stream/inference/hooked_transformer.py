@@ -26,7 +26,6 @@ from ..loading.state_dict import StateDict, open_state_dict
 from ..model.pruning import Pruning
 from ..model.selection import parse_numbers
 from ..planning.options import ConversionOptions
-from ..planning.shards import parse_size
 from ..storage.location import Location, LocationLike
 from ..storage.open_location import open_location
 from .checkpoint_model import open_checkpoint_model
@@ -98,7 +97,7 @@ def load_hooked_transformer(
             "transformer-lens", source_format, dtype, pruning=Pruning.of(layers, None),
             adapters=merged,
         )  # fmt: skip
-        opened = open_checkpoint_model(location, options, device, _cache_nbytes(expert_cache))
+        opened = open_checkpoint_model(location, options, device, expert_cache)
         state_dict, experts = opened.tensors, opened.experts
         config = opened.config(_CONFIG_NAME)
         chosen = tuple(range(int(config["n_layers"])))
@@ -161,11 +160,6 @@ def _import_packages() -> tuple[Any, Any, Any]:
             f"wrong: {advice}"
         )
     return torch, transformer_lens, config_class
-
-
-def _cache_nbytes(size: int | str) -> int:
-    """Return the size of the cache of experts in bytes."""
-    return parse_size(size) if size else 0
 
 
 def _stored_config(

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from .cast import STORAGE, cast
+from .compiled import compiled_decode, is_enabled
 from .dtypes import DType
 
 __all__ = ["E2M1", "NAN_SCALE", "decode", "largest_scale"]
@@ -79,6 +80,9 @@ def decode(
     rows, groups, width = blocks.shape
     table = _pairs(dtype)
     pairs = out.view(table.dtype).reshape(rows, groups, width)
+    if is_enabled():
+        compiled_decode()(blocks, scales, table, pairs)
+        return
     tile_rows = max(1, _TILE_LOOKUPS // (groups * width))
     narrow, wide = _indices(min(rows, tile_rows) * groups * width)
     for first in range(0, rows, tile_rows):
