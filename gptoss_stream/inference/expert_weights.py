@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +14,13 @@ from torch.nn import functional
 from ..loading.tensor_loader import TensorLoader
 from ..loading.torch_dtypes import TORCH_NAMES
 from ..transforms.output_tensor import OutputTensor
-from .read_ahead import ReadAhead
+from .decode_ahead import DecodeAhead
+from .expert_cache import ExpertCache
 
 __all__ = ["ExpertMatrix", "ExpertWeights"]
+
+_FEW_TOKENS = 64
+"""Tokens for each expert, up to which decoding takes longer than multiplying."""
 
 
 class ExpertWeights:
@@ -27,19 +31,31 @@ class ExpertWeights:
             alternate between gate and up, and `down` [hidden, intermediate].
         loader: Makes them.
         cache_nbytes: The most bytes of decoded matrices that are kept for later passes.
+        prefetch_dense: Begins to read the other weights of a layer, or those after the last layer.
     """
 
     def __init__(
-        self, tensors: list[OutputTensor], loader: TensorLoader, cache_nbytes: int
+        self,
+        tensors: Sequence[OutputTensor],
+        loader: TensorLoader,
+        cache_nbytes: int,
+        prefetch_dense: Callable[[int], None],
     ) -> None:
-        self._tensors = {(*tensor.origin,): tensor for tensor in tensors}
         self._loader = loader
-        self._cache_nbytes = cache_nbytes
-        self._cached: OrderedDict[OutputTensor, torch.Tensor] = OrderedDict()
-        self._used_nbytes = 0
-        self._lock = threading.Lock()
-        self._memory = threading.local()
-        self._ahead = ReadAhead(self._tensors, loader)
+        self._cache = ExpertCache(loader, cache_nbytes)
+        self._prefetch_dense = prefetch_dense
+        self._layers: dict[int, dict[int, dict[str, OutputTensor]]] = {}
+        for tensor in tensors:
+            name, layer, expert = tensor.origin
+            assert layer is not None
+            assert expert is not None
+            self._layers.setdefault(layer, {}).setdefault(expert, {})[name] = tensor
+        self._ahead = DecodeAhead(
+            self._decode, loader.prefetch, max(tensor.nbytes for tensor in tensors)
+        )
+        self._pass = threading.Lock()
+        self._owner = 0
+        self._visited: set[int] = set()
 
     def matrix(self, name: str, layer: int, expert: int) -> ExpertMatrix:
         """Return a matrix of an expert; nothing is read.
@@ -49,11 +65,51 @@ class ExpertWeights:
             layer: The layer.
             expert: The expert.
         """
-        return ExpertMatrix(self, self._tensors[name, layer, expert])
+        return ExpertMatrix(self, self._layers[layer][expert][name])
 
-    def begin_pass(self, layer: int, experts: list[int]) -> None:
-        """Begin a pass through a layer, which will use these experts, in this order."""
-        self._ahead.begin_pass(layer, experts)
+    @contextmanager
+    def one_pass(self, layer: int, experts: Sequence[int], num_tokens: int) -> Iterator[None]:
+        """Decode ahead in a context in which a thread uses these experts, in this order.
+
+        If another thread is in such a context, matrices are decoded when they are used.
+
+        Args:
+            layer: The layer.
+            experts: The experts that the router has picked.
+            num_tokens: The number of tokens, each as often as it has experts.
+        """
+        if not self._pass.acquire(blocking=False):
+            yield
+            return
+        threads = torch.get_num_threads()
+        self._owner = threading.get_ident()
+        try:
+            self._begin(layer, experts)
+            if num_tokens <= _FEW_TOKENS * len(experts):
+                torch.set_num_threads(max(1, threads // 2))  # others decode meanwhile
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            self._owner = 0
+            self._pass.release()
+
+    def _begin(self, layer: int, experts: Sequence[int]) -> None:
+        """Begin to decode the experts of a pass, and of the next layer if they are many."""
+        of_layer = self._layers[layer]
+        is_many = 2 * len(experts) >= len(of_layer)
+        if is_many or layer not in self._visited:
+            self._visited.add(layer)
+            self._ahead.run(partial(self._prefetch_dense, layer + 1))
+        order = [matrix for expert in experts for matrix in of_layer[expert].values()]
+        if is_many:
+            following = self._layers.get(layer + 1, {})
+            order += [matrix for expert in following.values() for matrix in expert.values()]
+        if not self._cache.nbytes:
+            self._ahead.begin([one for one in order if not self._loader.can_map(one)])
+
+    def _decode(self, tensor: OutputTensor, memory: torch.Tensor) -> None:
+        """Decode a matrix into memory."""
+        self._loader.make_into(tensor, 0, tensor.nbytes, memory.numpy())
 
     def load(self, tensor: OutputTensor) -> torch.Tensor:
         """Return a matrix: mapped, or decoded to memory that belongs to the caller."""
@@ -65,43 +121,22 @@ class ExpertWeights:
         if self._loader.can_map(tensor):
             yield self.load(tensor)
             return
-        with self._lock:
-            cached = self._cached.get(tensor)
-            if cached is not None:
-                self._cached.move_to_end(tensor)
-        if cached is None:
-            self._ahead.advance(tensor)
-        if cached is not None:
-            yield cached
-        elif tensor.nbytes <= self._cache_nbytes:
-            yield self._keep(tensor, self.load(tensor))
-        else:
-            memory = self._take_memory(tensor.nbytes)
-            used = memory[: tensor.nbytes]
-            self._loader.make_into(tensor, 0, tensor.nbytes, used.numpy())
-            yield used.view(getattr(torch, TORCH_NAMES[tensor.dtype])).view(tensor.shape)
-            self._memory.free = memory
-        if cached is None:
-            self._ahead.finish(tensor)
+        is_owner = self._owner == threading.get_ident()
+        memory = self._ahead.take(tensor) if is_owner else None
+        if memory is None:
+            with self._cache.borrow(tensor) as memory:
+                yield _typed(tensor, memory)
+            return
+        try:
+            yield _typed(tensor, memory)
+        finally:
+            self._ahead.give_back(memory)
 
-    def _keep(self, tensor: OutputTensor, decoded: torch.Tensor) -> torch.Tensor:
-        """Keep a decoded matrix in the place of those that were used longest ago."""
-        with self._lock:
-            if tensor not in self._cached:
-                self._cached[tensor] = decoded
-                self._used_nbytes += tensor.nbytes
-            while self._used_nbytes > self._cache_nbytes:
-                oldest, _ = self._cached.popitem(last=False)
-                self._used_nbytes -= oldest.nbytes
-        return decoded
 
-    def _take_memory(self, nbytes: int) -> torch.Tensor:
-        """Return memory of this thread that is used again: new pages cost more than decoding."""
-        free: torch.Tensor | None = getattr(self._memory, "free", None)
-        self._memory.free = None
-        if free is None or len(free) < nbytes:
-            free = torch.empty(nbytes, dtype=torch.uint8)
-        return free
+def _typed(tensor: OutputTensor, memory: torch.Tensor) -> torch.Tensor:
+    """Return the matrix in memory that may be larger."""
+    dtype = getattr(torch, TORCH_NAMES[tensor.dtype])
+    return memory[: tensor.nbytes].view(dtype).view(tensor.shape)
 
 
 class ExpertMatrix:

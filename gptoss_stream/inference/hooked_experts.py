@@ -6,6 +6,7 @@ Source of the computation: TransformerLens 3.9, `components/mlps/gpt_oss_moe.py`
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -82,13 +83,19 @@ def replace_experts(model: Any, weights: ExpertWeights) -> None:
                 weights.matrix("gate_up", layer, number),
                 weights.matrix("down", layer, number),
             )
-        block.mlp.hook_expert_indices.register_forward_hook(_begin_pass(weights, layer))
+        _decode_ahead(block.mlp, weights, layer)
 
 
-def _begin_pass(weights: ExpertWeights, layer: int) -> Callable[..., None]:
-    """Return a torch hook that learns which experts a pass through a layer will use."""
+def _decode_ahead(mlp: Any, weights: ExpertWeights, layer: int) -> None:
+    """Let a layer's experts be decoded ahead, from when the router has picked them."""
+    passes: list[ExitStack] = []
 
-    def hook(module: nn.Module, inputs: Any, indices: torch.Tensor) -> None:
-        weights.begin_pass(layer, torch.unique(indices).tolist())
+    def begin(module: nn.Module, inputs: Any, indices: torch.Tensor) -> None:
+        picked = torch.unique(indices).tolist()
+        passes[-1].enter_context(weights.one_pass(layer, picked, indices.numel()))
 
-    return hook
+    mlp.register_forward_pre_hook(lambda module, inputs: passes.append(ExitStack()))
+    mlp.hook_expert_indices.register_forward_hook(begin)
+    mlp.register_forward_hook(
+        lambda module, inputs, outputs: passes.pop().close(), always_call=True
+    )

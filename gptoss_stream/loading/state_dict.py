@@ -244,7 +244,7 @@ def open_state_dict(
         options = ConversionOptions(to, source_format, dtype, adapters=as_adapters(adapters))
         read = formats.read_source(read_metadata(location), source_format)
         plan = plan_conversion(read, options, None, read_adapters(options))
-        return state_dict_of(plan, device, reopen)
+        return state_dict_of(plan, plan_loader(plan), device, reopen)
     if source_format is not None or as_adapters(adapters):
         raise OptionError(
             "without a format to read as, tensors are as they are stored: add to=, such as "
@@ -264,6 +264,7 @@ def open_state_dict(
 
 def state_dict_of(
     plan: Plan,
+    loader: TensorLoader,
     device: str | torch.device | None,
     reopen: Callable[[], StateDict] | None = None,
 ) -> StateDict:
@@ -271,6 +272,7 @@ def state_dict_of(
 
     Args:
         plan: The plan, without a reference.
+        loader: What makes its tensors.
         device: See `open_state_dict`.
         reopen: Opens the same mapping in another process; without it the mapping is not pickled.
     """
@@ -279,7 +281,7 @@ def state_dict_of(
         for shard in plan.shards
         for tensor in shard.tensors
     }
-    return StateDict(plan.info.location, entries, plan_loader(plan), None, device, reopen)
+    return StateDict(plan.info.location, entries, loader, None, device, reopen)
 
 
 def plan_loader(plan: Plan) -> TensorLoader:

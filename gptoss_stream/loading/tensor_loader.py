@@ -88,9 +88,13 @@ class TensorLoader:
         return made.view(tensor.shape) if is_whole else made
 
     def make_into(
-        self, tensor: OutputTensor, begin: int, end: int, out: np.ndarray[Any, Any]
+        self,
+        tensor: OutputTensor,
+        begin: int,
+        end: int,
+        out: np.ndarray[Any, Any],
     ) -> None:
-        """Make bytes `begin … end` of a tensor on all processors.
+        """Make bytes `begin … end` of a tensor, on all processors.
 
         Args:
             tensor: The tensor.

@@ -49,7 +49,7 @@ def _can_cache() -> bool:
     from numba.core.caching import FunctionCache
 
     try:
-        FunctionCache(_decode)
+        FunctionCache(_decode)  # type: ignore[no-untyped-call]
     except RuntimeError:
         return False
     return True
