@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +11,12 @@ from .. import formats
 from ..checkpoint.auxiliary_files import CopiedFile
 from ..checkpoint.metadata import read_metadata
 from ..loading.state_dict import StateDict, plan_loader, state_dict_of
-from ..loading.tensor_loader import TensorLoader
 from ..planning.options import ConversionOptions
 from ..planning.output_files import output_files
 from ..planning.plan import Plan, plan_conversion, read_adapters
 from ..planning.shards import parse_size
 from ..storage.location import Location
 from ..tensors import compiled
-from ..transforms.output_tensor import OutputTensor
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +79,7 @@ def open_checkpoint_model(
     ]
     if all(tensors.is_mapped(name) for name in names):
         return CheckpointModel(plan, tensors, None)
+    from .dense_weights import DenseWeights
     from .expert_weights import ExpertWeights
 
     compiled.enable()
@@ -95,28 +94,6 @@ def open_checkpoint_model(
         if tensor.origin.model_tensor in _MATRICES
     ]
     experts = ExpertWeights(
-        matrices, plan_loader(by_expert), cache_nbytes, _dense_prefetch(plan, loader)
+        matrices, plan_loader(by_expert), cache_nbytes, DenseWeights(plan, loader, _MATRICES)
     )
     return CheckpointModel(plan, tensors, experts)
-
-
-def _dense_prefetch(plan: Plan, loader: TensorLoader) -> Callable[[int], None]:
-    """Return a function that begins to read the dense weights of a layer.
-
-    It reads those of layer 0 at once. After the last layer come those that belong to none, without
-    the embedding, of which a pass uses a few rows.
-    """
-    by_layer: dict[int, list[OutputTensor]] = {}
-    for shard in plan.shards:
-        for tensor in shard.tensors:
-            name, layer, _ = tensor.origin
-            if name not in (*_MATRICES, "embed"):
-                number = plan.model.num_layers if layer is None else layer
-                by_layer.setdefault(number, []).append(tensor)
-
-    def prefetch(layer: int) -> None:
-        for tensor in by_layer[layer]:
-            loader.prefetch(tensor)
-
-    prefetch(0)
-    return prefetch

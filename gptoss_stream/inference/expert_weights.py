@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,16 +11,20 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from .._utils.memory import available_nbytes
 from ..loading.tensor_loader import TensorLoader
 from ..loading.torch_dtypes import TORCH_NAMES
 from ..transforms.output_tensor import OutputTensor
 from .decode_ahead import DecodeAhead
+from .dense_weights import DenseWeights
 from .expert_cache import ExpertCache
 
 __all__ = ["ExpertMatrix", "ExpertWeights"]
 
 _FEW_TOKENS = 64
 """Tokens for each expert, up to which decoding takes longer than multiplying."""
+_MARGIN_NBYTES = 1_000_000_000
+"""Memory that is left to activations and to other programs."""
 
 
 class ExpertWeights:
@@ -31,7 +35,7 @@ class ExpertWeights:
             alternate between gate and up, and `down` [hidden, intermediate].
         loader: Makes them.
         cache_nbytes: The most bytes of decoded matrices that are kept for later passes.
-        prefetch_dense: Begins to read the other weights of a layer, or those after the last layer.
+        dense: The other weights.
     """
 
     def __init__(
@@ -39,11 +43,11 @@ class ExpertWeights:
         tensors: Sequence[OutputTensor],
         loader: TensorLoader,
         cache_nbytes: int,
-        prefetch_dense: Callable[[int], None],
+        dense: DenseWeights,
     ) -> None:
         self._loader = loader
         self._cache = ExpertCache(loader, cache_nbytes)
-        self._prefetch_dense = prefetch_dense
+        self._dense = dense
         self._layers: dict[int, dict[int, dict[str, OutputTensor]]] = {}
         for tensor in tensors:
             name, layer, expert = tensor.origin
@@ -56,6 +60,8 @@ class ExpertWeights:
         self._pass = threading.Lock()
         self._owner = 0
         self._visited: set[int] = set()
+        self._is_many = False
+        self._first_forgotten = self._count_kept(dense.nbytes)
 
     def matrix(self, name: str, layer: int, expert: int) -> ExpertMatrix:
         """Return a matrix of an expert; nothing is read.
@@ -96,10 +102,10 @@ class ExpertWeights:
     def _begin(self, layer: int, experts: Sequence[int]) -> None:
         """Begin to decode the experts of a pass, and of the next layer if they are many."""
         of_layer = self._layers[layer]
-        is_many = 2 * len(experts) >= len(of_layer)
+        self._is_many = is_many = 2 * len(experts) >= len(of_layer)
         if is_many or layer not in self._visited:
             self._visited.add(layer)
-            self._ahead.run(partial(self._prefetch_dense, layer + 1))
+            self._ahead.run(partial(self._dense.prefetch, layer + 1))
         order = [matrix for expert in experts for matrix in of_layer[expert].values()]
         if is_many:
             following = self._layers.get(layer + 1, {})
@@ -110,6 +116,23 @@ class ExpertWeights:
     def _decode(self, tensor: OutputTensor, memory: torch.Tensor) -> None:
         """Decode a matrix into memory."""
         self._loader.make_into(tensor, 0, tensor.nbytes, memory.numpy())
+        layer = tensor.origin.layer
+        if self._is_many and layer is not None and layer >= self._first_forgotten:
+            self._loader.forget(tensor)
+
+    def _count_kept(self, dense_nbytes: int) -> int:
+        """Return the number of layers whose experts stay in the system's page cache.
+
+        A pass with many tokens reads all experts in the same order. If they do not fit into memory,
+        the system would drop each just before it is read again, and dense weights with them.
+        """
+        free = available_nbytes() - dense_nbytes - _MARGIN_NBYTES
+        for layer in sorted(self._layers):
+            of_layer = self._layers[layer].values()
+            free -= sum(self._loader.source_nbytes(m) for one in of_layer for m in one.values())
+            if free < 0:
+                return layer
+        return len(self._layers)
 
     def load(self, tensor: OutputTensor) -> torch.Tensor:
         """Return a matrix: mapped, or decoded to memory that belongs to the caller."""

@@ -121,6 +121,10 @@ class TensorLoader:
         """Begin to read what a tensor is made of, in the background."""
         self._opened().source.prefetch(_of_source(tensor))
 
+    def source_nbytes(self, tensor: OutputTensor) -> int:
+        """Return the bytes that are read of the source to make a tensor."""
+        return sum(one.byte_range[1] for one in _of_source(tensor))
+
     def forget(self, tensor: OutputTensor) -> None:
         """Tell the system that what a tensor is made of need not stay in its cache."""
         self._opened().source.forget(_of_source(tensor))
