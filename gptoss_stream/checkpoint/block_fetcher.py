@@ -8,6 +8,7 @@ Threads are started when there is something to fetch, and end when there is noth
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
@@ -34,16 +35,14 @@ class _Fetch:
     def __init__(self, shard: str, numbers: range, nbytes: int, is_prefetch: bool) -> None:
         self.shard = shard
         self.numbers = numbers
+        self.keys = [(shard, number) for number in numbers]
         self.nbytes = nbytes
         self.is_prefetch = is_prefetch
+        self.is_urgent = False
+        """Whether a prefetch is needed now."""
         self.has_ended = threading.Event()
         self.blocks: Mapping[int, Block] = {}
         self.error: BaseException | None = None
-
-    @property
-    def keys(self) -> list[_Key]:
-        """The keys of its blocks."""
-        return [(self.shard, number) for number in self.numbers]
 
 
 class BlockFetcher:
@@ -51,11 +50,12 @@ class BlockFetcher:
 
     The memory holds blocks that have been read, blocks that have been prefetched, and those that
     are being fetched. Prefetching leaves a quarter of it for the first kind, since a block is
-    usually read in several pieces. Those are dropped first, least recently used first.
+    usually read in several pieces. Beyond that quarter, those that were read least recently are
+    dropped, and then the prefetched blocks that are needed last.
 
     Args:
         info: The checkpoint.
-        budget_nbytes: Memory for blocks. One request, or one block, is made even if it needs more.
+        budget_nbytes: Memory for blocks. What is needed now is fetched even if it takes more.
         block_nbytes: The size of a block.
         cache: Blocks on disk, if there is such a cache.
     """
@@ -110,7 +110,7 @@ class BlockFetcher:
             MachineError: If reading fails.
         """
         end, size = begin + len(out), self._block_nbytes
-        numbers = range(begin // size, -(-end // size))
+        numbers = self._numbers(begin, len(out))
         with self.prefetch([(shard, begin, len(out))] if len(numbers) > self._max_blocks else []):
             for first in range(numbers.start, numbers.stop, self._max_blocks):
                 wanted = range(first, min(first + self._max_blocks, numbers.stop))
@@ -129,26 +129,31 @@ class BlockFetcher:
             A context manager, at whose end what has not been fetched yet is given up. It need not
             be used as one.
         """
-        size, numbers = self._block_nbytes, dict[_Key, None]()
+        keys: dict[_Key, None] = {}  # in order, each once
         for shard, begin, nbytes in ranges:
-            for number in range(begin // size, -(-(begin + nbytes) // size)):
-                numbers.setdefault((shard, number))
+            keys |= dict.fromkeys((shard, number) for number in self._numbers(begin, nbytes))
         with self._lock:
-            fetches = self._begin_fetches(numbers, self._ahead)
-        stack = ExitStack()
-        stack.callback(self._give_up, fetches)
+            fetches = self._begin_fetches(keys, self._ahead)
+        stack, begun = ExitStack(), [key for fetch in fetches for key in fetch.keys]
+        # Weakly: a fetch that has ended would keep the memory of its blocks.
+        stack.callback(self._give_up, begun, weakref.WeakSet(fetches))
         return stack
 
-    def _give_up(self, fetches: list[_Fetch]) -> None:
+    def _numbers(self, begin: int, nbytes: int) -> range:
+        """Return the numbers of the blocks that hold some bytes."""
+        size = self._block_nbytes
+        return range(begin // size, -(-(begin + nbytes) // size) if nbytes else begin // size)
+
+    def _give_up(self, keys: list[_Key], fetches: weakref.WeakSet[_Fetch]) -> None:
         """End a prefetch: drop fetches that have not begun, and count its blocks as read."""
         with self._lock:
             for fetch in fetches:
+                fetch.is_prefetch = False
                 if fetch in self._ahead:
                     self._ahead.remove(fetch)
                     self._forget(fetch)
-                fetch.is_prefetch = False
-                for key in fetch.keys:
-                    self._touch(key)
+            for key in keys:
+                self._touch(key)
             self._start_threads()
 
     def _wait_for(self, shard: str, numbers: range) -> Iterator[tuple[int, Block]]:
@@ -163,6 +168,7 @@ class BlockFetcher:
                 if fetch in self._ahead:  # needed now
                     self._ahead.remove(fetch)
                     self._urgent.append(fetch)
+                    fetch.is_urgent = True
             self._start_threads()
         for key in keys:
             if key in found:
@@ -229,12 +235,15 @@ class BlockFetcher:
 
     def _next_fetch(self) -> _Fetch | None:
         """Take the next fetch for which there is memory, or None."""
-        running = sum(fetch.nbytes for fetch in self._running)
-        queue, used, most = self._urgent, running, self._budget_nbytes
-        if not queue:
-            unread = sum(memory.nbytes for memory in self._unread.values())
-            queue, used, most = self._ahead, running + unread, most - most // 4
-        if self._stop.is_set() or not queue or (used and used + queue[0].nbytes > most):
+        if self._stop.is_set():
+            return None
+        used = sum(fetch.nbytes for fetch in self._running)
+        if self._urgent:
+            queue, most = self._urgent, self._budget_nbytes if used else None
+        else:
+            used += sum(block.nbytes for block in self._unread.values())
+            queue, most = self._ahead, self._budget_nbytes - self._budget_nbytes // 4
+        if not queue or (most is not None and used + queue[0].nbytes > most):
             return None
         fetch = queue.popleft()
         self._running.add(fetch)
@@ -243,10 +252,13 @@ class BlockFetcher:
 
     def _make_room(self) -> None:
         """Drop blocks from memory until it is within its budget."""
-        used = sum(fetch.nbytes for fetch in self._running)
-        used += sum(m.nbytes for kept in (self._read, self._unread) for m in kept.values())
-        while used > self._budget_nbytes and (kept := self._read or self._unread):
-            used -= kept.popitem(last=False)[1].nbytes
+        read, unread = (sum(b.nbytes for b in kept.values()) for kept in (self._read, self._unread))
+        running = sum(fetch.nbytes for fetch in self._running)
+        while read + unread + running > self._budget_nbytes and read + unread:
+            if unread and read <= self._budget_nbytes // 4:
+                unread -= self._unread.popitem()[1].nbytes
+            else:
+                read -= self._read.popitem(last=False)[1].nbytes
 
     def _forget(self, fetch: _Fetch) -> None:
         """Let the next read of its blocks begin another fetch."""
@@ -263,6 +275,17 @@ class BlockFetcher:
             fetch.error, fetch.blocks = error, blocks
             fetch.has_ended.set()
 
+    def _keep(self, fetch: _Fetch, blocks: Mapping[int, Block]) -> None:
+        """Keep blocks in memory, as far as there is room."""
+        found = {(fetch.shard, number): blocks[number] for number in sorted(blocks)}
+        if fetch.is_prefetch:
+            self._unread |= found
+            for key in reversed(found) if fetch.is_urgent else ():
+                self._unread.move_to_end(key, last=False)  # among the first that are needed
+        else:
+            self._read |= found
+        self._make_room()
+
     def _fetch_all(self, fetch: _Fetch | None) -> None:
         """Fetch one group of blocks after another; run by each of the threads."""
         while fetch is not None:
@@ -275,10 +298,8 @@ class BlockFetcher:
             with self._lock:
                 self._running.remove(fetch)
                 if not self._stop.is_set():
-                    kept = self._unread if fetch.is_prefetch else self._read
-                    kept |= {(fetch.shard, number): block for number, block in blocks.items()}
+                    self._keep(fetch, blocks)
                 self._end(fetch, error, blocks)
-                self._make_room()
             self._source.put_in_cache(fetch.shard, {number: blocks[number] for number in new})
             del blocks
             with self._lock:

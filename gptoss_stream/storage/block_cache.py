@@ -32,7 +32,7 @@ _SCAN_SHARE = 64
 """A process looks at the folder again when it has written this part (1/64) of the bound."""
 _FREE_SHARE = 8
 """This part (1/8) of the bound is kept free for what processes write before they look again."""
-_STRONG_VERSION = re.compile(r'"[^"]*"|(?![\d.]+$)[\w+/=-]+')
+_STRONG_VERSION = re.compile(r'"[^"]*"|(?!\d{1,20}$|\d{4}-\d\d-\d\d)[\w+/=-]+')
 """A strong ETag, or a hash. A time is none: it does not tell apart two versions within a second, or
 two files whose addresses differ only in their secret parts. Nor is a weak ETag, by definition."""
 
@@ -40,11 +40,13 @@ two files whose addresses differ only in their secret parts. Nor is a weak ETag,
 def default_cache_folder() -> Path:
     """Return the folder for blocks by default, by the XDG Base Directory Specification.
 
+    The folder above it also holds what is staged for remote outputs.
+
     Raises:
         OptionError: If the user has no home folder.
     """
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else user_path("~/.cache")) / "gptoss_stream"
+    return (base if base.is_absolute() else user_path("~/.cache")) / "gptoss_stream" / "blocks"
 
 
 def block_key(location: Location, info: FileInfo, begin: int, nbytes: int) -> str | None:
