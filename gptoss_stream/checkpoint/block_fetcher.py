@@ -64,10 +64,15 @@ class BlockFetcher:
         self, info: CheckpointInfo, budget_nbytes: int, block_nbytes: int, cache: BlockCache | None
     ) -> None:
         self._info = info
-        self._source = BlockSource(info, block_nbytes, cache)
+        self._cache = cache
         self._budget_nbytes = budget_nbytes
         self._block_nbytes = block_nbytes
         self._max_blocks = max(1, min(FETCH_NBYTES, budget_nbytes // 4) // block_nbytes)
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        """Forget all blocks, files, threads and locks: a forked child must not use its parent's."""
+        self._source = BlockSource(self._info, self._block_nbytes, self._cache)
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._thread_ended = threading.Condition(self._lock)
@@ -134,6 +139,7 @@ class BlockFetcher:
             keys |= dict.fromkeys((shard, number) for number in self._numbers(begin, nbytes))
         with self._lock:
             fetches = self._begin_fetches(keys, self._ahead)
+            self._start_threads()
         stack, begun = ExitStack(), [key for fetch in fetches for key in fetch.keys]
         # Weakly: a fetch that has ended would keep the memory of its blocks.
         stack.callback(self._give_up, begun, weakref.WeakSet(fetches))
@@ -160,7 +166,8 @@ class BlockFetcher:
         """Yield some blocks of a shard with their numbers; fetch those that are missing."""
         keys = [(shard, number) for number in numbers]
         with self._lock:
-            self._check_open()
+            if self._stop.is_set():
+                raise MachineError(f"{self._info.location}: closed; open it again")
             found = {key: memory for key in keys if (memory := self._touch(key)) is not None}
             self._begin_fetches([key for key in keys if key not in found], self._urgent)
             pending = {key: self._fetches[key] for key in keys if key not in found}
@@ -182,10 +189,6 @@ class BlockFetcher:
                 self._touch(key)
                 self._start_threads()  # there may be room to prefetch more
             yield key[1], fetch.blocks[key[1]]
-
-    def _check_open(self) -> None:
-        if self._stop.is_set():
-            raise MachineError(f"{self._info.location}: closed; open it again")
 
     def _touch(self, key: _Key) -> Block | None:
         """Return a block that is in memory, which then is the one that was read last."""
@@ -215,7 +218,6 @@ class BlockFetcher:
             self._fetches |= dict.fromkeys(group, fetch)
             fetches.append(fetch)
         queue += fetches
-        self._start_threads()
         return fetches
 
     def _is_missing(self, key: _Key) -> bool:
@@ -235,7 +237,7 @@ class BlockFetcher:
 
     def _next_fetch(self) -> _Fetch | None:
         """Take the next fetch for which there is memory, or None."""
-        if self._stop.is_set():
+        if self._stop.is_set() or not (self._urgent or self._ahead):
             return None
         used = sum(fetch.nbytes for fetch in self._running)
         if self._urgent:
@@ -243,7 +245,7 @@ class BlockFetcher:
         else:
             used += sum(block.nbytes for block in self._unread.values())
             queue, most = self._ahead, self._budget_nbytes - self._budget_nbytes // 4
-        if not queue or (most is not None and used + queue[0].nbytes > most):
+        if most is not None and used + queue[0].nbytes > most:
             return None
         fetch = queue.popleft()
         self._running.add(fetch)
@@ -263,8 +265,7 @@ class BlockFetcher:
     def _forget(self, fetch: _Fetch) -> None:
         """Let the next read of its blocks begin another fetch."""
         for key in fetch.keys:
-            if self._fetches.get(key) is fetch:
-                del self._fetches[key]
+            self._fetches.pop(key, None)  # a closed reader has already forgotten it
 
     def _end(
         self, fetch: _Fetch, error: BaseException | None, blocks: Mapping[int, Block] = {}

@@ -47,8 +47,7 @@ class RandomReader(Reader):
         cache: BlockCache | None = None,
     ) -> None:
         self.info = info
-        self._arguments = (info, budget_nbytes, block_nbytes, cache)
-        self.begin_again()
+        self._blocks = BlockFetcher(info, budget_nbytes, block_nbytes, cache)
         _readers.add(self)
 
     def __enter__(self) -> RandomReader:
@@ -58,8 +57,8 @@ class RandomReader(Reader):
         self._blocks.close()
 
     def begin_again(self) -> None:
-        """Forget all blocks and threads, which a forked child shares with nobody."""
-        self._blocks = BlockFetcher(*self._arguments)
+        """Forget all blocks, files, threads and locks, as a forked child must."""
+        self._blocks.begin_again()
 
     @contextmanager
     def read(

@@ -8,9 +8,11 @@ import shutil
 import threading
 import time
 import weakref
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import constants
 from large_server import (
     DATA,
     EXPERT,
@@ -30,7 +32,6 @@ from large_server import (
     settle,
     traffic,
 )
-from huggingface_hub import constants
 from loopback import FileServer, short, status, without
 from runs import time_limit
 from stand_in_hub import StandInHub
@@ -178,6 +179,35 @@ def test_a_child_reads_while_its_parent_waits_with_a_lock(server, large):
         assert os.waitpid(child, 0)[1] == 0
         gate.opened.set()
         read_expert(reader, large, 0)
+
+
+def test_a_child_forked_within_a_prefetch_can_end_it(server, large):
+    info, gate = info_of(server), Gate()
+    server.spoil(DATA, gate, times=1)
+    with RandomReader(info) as reader, reader.prefetch(ranges_of(info, 0)) as prefetch:
+        gate.wait_for(1)
+        with reader._blocks._lock:  # as another thread might hold it
+            child = os.fork()
+            if child == 0:
+                with suppress(BaseException), time_limit(10):
+                    prefetch.close()
+                    read_expert(reader, large, 0)
+                    os._exit(0)
+                os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
+        gate.opened.set()
+
+
+def test_threads_that_cannot_be_started_are_an_error(server, large, monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    with RandomReader(info_of(server)) as reader:
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(MachineError, match="can't start new thread"):
+                read_tile(reader, large, "blocks", 0, 0)
+        read_tile(reader, large, "blocks", 0, 0)
 
 
 def test_a_reader_is_freed_without_being_closed(server, large):
