@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -165,6 +166,18 @@ def test_a_prefetch_of_more_than_the_budget_goes_on_as_blocks_are_read(server, l
         assert len(traffic(server)) <= 16
 
 
+def test_a_read_that_had_to_wait_makes_room_for_more(server, large):
+    """Without another read, the prefetch goes on."""
+    info, gate, budget = info_of(server), Gate(), 8 * MIB
+    server.spoil(DATA, gate)
+    with RandomReader(info, budget, MIB // 4) as reader, reader.prefetch(ranges_of(info, 0, 3)):
+        gate.wait_for(3)
+        threading.Timer(0.2, gate.opened.set).start()
+        read_tile(reader, large, "blocks", 0, 0, 1440)
+        settle(server)
+        assert nbytes_of(server) > budget * 3 / 4
+
+
 def test_a_prefetch_in_another_order_costs_little_more(server, large):
     budget = 8 * MIB
     with RandomReader(info_of(server), budget, MIB // 4) as reader:
@@ -297,3 +310,17 @@ def test_the_process_frees_the_blocks_that_are_dropped(tmp_path):
         )
     assert done.returncode == 0, done.stderr
     assert budget / 2 < int(done.stdout) < budget + 40 * MIB
+
+
+def test_each_block_has_memory_of_its_own(server, large):
+    """Or a block that is kept would keep all that was fetched with it."""
+    with RandomReader(info_of(server)) as reader:
+        read_tile(reader, large, "blocks", 0, 0, 5760)
+        kept = [*reader._blocks._read.values()]
+        assert len(kept) == 8
+        assert not any(np.shares_memory(a, b) for a, b in pairwise(kept))
+        for block in kept:
+            owner = block
+            while isinstance(owner.base, np.ndarray):
+                owner = owner.base
+            assert owner.nbytes <= MIB + 4096
