@@ -14,7 +14,7 @@ from ..loading.state_dict import StateDict, plan_loader, state_dict_of
 from ..planning.options import ConversionOptions
 from ..planning.output_files import output_files
 from ..planning.plan import Plan, plan_conversion, read_adapters
-from ..planning.shards import parse_size
+from ..planning.shards import parse_size_or_zero
 from ..storage.location import Location
 from ..tensors import compiled
 
@@ -56,6 +56,7 @@ def open_checkpoint_model(
     options: ConversionOptions,
     device: str | torch.device | None,
     expert_cache: int | str,
+    cache: int | str,
 ) -> CheckpointModel:
     """Open a checkpoint as a model; raises as `open_state_dict` does.
 
@@ -64,12 +65,13 @@ def open_checkpoint_model(
         options: The format whose names are used, the dtype, layers and adapters.
         device: Where dense tensors are.
         expert_cache: The most bytes of decoded experts that are kept, or a text such as "2GB".
+        cache: Disk space for what is read of a remote checkpoint (see `open_state_dict`).
     """
-    cache_nbytes = 0 if str(expert_cache).strip() == "0" else parse_size(expert_cache)
+    cache_nbytes = parse_size_or_zero(expert_cache)
     source = formats.read_source(read_metadata(location), options.source_format)
     adapters = read_adapters(options)
     plan = plan_conversion(source, options, None, adapters)
-    loader = plan_loader(plan)
+    loader = plan_loader(plan, cache)
     tensors = state_dict_of(plan, loader, device)
     names = [
         tensor.name
@@ -94,6 +96,6 @@ def open_checkpoint_model(
         if tensor.origin.model_tensor in _MATRICES
     ]
     experts = ExpertWeights(
-        matrices, plan_loader(by_expert), cache_nbytes, DenseWeights(plan, loader, _MATRICES)
+        matrices, plan_loader(by_expert, cache), cache_nbytes, DenseWeights(plan, loader, _MATRICES)
     )
     return CheckpointModel(plan, tensors, experts)

@@ -35,6 +35,7 @@ def load_hf_model(
     source_format: str | None = None,
     adapters: AdapterLike | Sequence[AdapterLike] = (),
     expert_cache: int | str = 0,
+    cache: int | str = 0,
 ) -> GptOssForCausalLM:
     """Load a checkpoint in any format as transformers' own model, without converting it.
 
@@ -53,6 +54,8 @@ def load_hf_model(
         adapters: LoRA adapters to merge, in order: locations, or `Adapter` objects.
         expert_cache: Memory for decoded experts that are kept for later passes, in bytes or as a
             text such as "2GB"; those used longest ago go first. By default none are kept.
+        cache: Disk space for what is read of a remote source, in bytes or as a text (see
+            `open_state_dict`). By default nothing is kept on the disk.
 
     Raises:
         CheckpointError: If the source cannot be used.
@@ -64,7 +67,7 @@ def load_hf_model(
     options = ConversionOptions(
         "hf", source_format, dtype, pruning=Pruning.of(layers, None), adapters=as_adapters(adapters)
     )
-    opened = open_checkpoint_model(open_location(source), options, device, expert_cache)
+    opened = open_checkpoint_model(open_location(source), options, device, expert_cache, cache)
     config = transformers.GptOssConfig.from_dict(opened.config("config.json"))
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"  # others multiply with whole stacks of experts

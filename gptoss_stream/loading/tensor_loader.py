@@ -6,14 +6,14 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from .._utils.parallel import num_processors, run_parallel
 from ..checkpoint.metadata import CheckpointInfo
-from ..checkpoint.open_reader import RandomReaders
+from ..checkpoint.open_reader import RandomAccess
 from ..checkpoint.reader import ElementRange, Reader
 from ..errors import OutputError
 from ..tensors.dtypes import DType
@@ -47,12 +47,12 @@ class TensorLoader:
     def __init__(
         self,
         info: CheckpointInfo,
-        open_readers: Callable[[], AbstractContextManager[RandomReaders]],
+        open_readers: Callable[[], AbstractContextManager[RandomAccess]],
     ) -> None:
         self._info = info
         self._mapped = MappedTensors(info)
         self._open_readers = open_readers
-        self._readers: RandomReaders | None = None
+        self._readers: RandomAccess | None = None
         self._stack = ExitStack()
         weakref.finalize(self, self._stack.close)  # also when the interpreter ends
         self._lock = threading.Lock()
@@ -102,10 +102,10 @@ class TensorLoader:
             end: The byte after the last.
             out: Memory for the bytes, [end - begin] uint8.
         """
-        reader = self._opened().every
+        readers = self._opened()
         threads = num_processors()
         pieces = deque(_pieces(tensor, begin, end, threads))
-        make = partial(_make_rows, reader=reader)
+        make = partial(_make_rows, reader=readers.every)
 
         def make_pieces() -> None:
             while pieces:
@@ -115,25 +115,38 @@ class TensorLoader:
                     return
                 materialize(tensor, low, high, out[low - begin : high - begin], make)
 
-        run_parallel([make_pieces] * min(threads, len(pieces)))
+        with self._reading(tensor, list(pieces)):
+            run_parallel([make_pieces] * min(threads, len(pieces)))
+
+    def _reading(
+        self, tensor: OutputTensor, pieces: list[tuple[int, int]]
+    ) -> AbstractContextManager[object]:
+        """Begin to read all that some pieces of a tensor are made of, if it is remote.
+
+        Reading it when it is needed would take a request, and a wait, for each tile.
+        """
+        if self._info.location.is_local:
+            return nullcontext()
+        ranges = [one for piece in pieces for one in _of_source(tensor, *piece)]
+        return self._opened().source.prefetch(ranges)
 
     def prefetch(self, tensor: OutputTensor) -> None:
         """Begin to read what a tensor is made of, in the background."""
-        self._opened().source.prefetch(_of_source(tensor))
+        self._opened().source.prefetch(_of_source(tensor, 0, tensor.nbytes))
 
     def source_nbytes(self, tensor: OutputTensor) -> int:
         """Return the bytes that are read of the source to make a tensor."""
-        return sum(one.byte_range[1] for one in _of_source(tensor))
+        return sum(one.byte_range[1] for one in _of_source(tensor, 0, tensor.nbytes))
 
     def forget(self, tensor: OutputTensor) -> None:
         """Tell the system that what a tensor is made of need not stay in its cache."""
-        self._opened().source.forget(_of_source(tensor))
+        self._opened().source.forget(_of_source(tensor, 0, tensor.nbytes))
 
     def _check_open(self) -> None:
         if self._is_closed:
             raise OutputError(f"{self._info.location}: closed; open it again")
 
-    def _opened(self) -> RandomReaders:
+    def _opened(self) -> RandomAccess:
         """Return the readers, which are opened when they are first used."""
         with self._lock:
             self._check_open()
@@ -142,9 +155,9 @@ class TensorLoader:
             return self._readers
 
 
-def _of_source(tensor: OutputTensor) -> Iterator[ElementRange]:
-    """Yield what is read of the source to make a tensor."""
-    for one in element_ranges(tensor, 0, tensor.nbytes):
+def _of_source(tensor: OutputTensor, begin: int, end: int) -> Iterator[ElementRange]:
+    """Yield what is read of the source to make bytes `begin … end` of a tensor."""
+    for one in element_ranges(tensor, begin, end):
         if one.raw.checkpoint == 0:
             yield one
 
@@ -167,7 +180,7 @@ def _pieces(tensor: OutputTensor, begin: int, end: int, count: int) -> Iterator[
         low, high = max(begin, offset), min(end, offset + size)
         if low < high:
             row_nbytes = prod(segment.row_shape) * tensor.dtype.itemsize
-            step = max(_MIN_NBYTES, -(-(high - low) // count))
+            step = min(max(_MIN_NBYTES, -(-(high - low) // count)), _TILE_NBYTES)
             step = -(-step // row_nbytes) * row_nbytes
             if segment.rearrangement.transposes:
                 step = high - low

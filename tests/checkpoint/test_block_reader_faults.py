@@ -36,8 +36,8 @@ from loopback import FileServer, short, status, without
 from runs import time_limit
 from stand_in_hub import StandInHub
 
+from gptoss_stream.checkpoint.block_reader import BlockReader
 from gptoss_stream.checkpoint.metadata import CheckpointInfo, read_header
-from gptoss_stream.checkpoint.random_reader import RandomReader
 from gptoss_stream.errors import CheckpointError, MachineError
 from gptoss_stream.storage.block_cache import BlockCache
 from gptoss_stream.storage.hub import HubRepository
@@ -62,7 +62,7 @@ def copied(large, tmp_path):
 )
 def test_an_error_does_not_last(server, large, fault, error):
     """Of a read, and of a prefetch that nobody has waited for."""
-    with RandomReader(info_of(server)) as reader:
+    with BlockReader(info_of(server)) as reader:
         server.spoil(DATA, fault)
         with reader.prefetch(ranges_of(reader.info, 0)):
             settle(server)
@@ -78,14 +78,14 @@ def test_an_error_does_not_last(server, large, fault, error):
 def test_a_broken_connection_is_resumed(server, large):
     info = info_of(server)
     server.spoil(DATA, short, times=3)
-    with RandomReader(info) as reader:
+    with BlockReader(info) as reader:
         read_expert(reader, large, 0)
 
 
 def test_only_the_request_that_fails_fails(server, large):
     info = info_of(server)
     server.spoil(DATA, status(404), times=1)
-    with RandomReader(info) as reader:
+    with BlockReader(info) as reader:
         with pytest.raises(CheckpointError):
             read_tile(reader, large, "blocks", 0, 0)
         read_tile(reader, large, "blocks", 1, 0)
@@ -94,7 +94,7 @@ def test_only_the_request_that_fails_fails(server, large):
 
 def test_a_file_that_changes(copied):
     file = copied.folder / NAME
-    with FileServer(copied.folder) as server, RandomReader(info_of(server)) as reader:
+    with FileServer(copied.folder) as server, BlockReader(info_of(server)) as reader:
         read_tile(reader, copied, "blocks", 0, 0)
         before = file.stat().st_mtime_ns
         os.utime(file, ns=(before, before + 1))
@@ -113,7 +113,7 @@ def test_a_file_that_changes(copied):
 def test_closing_waits_no_longer_than_a_second(server, large):
     info, gate = info_of(server), Gate()
     server.spoil(DATA, gate)
-    reader = RandomReader(info)
+    reader = BlockReader(info)
     raised: list[BaseException] = []
 
     def read() -> None:
@@ -148,7 +148,7 @@ def test_closing_waits_no_longer_than_a_second(server, large):
 
 
 def test_closing_at_rest_does_not_wait(server, large):
-    with RandomReader(info_of(server)) as reader:
+    with BlockReader(info_of(server)) as reader:
         read_expert(reader, large, 0)
         begin = time.monotonic()
     assert time.monotonic() - begin < 0.5
@@ -162,7 +162,7 @@ def test_closing_at_rest_does_not_wait(server, large):
 def test_a_child_reads_while_its_parent_waits_with_a_lock(server, large):
     info, gate = info_of(server), Gate()
     server.spoil(DATA, gate, times=1)
-    with RandomReader(info) as reader:
+    with BlockReader(info) as reader:
         reader.prefetch(ranges_of(info, 0))
         gate.wait_for(1)
         with reader._blocks._lock, reader._blocks._source._files._opening:
@@ -184,7 +184,7 @@ def test_a_child_reads_while_its_parent_waits_with_a_lock(server, large):
 def test_a_child_forked_within_a_prefetch_can_end_it(server, large):
     info, gate = info_of(server), Gate()
     server.spoil(DATA, gate, times=1)
-    with RandomReader(info) as reader, reader.prefetch(ranges_of(info, 0)) as prefetch:
+    with BlockReader(info) as reader, reader.prefetch(ranges_of(info, 0)) as prefetch:
         gate.wait_for(1)
         with reader._blocks._lock:  # as another thread might hold it
             child = os.fork()
@@ -202,7 +202,7 @@ def test_threads_that_cannot_be_started_are_an_error(server, large, monkeypatch)
     def refuse(thread):
         raise RuntimeError("can't start new thread")
 
-    with RandomReader(info_of(server)) as reader:
+    with BlockReader(info_of(server)) as reader:
         with monkeypatch.context() as patched:
             patched.setattr(threading.Thread, "start", refuse)
             with pytest.raises(MachineError, match="can't start new thread"):
@@ -211,7 +211,7 @@ def test_threads_that_cannot_be_started_are_an_error(server, large, monkeypatch)
 
 
 def test_a_reader_is_freed_without_being_closed(server, large):
-    reader = RandomReader(info_of(server))
+    reader = BlockReader(info_of(server))
     read_tile(reader, large, "blocks", 0, 0)
     freed = weakref.ref(reader)
     del reader
@@ -225,14 +225,14 @@ def test_a_reader_is_freed_without_being_closed(server, large):
 def test_a_second_reader_needs_no_request(server, large, tmp_path):
     for turn in range(2):
         info, cache = info_of(server), BlockCache(tmp_path / "cache", 100 * MIB)
-        with RandomReader(info, cache=cache) as reader, reader.prefetch(ranges_of(info, 1)):
+        with BlockReader(info, cache=cache) as reader, reader.prefetch(ranges_of(info, 1)):
             read_expert(reader, large, 1)
         assert len(traffic(server)) == (2 if turn == 0 else 0)
 
 
 def test_damaged_blocks_are_fetched_again(server, large, tmp_path):
     cache = BlockCache(tmp_path / "cache", 100 * MIB)
-    with RandomReader(info_of(server), cache=cache) as reader:
+    with BlockReader(info_of(server), cache=cache) as reader:
         read_expert(reader, large, 0)
     settle(server)
     files = sorted((tmp_path / "cache").glob("*.block"))
@@ -242,12 +242,12 @@ def test_damaged_blocks_are_fetched_again(server, large, tmp_path):
             data[len(data) // 2] ^= 1
             file.write_bytes(data[: -(number % 2) or None])
     info = info_of(server)
-    with RandomReader(info, cache=cache) as reader, reader.prefetch(ranges_of(info, 0)):
+    with BlockReader(info, cache=cache) as reader, reader.prefetch(ranges_of(info, 0)):
         read_expert(reader, large, 0)
     assert_nothing_twice(server)
     assert nbytes_of(server) <= -(-len(files) // 3) * MIB
     server.requests.clear()
-    with RandomReader(info, cache=cache) as reader:
+    with BlockReader(info, cache=cache) as reader:
         read_expert(reader, large, 0)
     assert traffic(server) == []
 
@@ -255,7 +255,7 @@ def test_damaged_blocks_are_fetched_again(server, large, tmp_path):
 def test_another_version_is_not_taken_from_the_cache(copied, tmp_path):
     cache, file = BlockCache(tmp_path / "cache", 100 * MIB), copied.folder / NAME
     with FileServer(copied.folder) as server:
-        with RandomReader(info_of(server), cache=cache) as reader:
+        with BlockReader(info_of(server), cache=cache) as reader:
             read_tile(reader, copied, "blocks", 0, 0)
         data = bytearray(file.read_bytes())
         at = len(data) - sum(EXPERT.values()) * 3
@@ -263,14 +263,14 @@ def test_another_version_is_not_taken_from_the_cache(copied, tmp_path):
         file.write_bytes(data)
         changed = copied.data["blocks"].copy()
         changed[0, 0, 0, 0] ^= 255
-        with RandomReader(info_of(server), cache=cache) as reader:
+        with BlockReader(info_of(server), cache=cache) as reader:
             read_tile(reader, SimpleNamespace(data={"blocks": changed}), "blocks", 0, 0)
 
 
 def test_without_a_version_nothing_is_cached(server, large, tmp_path):
     server.spoil("HEAD", without("ETag"))
     cache = BlockCache(tmp_path / "cache", 100 * MIB)
-    with RandomReader(info_of(server), cache=cache) as reader:
+    with BlockReader(info_of(server), cache=cache) as reader:
         read_tile(reader, large, "blocks", 0, 0)
     assert not list((tmp_path / "cache").glob("*.block"))
 
@@ -279,7 +279,7 @@ def test_no_secret_is_in_the_cache(server, large, tmp_path, monkeypatch):
     cache, keys = BlockCache(tmp_path / "cache", 100 * MIB), []
     put = BlockCache.put
     monkeypatch.setattr(BlockCache, "put", lambda *a: keys.append(a[1]) or put(*a))
-    with RandomReader(info_of(server, f"?token={SECRET}"), cache=cache) as reader:
+    with BlockReader(info_of(server, f"?token={SECRET}"), cache=cache) as reader:
         read_tile(reader, large, "blocks", 0, 0)
     assert all(request.query == f"token={SECRET}" for request in server.requests)
     assert keys
@@ -289,7 +289,7 @@ def test_no_secret_is_in_the_cache(server, large, tmp_path, monkeypatch):
 def test_a_cache_that_cannot_be_written_does_not_matter(server, large, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     cache = BlockCache(tmp_path / "file" / "cache", 100 * MIB)
-    with RandomReader(info_of(server), cache=cache) as reader:
+    with BlockReader(info_of(server), cache=cache) as reader:
         read_expert(reader, large, 0)
 
 
@@ -307,7 +307,7 @@ def test_a_repository_of_the_hub(large, tmp_path, monkeypatch):
         for turn in range(2):
             hub.reset_counts()
             cache = BlockCache(tmp_path / "cache", 100 * MIB)
-            with RandomReader(info, cache=cache) as reader, reader.prefetch(ranges_of(info, 1)):
+            with BlockReader(info, cache=cache) as reader, reader.prefetch(ranges_of(info, 1)):
                 read_expert(reader, large, 1)
             sent = [r for r in hub.requests if r.method == "GET" and r.range]
             assert len(sent) == (2 if turn == 0 else 0)

@@ -41,9 +41,9 @@ from loopback import FileServer
 from runs import ROOT
 
 from gptoss_stream.checkpoint.block_fetcher import BlockFetcher
+from gptoss_stream.checkpoint.block_reader import BlockReader
 from gptoss_stream.checkpoint.local_reader import LocalReader
 from gptoss_stream.checkpoint.metadata import read_metadata
-from gptoss_stream.checkpoint.random_reader import RandomReader
 from gptoss_stream.checkpoint.reader import ElementRange
 from gptoss_stream.storage.block_cache import BlockCache
 from gptoss_stream.storage.http_folder import HttpFolder
@@ -65,7 +65,7 @@ def test_values_are_those_of_the_files(checkpoints, tmp_path, block, budget, has
     with (
         FileServer(folder) as server,
         LocalReader(read_metadata(LocalFolder(folder))) as local,
-        RandomReader(read_metadata(HttpFolder(server.url)), budget, block, cache) as reader,
+        BlockReader(read_metadata(HttpFolder(server.url)), budget, block, cache) as reader,
     ):
         for tensor in [*reader.info.tensors.values()] * 2:
             count = int(np.prod(tensor.shape))
@@ -82,7 +82,7 @@ def test_values_are_those_of_the_files(checkpoints, tmp_path, block, budget, has
 
 @pytest.mark.parametrize("budget", [0, 1, MIB, 3 * MIB, 8 * MIB])
 def test_a_read_of_more_than_the_budget(server, large, budget):
-    with RandomReader(info_of(server), budget) as reader:
+    with BlockReader(info_of(server), budget) as reader:
         for name in EXPERT:
             with reader.read(reader.info.tensors[name], 0, SHAPES[name]) as found:
                 assert np.array_equal(found, large.data[name])
@@ -91,7 +91,7 @@ def test_a_read_of_more_than_the_budget(server, large, budget):
 
 
 def test_nothing_is_read_for_no_elements(server):
-    with RandomReader(info_of(server)) as reader:
+    with BlockReader(info_of(server)) as reader:
         with reader.read(reader.info.tensors["blocks"], 7, (0, 3)) as found:
             assert found.shape == (0, 3)
         assert traffic(server) == []
@@ -102,7 +102,7 @@ def test_nothing_is_read_for_no_elements(server):
 
 @pytest.mark.parametrize("expert", [0, 1, 2])
 def test_one_expert_takes_two_requests_and_little_more_than_its_bytes(server, large, expert):
-    with RandomReader(info_of(server)) as reader:
+    with BlockReader(info_of(server)) as reader:
         with reader.prefetch(ranges_of(reader.info, expert)):
             read_expert(reader, large, expert)
         needed = sum(EXPERT.values())
@@ -115,7 +115,7 @@ def test_one_expert_takes_two_requests_and_little_more_than_its_bytes(server, la
 
 
 def test_smaller_blocks_take_less_traffic(server, large):
-    with RandomReader(info_of(server), block_nbytes=MIB // 4) as reader:
+    with BlockReader(info_of(server), block_nbytes=MIB // 4) as reader:
         with reader.prefetch(ranges_of(reader.info, 1)):
             read_expert(reader, large, 1)
         assert len(traffic(server)) == 2
@@ -123,20 +123,20 @@ def test_smaller_blocks_take_less_traffic(server, large):
 
 
 def test_without_a_prefetch_each_block_is_fetched_once(server, large):
-    with RandomReader(info_of(server)) as reader:
+    with BlockReader(info_of(server)) as reader:
         read_expert(reader, large, 1)
         assert_nothing_twice(server)
         assert max(nbytes for _, nbytes in traffic(server)) <= 2 * MIB
 
 
 def test_a_single_read_joins_its_blocks(server, large):
-    with RandomReader(info_of(server)) as reader:
+    with BlockReader(info_of(server)) as reader:
         read_tile(reader, large, "blocks", 1, 0, 5760)
         assert len(traffic(server)) == 1
 
 
 def test_blocks_in_memory_are_not_requested_again_between_others(server, large):
-    with RandomReader(info_of(server)) as reader:
+    with BlockReader(info_of(server)) as reader:
         read_tile(reader, large, "blocks", 0, 2880, 100)
         with reader.prefetch(ranges_of(reader.info, 0)):
             read_expert(reader, large, 0)
@@ -156,7 +156,7 @@ def in_tiles(info, experts: range) -> list[ElementRange]:
 
 def test_a_prefetch_of_more_than_the_budget_goes_on_as_blocks_are_read(server, large):
     budget = 8 * MIB
-    with RandomReader(info_of(server), budget, MIB // 4) as reader:
+    with BlockReader(info_of(server), budget, MIB // 4) as reader:
         with reader.prefetch(in_tiles(reader.info, range(3))):
             settle(server)
             assert budget / 2 < nbytes_of(server) <= budget * 3 / 4
@@ -170,7 +170,7 @@ def test_a_read_that_had_to_wait_makes_room_for_more(server, large):
     """Without another read, the prefetch goes on."""
     info, gate, budget = info_of(server), Gate(), 8 * MIB
     server.spoil(DATA, gate)
-    with RandomReader(info, budget, MIB // 4) as reader, reader.prefetch(ranges_of(info, 0, 3)):
+    with BlockReader(info, budget, MIB // 4) as reader, reader.prefetch(ranges_of(info, 0, 3)):
         gate.wait_for(3)
         threading.Timer(0.2, gate.opened.set).start()
         read_tile(reader, large, "blocks", 0, 0, 1440)
@@ -180,7 +180,7 @@ def test_a_read_that_had_to_wait_makes_room_for_more(server, large):
 
 def test_a_prefetch_in_another_order_costs_little_more(server, large):
     budget = 8 * MIB
-    with RandomReader(info_of(server), budget, MIB // 4) as reader:
+    with BlockReader(info_of(server), budget, MIB // 4) as reader:
         with reader.prefetch(ranges_of(reader.info, 0, 3)):
             settle(server)
             for expert in range(3):
@@ -191,7 +191,7 @@ def test_a_prefetch_in_another_order_costs_little_more(server, large):
 
 def test_a_prefetch_that_is_given_up_stops_and_leaves_its_memory(server, large):
     budget = 8 * MIB
-    with RandomReader(info_of(server), budget) as reader:
+    with BlockReader(info_of(server), budget) as reader:
         for _ in range(3):
             with reader.prefetch(ranges_of(reader.info, 0, 3)):
                 pass
@@ -209,7 +209,7 @@ def test_a_prefetch_that_is_given_up_stops_and_leaves_its_memory(server, large):
 def test_four_requests_at_a_time(server, large):
     info, gate = info_of(server), Gate()
     server.spoil(DATA, gate)
-    with RandomReader(info, 16 * MIB) as reader:
+    with BlockReader(info, 16 * MIB) as reader:
         threads = [
             threading.Thread(target=read_tile, args=(reader, large, "blocks", e, row, 10))
             for e in range(3)
@@ -229,7 +229,7 @@ def test_four_requests_at_a_time(server, large):
 
 def test_threads_that_want_the_same_block_fetch_it_once(server, large):
     server.rate = 20e6
-    with RandomReader(info_of(server)) as reader:
+    with BlockReader(info_of(server)) as reader:
         same = [lambda: read_expert(reader, large, 1)] * 4
         assert in_threads(*same) == [None] * 4
         assert_nothing_twice(server)
@@ -248,7 +248,7 @@ def test_threads_at_random_with_prefetches(server, large, budget):
                     row = chosen.randrange(5760 - ROWS)
                     read_tile(reader, large, chosen.choice([*EXPERT]), expert, row)
 
-    with RandomReader(info_of(server), budget, MIB // 4) as reader:
+    with BlockReader(info_of(server), budget, MIB // 4) as reader:
         assert in_threads(*(lambda seed=seed: work(seed) for seed in range(4))) == [None] * 4
 
 
@@ -267,7 +267,7 @@ def test_memory_is_bounded_all_the_time(server, large, monkeypatch):
     monkeypatch.setattr(BlockFetcher, "_make_room", recording)
     budget = 8 * MIB
     with (
-        RandomReader(info_of(server), budget) as reader,
+        BlockReader(info_of(server), budget) as reader,
         reader.prefetch(ranges_of(reader.info, 0, 3)),
     ):
         in_threads(*(lambda e=e: read_expert(reader, large, e) for e in range(3)))
@@ -278,13 +278,13 @@ PROCESS = """
 import sys
 from gptoss_stream._utils.memory import peak_rss_nbytes
 from gptoss_stream.checkpoint.metadata import CheckpointInfo, read_header
-from gptoss_stream.checkpoint.random_reader import RandomReader
+from gptoss_stream.checkpoint.block_reader import BlockReader
 from gptoss_stream.checkpoint.reader import ElementRange
 from gptoss_stream.storage.http_folder import HttpFolder
 location = HttpFolder(sys.argv[1])
 shard, tensors, _ = read_header(location, "model.safetensors")
 tensor, tile = tensors["x"], 1 << 20
-with RandomReader(CheckpointInfo(location, {}, (shard,), tensors), int(sys.argv[2])) as reader:
+with BlockReader(CheckpointInfo(location, {}, (shard,), tensors), int(sys.argv[2])) as reader:
     with reader.read(tensor, 0, (tile,)):
         before = peak_rss_nbytes()
     with reader.prefetch([ElementRange(tensor, 0, tensor.nbytes)]):
@@ -314,7 +314,7 @@ def test_the_process_frees_the_blocks_that_are_dropped(tmp_path):
 
 def test_each_block_has_memory_of_its_own(server, large):
     """Or a block that is kept would keep all that was fetched with it."""
-    with RandomReader(info_of(server)) as reader:
+    with BlockReader(info_of(server)) as reader:
         read_tile(reader, large, "blocks", 0, 0, 5760)
         kept = [*reader._blocks._read.values()]
         assert len(kept) == 8

@@ -19,12 +19,12 @@ from .remote_reader import BUDGET_NBYTES
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["BLOCK_NBYTES", "RandomReader"]
+__all__ = ["BLOCK_NBYTES", "BlockReader"]
 
 BLOCK_NBYTES = 1 << 20
 
 
-class RandomReader(Reader):
+class BlockReader(Reader):
     """A `Reader` of a remote checkpoint that needs no schedule; a context manager.
 
     It keeps the blocks that were read last in memory, and in the cache on disk if there is one.
@@ -50,7 +50,7 @@ class RandomReader(Reader):
         self._blocks = BlockFetcher(info, budget_nbytes, block_nbytes, cache)
         _readers.add(self)
 
-    def __enter__(self) -> RandomReader:
+    def __enter__(self) -> BlockReader:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -91,12 +91,15 @@ class RandomReader(Reader):
         """
         return self._blocks.prefetch((one.raw.shard, *one.byte_range) for one in ranges)
 
+    def forget(self, ranges: Iterable[ElementRange]) -> None:
+        """Do nothing: the memory is bounded, and what was read last stays longest."""
+
     def check_unchanged(self) -> None:
         """Check that no file has changed since it was opened (see `Reader.check_unchanged`)."""
         self._blocks.check_unchanged()
 
 
-_readers: weakref.WeakSet[RandomReader] = weakref.WeakSet()
+_readers: weakref.WeakSet[BlockReader] = weakref.WeakSet()
 
 
 def _begin_again_in_child() -> None:
