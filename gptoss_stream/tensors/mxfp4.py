@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from .cast import STORAGE, cast
-from .compiled import compiled_decode, is_enabled
+from .compiled import decode_pairs, is_enabled
 from .dtypes import DType
 
 __all__ = ["E2M1", "NAN_SCALE", "decode", "largest_scale"]
@@ -81,7 +81,7 @@ def decode(
     table = _pairs(dtype)
     pairs = out.view(table.dtype).reshape(rows, groups, width)
     if is_enabled():
-        compiled_decode()(blocks, scales, table, pairs)
+        decode_pairs(blocks, scales, table, pairs)
         return
     tile_rows = max(1, _TILE_LOOKUPS // (groups * width))
     narrow, wide = _indices(min(rows, tile_rows) * groups * width)
