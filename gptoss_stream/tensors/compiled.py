@@ -1,8 +1,10 @@
-"""Decoding MXFP4 by code that numba compiles (extra `fast`).
+"""Decoding MXFP4, and multiplying with it, by code that numba compiles (extra `fast`).
 
-Decoding gives the same bits as `mxfp4.decode`, in a quarter of the processor's time. numba takes
-half a second to import and some 80 MB of memory, which is more than a conversion gains. So only
-models that run straight off a checkpoint use it.
+Decoding gives the same bits as `mxfp4.decode`, in a quarter of the processor's time. Multiplying
+packed rows with one token takes a third of the time of decoding them and multiplying then: nothing
+but the packed rows goes through memory. numba takes half a second to import and some 80 MB of
+memory, which is more than a conversion gains. So only models that run straight off a checkpoint
+use it.
 
 Functions are compiled when they are first called, once for each machine where numba finds a folder
 for its cache. Any number of threads can run them at the same time.
@@ -17,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["decode_pairs", "enable", "is_available", "is_enabled"]
+__all__ = ["decode_pairs", "enable", "is_available", "is_enabled", "multiply_packed"]
 
 _Array = np.ndarray[Any, Any]
 
@@ -57,6 +59,24 @@ def decode_pairs(blocks: _Array, scales: _Array, table: _Array, out: _Array) -> 
     _compiled_decode(table.itemsize)(blocks, scales, table, out)
 
 
+def multiply_packed(
+    blocks: _Array, scales: _Array, table: _Array, tokens: _Array, out: _Array
+) -> None:
+    """Multiply tokens with rows of MXFP4, in float32.
+
+    The weights are exact. The order of the terms in a sum depends on the processor. With 8
+    tokens or more, decoding to bfloat16 and multiplying with torch's `linear` is faster.
+
+    Args:
+        blocks: [rows, groups, 16] uint8.
+        scales: [rows, groups] uint8.
+        table: The pairs of float32 [65536], uint64, by `scale << 8 | byte`.
+        tokens: [tokens, groups * 32] float32, C-contiguous.
+        out: Memory for the products [tokens, rows], float32, with any strides.
+    """
+    _compiled_multiply()(blocks, scales, table, tokens, out)
+
+
 @lru_cache(maxsize=2)
 def _compiled_decode(pair_nbytes: int) -> Callable[..., None]:
     """Return `_decode` for pairs of 4 or 8 bytes."""
@@ -64,6 +84,17 @@ def _compiled_decode(pair_nbytes: int) -> Callable[..., None]:
 
     pair = {4: types.uint32, 8: types.uint64}[pair_nbytes]
     return _compile(_decode, [*_packed(), _readable(pair, 1), pair[:, :, ::1]])
+
+
+@lru_cache(maxsize=1)
+def _compiled_multiply() -> Callable[..., None]:
+    """Return `_multiply`, whose sums may be reordered; infinities and NaN keep their meaning."""
+    from numba import types
+
+    inputs = [*_packed(), _readable(types.uint64, 1), _readable(types.float32, 2)]
+    return _compile(
+        _multiply, [*inputs, types.float32[:, :]], fastmath={"reassoc", "contract", "nsz"}
+    )
 
 
 def _packed() -> list[Any]:
@@ -101,3 +132,19 @@ def _decode(blocks: _Array, scales: _Array, table: _Array, out: _Array) -> None:
             scale = np.int64(scales[row, group]) << 8
             for i in range(16):
                 out[row, group, i] = table[scale | blocks[row, group, i]]
+
+
+def _multiply(blocks: _Array, scales: _Array, table: _Array, tokens: _Array, out: _Array) -> None:
+    """See `multiply_packed`. A row is decoded to memory that the processor's first cache holds."""
+    pairs = np.empty(tokens.shape[1] // 2, np.uint64)
+    values = pairs.view(np.float32)
+    for row in range(blocks.shape[0]):
+        for group in range(blocks.shape[1]):
+            scale = np.int64(scales[row, group]) << 8
+            for i in range(16):
+                pairs[group * 16 + i] = table[scale | blocks[row, group, i]]
+        for token in range(tokens.shape[0]):
+            total = np.float32(0)
+            for i in range(tokens.shape[1]):
+                total += values[i] * tokens[token, i]
+            out[token, row] = total

@@ -1,4 +1,4 @@
-"""Compiled code gives the bits of the numpy code."""
+"""Compiled code gives the bits of the numpy code, and products as exact as float32 sums."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from gptoss_stream.tensors import compiled
 from gptoss_stream.tensors.cast import STORAGE
 from gptoss_stream.tensors.dtypes import DType
-from gptoss_stream.tensors.mxfp4 import decode
+from gptoss_stream.tensors.mxfp4 import decode, multiply
 
 numba = pytest.importorskip("numba")
 
@@ -81,6 +81,41 @@ def test_threads_decode_parts_of_one_array():
         list(pool.map(decode_part, range(0, 400, 10)))
     expected = decoded(blocks, scales, DType.BF16, by_numba=False)
     np.testing.assert_array_equal(out.view(np.uint8), expected)
+
+
+@pytest.mark.parametrize(("tokens", "rows", "groups"), [(1, 1, 1), (1, 64, 90), (4, 33, 7)])
+def test_products_are_as_exact_as_float32_sums(tokens, rows, groups):
+    blocks, scales = random_rows(2 * rows, groups)
+    blocks, scales = blocks[::2], scales[::2]
+    weights = decoded(blocks, scales, DType.F32, by_numba=False).view(np.float32)
+    vectors = np.random.default_rng(0).standard_normal((tokens, groups * 32)).astype(np.float32)
+    out = np.full((tokens, rows + 2), np.nan, np.float32)
+    multiply(blocks, scales, vectors, out[:, 1:-1])
+    exact = vectors.astype(np.float64) @ weights.T.astype(np.float64)
+    magnitudes = np.abs(vectors).astype(np.float64) @ np.abs(weights.T)
+    assert np.all(np.abs(out[:, 1:-1] - exact) <= 1e-6 * magnitudes)
+    assert np.isnan(out[:, [0, -1]]).all()
+
+
+def test_products_have_the_exact_weights():
+    """A token with a single 1 picks a column: every byte with every scale that is finite."""
+    blocks, scales = all_pairs()
+    blocks, scales = blocks[:253], scales[:253]
+    weights = decoded(blocks, scales, DType.F32, by_numba=False).view(np.float32)
+    out = np.empty((512, len(blocks)), np.float32)
+    multiply(blocks, scales, np.eye(512, dtype=np.float32), out)
+    np.testing.assert_array_equal(out.T, weights)
+
+
+def test_products_keep_what_is_not_finite():
+    blocks, scales = random_rows(1, 1)
+    blocks[...] = 0x22
+    for value in (np.inf, -np.inf, np.nan):
+        vector = np.ones((1, 32), np.float32)
+        vector[0, 5] = value
+        out = np.empty((1, 1), np.float32)
+        multiply(blocks, scales, vector, out)
+        np.testing.assert_array_equal(out, [[np.float32(value)]])
 
 
 def test_an_installation_that_cannot_be_written_compiles_each_time(monkeypatch):
