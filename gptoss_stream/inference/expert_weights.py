@@ -21,7 +21,10 @@ from .expert_cache import ExpertCache
 
 __all__ = ["ExpertMatrix", "ExpertWeights"]
 
-_FEW_TOKENS = 64
+_FEW_PICKS = 16
+"""Of a pass: four tokens with four experts each, up to which packed rows are multiplied faster than
+they are decoded."""
+_SOME_TOKENS = 64
 """Tokens for each expert, up to which decoding takes longer than multiplying."""
 _MARGIN_NBYTES = 1_000_000_000
 """Memory that is left to activations and to other programs."""
@@ -60,7 +63,7 @@ class ExpertWeights:
         self._pass = threading.Lock()
         self._owner = 0
         self._visited: set[int] = set()
-        self._is_many = False
+        self._is_many = self._multiplies = False
         self._first_forgotten = self._count_kept(dense.nbytes)
 
     def matrix(self, name: str, layer: int, expert: int) -> ExpertMatrix:
@@ -74,7 +77,7 @@ class ExpertWeights:
         return ExpertMatrix(self, self._layers[layer][expert][name])
 
     @contextmanager
-    def one_pass(self, layer: int, experts: Sequence[int], num_tokens: int) -> Iterator[None]:
+    def one_pass(self, layer: int, experts: Sequence[int], num_picks: int) -> Iterator[None]:
         """Decode ahead in a context in which a thread uses these experts, in this order.
 
         If another thread is in such a context, matrices are decoded when they are used.
@@ -82,7 +85,7 @@ class ExpertWeights:
         Args:
             layer: The layer.
             experts: The experts that the router has picked.
-            num_tokens: The number of tokens, each as often as it has experts.
+            num_picks: How often it has picked one, for all tokens together.
         """
         if not self._pass.acquire(blocking=False):
             yield
@@ -90,8 +93,10 @@ class ExpertWeights:
         threads = torch.get_num_threads()
         self._owner = threading.get_ident()
         try:
-            self._begin(layer, experts)
-            if num_tokens <= _FEW_TOKENS * len(experts):
+            matrices = [m for expert in experts for m in self._layers[layer][expert].values()]
+            self._multiplies = num_picks <= _FEW_PICKS and all(map(self._can_multiply, matrices))
+            self._begin(layer, matrices, 2 * len(experts) >= len(self._layers[layer]))
+            if num_picks <= _SOME_TOKENS * len(experts) and not self._multiplies:
                 torch.set_num_threads(max(1, threads // 2))  # others decode meanwhile
             yield
         finally:
@@ -99,19 +104,41 @@ class ExpertWeights:
             self._owner = 0
             self._pass.release()
 
-    def _begin(self, layer: int, experts: Sequence[int]) -> None:
-        """Begin to decode the experts of a pass, and of the next layer if they are many."""
-        of_layer = self._layers[layer]
-        self._is_many = is_many = 2 * len(experts) >= len(of_layer)
+    def multiply_packed(self, tensor: OutputTensor, inputs: torch.Tensor) -> torch.Tensor | None:
+        """Multiply a few tokens with a matrix that is not decoded to memory.
+
+        Args:
+            tensor: The matrix, [out, in].
+            inputs: [tokens, in].
+
+        Returns:
+            [tokens, out] float32; None if the matrix has to be decoded.
+        """
+        if not self._multiplies or self._owner != threading.get_ident():
+            return None
+        product = torch.empty(len(inputs), tensor.shape[0])
+        tokens = inputs.to("cpu", torch.float32).contiguous()
+        self._loader.multiply(tensor, tokens.numpy(), product.numpy())
+        return product
+
+    def _can_multiply(self, tensor: OutputTensor) -> bool:
+        return not self._cache.nbytes and self._loader.can_multiply(tensor)
+
+    def _begin(self, layer: int, matrices: list[OutputTensor], is_many: bool) -> None:
+        """Begin to read or to decode what a pass uses, and the next layer if that is most of it."""
+        self._is_many = is_many
         if is_many or layer not in self._visited:
             self._visited.add(layer)
             self._ahead.run(partial(self._dense.prefetch, layer + 1))
-        order = [matrix for expert in experts for matrix in of_layer[expert].values()]
+        if self._multiplies:
+            for matrix in matrices:
+                self._ahead.run(partial(self._loader.prefetch, matrix))
+            return
         if is_many:
             following = self._layers.get(layer + 1, {})
-            order += [matrix for expert in following.values() for matrix in expert.values()]
+            matrices += [matrix for expert in following.values() for matrix in expert.values()]
         if not self._cache.nbytes:
-            self._ahead.begin([one for one in order if not self._loader.can_map(one)])
+            self._ahead.begin([one for one in matrices if not self._loader.can_map(one)])
 
     def _decode(self, tensor: OutputTensor, memory: torch.Tensor) -> None:
         """Decode a matrix into memory."""
@@ -197,6 +224,10 @@ class ExpertMatrix:
         product: torch.Tensor = _Product.apply(inputs, self, bias)  # type: ignore[no-untyped-call]
         return product
 
+    def multiply_packed(self, inputs: torch.Tensor) -> torch.Tensor | None:
+        """See `ExpertWeights.multiply_packed`."""
+        return self._weights.multiply_packed(self._tensor, inputs)
+
     @contextmanager
     def borrow(self, like: torch.Tensor) -> Iterator[torch.Tensor]:
         """Give the decoded matrix in the dtype and on the device of a tensor."""
@@ -212,6 +243,9 @@ class _Product(torch.autograd.Function):
         ctx: Any, inputs: torch.Tensor, matrix: ExpertMatrix, bias: torch.Tensor | None
     ) -> torch.Tensor:
         ctx.matrix = matrix
+        product = matrix.multiply_packed(inputs)
+        if product is not None:
+            return (product if bias is None else product + bias.float()).to(inputs)
         with matrix.borrow(inputs) as weight:
             return functional.linear(inputs, weight, bias)
 

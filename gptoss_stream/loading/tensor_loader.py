@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
+from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,10 @@ from ..checkpoint.metadata import CheckpointInfo
 from ..checkpoint.open_reader import RandomAccess
 from ..checkpoint.reader import ElementRange, Reader
 from ..errors import OutputError
+from ..tensors.compiled import is_enabled
 from ..tensors.dtypes import DType
 from ..transforms.materialize import materialize, materialize_rows
+from ..transforms.mxfp4_operand import Mxfp4Operand
 from ..transforms.output_tensor import OutputTensor, Segment, element_ranges
 from ..transforms.tiles import TargetRows
 from .mapped_tensors import MappedTensors
@@ -118,6 +121,33 @@ class TensorLoader:
         with self._reading(tensor, list(pieces)):
             run_parallel([make_pieces] * min(threads, len(pieces)))
 
+    def can_multiply(self, tensor: OutputTensor) -> bool:
+        """Return whether `multiply` can be called for a tensor. No data is read."""
+        return is_enabled() and _packed_rows(tensor) is not None
+
+    def multiply(
+        self, tensor: OutputTensor, tokens: np.ndarray[Any, Any], out: np.ndarray[Any, Any]
+    ) -> None:
+        """Multiply tokens with a matrix in MXFP4 that is not decoded to memory.
+
+        Args:
+            tensor: The matrix, [rows, columns].
+            tokens: [tokens, columns] float32, C-contiguous.
+            out: Memory for the products [tokens, rows], float32.
+        """
+        operand = _packed_rows(tensor)
+        assert operand is not None
+        reader, num_rows, threads = self._opened().every, tensor.shape[0], num_processors()
+        bounds = [num_rows * i // threads for i in range(threads + 1)]
+        with self._reading(tensor, [(0, tensor.nbytes)]):
+            run_parallel(
+                [
+                    partial(operand.multiply, reader, (low, high), tokens, out[:, low:high])
+                    for low, high in pairwise(bounds)
+                    if low < high
+                ]
+            )
+
     def _reading(
         self, tensor: OutputTensor, pieces: list[tuple[int, int]]
     ) -> AbstractContextManager[object]:
@@ -153,6 +183,14 @@ class TensorLoader:
             if self._readers is None:
                 self._readers = self._stack.enter_context(self._open_readers())
             return self._readers
+
+
+def _packed_rows(tensor: OutputTensor) -> Mxfp4Operand | None:
+    """Return the operand of a tensor whose rows are rows of MXFP4 as they are stored."""
+    segment = tensor.segments[0]
+    is_whole = len(tensor.segments) == 1 and segment.rearrangement.is_copy
+    operand = segment.operand
+    return operand if is_whole and isinstance(operand, Mxfp4Operand) else None
 
 
 def _of_source(tensor: OutputTensor, begin: int, end: int) -> Iterator[ElementRange]:
