@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .expert_weights import ExpertWeights
+from .unsaved_matrix import UnsavedMatrix
 
 __all__ = ["ExpertStack", "HfExperts"]
 
@@ -94,6 +95,12 @@ class HfExperts(nn.Module):
             weighted = output * routing_weights[tokens, places, None]
             sums.index_add_(0, tokens, weighted.to(sums.dtype))
         return sums
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Let a state dict name the matrices, which are not in it."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in ("gate_up_proj", "down_proj"):
+            destination[prefix + name] = UnsavedMatrix()
 
     def _activate(self, gate_up: torch.Tensor) -> torch.Tensor:
         """Return the activations [tokens, intermediate] of gate and up, which alternate."""

@@ -5,7 +5,7 @@ Source of the computation: TransformerLens 3.9, `components/mlps/gpt_oss_moe.py`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 from transformer_lens.hook_points import HookPoint
 
 from .expert_weights import ExpertMatrix, ExpertWeights
+from .unsaved_matrix import UnsavedMatrix
 
 __all__ = ["HookedExpert", "replace_experts"]
 
@@ -22,15 +23,21 @@ _ALPHA, _LIMIT = 1.702, 7.0
 class _Linear(nn.Module):
     """Stands for one of an expert's linear layers; its weight is decoded when it is asked for."""
 
-    def __init__(self, original: nn.Linear, weight: Callable[[], torch.Tensor]) -> None:
+    def __init__(self, original: nn.Linear, matrix: ExpertMatrix, rows: slice) -> None:
         super().__init__()
         self.bias = original.bias
-        self._weight = weight
+        self._matrix = matrix
+        self._rows = rows
 
     @property
     def weight(self) -> torch.Tensor:
         """The matrix [out, in], decoded now and not kept."""
-        return self._weight()
+        return self._matrix.tensor()[self._rows]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Let a state dict name the matrix, which is not in it."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = UnsavedMatrix()
 
 
 class HookedExpert(nn.Module):
@@ -48,9 +55,9 @@ class HookedExpert(nn.Module):
 
     def __init__(self, original: Any, gate_up: ExpertMatrix, down: ExpertMatrix) -> None:
         super().__init__()
-        self.W_gate = _Linear(original.W_gate, lambda: gate_up.tensor()[::2])
-        self.W_in = _Linear(original.W_in, lambda: gate_up.tensor()[1::2])
-        self.W_out = _Linear(original.W_out, down.tensor)
+        self.W_gate = _Linear(original.W_gate, gate_up, slice(0, None, 2))
+        self.W_in = _Linear(original.W_in, gate_up, slice(1, None, 2))
+        self.W_out = _Linear(original.W_out, down, slice(None))
         self.hook_gate = original.hook_gate
         self.hook_pre = original.hook_pre
         self.hook_post = original.hook_post
@@ -82,13 +89,11 @@ def replace_experts(model: Any, weights: ExpertWeights) -> None:
                 weights.matrix("gate_up", layer, number),
                 weights.matrix("down", layer, number),
             )
-        block.mlp.hook_expert_indices.register_forward_hook(_begin_pass(weights, layer))
+        block.mlp.hook_expert_indices.register_forward_hook(partial(_begin_pass, weights, layer))
 
 
-def _begin_pass(weights: ExpertWeights, layer: int) -> Callable[..., None]:
-    """Return a torch hook that learns which experts a pass through a layer will use."""
-
-    def hook(module: nn.Module, inputs: Any, indices: torch.Tensor) -> None:
-        weights.begin_pass(layer, torch.unique(indices).tolist())
-
-    return hook
+def _begin_pass(
+    weights: ExpertWeights, layer: int, module: nn.Module, inputs: Any, indices: torch.Tensor
+) -> None:
+    """Learn, as a torch hook, which experts a pass through a layer will use."""
+    weights.begin_pass(layer, torch.unique(indices).tolist())

@@ -125,7 +125,8 @@ def load_hooked_transformer(
     names = [name for name, _ in model.named_parameters()]
     model.load_state_dict(_parameters(state_dict, names, chosen), strict=False, assign=True)
     _set_buffers(model, build(_small_config(config)), device)
-    unset = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    values = [*model.named_parameters(), *model.named_buffers()]
+    unset = [name for name, tensor in values if tensor.is_meta]
     if unset:
         raise OutputError(f"{location}: no values for {listed(unset)}; run verify")
     return model.requires_grad_(False).eval()
