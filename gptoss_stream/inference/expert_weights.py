@@ -15,6 +15,7 @@ from ..loading.tensor_loader import TensorLoader
 from ..loading.torch_dtypes import TORCH_NAMES
 from ..transforms.output_tensor import OutputTensor
 from .read_ahead import ReadAhead
+from .unsaved_matrix import refuse_saving
 
 __all__ = ["ExpertMatrix", "ExpertWeights"]
 
@@ -40,6 +41,12 @@ class ExpertWeights:
         self._lock = threading.Lock()
         self._memory = threading.local()
         self._ahead = ReadAhead(self._tensors, loader)
+
+    def __deepcopy__(self, memo: Any) -> ExpertWeights:
+        """Return the same weights: copies of a model share them."""
+        return self
+
+    __reduce_ex__ = refuse_saving
 
     def matrix(self, name: str, layer: int, expert: int) -> ExpertMatrix:
         """Return a matrix of an expert; nothing is read.
@@ -159,6 +166,9 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(
+        ctx: Any, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor, None, torch.Tensor | None]:
+        of_bias = gradient.sum(0) if ctx.needs_input_grad[2] else None
         with ctx.matrix.borrow(gradient) as weight:
-            return gradient @ weight, None, None
+            return gradient @ weight, None, of_bias
