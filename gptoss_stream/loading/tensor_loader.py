@@ -94,11 +94,14 @@ class TensorLoader:
             begin: The first byte.
             end: The byte after the last.
             out: Memory for the bytes, [end - begin] uint8.
+
+        Raises:
+            CheckpointError: If a local file has changed since it was opened.
         """
-        reader = self._opened().every
+        readers = self._opened()
         threads = num_processors()
         pieces = deque(_pieces(tensor, begin, end, threads))
-        make = partial(_make_rows, reader=reader)
+        make = partial(_make_rows, reader=readers.every)
 
         def make_pieces() -> None:
             while pieces:
@@ -109,6 +112,8 @@ class TensorLoader:
                 materialize(tensor, low, high, out[low - begin : high - begin], make)
 
         run_parallel([make_pieces] * min(threads, len(pieces)))
+        if self._info.location.is_local:  # a remote file is checked with each request
+            readers.source.check_unchanged()
 
     def prefetch(self, tensor: OutputTensor) -> None:
         """Begin to read what a tensor is made of, in the background."""
