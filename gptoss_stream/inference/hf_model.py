@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .._utils.failures import missing_package
 from .._utils.messages import listed
 from ..adapters import AdapterLike, as_adapters
+from ..checkpoint.small_files import read_config
 from ..errors import CheckpointError, MissingPackageError
 from ..model.pruning import Pruning
 from ..planning.options import ConversionOptions
@@ -25,6 +26,8 @@ __all__ = ["load_hf_model"]
 
 _MAJOR_VERSION = 5
 """Of transformers. Version 4 gives experts the weights of all experts, 5 those of the picked."""
+
+_GENERATION_NAME = "generation_config.json"
 
 
 def load_hf_model(
@@ -66,13 +69,18 @@ def load_hf_model(
         "hf", source_format, dtype, pruning=Pruning.of(layers, None), adapters=as_adapters(adapters)
     )
     cache_nbytes = parse_size(expert_cache) if expert_cache else 0
-    opened = open_checkpoint_model(open_location(source), options, device, cache_nbytes)
+    location = open_location(source)
+    opened = open_checkpoint_model(location, options, device, cache_nbytes)
     config = transformers.GptOssConfig.from_dict(opened.config("config.json"))
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"  # others multiply with whole stacks of experts
+    config._name_or_path = str(location)  # PEFT notes it in adapters that it saves
     config.dtype = getattr(torch, torch_name(opened.plan.main_dtype))
     with torch.device("meta"):
         model = transformers.GptOssForCausalLM(config)
+    if location.has(_GENERATION_NAME):
+        settings = read_config(location, _GENERATION_NAME)
+        model.generation_config = transformers.GenerationConfig.from_dict(dict(settings))
     _set_weights(model, opened)
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config).to(device)
