@@ -37,5 +37,5 @@ class UnsavedMatrix(torch.Tensor):
         """Return the same, which has no dtype and no device: TransformerLens calls this."""
         return self
 
-    def __repr__(self, *, tensor_contents: Any = None) -> Any:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return "<stays in the checkpoint>"
