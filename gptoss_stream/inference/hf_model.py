@@ -45,7 +45,13 @@ def load_hf_model(
     Opens in seconds. On the CPU, weights that are stored as the model needs them are mapped: they
     are read from the disk when they are used. Experts that are stored otherwise, such as those in
     MXFP4, are decoded when the router picks them, once for all tokens of a pass. Parameters need no
-    gradient; gradients with respect to activations work.
+    gradient; gradients with respect to activations work, but not gradients of gradients.
+
+    Such experts are no parameters. To save the model, use `convert`: saving it in another way is
+    refused, as is pickling. PEFT trains, loads and saves adapters that change no experts (its
+    `target_parameters` finds none, and it warns); those that do come by `adapters`. Do not write to
+    the checkpoint while it is used: a decoded expert of a changed file is refused, but mapped pages
+    are not checked, and a truncated file kills the process (SIGBUS).
 
     Args:
         source: A local folder, a repository of the Hub, or a URL (see `open_location`).

@@ -62,7 +62,9 @@ def load_hooked_transformer(
     are read from the disk when they are used. Experts that are stored otherwise, such as those in
     MXFP4, are decoded when the router picks them, once for all tokens of a pass;
     `model.blocks[3].mlp.experts[5].W_in.weight` decodes one matrix. Parameters need no gradient;
-    gradients with respect to activations work.
+    gradients with respect to activations work, but not gradients of gradients. Saving the model and
+    processing its weights is refused if its experts are decoded: use `convert`. See
+    `load_hf_model` for files that change.
 
     Args:
         source: A local folder, a repository of the Hub, or a URL (see `open_location`). If it

@@ -83,7 +83,7 @@ def test_models_of_other_shapes(name, is_mxfp4, load, shaped, expected):
 def test_a_batch_with_padding(side, load, checkpoints, expected):
     """Tokens of padding are seen by none, and their own logits mean nothing."""
     mask = torch.ones_like(TOKENS)
-    mask[0, :21 if side == "left" else None] = 0
+    mask[0, : 21 if side == "left" else None] = 0
     if side == "right":
         mask[0, :39] = 1
     model = load(checkpoints(), dtype="float32")
@@ -102,9 +102,7 @@ def test_positions_can_be_given(checkpoints, expected):
     model = gptoss_stream.load_hf_model(checkpoints(), dtype="float32")
     positions = torch.stack([torch.arange(60) * 3, torch.arange(100, 160)])
     found = logits(model, position_ids=positions)
-    torch.testing.assert_close(
-        found, logits(expected(), position_ids=positions), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(found, logits(expected(), position_ids=positions), atol=1e-5, rtol=0)
     assert not torch.allclose(found, logits(model), atol=1e-3)
 
 

@@ -80,9 +80,7 @@ def test_peft_saves_an_adapter_that_was_trained_on_it(checkpoints, tmp_path):
     merged = gptoss_stream.load_hf_model(
         checkpoints(), dtype="float32", adapters=tmp_path / "adapter"
     )
-    torch.testing.assert_close(
-        logits(merged, tokens), logits(model, tokens), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(logits(merged, tokens), logits(model, tokens), atol=1e-5, rtol=0)
 
 
 def test_a_copy_computes_the_same_and_shares_experts(load, checkpoints):
