@@ -1,4 +1,4 @@
-"""A HookedTransformer of a converted output, which is mapped whole, computes what the Hugging Face model computes."""
+"""A HookedTransformer of a converted output computes what the Hugging Face model computes."""
 
 from __future__ import annotations
 

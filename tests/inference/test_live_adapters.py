@@ -1,4 +1,4 @@
-"""Adapters that are merged while a model runs: as in a converted folder, and as PEFT's own model."""
+"""Adapters that are merged as a model runs: as in a converted folder, and as PEFT's own model."""
 
 from __future__ import annotations
 
