@@ -20,30 +20,20 @@ import gptoss_stream
 pytestmark = pytest.mark.slow
 
 NEEDS = ["numpy", "einops", "tqdm", "threadpoolctl", "fsspec", "safetensors", "huggingface_hub"]
-ENVIRONMENTS = {
-    "tools": ["transformer-lens>=4,<5", "nnsight==0.8.*", "lm-eval==0.4.13"],
-    "oldest": ["transformers==5.0.0"],
-    "5.5": ["transformers==5.5.0"],
-    "5.17": ["transformers==5.17.0"],
-    "newest": ["transformers>=5.24,<6"],
-    "too old": ["transformers==4.57.6"],
-}
+TOOLS = ["transformer-lens>=4,<5", "nnsight==0.8.*", "lm-eval==0.4.13"]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A function that runs a script in an environment, and returns the JSON of its last line."""
-    pythons = {}
+    """A function that installs packages in an environment, and runs a script that prints JSON."""
+    python = tmp_path_factory.mktemp("environment") / "bin/python"
+    venv.create(python.parent.parent, with_pip=True)
 
-    def run(name, script, *arguments):
-        if name not in pythons:
-            folder = tmp_path_factory.mktemp("environment")
-            venv.create(folder, with_pip=True)
-            pythons[name] = folder / "bin/python"
-            install = [pythons[name], "-m", "pip", "install", "-q", "torch==2.13.0"]
-            subprocess.run([*install, *NEEDS, *ENVIRONMENTS[name]], check=True, stdout=sys.stderr)
+    def run(packages, script, *arguments):
+        install = [python, "-m", "pip", "install", "-q", "torch==2.13.0", *NEEDS, *packages]
+        subprocess.run(install, check=True, stdout=sys.stderr)
         done = subprocess.run(
-            [pythons[name], "-c", script, *arguments],
+            [python, "-c", script, *arguments],
             env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             check=True,
@@ -79,43 +69,6 @@ def difference(found):
     return (found - expected).abs().max().item()
 """
 
-LOGITS = (
-    START
-    + """
-with torch.no_grad():
-    asked = model(tokens, output_hidden_states=True, output_attentions=True,
-                  output_router_logits=True)
-    texts = [model.generate(tokens[:, :12], attention_mask=torch.ones(2, 12), do_sample=False,
-                            max_new_tokens=12, eos_token_id=None, use_cache=use_cache).tolist()
-             for use_cache in (True, False)]
-print(json.dumps({
-    "difference": difference(asked.logits),
-    "layers": [len(asked.hidden_states), len(asked.attentions), len(asked.router_logits)],
-    "same texts": texts[0] == texts[1],
-}))
-"""
-)
-
-
-@pytest.mark.parametrize("name", ["oldest", "5.5", "5.17", "newest"])
-def test_the_range_of_transformers(name, source, run):
-    """With each version the logits are those of the version that is installed here."""
-    found = run(name, LOGITS, source)
-    assert found["difference"] < 1e-5
-    assert found["layers"] == [5, 4, 4]
-    assert found["same texts"]
-
-
-def test_a_version_that_is_too_old_is_refused(source, run):
-    script = """
-import json, sys
-import gptoss_stream
-try: gptoss_stream.load_hf_model(sys.argv[1])
-except gptoss_stream.MissingPackageError as error: print(json.dumps(str(error)))
-"""
-    assert "transformers 4.57.6 is too old" in run("too old", script, source)
-
-
 BRIDGE = (
     START
     + """
@@ -136,10 +89,41 @@ print(json.dumps({
 
 
 def test_a_transformer_bridge_is_booted_from_it(source, run):
-    found = run("tools", BRIDGE, source)
+    found = run(TOOLS, BRIDGE, source)
     assert found["difference"] < 1e-5
     assert found["changed"] > 1e-2
     assert found["hooks"] == 4
+
+
+CONVERTED = """
+import json, sys
+import torch
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoModelForCausalLM
+
+tokens = torch.arange(40)[None] * 25 % 1009
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+bridge = TransformerBridge.boot_transformers(sys.argv[1], dtype=model.dtype)
+with torch.no_grad():
+    expected, (found, cache) = model(tokens).logits, bridge.run_with_cache(tokens)
+print(json.dumps({
+    "difference": (found - expected).abs().max().item(),
+    "spread": expected.std().item(),
+    "hooks": sum(name.endswith("hook_resid_pre") for name in cache),
+}))
+"""
+
+
+@pytest.mark.parametrize("of", ["hf-mxfp4", "openai"])
+def test_a_transformer_bridge_of_a_converted_folder(of, tmp_path, run):
+    """It computes the logits of transformers' model."""
+    folder = gptoss_stream.synth(tmp_path / "source", format=of)
+    save_tokenizer(folder)
+    gptoss_stream.convert(folder, tmp_path / "out", to="hf", dtype="float32")
+    result = run(TOOLS, CONVERTED, tmp_path / "out")
+    assert result["difference"] == 0
+    assert result["spread"] > 0
+    assert result["hooks"] == 4  # one for each layer
 
 
 NNSIGHT = (
@@ -164,7 +148,7 @@ print(json.dumps({
 
 
 def test_nnsight_traces_it(source, run):
-    found = run("tools", NNSIGHT, source)
+    found = run(TOOLS, NNSIGHT, source)
     assert found["difference"] < 1e-5
     assert found["changed"] > 1e-3
     assert found["shape"] == [120, 96]
@@ -191,6 +175,43 @@ print(json.dumps({"found": found, "expected": values.sum((1, 2)).tolist()}))
 
 
 def test_lm_eval_scores_texts_with_it(source, run):
-    found = run("tools", LM_EVAL, source)
+    found = run(TOOLS, LM_EVAL, source)
     assert found["found"] == pytest.approx(found["expected"], abs=1e-3)
     assert found["found"][0] < -1
+
+
+LOGITS = (
+    START
+    + """
+with torch.no_grad():
+    asked = model(tokens, output_hidden_states=True, output_attentions=True,
+                  output_router_logits=True)
+    texts = [model.generate(tokens[:, :12], attention_mask=torch.ones(2, 12), do_sample=False,
+                            max_new_tokens=12, eos_token_id=None, use_cache=use_cache).tolist()
+             for use_cache in (True, False)]
+print(json.dumps({
+    "difference": difference(asked.logits),
+    "layers": [len(asked.hidden_states), len(asked.attentions), len(asked.router_logits)],
+    "same texts": texts[0] == texts[1],
+}))
+"""
+)
+
+
+@pytest.mark.parametrize("version", ["5.0.0", "5.5.0", "5.10.0", "5.17.0", "5.24.0"])
+def test_the_range_of_transformers(version, source, run):
+    """With each version the logits are those of the version that is installed here."""
+    found = run([f"transformers=={version}"], LOGITS, source)
+    assert found["difference"] < 1e-5
+    assert found["layers"] == [5, 4, 4]
+    assert found["same texts"]
+
+
+def test_a_version_that_is_too_old_is_refused(source, run):
+    script = """
+import json, sys
+import gptoss_stream
+try: gptoss_stream.load_hf_model(sys.argv[1])
+except gptoss_stream.MissingPackageError as error: print(json.dumps(str(error)))
+"""
+    assert "transformers 4.57.6 is too old" in run(["transformers==4.57.6"], script, source)
