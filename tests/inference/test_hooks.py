@@ -126,3 +126,18 @@ def test_forward_hooks_of_torch(hf, expected):
     assert len(found) == len(peer) == 1 + 3 + 3 + 1
     assert all(torch.equal(one, other) for one, other in zip(found, peer, strict=True))
     assert not torch.equal(found[0], logits(hf))
+
+
+@torch.no_grad()
+def test_large_activations_are_clamped(hf, hooked, converted, expected):
+    """At 7, which the activations of small random models do not reach."""
+    inputs = torch.randn(6, 96, generator=torch.Generator().manual_seed(0)).bfloat16() * 100
+    assert converted.blocks[1].mlp.experts[2].W_in(inputs).abs().max() > 14
+    picked, weights = torch.arange(12).reshape(6, 2) % 5, torch.full((6, 2), 0.5).bfloat16()
+    found, peer = (
+        model.model.layers[1].mlp.experts(inputs, picked, weights)
+        for model in (hf, expected(dtype="bfloat16"))
+    )
+    assert torch.equal(found, peer)
+    found, peer = (model.blocks[1].mlp.experts[2](inputs) for model in (hooked, converted))
+    assert torch.equal(found, peer)
