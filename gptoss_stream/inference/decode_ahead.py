@@ -7,7 +7,6 @@ page cache.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -42,11 +41,9 @@ class DecodeAhead:
         self._decode = decode
         self._prefetch = prefetch
         self._buffer_nbytes = buffer_nbytes
-        self._forget_thread()
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._forget_thread)
+        self.forget_thread()
 
-    def _forget_thread(self) -> None:
+    def forget_thread(self) -> None:
         """Begin without a thread, as a child process does after a fork."""
         self._executor: ThreadPoolExecutor | None = None
         self._free: list[torch.Tensor] = []

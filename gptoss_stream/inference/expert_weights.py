@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,6 +20,7 @@ from ..transforms.output_tensor import OutputTensor
 from .decode_ahead import DecodeAhead
 from .dense_weights import DenseWeights
 from .expert_cache import ExpertCache
+from .unsaved_matrix import refuse_saving
 
 __all__ = ["ExpertMatrix", "ExpertWeights"]
 
@@ -60,11 +63,23 @@ class ExpertWeights:
         self._ahead = DecodeAhead(
             self._decode, loader.prefetch, max(tensor.nbytes for tensor in tensors)
         )
-        self._pass = threading.Lock()
-        self._owner = 0
+        self._begin_without_thread()
+        _every.add(self)
         self._visited: set[int] = set()
         self._is_many = self._multiplies = False
         self._first_forgotten = self._count_kept(dense.nbytes)
+
+    def _begin_without_thread(self) -> None:
+        """Begin with no pass and no background thread, as a child process does after a fork."""
+        self._pass = threading.Lock()
+        self._owner = 0
+        self._ahead.forget_thread()
+
+    def __deepcopy__(self, memo: Any) -> ExpertWeights:
+        """Return the same weights: copies of a model share them."""
+        return self
+
+    __reduce_ex__ = refuse_saving
 
     def matrix(self, name: str, layer: int, expert: int) -> ExpertMatrix:
         """Return a matrix of an expert; nothing is read.
@@ -189,6 +204,18 @@ def _typed(tensor: OutputTensor, memory: torch.Tensor) -> torch.Tensor:
     return memory[: tensor.nbytes].view(dtype).view(tensor.shape)
 
 
+_every: weakref.WeakSet[ExpertWeights] = weakref.WeakSet()
+
+
+def _begin_again_in_child() -> None:
+    for weights in _every:
+        weights._begin_without_thread()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_again_in_child)
+
+
 class ExpertMatrix:
     """A matrix of an expert, [out, in], that is decoded when it is used."""
 
@@ -251,6 +278,9 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(
+        ctx: Any, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor, None, torch.Tensor | None]:
+        of_bias = gradient.sum(0) if ctx.needs_input_grad[2] else None
         with ctx.matrix.borrow(gradient) as weight:
-            return gradient @ weight, None, None
+            return gradient @ weight, None, of_bias

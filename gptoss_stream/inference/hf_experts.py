@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import OptionError
 from .expert_weights import ExpertWeights
+from .unsaved_matrix import UnsavedMatrix
 
 __all__ = ["ExpertStack", "HfExperts"]
 
@@ -94,6 +96,25 @@ class HfExperts(nn.Module):
                 weighted = output * routing_weights[tokens, places, None]
                 sums.index_add_(0, tokens, weighted.to(sums.dtype))
         return sums
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Let a state dict name the matrices, which are not in it."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in ("gate_up_proj", "down_proj"):
+            destination[prefix + name] = UnsavedMatrix()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
+        """Refuse what is for matrices: PEFT would leave out an adapter's part for experts."""
+        own = {f"{prefix}gate_up_proj_bias", f"{prefix}down_proj_bias"}
+        others = sorted(name for name in state_dict if name.startswith(prefix) and name not in own)
+        if others:
+            raise OptionError(
+                f"{others[0]}: the experts of this model stay in its checkpoint; give adapters for "
+                "them to load_hf_model with adapters="
+            )
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def _activate(self, gate_up: torch.Tensor) -> torch.Tensor:
         """Return the activations [tokens, intermediate] of gate and up, which alternate."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .._utils.failures import missing_package
 from .._utils.messages import listed
 from ..adapters import AdapterLike, as_adapters
+from ..checkpoint.small_files import read_config
 from ..errors import CheckpointError, MissingPackageError
 from ..model.pruning import Pruning
 from ..planning.options import ConversionOptions
@@ -24,6 +25,8 @@ __all__ = ["load_hf_model"]
 
 _MAJOR_VERSION = 5
 """Of transformers. Version 4 gives experts the weights of all experts, 5 those of the picked."""
+
+_GENERATION_NAME = "generation_config.json"
 
 
 def load_hf_model(
@@ -42,7 +45,13 @@ def load_hf_model(
     Opens in seconds. On the CPU, weights that are stored as the model needs them are mapped: they
     are read from the disk when they are used. Experts that are stored otherwise, such as those in
     MXFP4, are decoded when the router picks them, once for all tokens of a pass. Parameters need no
-    gradient; gradients with respect to activations work.
+    gradient; gradients with respect to activations work, but not gradients of gradients.
+
+    Such experts are no parameters. To save the model, use `convert`: saving it in another way is
+    refused, as is pickling. PEFT trains, loads and saves adapters that change no experts (its
+    `target_parameters` finds none, and it warns); those that do come by `adapters`. Do not write to
+    the checkpoint while it is used: a decoded expert of a changed file is refused, but mapped pages
+    are not checked, and a truncated file kills the process (SIGBUS).
 
     Args:
         source: A local folder, a repository of the Hub, or a URL (see `open_location`).
@@ -67,13 +76,18 @@ def load_hf_model(
     options = ConversionOptions(
         "hf", source_format, dtype, pruning=Pruning.of(layers, None), adapters=as_adapters(adapters)
     )
-    opened = open_checkpoint_model(open_location(source), options, device, expert_cache, cache)
+    location = open_location(source)
+    opened = open_checkpoint_model(location, options, device, expert_cache, cache)
     config = transformers.GptOssConfig.from_dict(opened.config("config.json"))
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"  # others multiply with whole stacks of experts
+    config._name_or_path = str(location)  # PEFT notes it in adapters that it saves
     config.dtype = getattr(torch, torch_name(opened.plan.main_dtype))
     with torch.device("meta"):
         model = transformers.GptOssForCausalLM(config)
+    if location.has(_GENERATION_NAME):
+        settings = read_config(location, _GENERATION_NAME)
+        model.generation_config = transformers.GenerationConfig.from_dict(dict(settings))
     _set_weights(model, opened)
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config).to(device)

@@ -5,7 +5,7 @@ Source of the computation: TransformerLens 3.9, `components/mlps/gpt_oss_moe.py`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 from transformer_lens.hook_points import HookPoint
 
 from .expert_weights import ExpertMatrix, ExpertWeights
+from .unsaved_matrix import UnsavedMatrix
 
 __all__ = ["HookedExpert", "replace_experts"]
 
@@ -23,15 +24,21 @@ _ALPHA, _LIMIT = 1.702, 7.0
 class _Linear(nn.Module):
     """Stands for one of an expert's linear layers; its weight is decoded when it is asked for."""
 
-    def __init__(self, original: nn.Linear, weight: Callable[[], torch.Tensor]) -> None:
+    def __init__(self, original: nn.Linear, matrix: ExpertMatrix, rows: slice) -> None:
         super().__init__()
         self.bias = original.bias
-        self._weight = weight
+        self._matrix = matrix
+        self._rows = rows
 
     @property
     def weight(self) -> torch.Tensor:
         """The matrix [out, in], decoded now and not kept."""
-        return self._weight()
+        return self._matrix.tensor()[self._rows]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Let a state dict name the matrix, which is not in it."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = UnsavedMatrix()
 
 
 class HookedExpert(nn.Module):
@@ -49,9 +56,9 @@ class HookedExpert(nn.Module):
 
     def __init__(self, original: Any, gate_up: ExpertMatrix, down: ExpertMatrix) -> None:
         super().__init__()
-        self.W_gate = _Linear(original.W_gate, lambda: gate_up.tensor()[::2])
-        self.W_in = _Linear(original.W_in, lambda: gate_up.tensor()[1::2])
-        self.W_out = _Linear(original.W_out, down.tensor)
+        self.W_gate = _Linear(original.W_gate, gate_up, slice(0, None, 2))
+        self.W_in = _Linear(original.W_in, gate_up, slice(1, None, 2))
+        self.W_out = _Linear(original.W_out, down, slice(None))
         self.hook_gate = original.hook_gate
         self.hook_pre = original.hook_pre
         self.hook_post = original.hook_post
@@ -83,19 +90,46 @@ def replace_experts(model: Any, weights: ExpertWeights) -> None:
                 weights.matrix("gate_up", layer, number),
                 weights.matrix("down", layer, number),
             )
-        _decode_ahead(block.mlp, weights, layer)
+        passes = _Passes(weights, layer)
+        block.mlp.register_forward_pre_hook(passes.begin)
+        block.mlp.hook_expert_indices.register_forward_hook(passes.use)
+        block.mlp.register_forward_hook(passes.end, always_call=True)
 
 
-def _decode_ahead(mlp: Any, weights: ExpertWeights, layer: int) -> None:
-    """Let a layer's experts be decoded ahead, from when the router has picked them."""
-    passes: list[ExitStack] = []
+class _Passes:
+    """Lets experts be decoded ahead, by hooks of torch on a layer and on what its router picks.
 
-    def begin(module: nn.Module, inputs: Any, indices: torch.Tensor) -> None:
-        picked = torch.unique(indices).tolist()
-        passes[-1].enter_context(weights.one_pass(layer, picked, indices.numel()))
+    Args:
+        weights: The experts.
+        layer: The layer's number.
+    """
 
-    mlp.register_forward_pre_hook(lambda module, inputs: passes.append(ExitStack()))
-    mlp.hook_expert_indices.register_forward_hook(begin)
-    mlp.register_forward_hook(
-        lambda module, inputs, outputs: passes.pop().close(), always_call=True
-    )
+    def __init__(self, weights: ExpertWeights, layer: int) -> None:
+        self._weights = weights
+        self._layer = layer
+        self._of_thread = threading.local()
+
+    def __deepcopy__(self, memo: Any) -> _Passes:
+        """Return the same: copies of a model share its experts."""
+        return self
+
+    def _stack(self) -> list[ExitStack]:
+        """Return the passes that this thread has begun and not ended."""
+        stack: list[ExitStack] = self._of_thread.__dict__.setdefault("stack", [])
+        return stack
+
+    def begin(self, module: nn.Module, inputs: Any) -> None:
+        """Begin a pass through the layer."""
+        self._stack().append(ExitStack())
+
+    def use(self, module: nn.Module, inputs: Any, indices: torch.Tensor) -> None:
+        """Begin to decode the experts that the router has picked."""
+        if self._stack():
+            picked = torch.unique(indices).tolist()
+            one_pass = self._weights.one_pass(self._layer, picked, indices.numel())
+            self._stack()[-1].enter_context(one_pass)
+
+    def end(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+        """End the pass, also after an error."""
+        if self._stack():
+            self._stack().pop().close()

@@ -62,7 +62,9 @@ def load_hooked_transformer(
     are read from the disk when they are used. Experts that are stored otherwise, such as those in
     MXFP4, are decoded when the router picks them, once for all tokens of a pass;
     `model.blocks[3].mlp.experts[5].W_in.weight` decodes one matrix. Parameters need no gradient;
-    gradients with respect to activations work.
+    gradients with respect to activations work, but not gradients of gradients. Saving the model and
+    processing its weights is refused if its experts are decoded: use `convert`. See
+    `load_hf_model` for files that change.
 
     Args:
         source: A local folder, a repository of the Hub, or a URL (see `open_location`). If it
@@ -127,7 +129,8 @@ def load_hooked_transformer(
     names = [name for name, _ in model.named_parameters()]
     model.load_state_dict(_parameters(state_dict, names, chosen), strict=False, assign=True)
     _set_buffers(model, build(_small_config(config)), device)
-    unset = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    values = [*model.named_parameters(), *model.named_buffers()]
+    unset = [name for name, tensor in values if tensor.is_meta]
     if unset:
         raise OutputError(f"{location}: no values for {listed(unset)}; run verify")
     return model.requires_grad_(False).eval()

@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from itertools import pairwise
 from math import prod
@@ -104,6 +104,9 @@ class TensorLoader:
             begin: The first byte.
             end: The byte after the last.
             out: Memory for the bytes, [end - begin] uint8.
+
+        Raises:
+            CheckpointError: If a local file has changed since it was opened.
         """
         readers = self._opened()
         threads = num_processors()
@@ -148,17 +151,22 @@ class TensorLoader:
                 ]
             )
 
-    def _reading(
-        self, tensor: OutputTensor, pieces: list[tuple[int, int]]
-    ) -> AbstractContextManager[object]:
-        """Begin to read all that some pieces of a tensor are made of, if it is remote.
+    @contextmanager
+    def _reading(self, tensor: OutputTensor, pieces: list[tuple[int, int]]) -> Iterator[None]:
+        """Give a context in which pieces of a tensor are made.
 
-        Reading it when it is needed would take a request, and a wait, for each tile.
+        What they are made of is fetched at once if it is remote: each tile would else wait for a
+        request. If it is local, its files must not have changed at the end; a remote file is
+        checked with each request.
         """
+        source = self._opened().source
         if self._info.location.is_local:
-            return nullcontext()
+            yield
+            source.check_unchanged()
+            return
         ranges = [one for piece in pieces for one in _of_source(tensor, *piece)]
-        return self._opened().source.prefetch(ranges)
+        with source.prefetch(ranges):
+            yield
 
     def prefetch(self, tensor: OutputTensor) -> None:
         """Begin to read what a tensor is made of, in the background."""

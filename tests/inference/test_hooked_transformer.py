@@ -1,4 +1,4 @@
-"""A memory-mapped HookedTransformer computes what the Hugging Face model computes."""
+"""A HookedTransformer of a converted output computes what the Hugging Face model computes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformer_lens.config import hooked_transformer_config
 
 import gptoss_stream
 from gptoss_stream import Selection
-from gptoss_stream.errors import MissingPackageError, OptionError, OutputError
+from gptoss_stream.errors import ConfigError, MissingPackageError, OptionError, OutputError
 
 TOKENS = torch.arange(60)[None] * 25 % 1009  # longer than the sliding window of 16
 
@@ -161,17 +161,11 @@ def test_a_partial_output(source, converted, tmp_path):
         gptoss_stream.load_hooked_transformer(tmp_path / "few", layers="0")
 
 
-def test_another_format_is_refused(source, tmp_path):
-    gptoss_stream.convert(source, tmp_path / "hf", to="hf")
-    with pytest.raises(OutputError, match="needs an output in the format transformer-lens"):
-        gptoss_stream.load_hooked_transformer(tmp_path / "hf")
-
-
 def test_a_damaged_configuration_is_refused(converted, tmp_path):
     folder = shutil.copytree(converted(), tmp_path / "out")
     for text in ("", "[]", '{"n_layers": "x"}', json.dumps({"n_layers": 4})):
         (folder / "tl_config.json").write_text(text)
-        with pytest.raises(OutputError, match=r"tl_config\.json: damaged"):
+        with pytest.raises((ConfigError, OutputError), match=r"tl_config\.json: (damaged|not )"):
             gptoss_stream.load_hooked_transformer(folder)
 
 
@@ -185,16 +179,47 @@ def test_unsupported_versions_of_transformer_lens_are_refused(converted, monkeyp
         patch.setattr(hooked_transformer_config, "HookedTransformerConfig", OldConfig)
         with pytest.raises(MissingPackageError, match="does not support attention sinks"):
             gptoss_stream.load_hooked_transformer(converted())
-    monkeypatch.setattr("gptoss_stream.loading.hooked_transformer.version", lambda name: "4.3.0")
+    monkeypatch.setattr("gptoss_stream.inference.hooked_transformer.version", lambda name: "4.3.0")
     with pytest.raises(MissingPackageError, match=r"4\.3\.0 has no HookedTransformer"):
         gptoss_stream.load_hooked_transformer(converted())
 
     def absent(name):
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr("gptoss_stream.loading.hooked_transformer.version", absent)
+    monkeypatch.setattr("gptoss_stream.inference.hooked_transformer.version", absent)
     with pytest.raises(MissingPackageError, match=r"gptoss_stream\[transformer-lens\]"):
         gptoss_stream.load_hooked_transformer(converted())
+
+
+@pytest.mark.parametrize("found", ["4.57.6", "6.0.0"])
+def test_unsupported_versions_of_transformers_are_refused(found, source, monkeypatch):
+    monkeypatch.setattr("transformers.__version__", found)
+    word = "old" if found < "5" else "new"
+    message = rf"transformers {found} is too {word}.*pip install 'gptoss_stream\[transformers\]'"
+    with pytest.raises(MissingPackageError, match=message):
+        gptoss_stream.load_hf_model(source)
+
+
+@pytest.mark.parametrize(
+    ("absent", "call", "extra"),
+    [
+        ("torch", "load_hf_model", "transformers"),
+        ("transformers", "load_hf_model", "transformers"),
+        ("torch", "load_hooked_transformer", "transformer-lens"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_extra(absent, call, extra, source):
+    """In a process that cannot import it."""
+    code = (
+        "import sys\n"
+        f"sys.modules[{absent!r}] = None\n"
+        "import gptoss_stream\n"
+        f"try: gptoss_stream.{call}(sys.argv[1])\n"
+        "except gptoss_stream.MissingPackageError as error: print(error)"
+    )
+    command = [sys.executable, "-c", code, source]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert f"{absent} is not installed; run: pip install 'gptoss_stream[{extra}]'" in done.stdout
 
 
 MEMORY = """
