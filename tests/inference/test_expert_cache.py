@@ -9,6 +9,7 @@ import torch
 from inference_runs import TOKENS, is_hooked, logits
 
 from gptoss_stream.errors import OptionError
+from gptoss_stream.inference.expert_cache import ExpertCache
 from gptoss_stream.inference.expert_weights import ExpertWeights
 from gptoss_stream.loading.tensor_loader import TensorLoader
 
@@ -19,16 +20,21 @@ ALL = LAYERS * EXPERTS * (MATRIX + MATRIX // 2)
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """How often each matrix was decoded, as (name, layer, expert)."""
+    """How often each matrix was decoded, or multiplied with as packed, as (name, layer, expert)."""
     counts = Counter()
-    make = TensorLoader.make_into
 
-    def counting(self, tensor, *arguments):
-        if tensor.origin.model_tensor in ("gate_up", "down"):
-            counts[(*tensor.origin,)] += 1
-        make(self, tensor, *arguments)
+    def count(name):
+        original = getattr(TensorLoader, name)
 
-    monkeypatch.setattr(TensorLoader, "make_into", counting)
+        def counting(self, tensor, *arguments):
+            if tensor.origin.model_tensor in ("gate_up", "down"):
+                counts[(*tensor.origin,)] += 1
+            original(self, tensor, *arguments)
+
+        monkeypatch.setattr(TensorLoader, name, counting)
+
+    count("make_into")
+    count("multiply")
     return counts
 
 
@@ -38,31 +44,31 @@ def weights_of(model) -> ExpertWeights:
     return model.model.layers[0].mlp.experts._weights
 
 
-def kept(weights: ExpertWeights) -> int:
+def kept(cache: ExpertCache) -> int:
     """The bytes that are kept, counted anew."""
-    return sum(tensor.untyped_storage().nbytes() for tensor in weights._cached.values())
+    return sum(one.memory.untyped_storage().nbytes() for one in cache._kept.values())
 
 
 @pytest.mark.parametrize("size", [0, 1, MATRIX // 2, MATRIX, 3 * MATRIX, ALL - 1, ALL, "2GB"])
 def test_any_size_gives_the_same_bits_and_is_not_exceeded(size, load, checkpoints, monkeypatch):
     expected = logits(load(checkpoints()))
     model = load(checkpoints(), expert_cache=size)
-    weights, most = weights_of(model), 0
-    keep = weights._keep
+    cache, most = weights_of(model)._cache, 0
+    drop_oldest = cache._drop_oldest
 
-    def watched(*arguments):
+    def watched():
         nonlocal most
-        found = keep(*arguments)
-        most = max(most, kept(weights))
-        return found
+        drop_oldest()
+        most = max(most, kept(cache))
 
-    monkeypatch.setattr(weights, "_keep", watched)
+    monkeypatch.setattr(cache, "_drop_oldest", watched)
     for _ in range(3):
         assert torch.equal(logits(model), expected)
     limit = 2 * 10**9 if size == "2GB" else size
     assert most <= limit
     assert most >= min(limit, ALL) - MATRIX
-    assert weights._used_nbytes == kept(weights)
+    assert cache._kept_nbytes == kept(cache)
+    assert len(cache._spare[MATRIX]) <= 1
 
 
 def test_each_expert_is_decoded_once_in_a_pass(load, checkpoints, decoded):
