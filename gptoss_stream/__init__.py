@@ -55,6 +55,7 @@ if TYPE_CHECKING:  # the same names for type checkers
     from .inference.hooked_transformer import load_hooked_transformer as load_hooked_transformer
     from .loading.state_dict import (
         StateDict as StateDict,
+        TensorSlice as TensorSlice,
         open_state_dict as open_state_dict,
     )
     from .model.config import ModelConfig as ModelConfig
@@ -133,6 +134,7 @@ _MODULES = {
     "Selection": "model.selection",
     "StateDict": "loading.state_dict",
     "TensorError": "errors",
+    "TensorSlice": "loading.state_dict",
     "Verification": "verification.differences",
     "WritableLocation": "storage.location",
     "compare": "verification.compare",

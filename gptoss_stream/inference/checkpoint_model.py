@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from .. import formats
 from ..checkpoint.auxiliary_files import CopiedFile
 from ..checkpoint.metadata import read_metadata
-from ..loading.state_dict import StateDict, plan_loader, state_dict_of
+from ..loading.checkpoint_tensors import planned_tensors
+from ..loading.state_dict import StateDict
 from ..planning.options import ConversionOptions
 from ..planning.output_files import output_files
 from ..planning.plan import Plan, plan_conversion, read_adapters
@@ -71,8 +72,8 @@ def open_checkpoint_model(
     source = formats.read_source(read_metadata(location), options.source_format)
     adapters = read_adapters(options)
     plan = plan_conversion(source, options, None, adapters)
-    loader = plan_loader(plan, cache)
-    tensors = state_dict_of(plan, loader, device)
+    planned = planned_tensors(plan, cache)
+    tensors = StateDict(planned, None, device)
     names = [
         tensor.name
         for shard in plan.shards
@@ -95,7 +96,7 @@ def open_checkpoint_model(
         for tensor in shard.tensors
         if tensor.origin.model_tensor in _MATRICES
     ]
-    experts = ExpertWeights(
-        matrices, plan_loader(by_expert, cache), cache_nbytes, DenseWeights(plan, loader, _MATRICES)
-    )
+    dense = DenseWeights(plan, planned.loader, _MATRICES)
+    loader = planned_tensors(by_expert, cache).loader
+    experts = ExpertWeights(matrices, loader, cache_nbytes, dense)
     return CheckpointModel(plan, tensors, experts)

@@ -13,50 +13,33 @@ made when it is accessed, as `convert` makes it. Needs torch (extra `torch`).
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import formats
 from .._utils.failures import missing_package
 from ..adapters import AdapterLike, as_adapters
-from ..checkpoint.metadata import read_metadata
-from ..checkpoint.open_reader import open_random_access
-from ..errors import OptionError, OutputError
+from ..errors import OptionError
 from ..planning.options import ConversionOptions
-from ..planning.plan import Plan, plan_conversion, read_adapters
-from ..planning.plan_readers import open_plan_random_access
-from ..planning.shards import parse_size_or_zero
-from ..storage.block_cache import BlockCache, default_cache_folder
-from ..storage.location import Location, LocationLike
+from ..planning.plan import plan_conversion, read_adapters
+from ..storage.location import LocationLike
 from ..storage.open_location import open_location
-from ..tensors.dtypes import DType, output_dtype, torch_name
-from ..tensors.raw_tensor import RawTensor
-from ..transforms.operands import DenseOperand
-from ..transforms.output_tensor import OutputTensor, Segment
-from ..transforms.rearrangement import make_rearrangement
-from ..writing.run_state import WORK_NAME
+from ..tensors.dtypes import output_dtype, torch_name
+from .checkpoint_tensors import (
+    CheckpointTensors,
+    NamedTensor,
+    planned_tensors,
+    read_finished,
+    stored_tensors,
+)
 from .tensor_loader import TensorLoader
 from .torch_dtypes import torch_dtype
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["StateDict", "TensorSlice", "open_state_dict", "plan_loader", "state_dict_of"]
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """A tensor of a state dict."""
-
-    tensor: OutputTensor
-    """How its bytes are made."""
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    """What its bytes mean."""
+__all__ = ["StateDict", "TensorSlice", "open_state_dict"]
 
 
 class StateDict(Mapping[str, "torch.Tensor"]):
@@ -72,16 +55,14 @@ class StateDict(Mapping[str, "torch.Tensor"]):
 
     def __init__(
         self,
-        location: Location,
-        entries: Mapping[str, _Entry],
-        loader: TensorLoader,
+        tensors: CheckpointTensors,
         dtype: torch.dtype | None,
         device: str | torch.device | None,
-        reopen: Callable[[], StateDict] | None,
+        reopen: Callable[[], StateDict] | None = None,
     ) -> None:
-        self.location = location
-        self._entries = entries
-        self._loader = loader
+        self.location = tensors.location
+        self._entries = tensors.entries
+        self._loader = tensors.loader
         self._dtype = dtype
         self._device = device
         self._reopen = reopen
@@ -131,7 +112,7 @@ class StateDict(Mapping[str, "torch.Tensor"]):
 
     def dtype(self, name: str) -> torch.dtype:
         """Return a tensor's dtype, without reading its data."""
-        stored = self._entries[name].dtype
+        stored = torch_dtype(self._entries[name].dtype, name)
         is_converted = self._dtype is not None and stored.is_floating_point
         return self._dtype if is_converted and self._dtype is not None else stored
 
@@ -150,7 +131,7 @@ class TensorSlice:
 
     def __init__(
         self,
-        entry: _Entry,
+        entry: NamedTensor,
         loader: TensorLoader,
         convert: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
@@ -181,7 +162,7 @@ class TensorSlice:
 
     def _typed(self, stored: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         """Return stored elements as they are meant; those of the source's names are bytes."""
-        return stored.view(self._entry.dtype).view(shape)
+        return stored.view(torch_dtype(self._entry.dtype, self._entry.tensor.name)).view(shape)
 
 
 def _rows(index: Any, size: int) -> tuple[int, int] | None:
@@ -246,87 +227,16 @@ def open_state_dict(
         adapters=adapters,
         cache=cache,
     )
-    location = open_location(source)
+    info = read_finished(open_location(source))
     if to is not None:
         options = ConversionOptions(to, source_format, dtype, adapters=as_adapters(adapters))
-        read = formats.read_source(read_metadata(location), source_format)
+        read = formats.read_source(info, source_format)
         plan = plan_conversion(read, options, None, read_adapters(options))
-        return state_dict_of(plan, plan_loader(plan, cache), device, reopen)
+        return StateDict(planned_tensors(plan, cache), None, device, reopen)
     if source_format is not None or as_adapters(adapters):
         raise OptionError(
             "without a format to read as, tensors are as they are stored: add to=, such as "
             'to="hf", or leave out source_format= and adapters='
         )
     chosen = None if dtype is None else getattr(torch, torch_name(output_dtype(dtype)))
-    if location.has(WORK_NAME) and not location.has("model.safetensors.index.json"):
-        raise OutputError(f"{location}: an unfinished conversion; run the same convert again")
-    info = read_metadata(location)
-    entries = {
-        name: _Entry(_stored_bytes(raw), raw.shape, torch_dtype(raw))
-        for name, raw in info.tensors.items()
-    }
-    blocks = _block_cache(location, cache)
-    loader = TensorLoader(
-        info, lambda: open_random_access(info, [], Path(tempfile.gettempdir()), blocks)
-    )
-    return StateDict(location, entries, loader, chosen, device, reopen)
-
-
-def state_dict_of(
-    plan: Plan,
-    loader: TensorLoader,
-    device: str | torch.device | None,
-    reopen: Callable[[], StateDict] | None = None,
-) -> StateDict:
-    """Return the tensors of a plan as a mapping.
-
-    Args:
-        plan: The plan, without a reference.
-        loader: What makes its tensors.
-        device: See `open_state_dict`.
-        reopen: Opens the same mapping in another process; without it the mapping is not pickled.
-    """
-    entries = {
-        tensor.name: _Entry(tensor, tensor.shape, _dtype_of(tensor))
-        for shard in plan.shards
-        for tensor in shard.tensors
-    }
-    return StateDict(plan.info.location, entries, loader, None, device, reopen)
-
-
-def plan_loader(plan: Plan, cache: int | str) -> TensorLoader:
-    """Return what makes the tensors of a plan, which has no reference.
-
-    Args:
-        plan: The plan.
-        cache: Disk space for what is read of a remote source (see `open_state_dict`).
-    """
-    blocks = _block_cache(plan.info.location, cache)
-    return TensorLoader(
-        plan.info, lambda: open_plan_random_access(plan, Path(tempfile.gettempdir()), blocks)
-    )
-
-
-def _block_cache(location: Location, size: int | str) -> BlockCache | None:
-    """Return the cache of blocks on the disk; None for none, and for a local source."""
-    nbytes = parse_size_or_zero(size)
-    if not nbytes or location.is_local:
-        return None
-    return BlockCache(default_cache_folder(), nbytes)
-
-
-def _dtype_of(tensor: OutputTensor) -> torch.dtype:
-    """Return the torch dtype of an output tensor."""
-    import torch
-
-    name = "uint8" if tensor.dtype is DType.U8 else torch_name(tensor.dtype)
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
-
-
-def _stored_bytes(raw: RawTensor) -> OutputTensor:
-    """Return a raw tensor as the bytes that are stored, whatever its dtype."""
-    shape = (raw.nbytes,)
-    operand = DenseOperand(replace(raw, dtype=DType.U8, shape=shape), 0, shape)
-    segment = Segment(operand, make_rearrangement(("x",), ("x",), shape))
-    return OutputTensor(raw.name, DType.U8, shape, (segment,))
+    return StateDict(stored_tensors(info, cache=cache), chosen, device, reopen)

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from ..errors import TensorError
 from ..tensors.dtypes import DType
-from ..tensors.raw_tensor import RawTensor
 
 if TYPE_CHECKING:
     import torch
@@ -36,18 +35,22 @@ TORCH_NAMES = {
 }
 
 
-def torch_dtype(raw: RawTensor) -> torch.dtype:
-    """Return the torch dtype of a stored tensor.
+def torch_dtype(stored: DType, name: str) -> torch.dtype:
+    """Return the torch dtype of a tensor.
+
+    Args:
+        stored: The dtype as it is stored.
+        name: The tensor's name, for the error.
 
     Raises:
         TensorError: If torch, or the installed version of it, has no such dtype.
     """
     import torch
 
-    dtype: torch.dtype | None = getattr(torch, TORCH_NAMES.get(raw.dtype, ""), None)
+    dtype: torch.dtype | None = getattr(torch, TORCH_NAMES.get(stored, ""), None)
     if dtype is None:
         raise TensorError(
-            f"{raw.shard}: tensor {raw.name!r} has the dtype {raw.dtype}, which torch "
+            f"tensor {name!r} has the dtype {stored}, which torch "
             f"{torch.__version__} does not have; read it with safetensors or install a newer torch"
         )
     return dtype
