@@ -30,7 +30,7 @@ ROWS = [
     {"inference"},
     {"random_checkpoint"},
     {"random_adapter"},
-    {"conversion", "synthesis"},
+    {"conversion", "export", "synthesis"},
     {"cli", "examples"},
     {"__main__"},
 ]

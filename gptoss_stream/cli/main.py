@@ -17,14 +17,14 @@ from collections.abc import Sequence
 from .. import __version__
 from .._utils.failures import machine_error
 from ..errors import GptOssStreamError, MachineError
-from . import convert, formats, inspect, plan, synth, verify
+from . import convert, export, formats, inspect, plan, show, synth, verify
 from ._parser import Parser
 from ._printing import print_message
 from ._signals import Terminated, install_signal_handlers, reset_signal_handlers
 
 __all__ = ["main"]
 
-_COMMANDS = (convert, plan, inspect, verify, synth, formats)
+_COMMANDS = (convert, plan, inspect, show, export, verify, synth, formats)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     """
     parser = argparse.ArgumentParser(
         prog="gptoss_stream",
-        description="Convert gpt-oss checkpoints between formats in little memory.",
+        description="Convert gpt-oss checkpoints between formats, and read single tensors.",
         epilog="'gptoss_stream COMMAND --help' describes a command.",
     )
     parser.add_argument(

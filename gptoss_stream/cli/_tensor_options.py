@@ -1,0 +1,123 @@
+"""The options of commands that read single tensors, and the tensors that they name."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+from .._utils.messages import listed
+from ..errors import GptOssStreamError, OptionError
+from ._adapter_options import add_adapters, open_adapters
+from ._options import add_quiet, add_remote_source, add_source_format, open_source
+from ._printing import print_message
+
+if TYPE_CHECKING:
+    from ..checkpoint.metadata import CheckpointInfo
+    from ..loading.checkpoint_tensors import CheckpointTensors
+
+__all__ = ["add_tensor_options", "open_tensors"]
+
+
+def add_tensor_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how tensors are read."""
+    parser.add_argument(
+        "--to",
+        metavar="FORMAT",
+        help="format whose names and tensors NAME is about (default: as SOURCE stores them, or "
+        "else the format that has all of NAME)",
+    )
+    add_source_format(parser)
+    parser.add_argument(
+        "--dtype",
+        metavar="DTYPE",
+        help="bfloat16, float16 or float32 (default: as stored, or as convert writes --to)",
+    )
+    parser.add_argument(
+        "--cache",
+        default="0",
+        metavar="SIZE",
+        help="disk space to keep what is read of a remote SOURCE, such as 4GB (default: 0)",
+    )
+    add_quiet(parser, "results and errors")
+    add_adapters(parser)
+    add_remote_source(parser)
+
+
+def open_tensors(arguments: argparse.Namespace, names: Sequence[str]) -> CheckpointTensors:
+    """Open SOURCE as tensors by name, and check that it has some.
+
+    Args:
+        arguments: The parsed arguments.
+        names: The names that it must have.
+
+    Raises:
+        OptionError: If it lacks one, in any format.
+    """
+    from .. import formats
+    from ..loading.checkpoint_tensors import read_finished, stored_tensors
+    from ..tensors.dtypes import output_dtype
+
+    adapters = open_adapters(arguments)
+    info = read_finished(open_source(arguments))
+    if arguments.to is not None or adapters:
+        to = arguments.to
+        if to is None:
+            raise OptionError("adapters change the tensors of a format; add --to, such as --to hf")
+        tensors = _planned(arguments, info, to)
+        _check(tensors, names, f"in the format {to}")
+        return tensors
+    dtype = None if arguments.dtype is None else output_dtype(arguments.dtype)
+    tensors = stored_tensors(info, dtype, arguments.cache)
+    if all(name in tensors.entries for name in names):
+        return tensors
+    known = {*tensors.entries}
+    for to in formats.names():
+        try:
+            others = _planned(arguments, info, to)
+        except GptOssStreamError:
+            continue  # SOURCE cannot be read as this format
+        known |= {*others.entries}
+        if all(name in others.entries for name in names):
+            if not arguments.quiet:
+                print_message(f"as in the format {to}")
+            return others
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise OptionError(_unknown(unknown[0], known, f"in {info.location}, in any format"))
+    raise OptionError(f"{listed(list(names))}: no format has all of them; name those of one format")
+
+
+def _planned(arguments: argparse.Namespace, info: CheckpointInfo, to: str) -> CheckpointTensors:
+    """Return the tensors of a format that SOURCE gives."""
+    from .. import formats
+    from ..adapters import as_adapters
+    from ..loading.checkpoint_tensors import planned_tensors
+    from ..planning.options import ConversionOptions
+    from ..planning.plan import plan_conversion, read_adapters
+
+    options = ConversionOptions(
+        to,
+        arguments.source_format,
+        arguments.dtype,
+        adapters=as_adapters(open_adapters(arguments)),
+        merge_like_peft=bool(arguments.merge_like_peft),
+    )
+    source = formats.read_source(info, arguments.source_format)
+    plan = plan_conversion(source, options, None, read_adapters(options))
+    return planned_tensors(plan, arguments.cache)
+
+
+def _check(tensors: CheckpointTensors, names: Sequence[str], where: str) -> None:
+    """Check that there are tensors of some names."""
+    for name in names:
+        if name not in tensors.entries:
+            raise OptionError(_unknown(name, {*tensors.entries}, where))
+
+
+def _unknown(name: str, known: set[str], where: str) -> str:
+    """Return the message for a name that no tensor has."""
+    near = get_close_matches(name, sorted(known), 3, 0.6)
+    advice = f"; did you mean {listed(near)}?" if near else "; inspect --json lists the names"
+    return f"there is no tensor {name[:200]!r} {where}{advice}"

@@ -1,0 +1,90 @@
+"""The command `show`: print what single tensors hold."""
+
+from __future__ import annotations
+
+import argparse
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+from ._options import add_json, add_source
+from ._parser import Commands
+from ._printing import print_json
+from ._tensor_options import add_tensor_options, open_tensors
+
+if TYPE_CHECKING:
+    from ..loading.checkpoint_tensors import CheckpointTensors
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "show",
+        help="print shape, statistics and first values of tensors",
+        description="Print shape, dtype, statistics and the first values of tensors, without "
+        "converting the checkpoint. For example: show gpt-oss-20b "
+        "blocks.3.mlp.experts.5.W_in.weight",
+    )
+    add_source(parser)
+    parser.add_argument("names", metavar="NAME", nargs="+", help="name of a tensor")
+    add_json(parser)
+    add_tensor_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; return the exit code."""
+    tensors = open_tensors(arguments, arguments.names)
+    try:
+        found = [_describe(tensors, name) for name in dict.fromkeys(arguments.names)]
+    finally:
+        tensors.loader.close()
+    if arguments.json:
+        print_json({"tensors": [{**one, "corner": _finite(one["corner"])} for one in found]})
+        return 0
+    for one in found:
+        _print(one)
+    return 0
+
+
+def _describe(tensors: CheckpointTensors, name: str) -> dict[str, Any]:
+    """Return what is known of a tensor, as JSON types."""
+    from ..loading.statistics import corner, statistics
+
+    entry = tensors.entries[name]
+    computed, first = statistics(tensors, name), corner(tensors, name)
+    return {
+        "name": name,
+        "dtype": entry.dtype.code,
+        "shape": list(entry.shape),
+        "statistics": None if computed is None else computed.as_dict(),
+        "corner": None if first is None else first.tolist(),
+    }
+
+
+def _print(one: dict[str, Any]) -> None:
+    """Print what is known of a tensor."""
+    print(f"{one['name']}  {one['dtype']}  {one['shape']}")
+    computed = one["statistics"]
+    if computed is None:
+        print("  no statistics for this dtype")
+        return
+    if computed["min"] is not None:
+        print("  " + "  ".join(f"{key} {computed[key]:.6g}" for key in ("min", "max", "mean")))
+        print(f"  norm {computed['norm']:.6g}")
+    for key in ("nan", "infinite"):
+        if computed[key]:
+            print(f"  {computed[key]:,} values are {key}")
+    first = one["corner"]
+    rows = first if isinstance(first, list) and first and isinstance(first[0], list) else [first]
+    for row in rows:
+        values = row if isinstance(row, list) else [row]
+        print("  " + " ".join(f"{value:>12.6g}" for value in values))
+
+
+def _finite(values: Any) -> Any:
+    """Return values with None for those that JSON does not have: NaN and infinities."""
+    if isinstance(values, list):
+        return [_finite(value) for value in values]
+    return values if values is None or isfinite(values) else None

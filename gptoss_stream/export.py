@@ -1,0 +1,135 @@
+"""Writes single tensors of a checkpoint to a file of their own, in bounded memory."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from ._utils.failures import machine_error
+from .errors import OptionError, OutputError
+from .loading.checkpoint_tensors import CheckpointTensors
+from .tensors.dtypes import DType
+from .tensors.safetensors_header import build_header
+
+__all__ = ["SUFFIXES", "export_tensors"]
+
+SUFFIXES = (".safetensors", ".npy")
+"""The kinds of files that can be written."""
+
+_NUMPY = {
+    DType.BOOL: "|b1",
+    DType.U8: "|u1",
+    DType.I8: "|i1",
+    DType.I16: "<i2",
+    DType.U16: "<u2",
+    DType.F16: "<f2",
+    DType.I32: "<i4",
+    DType.U32: "<u4",
+    DType.F32: "<f4",
+    DType.C64: "<c8",
+    DType.F64: "<f8",
+    DType.I64: "<i8",
+    DType.U64: "<u8",
+    DType.BF16: "<f4",  # numpy has no bfloat16, and float32 holds all its values
+}
+
+
+def export_tensors(
+    tensors: CheckpointTensors, names: Sequence[str], file: Path, *, overwrite: bool = False
+) -> int:
+    """Write tensors to a file.
+
+    Args:
+        tensors: The tensors of a checkpoint.
+        names: Which of them to write.
+        file: A .safetensors file for any number of tensors, or a .npy file for one, in which
+            bfloat16 becomes float32.
+        overwrite: Whether an existing file is replaced.
+
+    Returns:
+        The bytes of tensor data that were written.
+
+    Raises:
+        OptionError: If the file cannot hold the tensors.
+        OutputError: If it exists, and is not to be replaced.
+        CheckpointError: If a tensor cannot be made.
+        MachineError: If writing fails.
+    """
+    check_file(tensors, names, file, overwrite=overwrite)
+    try:
+        with _atomic(file) as opened:
+            if file.suffix == ".npy":
+                _write_npy(tensors, names[0], opened)
+            else:
+                _write_safetensors(tensors, names, opened)
+    except OSError as error:
+        raise machine_error(error, f"writing {file}") from error
+    return sum(tensors.entries[name].nbytes for name in names)
+
+
+def check_file(
+    tensors: CheckpointTensors, names: Sequence[str], file: Path, *, overwrite: bool
+) -> None:
+    """Check that tensors can be written to a file; raises as `export_tensors` does."""
+    if file.suffix not in SUFFIXES:
+        raise OptionError(
+            f"{file}: tensors are written to a file that ends in {' or '.join(SUFFIXES)}"
+        )
+    if file.suffix == ".npy" and len(names) != 1:
+        raise OptionError(f"{file}: a .npy file holds one tensor; write .safetensors for several")
+    dtype = tensors.entries[names[0]].dtype
+    if file.suffix == ".npy" and dtype not in _NUMPY:
+        raise OptionError(f"{file}: numpy has no dtype for {dtype}; write .safetensors")
+    if os.path.lexists(file) and not (overwrite and file.is_file()):
+        what = "exists; add --overwrite to replace it" if file.is_file() else "is not a file"
+        raise OutputError(f"{file}: {what}")
+    if not file.absolute().parent.is_dir():
+        raise OutputError(f"{file.absolute().parent}: there is no such folder; create it")
+
+
+@contextmanager
+def _atomic(file: Path) -> Iterator[BinaryIO]:
+    """Open a file that gets its name when it is complete and on the disk."""
+    descriptor, partial = tempfile.mkstemp(dir=file.absolute().parent, prefix=f".{file.name}-")
+    try:
+        with open(descriptor, "wb") as opened:
+            yield opened
+            opened.flush()
+            umask = os.umask(0)
+            os.umask(umask)
+            os.fchmod(opened.fileno(), 0o666 & ~umask)  # mkstemp's is for the user alone
+            os.fsync(opened.fileno())
+        Path(partial).replace(file)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            Path(partial).unlink()
+        raise
+
+
+def _write_safetensors(tensors: CheckpointTensors, names: Sequence[str], opened: BinaryIO) -> None:
+    """Write the header, then each tensor slice by slice."""
+    entries = tensors.entries
+    opened.write(build_header((name, entries[name].dtype, entries[name].shape) for name in names))
+    for name in names:
+        for data in tensors.slices(name):
+            opened.write(data.data)
+
+
+def _write_npy(tensors: CheckpointTensors, name: str, opened: BinaryIO) -> None:
+    """Write a tensor in numpy's format."""
+    from numpy.lib import format as npy
+
+    from .tensors.cast import STORAGE, as_float32
+
+    entry = tensors.entries[name]
+    header = {"descr": _NUMPY[entry.dtype], "fortran_order": False, "shape": entry.shape}
+    npy.write_array_header_1_0(opened, header)
+    for data in tensors.slices(name):
+        if entry.dtype is DType.BF16:
+            opened.write(as_float32(data.view(STORAGE[entry.dtype]), entry.dtype).data)
+        else:
+            opened.write(data.data)

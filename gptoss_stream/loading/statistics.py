@@ -1,0 +1,127 @@
+"""Statistics and a corner of a tensor, computed in bounded memory."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from math import inf, prod, sqrt
+from typing import TYPE_CHECKING, Any
+
+from ..tensors.dtypes import DType
+from .checkpoint_tensors import CheckpointTensors
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["TensorStatistics", "corner", "statistics"]
+
+_INTEGERS = {
+    DType.BOOL: "u1",
+    DType.U8: "u1",
+    DType.I8: "i1",
+    DType.I16: "<i2",
+    DType.U16: "<u2",
+    DType.I32: "<i4",
+    DType.U32: "<u4",
+    DType.I64: "<i8",
+    DType.U64: "<u8",
+    DType.F64: "<f8",
+}
+_FLOATS = {DType.BF16: "<u2", DType.F16: "<f2", DType.F32: "<f4"}
+_ELEMENTS = 1 << 20  # that are widened to float64 at a time
+_CORNER_ROWS, _CORNER_COLUMNS = 3, 6
+
+
+@dataclass(frozen=True, slots=True)
+class TensorStatistics:
+    """Statistics of a tensor's finite values; `min` and `max` are None without any."""
+
+    min: float | None
+    max: float | None
+    mean: float
+    norm: float
+    """The square root of the sum of squares."""
+    nan: int
+    infinite: int
+
+    def as_dict(self) -> dict[str, float | int | None]:
+        """Return the statistics as JSON types."""
+        return asdict(self)
+
+
+def statistics(tensors: CheckpointTensors, name: str) -> TensorStatistics | None:
+    """Compute the statistics of a tensor, in float64.
+
+    Args:
+        tensors: The tensors.
+        name: The tensor's name.
+
+    Returns:
+        The statistics; None for a dtype that is neither one of numpy's nor bfloat16.
+    """
+    import numpy as np
+
+    dtype = tensors.entries[name].dtype
+    if dtype not in _INTEGERS and dtype not in _FLOATS:
+        return None
+    low, high, total, squares = inf, -inf, 0.0, 0.0
+    count = nan = infinite = 0
+    for data in tensors.slices(name):
+        for first in range(0, len(data), _ELEMENTS * dtype.itemsize):
+            part = _values(data[first : first + _ELEMENTS * dtype.itemsize], dtype)
+            values = part.astype(np.float64)
+            is_finite = np.isfinite(values)
+            if not is_finite.all():
+                nan += int(np.isnan(values).sum())
+                infinite += int(np.isinf(values).sum())
+                values = values[is_finite]
+            if len(values):
+                low, high = min(low, float(values.min())), max(high, float(values.max()))
+                total += float(values.sum())
+                squares += float(np.dot(values, values))
+                count += len(values)
+    return TensorStatistics(
+        min=low if count else None,
+        max=high if count else None,
+        mean=total / count if count else 0.0,
+        norm=sqrt(squares),
+        nan=nan,
+        infinite=infinite,
+    )
+
+
+def corner(tensors: CheckpointTensors, name: str) -> np.ndarray[Any, Any] | None:
+    """Return the first values of a tensor: of its last two axes, at index 0 of the others.
+
+    Args:
+        tensors: The tensors.
+        name: The tensor's name.
+
+    Returns:
+        At most [3, 6] values; None for a dtype that is neither one of numpy's nor bfloat16.
+    """
+    import numpy as np
+
+    entry = tensors.entries[name]
+    if entry.dtype not in _INTEGERS and entry.dtype not in _FLOATS:
+        return None
+    shape = entry.shape
+    if not shape or 0 in shape:
+        rows = prod(shape)
+    else:
+        rows = min(shape[0], {1: _CORNER_COLUMNS, 2: _CORNER_ROWS}.get(len(shape), 1))
+        shape = (rows, *shape[1:])
+    data = np.empty(prod(shape) * entry.dtype.itemsize, np.uint8)
+    tensors.loader.make_into(entry.tensor, 0, len(data), data)
+    values = _values(data, entry.dtype).reshape(shape)
+    while values.ndim > 2:
+        values = values[0]
+    return values[:_CORNER_ROWS, :_CORNER_COLUMNS] if values.ndim == 2 else values
+
+
+def _values(data: np.ndarray[Any, Any], dtype: DType) -> np.ndarray[Any, Any]:
+    """Return the values that bytes mean; bfloat16 as float32."""
+    from ..tensors.cast import STORAGE, as_float32
+
+    if dtype in _INTEGERS:
+        return data.view(_INTEGERS[dtype])
+    return as_float32(data.view(STORAGE[dtype]), dtype)
