@@ -14,11 +14,15 @@ from .errors import OptionError, OutputError
 from .loading.checkpoint_tensors import CheckpointTensors
 from .tensors.dtypes import DType
 from .tensors.safetensors_header import build_header
+from .writing.shard_file import sync_folder
 
 __all__ = ["SUFFIXES", "export_tensors"]
 
 SUFFIXES = (".safetensors", ".npy")
 """The kinds of files that can be written."""
+
+_CONFIGS = ("config.json", "source_config.json", "tl_config.json", "adapter_config.json")
+"""Files of which a folder of a checkpoint or an adapter has at least one."""
 
 _NUMPY = {
     DType.BOOL: "|b1",
@@ -59,8 +63,8 @@ def export_tensors(
         CheckpointError: If a tensor cannot be made.
         MachineError: If writing fails.
     """
-    check_file(tensors, names, file, overwrite=overwrite)
     try:
+        check_file(tensors, names, file, overwrite=overwrite)
         with _atomic(file) as opened:
             if file.suffix == ".npy":
                 _write_npy(tensors, names[0], opened)
@@ -87,8 +91,14 @@ def check_file(
     if os.path.lexists(file) and not (overwrite and file.is_file()):
         what = "exists; add --overwrite to replace it" if file.is_file() else "is not a file"
         raise OutputError(f"{file}: {what}")
-    if not file.absolute().parent.is_dir():
-        raise OutputError(f"{file.absolute().parent}: there is no such folder; create it")
+    folder = file.absolute().parent
+    if not folder.is_dir():
+        raise OutputError(f"{folder}: there is no such folder; create it")
+    if file.suffix == ".safetensors" and any((folder / name).exists() for name in _CONFIGS):
+        raise OutputError(
+            f"{folder}: a folder of a checkpoint, of which {file.name} would be taken for a part; "
+            "write to another folder"
+        )
 
 
 @contextmanager
@@ -104,6 +114,7 @@ def _atomic(file: Path) -> Iterator[BinaryIO]:
             os.fchmod(opened.fileno(), 0o666 & ~umask)  # mkstemp's is for the user alone
             os.fsync(opened.fileno())
         Path(partial).replace(file)
+        sync_folder(file.absolute().parent)
     except BaseException:
         with suppress(FileNotFoundError):
             Path(partial).unlink()
@@ -111,8 +122,12 @@ def _atomic(file: Path) -> Iterator[BinaryIO]:
 
 
 def _write_safetensors(tensors: CheckpointTensors, names: Sequence[str], opened: BinaryIO) -> None:
-    """Write the header, then each tensor slice by slice."""
+    """Write the header, then each tensor slice by slice.
+
+    Those with the largest elements come first, so that all are aligned.
+    """
     entries = tensors.entries
+    names = sorted(names, key=lambda name: -entries[name].dtype.bits)
     opened.write(build_header((name, entries[name].dtype, entries[name].shape) for name in names))
     for name in names:
         for data in tensors.slices(name):

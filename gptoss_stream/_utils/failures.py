@@ -12,7 +12,7 @@ __all__ = ["machine_error", "missing_package"]
 _ADVICE = {
     errno.ENOSPC: "free some space and run again",
     errno.EDQUOT: "free some of your quota and run again",
-    errno.EFBIG: "this file system holds no file that large; use a smaller --max-shard-size",
+    errno.EFBIG: "this file system holds no file that large; name another, or use smaller shards",
     errno.EACCES: "check its permissions",
     errno.EPERM: "check its permissions",
     errno.EROFS: "choose a folder on a writable file system",

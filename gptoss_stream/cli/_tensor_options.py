@@ -8,13 +8,14 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from .._utils.messages import listed
-from ..errors import GptOssStreamError, OptionError
+from ..errors import CheckpointError, GptOssStreamError, MachineError, OptionError
 from ._adapter_options import add_adapters, open_adapters
 from ._options import add_quiet, add_remote_source, add_source_format, open_source
 from ._printing import print_message
 
 if TYPE_CHECKING:
-    from ..checkpoint.metadata import CheckpointInfo
+    from ..adapters import AdapterLike
+    from ..formats import SourceModel
     from ..loading.checkpoint_tensors import CheckpointTensors
 
 __all__ = ["add_tensor_options", "open_tensors"]
@@ -65,7 +66,8 @@ def open_tensors(arguments: argparse.Namespace, names: Sequence[str]) -> Checkpo
         to = arguments.to
         if to is None:
             raise OptionError("adapters change the tensors of a format; add --to, such as --to hf")
-        tensors = _planned(arguments, info, to)
+        source = formats.read_source(info, arguments.source_format)
+        tensors = _planned(arguments, source, to, adapters)
         _check(tensors, names, f"in the format {to}")
         return tensors
     dtype = None if arguments.dtype is None else output_dtype(arguments.dtype)
@@ -73,11 +75,19 @@ def open_tensors(arguments: argparse.Namespace, names: Sequence[str]) -> Checkpo
     if all(name in tensors.entries for name in names):
         return tensors
     known = {*tensors.entries}
+    try:
+        source = formats.read_source(info, arguments.source_format)
+    except CheckpointError as error:
+        unknown = next(name for name in names if name not in known)
+        where = f"in {info.location}, which has only the names that it stores ({error})"
+        raise OptionError(_unknown(unknown, known, where)) from None
     for to in formats.names():
         try:
-            others = _planned(arguments, info, to)
+            others = _planned(arguments, source, to)
+        except MachineError:
+            raise
         except GptOssStreamError:
-            continue  # SOURCE cannot be read as this format
+            continue  # SOURCE cannot be converted to this format
         known |= {*others.entries}
         if all(name in others.entries for name in names):
             if not arguments.quiet:
@@ -89,9 +99,13 @@ def open_tensors(arguments: argparse.Namespace, names: Sequence[str]) -> Checkpo
     raise OptionError(f"{listed(list(names))}: no format has all of them; name those of one format")
 
 
-def _planned(arguments: argparse.Namespace, info: CheckpointInfo, to: str) -> CheckpointTensors:
+def _planned(
+    arguments: argparse.Namespace,
+    source: SourceModel,
+    to: str,
+    adapters: tuple[AdapterLike, ...] = (),
+) -> CheckpointTensors:
     """Return the tensors of a format that SOURCE gives."""
-    from .. import formats
     from ..adapters import as_adapters
     from ..loading.checkpoint_tensors import planned_tensors
     from ..planning.options import ConversionOptions
@@ -101,10 +115,9 @@ def _planned(arguments: argparse.Namespace, info: CheckpointInfo, to: str) -> Ch
         to,
         arguments.source_format,
         arguments.dtype,
-        adapters=as_adapters(open_adapters(arguments)),
+        adapters=as_adapters(adapters),
         merge_like_peft=bool(arguments.merge_like_peft),
     )
-    source = formats.read_source(info, arguments.source_format)
     plan = plan_conversion(source, options, None, read_adapters(options))
     return planned_tensors(plan, arguments.cache)
 

@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         tensors.loader.close()
     if arguments.json:
-        print_json({"tensors": [{**one, "corner": _finite(one["corner"])} for one in found]})
+        print_json({"tensors": _finite(found)})
         return 0
     for one in found:
         _print(one)
@@ -84,7 +84,9 @@ def _print(one: dict[str, Any]) -> None:
 
 
 def _finite(values: Any) -> Any:
-    """Return values with None for those that JSON does not have: NaN and infinities."""
+    """Return JSON types with None for what JSON does not have: NaN and infinities."""
     if isinstance(values, list):
         return [_finite(value) for value in values]
-    return values if values is None or isfinite(values) else None
+    if isinstance(values, dict):
+        return {key: _finite(value) for key, value in values.items()}
+    return None if isinstance(values, float) and not isfinite(values) else values

@@ -10,6 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._utils.failures import machine_error
 from ..checkpoint.metadata import CheckpointInfo, read_metadata
 from ..checkpoint.open_reader import open_random_access
 from ..errors import OutputError
@@ -48,6 +49,8 @@ class NamedTensor:
     shape: tuple[int, ...]
     dtype: DType
     """What its bytes mean."""
+    is_aligned: bool = True
+    """Whether bytes that are used as they are stored begin at a multiple of an element's size."""
 
     @property
     def nbytes(self) -> int:
@@ -91,7 +94,11 @@ def read_finished(location: Location) -> CheckpointInfo:
         OutputError: For an unfinished output.
         MachineError: If reading fails.
     """
-    if location.has(WORK_NAME) and not location.has(INDEX_NAME):
+    try:
+        is_unfinished = location.has(WORK_NAME) and not location.has(INDEX_NAME)
+    except OSError as error:
+        raise machine_error(error, f"reading {location}") from error
+    if is_unfinished:
         raise OutputError(f"{location}: an unfinished conversion; run the same convert again")
     return read_metadata(location)
 
@@ -142,7 +149,8 @@ def _stored(raw: RawTensor, dtype: DType | None) -> NamedTensor:
     if dtype is None or raw.dtype is dtype or raw.dtype not in _FLOATS:
         size = (raw.nbytes,)
         tensor = _flat(replace(raw, dtype=DType.U8, shape=size), DType.U8)
-        return NamedTensor(tensor, raw.shape, raw.dtype)
+        is_aligned = raw.offset % max(1, raw.dtype.itemsize) == 0
+        return NamedTensor(tensor, raw.shape, raw.dtype, is_aligned)
     return NamedTensor(_flat(replace(raw, shape=(prod(raw.shape),)), dtype), raw.shape, dtype)
 
 

@@ -118,7 +118,7 @@ class StateDict(Mapping[str, "torch.Tensor"]):
 
     def is_mapped(self, name: str) -> bool:
         """Return whether a tensor is a view of a mapped file, unless it is converted to a dtype."""
-        return self._loader.can_map(self._entries[name].tensor)
+        return _can_map(self._entries[name], self._loader)
 
     def _convert(self, tensor: torch.Tensor) -> torch.Tensor:
         """Convert a tensor to the dtype and the device of the mapping."""
@@ -149,10 +149,10 @@ class TensorSlice:
         first, *others = index if isinstance(index, tuple) and index else (index,)
         tensor, shape = self._entry.tensor, self._entry.shape
         rows = _rows(first, shape[0]) if shape else None
-        if rows is None or rows == (0, shape[0]) or self._loader.can_map(tensor):
+        if rows is None or rows == (0, shape[0]) or _can_map(self._entry, self._loader):
             stored = self._loader.load(tensor, 0, tensor.nbytes)
             whole = self._typed(stored, shape)
-            return self._convert(whole if index == slice(None) else whole[index])
+            return self._convert(whole[index])
         begin, end = rows
         row_nbytes = tensor.nbytes // shape[0]
         stored = self._loader.load(tensor, begin * row_nbytes, end * row_nbytes)
@@ -162,7 +162,13 @@ class TensorSlice:
 
     def _typed(self, stored: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         """Return stored elements as they are meant; those of the source's names are bytes."""
-        return stored.view(torch_dtype(self._entry.dtype, self._entry.tensor.name)).view(shape)
+        dtype = torch_dtype(self._entry.dtype, self._entry.tensor.name)
+        return (stored if self._entry.is_aligned else stored.clone()).view(dtype).view(shape)
+
+
+def _can_map(entry: NamedTensor, loader: TensorLoader) -> bool:
+    """Return whether a tensor is a view of a mapped file."""
+    return entry.is_aligned and loader.can_map(entry.tensor)
 
 
 def _rows(index: Any, size: int) -> tuple[int, int] | None:

@@ -97,25 +97,22 @@ def corner(tensors: CheckpointTensors, name: str) -> np.ndarray[Any, Any] | None
         name: The tensor's name.
 
     Returns:
-        At most [3, 6] values; None for a dtype that is neither one of numpy's nor bfloat16.
+        At most [3, 6] values, or [6] of a tensor without two axes; None for a dtype that is neither one of numpy's nor bfloat16.
     """
     import numpy as np
 
     entry = tensors.entries[name]
     if entry.dtype not in _INTEGERS and entry.dtype not in _FLOATS:
         return None
-    shape = entry.shape
-    if not shape or 0 in shape:
-        rows = prod(shape)
+    is_matrix = len(entry.shape) > 1 and 0 not in entry.shape
+    if is_matrix:
+        count = min(entry.shape[-2], _CORNER_ROWS) * entry.shape[-1]
     else:
-        rows = min(shape[0], {1: _CORNER_COLUMNS, 2: _CORNER_ROWS}.get(len(shape), 1))
-        shape = (rows, *shape[1:])
-    data = np.empty(prod(shape) * entry.dtype.itemsize, np.uint8)
+        count = min(prod(entry.shape), _CORNER_COLUMNS)
+    data = np.empty(count * entry.dtype.itemsize, np.uint8)  # the tensor's first bytes
     tensors.loader.make_into(entry.tensor, 0, len(data), data)
-    values = _values(data, entry.dtype).reshape(shape)
-    while values.ndim > 2:
-        values = values[0]
-    return values[:_CORNER_ROWS, :_CORNER_COLUMNS] if values.ndim == 2 else values
+    values = _values(data, entry.dtype)
+    return values.reshape(-1, entry.shape[-1])[:, :_CORNER_COLUMNS] if is_matrix else values
 
 
 def _values(data: np.ndarray[Any, Any], dtype: DType) -> np.ndarray[Any, Any]:
