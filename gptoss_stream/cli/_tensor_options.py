@@ -78,9 +78,9 @@ def open_tensors(arguments: argparse.Namespace, names: Sequence[str]) -> Checkpo
     try:
         source = formats.read_source(info, arguments.source_format)
     except CheckpointError as error:
-        unknown = next(name for name in names if name not in known)
+        first = next(name for name in names if name not in known)
         where = f"in {info.location}, which has only the names that it stores ({error})"
-        raise OptionError(_unknown(unknown, known, where)) from None
+        raise OptionError(_unknown(first, known, where)) from None
     for to in formats.names():
         try:
             others = _planned(arguments, source, to)

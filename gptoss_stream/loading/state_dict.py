@@ -152,7 +152,8 @@ class TensorSlice:
         if rows is None or rows == (0, shape[0]) or _can_map(self._entry, self._loader):
             stored = self._loader.load(tensor, 0, tensor.nbytes)
             whole = self._typed(stored, shape)
-            return self._convert(whole[index])
+            is_whole = isinstance(index, slice) and index == slice(None)  # [:] also of a scalar
+            return self._convert(whole if is_whole else whole[index])
         begin, end = rows
         row_nbytes = tensor.nbytes // shape[0]
         stored = self._loader.load(tensor, begin * row_nbytes, end * row_nbytes)

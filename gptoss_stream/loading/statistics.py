@@ -76,8 +76,9 @@ def statistics(tensors: CheckpointTensors, name: str) -> TensorStatistics | None
                 values = values[is_finite]
             if len(values):
                 low, high = min(low, float(values.min())), max(high, float(values.max()))
-                total += float(values.sum())
-                squares += float(np.dot(values, values))
+                with np.errstate(all="ignore"):  # squares of float64 may be too large for it
+                    total += float(values.sum())
+                    squares += float(np.dot(values, values))
                 count += len(values)
     return TensorStatistics(
         min=low if count else None,
@@ -97,7 +98,8 @@ def corner(tensors: CheckpointTensors, name: str) -> np.ndarray[Any, Any] | None
         name: The tensor's name.
 
     Returns:
-        At most [3, 6] values, or [6] of a tensor without two axes; None for a dtype that is neither one of numpy's nor bfloat16.
+        At most [3, 6] values, or [6] of a tensor without two axes;
+        None for a dtype that is neither one of numpy's nor bfloat16.
     """
     import numpy as np
 
