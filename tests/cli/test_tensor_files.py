@@ -247,3 +247,16 @@ def test_a_signal_leaves_no_file(tmp_path):
     assert process.returncode == 143, error
     assert error.splitlines()[-1].startswith("gptoss_stream: terminated")
     assert not [*out.iterdir()]
+
+
+def test_a_failure_of_the_system_is_not_an_unknown_name(checkpoints, monkeypatch):
+    """While the formats are searched for a name."""
+    from gptoss_stream.planning import plan
+
+    def fail(*_):
+        raise gptoss_stream.MachineError("no connection")
+
+    monkeypatch.setattr(plan, "plan_conversion", fail)
+    done = run_in_process("show", checkpoints(), "embed.W_E")
+    assert_clean_error(done, 3)
+    assert "no connection" in done.stderr
