@@ -55,6 +55,21 @@ def can_limit() -> bool:
     return os.access("/sys/fs/cgroup/memory/memory.usage_in_bytes", os.R_OK) and os.geteuid() == 0
 
 
+def limited(command: Sequence[str], nbytes: int | None) -> list[str]:
+    """Return the command that runs a command under a memory limit, page cache included.
+
+    Args:
+        command: The command.
+        nbytes: The limit; None for none.
+    """
+    if nbytes is None:
+        return [*command]
+    _GROUP.mkdir(exist_ok=True)
+    (_GROUP / "memory.limit_in_bytes").write_text(str(nbytes))
+    # The shell joins the group and becomes the command, so nothing before it is counted.
+    return ["sh", "-c", f'echo $$ > {_GROUP}/cgroup.procs; exec "$@"', "sh", *command]
+
+
 def run(
     command: Sequence[str],
     *,
@@ -77,11 +92,7 @@ def run(
     if warm is not None:
         fill_cache(warm)
     time.sleep(1)
-    if limit is not None:
-        _GROUP.mkdir(exist_ok=True)
-        (_GROUP / "memory.limit_in_bytes").write_text(str(limit))
-        # The shell joins the group and becomes the command, so nothing before it is counted.
-        command = ["sh", "-c", f'echo $$ > {_GROUP}/cgroup.procs; exec "$@"', "sh", *command]
+    command = limited(command, limit)
     # The peak of a child starts at the resident memory of its parent, so a small process runs it.
     with subprocess.Popen(
         [sys.executable, "-S", __file__, str(sample), *command],

@@ -97,16 +97,16 @@ def draw(results: Mapping[str, Any], folder: Path) -> None:
     """Draw both pictures, as SVG and PNG."""
     what = f"gpt-oss-{results['preset']}'s shapes, {results['layers']} "
     what += "layer" if results["layers"] == 1 else "layers"
-    with _picture(folder / "memory", 8, 3.9) as axes:
+    with picture(folder / "memory", 8, 3.9) as axes:
         _draw_memory(axes, results["memory"], what)
     first = formats.FIRST[0]
     rows = sorted(results["throughput"], key=lambda row: (row["source"] != first, row["source"]))
-    with _picture(folder / "throughput", 8, 1.7 + 0.45 * len(rows)) as axes:
+    with picture(folder / "throughput", 8, 1.7 + 0.45 * len(rows)) as axes:
         _draw_throughput(axes, rows, what)
 
 
 @contextmanager
-def _picture(path: Path, width: float, height: float) -> Iterator[Axes]:
+def picture(path: Path, width: float, height: float) -> Iterator[Axes]:
     """Return axes to draw in; the size is in inches, each of which is 100 pixels in a README."""
     with rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")

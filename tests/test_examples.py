@@ -1,4 +1,4 @@
-"""The examples run on a converted checkpoint and measure it correctly."""
+"""The examples run on a checkpoint, converted or not, and measure it correctly."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ def converted(checkpoints, tmp_path_factory):
     return out
 
 
-def test_a_picture_is_drawn(converted, tmp_path):
+def test_a_picture_is_drawn(checkpoints, tmp_path):
     """By the command of the README, in a process of its own."""
     picture = tmp_path / "picture.png"
     module = "gptoss_stream.examples.experts_and_lens"
     done = subprocess.run(
-        [sys.executable, "-m", module, converted, picture], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", module, checkpoints(), picture],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -36,9 +39,9 @@ def test_a_picture_is_drawn(converted, tmp_path):
 
 
 @torch.no_grad()
-def test_the_measurements_equal_those_of_the_hugging_face_model(checkpoints, converted):
+def test_the_measurements_equal_those_of_the_hugging_face_model(checkpoints):
     tokens = torch.arange(50)[None] * 25 % 1009
-    model = gptoss_stream.load_hooked_transformer(converted)
+    model = gptoss_stream.load_hooked_transformer(checkpoints(), dtype="float32")
     usage, agreement = experts_and_lens.measure(model, tokens)
     peer = oracle.load_model(checkpoints(), torch.float32)
     counted = []

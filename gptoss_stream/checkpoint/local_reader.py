@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -87,15 +87,16 @@ class LocalReader:
         if self._ahead and later < self._schedule.num_steps:
             self.prefetch(self._schedule.element_ranges(later))
 
-    def prefetch(self, ranges: Iterable[ElementRange]) -> None:
-        """Ask the system to read elements into its cache (see `RandomReader.prefetch`)."""
+    def prefetch(self, ranges: Iterable[ElementRange]) -> AbstractContextManager[object]:
+        """Ask the system to read elements into its cache (see `RandomAccessReader.prefetch`)."""
         for one in ranges:
             file = self._files.file(one.raw.shard)
             if isinstance(file, LocalFile):
                 file.prefetch(*one.byte_range)
+        return nullcontext()
 
     def forget(self, ranges: Iterable[ElementRange]) -> None:
-        """Tell the system that elements need not stay cached (see `RandomReader.forget`)."""
+        """Tell the system that elements need not stay cached (see `RandomAccessReader.forget`)."""
         for one in ranges:
             file = self._files.file(one.raw.shard)
             if isinstance(file, LocalFile):

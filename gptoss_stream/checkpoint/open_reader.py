@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import TypeAlias
 
 from .._utils.temporary_file import scratch_folder
+from ..storage.block_cache import BlockCache
+from .block_reader import BlockReader
 from .joined_reader import JoinedReader
 from .local_reader import LocalReader
 from .metadata import CheckpointInfo
-from .reader import RandomReader, Reader
+from .reader import RandomAccessReader, Reader
 from .regrouping_reader import RegroupingReader
 from .remote_reader import RemoteReader
 
 __all__ = [
     "CheckpointReader",
-    "RandomReaders",
-    "open_random_readers",
+    "RandomAccess",
+    "open_random_access",
     "open_reader",
     "open_readers",
 ]
@@ -65,29 +67,38 @@ def open_readers(
 
 
 @dataclass(frozen=True, slots=True)
-class RandomReaders:
+class RandomAccess:
     """Readers that read in any order."""
 
-    source: RandomReader
+    source: RandomAccessReader
     """Of the source alone, which can be told what will be read soon."""
     every: Reader
     """Of the source and the adapters."""
 
 
 @contextmanager
-def open_random_readers(
-    source: CheckpointInfo, adapters: Sequence[CheckpointInfo], scratch: Path
-) -> Iterator[RandomReaders]:
+def open_random_access(
+    source: CheckpointInfo,
+    adapters: Sequence[CheckpointInfo],
+    scratch: Path,
+    cache: BlockCache | None = None,
+) -> Iterator[RandomAccess]:
     """Open readers of a source and of adapters that read in any order, without a schedule.
 
     Args:
         source: The source, number 0 in `RawTensor.checkpoint`.
         adapters: The adapters, numbers from 2 on.
         scratch: Where temporary files for adapters are created (see `scratch_folder`).
+        cache: Keeps blocks of a remote source on the disk; None to keep some in memory only.
     """
     with ExitStack() as stack:
-        reader = stack.enter_context(LocalReader(source))
-        yield RandomReaders(reader, _joined({0: reader}, adapters, scratch, stack))
+        reader: RandomAccessReader
+        if source.location.is_local:
+            reader = stack.enter_context(LocalReader(source))
+        else:
+            reader = stack.enter_context(BlockReader(source, cache=cache))
+        readers: dict[int, Reader] = {0: reader}
+        yield RandomAccess(reader, _joined(readers, adapters, scratch, stack))
 
 
 def _joined(

@@ -17,7 +17,7 @@ from ..tensors.raw_tensor import RawTensor
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["ElementRange", "RandomReader", "ReadSchedule", "Reader"]
+__all__ = ["ElementRange", "RandomAccessReader", "ReadSchedule", "Reader"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +89,17 @@ class Reader(Protocol):
         return
 
 
-class RandomReader(Reader, Protocol):
+class RandomAccessReader(Reader, Protocol):
     """A reader that needs no schedule, and can be told what will be read soon."""
 
-    def prefetch(self, ranges: Iterable[ElementRange]) -> None:
-        """Begin to read what is needed soon, in the background."""
+    def prefetch(self, ranges: Iterable[ElementRange]) -> AbstractContextManager[object]:
+        """Begin to read what is needed soon, in this order and in the background.
+
+        Returns:
+            A context manager, at whose end what has not been read yet may be given up. It need not
+            be used as one, if all is needed.
+        """
+        ...
 
     def forget(self, ranges: Iterable[ElementRange]) -> None:
         """Tell the system that it need not keep what was read in its cache."""

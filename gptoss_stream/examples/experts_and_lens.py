@@ -1,15 +1,16 @@
 """Which experts does each layer use, and after which layer does the model know its answer?
 
-    python -m gptoss_stream.examples.experts_and_lens CONVERTED PICTURE.png [--text TEXT]
+    python -m gptoss_stream.examples.experts_and_lens CHECKPOINT PICTURE.png [--text TEXT]
 
-Runs a text through a HookedTransformer with memory-mapped weights and draws two plots:
+Runs a text through a HookedTransformer straight off a checkpoint, of any format, and draws two
+plots:
 
 - How often the router of each layer chooses each expert.
 - A logit lens (nostalgebraist, 2020): the residual stream after each layer is unembedded as if that
   layer were the last. The plot shows for how many positions the most likely token is already the
   one that the whole model predicts.
 
-Without a tokenizer in CONVERTED, random tokens are used. Needs the extra `examples`.
+Without a tokenizer in CHECKPOINT, random tokens are used. Needs the extra `examples`.
 """
 
 from __future__ import annotations
@@ -115,12 +116,12 @@ def main(argv: list[str] | None = None) -> int:
         The exit code.
     """
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("converted", help="converted output in the format transformer-lens")
+    parser.add_argument("checkpoint", help="folder of a gpt-oss, or a repository of the Hub")
     parser.add_argument("picture", type=Path, help="PNG file to write")
     parser.add_argument("--text", default=TEXT, help="text that the model reads")
     arguments = parser.parse_args(argv)
     try:
-        model = load_hooked_transformer(arguments.converted)
+        model = load_hooked_transformer(arguments.checkpoint)
         tokens = _tokens(model, arguments.text)
         usage, agreement = measure(model, tokens)
     except GptOssStreamError as error:

@@ -14,7 +14,9 @@ from ..loading.state_dict import StateDict, plan_loader, state_dict_of
 from ..planning.options import ConversionOptions
 from ..planning.output_files import output_files
 from ..planning.plan import Plan, plan_conversion, read_adapters
+from ..planning.shards import parse_size_or_zero
 from ..storage.location import Location
+from ..tensors import compiled
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +55,8 @@ def open_checkpoint_model(
     location: Location,
     options: ConversionOptions,
     device: str | torch.device | None,
-    cache_nbytes: int,
+    expert_cache: int | str,
+    cache: int | str,
 ) -> CheckpointModel:
     """Open a checkpoint as a model; raises as `open_state_dict` does.
 
@@ -61,12 +64,15 @@ def open_checkpoint_model(
         location: The checkpoint.
         options: The format whose names are used, the dtype, layers and adapters.
         device: Where dense tensors are.
-        cache_nbytes: The most bytes of decoded experts that are kept.
+        expert_cache: The most bytes of decoded experts that are kept, or a text such as "2GB".
+        cache: Disk space for what is read of a remote checkpoint (see `open_state_dict`).
     """
+    cache_nbytes = parse_size_or_zero(expert_cache)
     source = formats.read_source(read_metadata(location), options.source_format)
     adapters = read_adapters(options)
     plan = plan_conversion(source, options, None, adapters)
-    tensors = state_dict_of(plan, device)
+    loader = plan_loader(plan, cache)
+    tensors = state_dict_of(plan, loader, device)
     names = [
         tensor.name
         for shard in plan.shards
@@ -75,8 +81,10 @@ def open_checkpoint_model(
     ]
     if all(tensors.is_mapped(name) for name in names):
         return CheckpointModel(plan, tensors, None)
+    from .dense_weights import DenseWeights
     from .expert_weights import ExpertWeights
 
+    compiled.enable()
     # One matrix for gate and up, with rows as MXFP4 stores them: nothing is transposed.
     by_expert = plan_conversion(
         source, replace(options, to="hf-unfused", dtype=plan.dtype), None, adapters
@@ -87,6 +95,7 @@ def open_checkpoint_model(
         for tensor in shard.tensors
         if tensor.origin.model_tensor in _MATRICES
     ]
-    return CheckpointModel(
-        plan, tensors, ExpertWeights(matrices, plan_loader(by_expert), cache_nbytes)
+    experts = ExpertWeights(
+        matrices, plan_loader(by_expert, cache), cache_nbytes, DenseWeights(plan, loader, _MATRICES)
     )
+    return CheckpointModel(plan, tensors, experts)

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import functional
 
+from .._utils.memory import available_nbytes
 from ..loading.tensor_loader import TensorLoader
 from ..loading.torch_dtypes import TORCH_NAMES
 from ..transforms.output_tensor import OutputTensor
-from .read_ahead import ReadAhead
+from .decode_ahead import DecodeAhead
+from .dense_weights import DenseWeights
+from .expert_cache import ExpertCache
 from .unsaved_matrix import refuse_saving
 
 __all__ = ["ExpertMatrix", "ExpertWeights"]
+
+_FEW_PICKS = 16
+"""Of a pass: four tokens with four experts each, up to which packed rows are multiplied faster than
+they are decoded."""
+_SOME_TOKENS = 64
+"""Tokens for each expert, up to which decoding takes longer than multiplying."""
+_MARGIN_NBYTES = 1_000_000_000
+"""Memory that is left to activations and to other programs."""
 
 
 class ExpertWeights:
@@ -28,19 +39,33 @@ class ExpertWeights:
             alternate between gate and up, and `down` [hidden, intermediate].
         loader: Makes them.
         cache_nbytes: The most bytes of decoded matrices that are kept for later passes.
+        dense: The other weights.
     """
 
     def __init__(
-        self, tensors: list[OutputTensor], loader: TensorLoader, cache_nbytes: int
+        self,
+        tensors: Sequence[OutputTensor],
+        loader: TensorLoader,
+        cache_nbytes: int,
+        dense: DenseWeights,
     ) -> None:
-        self._tensors = {(*tensor.origin,): tensor for tensor in tensors}
         self._loader = loader
-        self._cache_nbytes = cache_nbytes
-        self._cached: OrderedDict[OutputTensor, torch.Tensor] = OrderedDict()
-        self._used_nbytes = 0
-        self._lock = threading.Lock()
-        self._memory = threading.local()
-        self._ahead = ReadAhead(self._tensors, loader)
+        self._cache = ExpertCache(loader, cache_nbytes)
+        self._dense = dense
+        self._layers: dict[int, dict[int, dict[str, OutputTensor]]] = {}
+        for tensor in tensors:
+            name, layer, expert = tensor.origin
+            assert layer is not None
+            assert expert is not None
+            self._layers.setdefault(layer, {}).setdefault(expert, {})[name] = tensor
+        self._ahead = DecodeAhead(
+            self._decode, loader.prefetch, max(tensor.nbytes for tensor in tensors)
+        )
+        self._pass = threading.Lock()
+        self._owner = 0
+        self._visited: set[int] = set()
+        self._is_many = self._multiplies = False
+        self._first_forgotten = self._count_kept(dense.nbytes)
 
     def __deepcopy__(self, memo: Any) -> ExpertWeights:
         """Return the same weights: copies of a model share them."""
@@ -56,11 +81,92 @@ class ExpertWeights:
             layer: The layer.
             expert: The expert.
         """
-        return ExpertMatrix(self, self._tensors[name, layer, expert])
+        return ExpertMatrix(self, self._layers[layer][expert][name])
 
-    def begin_pass(self, layer: int, experts: list[int]) -> None:
-        """Begin a pass through a layer, which will use these experts, in this order."""
-        self._ahead.begin_pass(layer, experts)
+    @contextmanager
+    def one_pass(self, layer: int, experts: Sequence[int], num_picks: int) -> Iterator[None]:
+        """Decode ahead in a context in which a thread uses these experts, in this order.
+
+        If another thread is in such a context, matrices are decoded when they are used.
+
+        Args:
+            layer: The layer.
+            experts: The experts that the router has picked.
+            num_picks: How often it has picked one, for all tokens together.
+        """
+        if not self._pass.acquire(blocking=False):
+            yield
+            return
+        threads = torch.get_num_threads()
+        self._owner = threading.get_ident()
+        try:
+            matrices = [m for expert in experts for m in self._layers[layer][expert].values()]
+            self._multiplies = num_picks <= _FEW_PICKS and all(map(self._can_multiply, matrices))
+            self._begin(layer, matrices, 2 * len(experts) >= len(self._layers[layer]))
+            if num_picks <= _SOME_TOKENS * len(experts) and not self._multiplies:
+                torch.set_num_threads(max(1, threads // 2))  # others decode meanwhile
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            self._owner = 0
+            self._pass.release()
+
+    def multiply_packed(self, tensor: OutputTensor, inputs: torch.Tensor) -> torch.Tensor | None:
+        """Multiply a few tokens with a matrix that is not decoded to memory.
+
+        Args:
+            tensor: The matrix, [out, in].
+            inputs: [tokens, in].
+
+        Returns:
+            [tokens, out] float32; None if the matrix has to be decoded.
+        """
+        if not self._multiplies or self._owner != threading.get_ident():
+            return None
+        product = torch.empty(len(inputs), tensor.shape[0])
+        tokens = inputs.to("cpu", torch.float32).contiguous()
+        self._loader.multiply(tensor, tokens.numpy(), product.numpy())
+        return product
+
+    def _can_multiply(self, tensor: OutputTensor) -> bool:
+        return not self._cache.nbytes and self._loader.can_multiply(tensor)
+
+    def _begin(self, layer: int, matrices: list[OutputTensor], is_many: bool) -> None:
+        """Begin to read or to decode what a pass uses, and the next layer if that is most of it."""
+        self._is_many = is_many
+        if is_many or layer not in self._visited:
+            self._visited.add(layer)
+            self._ahead.run(partial(self._dense.prefetch, layer + 1))
+        if self._multiplies:
+            for matrix in matrices:
+                self._ahead.run(partial(self._loader.prefetch, matrix))
+            return
+        if is_many:
+            following = self._layers.get(layer + 1, {})
+            matrices += [matrix for expert in following.values() for matrix in expert.values()]
+        if not self._cache.nbytes:
+            self._ahead.begin([one for one in matrices if not self._loader.can_map(one)])
+
+    def _decode(self, tensor: OutputTensor, memory: torch.Tensor) -> None:
+        """Decode a matrix into memory."""
+        self._loader.make_into(tensor, 0, tensor.nbytes, memory.numpy())
+        layer = tensor.origin.layer
+        if self._is_many and layer is not None and layer >= self._first_forgotten:
+            self._loader.forget(tensor)
+
+    def _count_kept(self, dense_nbytes: int) -> int:
+        """Return the number of layers whose experts stay in the system's page cache.
+
+        A pass with many tokens reads all experts in the same order. If they do not fit into memory,
+        the system would drop each just before it is read again, and dense weights with them.
+        """
+        free = available_nbytes() - dense_nbytes - _MARGIN_NBYTES
+        for layer in sorted(self._layers):
+            of_layer = self._layers[layer].values()
+            free -= sum(self._loader.source_nbytes(m) for one in of_layer for m in one.values())
+            if free < 0:
+                return layer
+        return len(self._layers)
 
     def load(self, tensor: OutputTensor) -> torch.Tensor:
         """Return a matrix: mapped, or decoded to memory that belongs to the caller."""
@@ -72,43 +178,22 @@ class ExpertWeights:
         if self._loader.can_map(tensor):
             yield self.load(tensor)
             return
-        with self._lock:
-            cached = self._cached.get(tensor)
-            if cached is not None:
-                self._cached.move_to_end(tensor)
-        if cached is None:
-            self._ahead.advance(tensor)
-        if cached is not None:
-            yield cached
-        elif tensor.nbytes <= self._cache_nbytes:
-            yield self._keep(tensor, self.load(tensor))
-        else:
-            memory = self._take_memory(tensor.nbytes)
-            used = memory[: tensor.nbytes]
-            self._loader.make_into(tensor, 0, tensor.nbytes, used.numpy())
-            yield used.view(getattr(torch, TORCH_NAMES[tensor.dtype])).view(tensor.shape)
-            self._memory.free = memory
-        if cached is None:
-            self._ahead.finish(tensor)
+        is_owner = self._owner == threading.get_ident()
+        memory = self._ahead.take(tensor) if is_owner else None
+        if memory is None:
+            with self._cache.borrow(tensor) as memory:
+                yield _typed(tensor, memory)
+            return
+        try:
+            yield _typed(tensor, memory)
+        finally:
+            self._ahead.give_back(memory)
 
-    def _keep(self, tensor: OutputTensor, decoded: torch.Tensor) -> torch.Tensor:
-        """Keep a decoded matrix in the place of those that were used longest ago."""
-        with self._lock:
-            if tensor not in self._cached:
-                self._cached[tensor] = decoded
-                self._used_nbytes += tensor.nbytes
-            while self._used_nbytes > self._cache_nbytes:
-                oldest, _ = self._cached.popitem(last=False)
-                self._used_nbytes -= oldest.nbytes
-        return decoded
 
-    def _take_memory(self, nbytes: int) -> torch.Tensor:
-        """Return memory of this thread that is used again: new pages cost more than decoding."""
-        free: torch.Tensor | None = getattr(self._memory, "free", None)
-        self._memory.free = None
-        if free is None or len(free) < nbytes:
-            free = torch.empty(nbytes, dtype=torch.uint8)
-        return free
+def _typed(tensor: OutputTensor, memory: torch.Tensor) -> torch.Tensor:
+    """Return the matrix in memory that may be larger."""
+    dtype = getattr(torch, TORCH_NAMES[tensor.dtype])
+    return memory[: tensor.nbytes].view(dtype).view(tensor.shape)
 
 
 class ExpertMatrix:
@@ -146,6 +231,10 @@ class ExpertMatrix:
         product: torch.Tensor = _Product.apply(inputs, self, bias)  # type: ignore[no-untyped-call]
         return product
 
+    def multiply_packed(self, inputs: torch.Tensor) -> torch.Tensor | None:
+        """See `ExpertWeights.multiply_packed`."""
+        return self._weights.multiply_packed(self._tensor, inputs)
+
     @contextmanager
     def borrow(self, like: torch.Tensor) -> Iterator[torch.Tensor]:
         """Give the decoded matrix in the dtype and on the device of a tensor."""
@@ -161,6 +250,9 @@ class _Product(torch.autograd.Function):
         ctx: Any, inputs: torch.Tensor, matrix: ExpertMatrix, bias: torch.Tensor | None
     ) -> torch.Tensor:
         ctx.matrix = matrix
+        product = matrix.multiply_packed(inputs)
+        if product is not None:
+            return (product if bias is None else product + bias.float()).to(inputs)
         with matrix.borrow(inputs) as weight:
             return functional.linear(inputs, weight, bias)
 

@@ -87,14 +87,14 @@ class HfExperts(nn.Module):
         """
         sums = torch.zeros_like(hidden_states)
         picked = torch.unique(router_indices).tolist()
-        self._weights.begin_pass(self._layer, picked)
-        for expert in picked:
-            tokens, places = torch.where(router_indices == expert)
-            gate_up = self.gate_up_proj.multiply(expert, hidden_states[tokens])
-            activated = self._activate(gate_up + self.gate_up_proj_bias[expert])
-            output = self.down_proj.multiply(expert, activated) + self.down_proj_bias[expert]
-            weighted = output * routing_weights[tokens, places, None]
-            sums.index_add_(0, tokens, weighted.to(sums.dtype))
+        with self._weights.one_pass(self._layer, picked, router_indices.numel()):
+            for expert in picked:
+                tokens, places = torch.where(router_indices == expert)
+                gate_up = self.gate_up_proj.multiply(expert, hidden_states[tokens])
+                activated = self._activate(gate_up + self.gate_up_proj_bias[expert])
+                output = self.down_proj.multiply(expert, activated) + self.down_proj_bias[expert]
+                weighted = output * routing_weights[tokens, places, None]
+                sums.index_add_(0, tokens, weighted.to(sums.dtype))
         return sums
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

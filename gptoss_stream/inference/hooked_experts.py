@@ -5,7 +5,8 @@ Source of the computation: TransformerLens 3.9, `components/mlps/gpt_oss_moe.py`
 
 from __future__ import annotations
 
-from functools import partial
+import threading
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from transformer_lens.hook_points import HookPoint
 
 from .expert_weights import ExpertMatrix, ExpertWeights
-from .unsaved_matrix import UnsavedMatrix
+from .unsaved_matrix import UnsavedMatrix, refuse_saving
 
 __all__ = ["HookedExpert", "replace_experts"]
 
@@ -89,11 +90,36 @@ def replace_experts(model: Any, weights: ExpertWeights) -> None:
                 weights.matrix("gate_up", layer, number),
                 weights.matrix("down", layer, number),
             )
-        block.mlp.hook_expert_indices.register_forward_hook(partial(_begin_pass, weights, layer))
+        passes = _Passes(weights, layer)
+        block.mlp.register_forward_pre_hook(passes.open)
+        block.mlp.hook_expert_indices.register_forward_hook(passes.begin)
+        block.mlp.register_forward_hook(passes.close, always_call=True)
 
 
-def _begin_pass(
-    weights: ExpertWeights, layer: int, module: nn.Module, inputs: Any, indices: torch.Tensor
-) -> None:
-    """Learn, as a torch hook, which experts a pass through a layer will use."""
-    weights.begin_pass(layer, torch.unique(indices).tolist())
+class _Passes:
+    """Torch hooks that let a layer's experts be decoded ahead, once the router has picked them."""
+
+    def __init__(self, weights: ExpertWeights, layer: int) -> None:
+        self._weights = weights
+        self._layer = layer
+        self._thread = threading.local()
+
+    def __deepcopy__(self, memo: Any) -> _Passes:
+        """Return the same: copies of a model share experts."""
+        return self
+
+    __reduce_ex__ = refuse_saving
+
+    def open(self, module: nn.Module, inputs: Any) -> None:
+        """Before the router."""
+        self._thread.stack = ExitStack()
+
+    def begin(self, module: nn.Module, inputs: Any, indices: torch.Tensor) -> None:
+        """After the router."""
+        picked = torch.unique(indices).tolist()
+        one_pass = self._weights.one_pass(self._layer, picked, indices.numel())
+        self._thread.stack.enter_context(one_pass)
+
+    def close(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+        """After the experts, also if one has failed."""
+        self._thread.stack.close()

@@ -26,7 +26,6 @@ from ..loading.state_dict import StateDict, open_state_dict
 from ..model.pruning import Pruning
 from ..model.selection import parse_numbers
 from ..planning.options import ConversionOptions
-from ..planning.shards import parse_size
 from ..storage.location import Location, LocationLike
 from ..storage.open_location import open_location
 from .checkpoint_model import open_checkpoint_model
@@ -55,6 +54,7 @@ def load_hooked_transformer(
     source_format: str | None = None,
     adapters: AdapterLike | Sequence[AdapterLike] = (),
     expert_cache: int | str = 0,
+    cache: int | str = 0,
 ) -> HookedTransformer:
     """Load a checkpoint in any format as a model with hooks, without converting it.
 
@@ -79,6 +79,8 @@ def load_hooked_transformer(
         adapters: LoRA adapters to merge, in order: locations, or `Adapter` objects.
         expert_cache: Memory for decoded experts that are kept for later passes, in bytes or as a
             text such as "2GB"; those used longest ago go first. By default none are kept.
+        cache: Disk space for what is read of a remote source, in bytes or as a text (see
+            `open_state_dict`). By default nothing is kept on the disk.
 
     Raises:
         CheckpointError: If the source cannot be used.
@@ -92,7 +94,7 @@ def load_hooked_transformer(
     merged = as_adapters(adapters)
     experts: ExpertWeights | None = None
     if location.has(_CONFIG_NAME) and not merged:
-        state_dict = open_state_dict(location, dtype=dtype, device=device)
+        state_dict = open_state_dict(location, dtype=dtype, device=device, cache=cache)
         config, chosen = _stored_config(location, layers)
         config["dtype"] = dtype or config["dtype"]
     else:
@@ -100,7 +102,7 @@ def load_hooked_transformer(
             "transformer-lens", source_format, dtype, pruning=Pruning.of(layers, None),
             adapters=merged,
         )  # fmt: skip
-        opened = open_checkpoint_model(location, options, device, _cache_nbytes(expert_cache))
+        opened = open_checkpoint_model(location, options, device, expert_cache, cache)
         state_dict, experts = opened.tensors, opened.experts
         config = opened.config(_CONFIG_NAME)
         chosen = tuple(range(int(config["n_layers"])))
@@ -164,11 +166,6 @@ def _import_packages() -> tuple[Any, Any, Any]:
             f"wrong: {advice}"
         )
     return torch, transformer_lens, config_class
-
-
-def _cache_nbytes(size: int | str) -> int:
-    """Return the size of the cache of experts in bytes."""
-    return parse_size(size) if size else 0
 
 
 def _stored_config(

@@ -24,11 +24,13 @@ from .. import formats
 from .._utils.failures import missing_package
 from ..adapters import AdapterLike, as_adapters
 from ..checkpoint.metadata import read_metadata
-from ..checkpoint.open_reader import open_random_readers
+from ..checkpoint.open_reader import open_random_access
 from ..errors import OptionError, OutputError
 from ..planning.options import ConversionOptions
 from ..planning.plan import Plan, plan_conversion, read_adapters
-from ..planning.plan_readers import open_random_plan_readers
+from ..planning.plan_readers import open_plan_random_access
+from ..planning.shards import parse_size_or_zero
+from ..storage.block_cache import BlockCache, default_cache_folder
 from ..storage.location import Location, LocationLike
 from ..storage.open_location import open_location
 from ..tensors.dtypes import DType, output_dtype, torch_name
@@ -202,6 +204,7 @@ def open_state_dict(
     device: str | torch.device | None = None,
     source_format: str | None = None,
     adapters: AdapterLike | Sequence[AdapterLike] = (),
+    cache: int | str = 0,
 ) -> StateDict:
     """Open a checkpoint as a mapping from names to torch tensors; reads headers only.
 
@@ -219,6 +222,9 @@ def open_state_dict(
             tensors are not copied.
         source_format: With `to`, the format of the source; by default it is detected.
         adapters: With `to`, LoRA adapters to merge, in order: locations, or `Adapter` objects.
+        cache: Disk space for what is read of a remote source, in bytes or as a text such as "4GB".
+            Processes share it, in `~/.cache/gptoss_stream/blocks`; what was used longest ago goes
+            first. By default nothing is kept on the disk, and 64 MB in memory.
 
     Raises:
         CheckpointError: If the source cannot be used.
@@ -238,13 +244,14 @@ def open_state_dict(
         device=device,
         source_format=source_format,
         adapters=adapters,
+        cache=cache,
     )
     location = open_location(source)
     if to is not None:
         options = ConversionOptions(to, source_format, dtype, adapters=as_adapters(adapters))
         read = formats.read_source(read_metadata(location), source_format)
         plan = plan_conversion(read, options, None, read_adapters(options))
-        return state_dict_of(plan, device, reopen)
+        return state_dict_of(plan, plan_loader(plan, cache), device, reopen)
     if source_format is not None or as_adapters(adapters):
         raise OptionError(
             "without a format to read as, tensors are as they are stored: add to=, such as "
@@ -258,12 +265,16 @@ def open_state_dict(
         name: _Entry(_stored_bytes(raw), raw.shape, torch_dtype(raw))
         for name, raw in info.tensors.items()
     }
-    loader = TensorLoader(info, lambda: open_random_readers(info, [], Path(tempfile.gettempdir())))
+    blocks = _block_cache(location, cache)
+    loader = TensorLoader(
+        info, lambda: open_random_access(info, [], Path(tempfile.gettempdir()), blocks)
+    )
     return StateDict(location, entries, loader, chosen, device, reopen)
 
 
 def state_dict_of(
     plan: Plan,
+    loader: TensorLoader,
     device: str | torch.device | None,
     reopen: Callable[[], StateDict] | None = None,
 ) -> StateDict:
@@ -271,6 +282,7 @@ def state_dict_of(
 
     Args:
         plan: The plan, without a reference.
+        loader: What makes its tensors.
         device: See `open_state_dict`.
         reopen: Opens the same mapping in another process; without it the mapping is not pickled.
     """
@@ -279,14 +291,28 @@ def state_dict_of(
         for shard in plan.shards
         for tensor in shard.tensors
     }
-    return StateDict(plan.info.location, entries, plan_loader(plan), None, device, reopen)
+    return StateDict(plan.info.location, entries, loader, None, device, reopen)
 
 
-def plan_loader(plan: Plan) -> TensorLoader:
-    """Return what makes the tensors of a plan, which has no reference."""
+def plan_loader(plan: Plan, cache: int | str) -> TensorLoader:
+    """Return what makes the tensors of a plan, which has no reference.
+
+    Args:
+        plan: The plan.
+        cache: Disk space for what is read of a remote source (see `open_state_dict`).
+    """
+    blocks = _block_cache(plan.info.location, cache)
     return TensorLoader(
-        plan.info, lambda: open_random_plan_readers(plan, Path(tempfile.gettempdir()))
+        plan.info, lambda: open_plan_random_access(plan, Path(tempfile.gettempdir()), blocks)
     )
+
+
+def _block_cache(location: Location, size: int | str) -> BlockCache | None:
+    """Return the cache of blocks on the disk; None for none, and for a local source."""
+    nbytes = parse_size_or_zero(size)
+    if not nbytes or location.is_local:
+        return None
+    return BlockCache(default_cache_folder(), nbytes)
 
 
 def _dtype_of(tensor: OutputTensor) -> torch.dtype:

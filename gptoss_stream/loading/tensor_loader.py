@@ -6,18 +6,21 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
+from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from .._utils.parallel import num_processors, run_parallel
 from ..checkpoint.metadata import CheckpointInfo
-from ..checkpoint.open_reader import RandomReaders
+from ..checkpoint.open_reader import RandomAccess
 from ..checkpoint.reader import ElementRange, Reader
 from ..errors import OutputError
+from ..tensors.compiled import is_enabled
 from ..tensors.dtypes import DType
 from ..transforms.materialize import materialize, materialize_rows
+from ..transforms.mxfp4_operand import Mxfp4Operand
 from ..transforms.output_tensor import OutputTensor, Segment, element_ranges
 from ..transforms.tiles import TargetRows
 from .mapped_tensors import MappedTensors
@@ -31,6 +34,9 @@ __all__ = ["TensorLoader"]
 
 _MIN_NBYTES = 1 << 20
 """The least bytes of a tensor that are worth a thread of their own."""
+_TILE_NBYTES = 16 << 20
+"""The most bytes of a tile: half an expert's matrix. Smaller tiles take more calls, between which
+threads wait for each other (with 1 MB it took 1.7 times as long)."""
 
 
 class TensorLoader:
@@ -44,12 +50,12 @@ class TensorLoader:
     def __init__(
         self,
         info: CheckpointInfo,
-        open_readers: Callable[[], AbstractContextManager[RandomReaders]],
+        open_readers: Callable[[], AbstractContextManager[RandomAccess]],
     ) -> None:
         self._info = info
         self._mapped = MappedTensors(info)
         self._open_readers = open_readers
-        self._readers: RandomReaders | None = None
+        self._readers: RandomAccess | None = None
         self._stack = ExitStack()
         weakref.finalize(self, self._stack.close)  # also when the interpreter ends
         self._lock = threading.Lock()
@@ -85,9 +91,13 @@ class TensorLoader:
         return made.view(tensor.shape) if is_whole else made
 
     def make_into(
-        self, tensor: OutputTensor, begin: int, end: int, out: np.ndarray[Any, Any]
+        self,
+        tensor: OutputTensor,
+        begin: int,
+        end: int,
+        out: np.ndarray[Any, Any],
     ) -> None:
-        """Make bytes `begin … end` of a tensor on all processors.
+        """Make bytes `begin … end` of a tensor, on all processors.
 
         Args:
             tensor: The tensor.
@@ -111,23 +121,72 @@ class TensorLoader:
                     return
                 materialize(tensor, low, high, out[low - begin : high - begin], make)
 
-        run_parallel([make_pieces] * min(threads, len(pieces)))
-        if self._info.location.is_local:  # a remote file is checked with each request
-            readers.source.check_unchanged()
+        with self._reading(tensor, list(pieces)):
+            run_parallel([make_pieces] * min(threads, len(pieces)))
+        self._check_unchanged()
+
+    def can_multiply(self, tensor: OutputTensor) -> bool:
+        """Return whether `multiply` can be called for a tensor. No data is read."""
+        return is_enabled() and _packed_rows(tensor) is not None
+
+    def multiply(
+        self, tensor: OutputTensor, tokens: np.ndarray[Any, Any], out: np.ndarray[Any, Any]
+    ) -> None:
+        """Multiply tokens with a matrix in MXFP4 that is not decoded to memory.
+
+        Args:
+            tensor: The matrix, [rows, columns].
+            tokens: [tokens, columns] float32, C-contiguous.
+            out: Memory for the products [tokens, rows], float32.
+        """
+        operand = _packed_rows(tensor)
+        assert operand is not None
+        reader, num_rows, threads = self._opened().every, tensor.shape[0], num_processors()
+        bounds = [num_rows * i // threads for i in range(threads + 1)]
+        with self._reading(tensor, [(0, tensor.nbytes)]):
+            run_parallel(
+                [
+                    partial(operand.multiply, reader, (low, high), tokens, out[:, low:high])
+                    for low, high in pairwise(bounds)
+                    if low < high
+                ]
+            )
+        self._check_unchanged()
+
+    def _check_unchanged(self) -> None:
+        """Check that a local file was not written to; a remote one is checked by its requests."""
+        if self._info.location.is_local:
+            self._opened().source.check_unchanged()
+
+    def _reading(
+        self, tensor: OutputTensor, pieces: list[tuple[int, int]]
+    ) -> AbstractContextManager[object]:
+        """Begin to read all that some pieces of a tensor are made of, if it is remote.
+
+        Reading it when it is needed would take a request, and a wait, for each tile.
+        """
+        if self._info.location.is_local:
+            return nullcontext()
+        ranges = [one for piece in pieces for one in _of_source(tensor, *piece)]
+        return self._opened().source.prefetch(ranges)
 
     def prefetch(self, tensor: OutputTensor) -> None:
         """Begin to read what a tensor is made of, in the background."""
-        self._opened().source.prefetch(_of_source(tensor))
+        self._opened().source.prefetch(_of_source(tensor, 0, tensor.nbytes))
+
+    def source_nbytes(self, tensor: OutputTensor) -> int:
+        """Return the bytes that are read of the source to make a tensor."""
+        return sum(one.byte_range[1] for one in _of_source(tensor, 0, tensor.nbytes))
 
     def forget(self, tensor: OutputTensor) -> None:
         """Tell the system that what a tensor is made of need not stay in its cache."""
-        self._opened().source.forget(_of_source(tensor))
+        self._opened().source.forget(_of_source(tensor, 0, tensor.nbytes))
 
     def _check_open(self) -> None:
         if self._is_closed:
             raise OutputError(f"{self._info.location}: closed; open it again")
 
-    def _opened(self) -> RandomReaders:
+    def _opened(self) -> RandomAccess:
         """Return the readers, which are opened when they are first used."""
         with self._lock:
             self._check_open()
@@ -136,9 +195,17 @@ class TensorLoader:
             return self._readers
 
 
-def _of_source(tensor: OutputTensor) -> Iterator[ElementRange]:
-    """Yield what is read of the source to make a tensor."""
-    for one in element_ranges(tensor, 0, tensor.nbytes):
+def _packed_rows(tensor: OutputTensor) -> Mxfp4Operand | None:
+    """Return the operand of a tensor whose rows are rows of MXFP4 as they are stored."""
+    segment = tensor.segments[0]
+    is_whole = len(tensor.segments) == 1 and segment.rearrangement.is_copy
+    operand = segment.operand
+    return operand if is_whole and isinstance(operand, Mxfp4Operand) else None
+
+
+def _of_source(tensor: OutputTensor, begin: int, end: int) -> Iterator[ElementRange]:
+    """Yield what is read of the source to make bytes `begin … end` of a tensor."""
+    for one in element_ranges(tensor, begin, end):
         if one.raw.checkpoint == 0:
             yield one
 
@@ -147,7 +214,7 @@ def _make_rows(
     segment: Segment, targets: list[TargetRows], dtype: DType, *, reader: Reader
 ) -> None:
     """Make rows of a segment (see `MakeRows`)."""
-    materialize_rows(segment, targets, dtype, reader)
+    materialize_rows(segment, targets, dtype, reader, tile_nbytes=_TILE_NBYTES)
 
 
 def _pieces(tensor: OutputTensor, begin: int, end: int, count: int) -> Iterator[tuple[int, int]]:
@@ -161,7 +228,7 @@ def _pieces(tensor: OutputTensor, begin: int, end: int, count: int) -> Iterator[
         low, high = max(begin, offset), min(end, offset + size)
         if low < high:
             row_nbytes = prod(segment.row_shape) * tensor.dtype.itemsize
-            step = max(_MIN_NBYTES, -(-(high - low) // count))
+            step = min(max(_MIN_NBYTES, -(-(high - low) // count)), _TILE_NBYTES)
             step = -(-step // row_nbytes) * row_nbytes
             if segment.rearrangement.transposes:
                 step = high - low

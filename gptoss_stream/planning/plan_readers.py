@@ -6,11 +6,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from ..checkpoint.metadata import CheckpointInfo
-from ..checkpoint.open_reader import RandomReaders, open_random_readers, open_readers
+from ..checkpoint.open_reader import RandomAccess, open_random_access, open_readers
 from ..checkpoint.reader import Reader
+from ..storage.block_cache import BlockCache
 from .plan import Plan
 
-__all__ = ["open_plan_readers", "open_random_plan_readers"]
+__all__ = ["open_plan_random_access", "open_plan_readers"]
 
 
 def open_plan_readers(plan: Plan, scratch: Path, ahead: int = 0) -> AbstractContextManager[Reader]:
@@ -25,14 +26,17 @@ def open_plan_readers(plan: Plan, scratch: Path, ahead: int = 0) -> AbstractCont
     return open_readers(plan.info, plan.reference, _adapters(plan), scratch, ahead)
 
 
-def open_random_plan_readers(plan: Plan, scratch: Path) -> AbstractContextManager[RandomReaders]:
+def open_plan_random_access(
+    plan: Plan, scratch: Path, cache: BlockCache | None = None
+) -> AbstractContextManager[RandomAccess]:
     """Open readers of a plan's source and adapters that read in any order, without a schedule.
 
     Args:
         plan: The plan, without a reference.
         scratch: Where temporary files for adapters are created.
+        cache: See `checkpoint.open_reader.open_random_access`.
     """
-    return open_random_readers(plan.info, _adapters(plan), scratch)
+    return open_random_access(plan.info, _adapters(plan), scratch, cache)
 
 
 def _adapters(plan: Plan) -> list[CheckpointInfo]:

@@ -21,6 +21,7 @@ __all__ = [
     "PlannedShard",
     "is_spilled",
     "parse_size",
+    "parse_size_or_zero",
     "plan_shards",
     "spill_nbytes",
     "write_nbytes",
@@ -135,6 +136,11 @@ def parse_size(size: int | str) -> int:
     if nbytes < 1:
         raise OptionError(f"{size!r} is not a size; write it as 5GB or 500MB")
     return nbytes
+
+
+def parse_size_or_zero(size: int | str) -> int:
+    """Return a size in bytes that may be 0; else as `parse_size`."""
+    return 0 if str(size).strip() == "0" else parse_size(size)
 
 
 def plan_shards(

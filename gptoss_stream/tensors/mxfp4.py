@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from .cast import STORAGE, cast
+from .compiled import decode_pairs, is_enabled, multiply_packed
 from .dtypes import DType
 
-__all__ = ["E2M1", "NAN_SCALE", "decode", "largest_scale"]
+__all__ = ["E2M1", "NAN_SCALE", "decode", "largest_scale", "multiply"]
 
 NAN_SCALE = 255
 """E8M0's NaN, which is refused. Released weights have none; transformers would read it as 2^128."""
@@ -79,6 +80,9 @@ def decode(
     rows, groups, width = blocks.shape
     table = _pairs(dtype)
     pairs = out.view(table.dtype).reshape(rows, groups, width)
+    if is_enabled():
+        decode_pairs(blocks, scales, table, pairs)
+        return
     tile_rows = max(1, _TILE_LOOKUPS // (groups * width))
     narrow, wide = _indices(min(rows, tile_rows) * groups * width)
     for first in range(0, rows, tile_rows):
@@ -91,6 +95,23 @@ def decode(
         positions[...] = index
         # mode="clip" writes directly to `out`; every uint16 is a valid index anyway.
         np.take(table, positions, out=pairs[tile], mode="clip")
+
+
+def multiply(
+    blocks: np.ndarray[Any, Any],
+    scales: np.ndarray[Any, Any],
+    tokens: np.ndarray[Any, Any],
+    out: np.ndarray[Any, Any],
+) -> None:
+    """Multiply tokens with rows of MXFP4, in float32; needs numba (see `compiled`).
+
+    Args:
+        blocks: [rows, groups, 16] uint8.
+        scales: [rows, groups] uint8.
+        tokens: [tokens, groups * 32] float32, C-contiguous.
+        out: Memory for the products [tokens, rows], float32, with any strides.
+    """
+    multiply_packed(blocks, scales, _pairs(DType.F32), tokens, out)
 
 
 def _indices(count: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

@@ -20,7 +20,7 @@ from ..checkpoint.reader import Reader
 from ..errors import TensorError
 from ..tensors.dtypes import DType
 from .output_tensor import OutputTensor, Segment
-from .tiles import TargetRows, load_rows, row_intervals, transposed_tiles
+from .tiles import TILE_NBYTES, TargetRows, load_rows, row_intervals, transposed_tiles
 
 if TYPE_CHECKING:
     import numpy as np
@@ -101,6 +101,7 @@ def materialize_rows(
     dtype: DType,
     reader: Reader,
     operand_rows: tuple[int, int] | None = None,
+    tile_nbytes: int = TILE_NBYTES,
 ) -> None:
     """Make rows of a segment (see `MakeRows`) of what a reader reads.
 
@@ -111,6 +112,7 @@ def materialize_rows(
         reader: Reads the operand.
         operand_rows: Of a transposition, the rows of the operand [begin, end) to make columns of;
             the targets then have these columns only. By default all rows.
+        tile_nbytes: The most bytes in a tile that is neither transposed nor merged with adapters.
 
     Raises:
         OverflowError: If the dtype cannot represent a value.
@@ -125,14 +127,16 @@ def materialize_rows(
         _transpose_rows(segment, targets, dtype, reader, operand_rows)
         return
     for target in targets:
-        _rearrange_rows(segment, target, dtype, reader)
+        _rearrange_rows(segment, target, dtype, reader, tile_nbytes)
 
 
-def _rearrange_rows(segment: Segment, target: TargetRows, dtype: DType, reader: Reader) -> None:
+def _rearrange_rows(
+    segment: Segment, target: TargetRows, dtype: DType, reader: Reader, tile_nbytes: int
+) -> None:
     """Make rows of a segment of the operand's rows with the same numbers."""
     from ..tensors.cast import cast
 
-    for begin, end in row_intervals(segment, target, dtype):
+    for begin, end in row_intervals(segment, target, dtype, tile_nbytes):
         out = target.out[begin - target.first : end - target.first]
         with load_rows(segment, (begin, end), dtype, reader, out) as (array, source_dtype):
             if array is not out:

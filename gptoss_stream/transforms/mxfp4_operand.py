@@ -90,15 +90,10 @@ class Mxfp4Operand:
         import numpy as np
 
         from ..tensors.cast import STORAGE, count_infinities
-        from ..tensors.mxfp4 import NAN_SCALE, decode, largest_scale
+        from ..tensors.mxfp4 import decode, largest_scale
 
         dtype, values = tile.dtype, tile.out
-        largest = int(scales.max())
-        if largest == NAN_SCALE:
-            raise TensorError(
-                f"{self.scales.shard}: tensor {self.scales.name!r} holds the scale "
-                f"{NAN_SCALE}, which is NaN; its weights are damaged, download them again"
-            )
+        largest = self._largest(scales)
         shape = len(scales), scales.shape[1] * BLOCK_VALUES
         # Values are decoded in pairs, which must be aligned, and in whole blocks.
         if values is None or values.shape != shape or values.ctypes.data % (2 * dtype.itemsize):
@@ -107,6 +102,46 @@ class Mxfp4Operand:
         if largest > largest_scale(dtype) and count_infinities(values, dtype):
             raise OverflowError(f"values with the scale 2^{largest - 127} exceed {dtype}")
         return values
+
+    def multiply(
+        self,
+        reader: Reader,
+        rows: Interval,
+        tokens: np.ndarray[Any, Any],
+        out: np.ndarray[Any, Any],
+    ) -> None:
+        """Multiply tokens with rows that are not decoded to memory (see `tensors.compiled`).
+
+        Args:
+            reader: Reads the rows.
+            rows: The rows [begin, end).
+            tokens: [tokens, columns] float32, C-contiguous.
+            out: Memory for the products [tokens, rows], float32.
+
+        Raises:
+            TensorError: If a scale is NaN.
+        """
+        from ..tensors.mxfp4 import multiply
+
+        with self.load_packed(reader, rows) as (blocks, scales):
+            self._largest(scales)
+            multiply(blocks, scales, tokens, out)
+
+    def _largest(self, scales: np.ndarray[Any, Any]) -> int:
+        """Return the largest of some scales.
+
+        Raises:
+            TensorError: If one is NaN.
+        """
+        from ..tensors.mxfp4 import NAN_SCALE
+
+        largest = int(scales.max())
+        if largest == NAN_SCALE:
+            raise TensorError(
+                f"{self.scales.shard}: tensor {self.scales.name!r} holds the scale "
+                f"{NAN_SCALE}, which is NaN; its weights are damaged, download them again"
+            )
+        return largest
 
     def element_ranges(self, rows: Interval) -> Iterator[ElementRange]:
         """See `Operand`."""

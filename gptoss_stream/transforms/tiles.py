@@ -18,10 +18,10 @@ from .output_tensor import Segment
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["TargetRows", "load_rows", "row_intervals", "transposed_tiles"]
+__all__ = ["TILE_NBYTES", "TargetRows", "load_rows", "row_intervals", "transposed_tiles"]
 
-_TILE_NBYTES = 1 << 20
-"""The most bytes in a tile that is not transposed."""
+TILE_NBYTES = 1 << 20
+"""The most bytes in a tile that is not transposed, by default."""
 _TRANSPOSED_TILE_NBYTES = 4 << 20
 """The most bytes in a tile that is transposed, of whole rows of the operand."""
 _TRANSPOSED_TILE_ROWS = 192
@@ -53,16 +53,19 @@ class TargetRows:
         return self.first + len(self.out)
 
 
-def row_intervals(segment: Segment, target: TargetRows, dtype: DType) -> list[Interval]:
+def row_intervals(
+    segment: Segment, target: TargetRows, dtype: DType, tile_nbytes: int = TILE_NBYTES
+) -> list[Interval]:
     """Cut target rows into intervals [begin, end) of a tile each.
 
     Args:
         segment: A segment that is not a transposition.
         target: The rows.
         dtype: The dtype in which the tiles are made, before any encoding.
+        tile_nbytes: The most bytes in a tile, unless it is merged with adapters.
     """
     row_elements = prod(segment.rearrangement.row_shape)
-    num_rows = _TILE_NBYTES // (row_elements * dtype.itemsize)
+    num_rows = tile_nbytes // (row_elements * dtype.itemsize)
     if isinstance(segment.operand, AdaptedOperand):
         num_rows = _ADAPTED_ELEMENTS // row_elements
     return _intervals(target.first, target.end, num_rows)
