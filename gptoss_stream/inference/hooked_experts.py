@@ -14,7 +14,7 @@ from torch import nn
 from transformer_lens.hook_points import HookPoint
 
 from .expert_weights import ExpertMatrix, ExpertWeights
-from .unsaved_matrix import UnsavedMatrix
+from .unsaved_matrix import UnsavedMatrix, refuse_saving
 
 __all__ = ["HookedExpert", "replace_experts"]
 
@@ -112,6 +112,8 @@ class _Passes:
     def __deepcopy__(self, memo: Any) -> _Passes:
         """Return the same: copies of a model share its experts."""
         return self
+
+    __reduce_ex__ = refuse_saving
 
     def _stack(self) -> list[ExitStack]:
         """Return the passes that this thread has begun and not ended."""

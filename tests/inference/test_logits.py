@@ -79,6 +79,18 @@ def test_models_of_other_shapes(name, is_mxfp4, load, shaped, expected):
         assert torch.equal(logits(model), logits(expected(folder, "bfloat16")))
 
 
+@pytest.mark.parametrize("num_tokens", [1, 4, 8, 9, 16])
+def test_a_few_tokens(num_tokens, load, checkpoints, expected):
+    """Up to some number of them, packed rows are multiplied if numba is installed."""
+    tokens = TOKENS[1:, :num_tokens]
+    found, exact = load(checkpoints(), dtype="float32"), expected()
+    torch.testing.assert_close(logits(found, tokens), logits(exact, tokens), atol=1e-5, rtol=0)
+    rounded = logits(expected(dtype="bfloat16"), tokens)
+    rounding = (rounded - logits(exact, tokens)).abs().mean()
+    error = (logits(load(checkpoints()), tokens) - logits(exact, tokens)).abs().mean()
+    assert error < 1.5 * rounding
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_batch_with_padding(side, load, checkpoints, expected):
     """Tokens of padding are seen by none, and their own logits mean nothing."""
