@@ -1,4 +1,4 @@
-"""A converted output as a mapping: lazy, memory-mapped, private, and with clear errors."""
+"""A checkpoint's stored tensors as a mapping: lazy, mapped, private, and with clear errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from outputs import load_output, same_bits
 from runs import ROOT, digests, limit_file_size
 
 import gptoss_stream
-from gptoss_stream.errors import OptionError, OutputError
+from gptoss_stream.errors import CheckpointError, OptionError, OutputError
 
 NAME = "blocks.1.mlp.experts.3.W_out.weight"
 
@@ -58,17 +58,21 @@ def test_dtype_and_device_convert_on_access(converted):
         gptoss_stream.open_state_dict(converted(), dtype="int8")
 
 
-def test_a_shard_is_opened_when_a_tensor_of_it_is_accessed(converted, tmp_path):
-    """Shards that are damaged do not matter before."""
+def test_opening_and_asking_for_shapes_reads_no_data(converted, tmp_path):
+    """The files are as long as before, and their data are holes."""
     folder = shutil.copytree(converted(), tmp_path / "out")
-    state = gptoss_stream.open_state_dict(folder)
-    first = next(iter(state))
-    for shard in sorted(folder.glob("*.safetensors"))[1:]:
-        shard.write_bytes(b"damaged")
-    assert state[first].shape == (1009, 96)
-    assert "unembed.b_U" in state
-    with pytest.raises(OutputError, match=r"(too few|header length).*convert again"):
-        state["unembed.b_U"]
+    expected = load_output(folder)
+    for shard in folder.glob("*.safetensors"):
+        size, length = shard.stat().st_size, int.from_bytes(shard.read_bytes()[:8], "little")
+        os.truncate(shard, 8 + length)
+        os.truncate(shard, size)
+    for to in (None, "transformer-lens"):
+        state = gptoss_stream.open_state_dict(folder, to=to)
+        assert {name: state.shape(name) for name in state} == {
+            name: tuple(tensor.shape) for name, tensor in expected.items()
+        }
+        assert {state.dtype(name) for name in state} == {torch.bfloat16}
+        assert not state[NAME].any()  # it is read now
 
 
 def test_writing_to_a_tensor_does_not_change_the_file(converted):
@@ -135,14 +139,21 @@ def test_a_module_can_load_a_state_dict(converted):
 
 
 DAMAGES = {
-    "no index": (lambda f: (f / "model.safetensors.index.json").unlink(), "no model.safetensors.i"),
-    "no folder": (lambda f: shutil.rmtree(f), "no model.safetensors.index.json"),
-    "a shard missing": (lambda f: max(f.glob("*.safetensors")).unlink(), "shards are missing: mod"),
+    "no folder": (lambda f: shutil.rmtree(f), "there is no such folder"),
+    "no checkpoint": (lambda f: [file.unlink() for file in f.iterdir()], r"config\.json: missing"),
+    "a shard missing": (
+        lambda f: max(f.glob("*.safetensors")).unlink(),
+        "shards do not exist: model",
+    ),
+    "a damaged shard": (
+        lambda f: max(f.glob("*.safetensors")).write_bytes(b"damaged"),
+        "too few|header length",
+    ),
     "an index of another output": (
         lambda f: (f / "model.safetensors.index.json").write_text(
             json.dumps({"weight_map": {"a": min(f.glob("*.safetensors")).name}})
         ),
-        "its tensors are not those of the index: 'a'",
+        "it says that tensor 'a' is in",
     ),
     "an index that is not JSON": (
         lambda f: (f / "model.safetensors.index.json").write_text("{"),
@@ -151,12 +162,14 @@ DAMAGES = {
 }
 
 
+@pytest.mark.parametrize("to", [None, "hf"])
 @pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES.keys())
-def test_folders_that_are_not_a_complete_output(damage, message, converted, tmp_path):
+def test_folders_that_are_not_a_complete_checkpoint(damage, message, to, converted, tmp_path):
+    """The error comes when the folder is opened."""
     folder = shutil.copytree(converted(), tmp_path / "out")
     damage(folder)
-    with pytest.raises(OutputError, match=message):
-        dict(gptoss_stream.open_state_dict(folder))
+    with pytest.raises(CheckpointError, match=message):
+        gptoss_stream.open_state_dict(folder, to=to)
 
 
 def test_an_unfinished_conversion_is_not_opened(checkpoints, tmp_path):
