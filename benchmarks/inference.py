@@ -2,7 +2,7 @@
 
     python benchmarks/inference.py --folder /some/disk
     python benchmarks/inference.py --folder /some/disk --preset 120b --json 120b.json
-    python benchmarks/inference.py --draw inference.json
+    python benchmarks/inference.py --draw docs/inference.json
 
 Writes a random checkpoint (`--layers` makes it smaller) and, of the 20b, the folder in bfloat16 of
 the same model. Then, `--runs` times in turn and each from a cold page cache, `use_model.py` loads a
@@ -12,6 +12,8 @@ model, runs passes of 64, 64 and 256 tokens and generates some:
     hooked        load_hooked_transformer on the checkpoint
     bfloat16      from_pretrained on the folder in bfloat16, which transformers maps
     offload       the same, with all weights left on the disk (accelerate); once
+    dequantized   from_pretrained on the checkpoint, which dequantizes all of it to memory; once,
+                  and only with `--layers 4` or fewer
     ..., limited  under a memory limit (`--limit`) that counts the page cache; once
 
 Ratios are of the same turn, and medians. Of the 120b, whose bfloat16 folder is 234 GB, only
@@ -41,7 +43,13 @@ from measure import drop_caches, limited
 import gptoss_stream
 
 USE_MODEL = Path(__file__).with_name("use_model.py")
-WAYS = {"direct": "direct", "hooked": "hooked", "bfloat16": "transformers", "offload": "offload"}
+WAYS = {
+    "direct": "direct",
+    "hooked": "hooked",
+    "bfloat16": "transformers",
+    "offload": "offload",
+    "dequantized": "transformers",
+}
 BASE = "bfloat16"
 CHUNK = 8 << 20
 
@@ -86,7 +94,9 @@ def models(arguments: argparse.Namespace) -> Iterator[dict[str, Path]]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def compare(folders: Mapping[str, Path], runs: int, limit: int) -> dict[str, Any]:
+def compare(
+    folders: Mapping[str, Path], runs: int, limit: int, *, fits_memory: bool
+) -> dict[str, Any]:
     """Use the model in each way; returns figures, and ratios to bfloat16 of the same turn."""
     turns: list[dict[str, dict[str, float]]] = []
     for number in range(runs):
@@ -104,9 +114,10 @@ def compare(folders: Mapping[str, Path], runs: int, limit: int) -> dict[str, Any
         result = use(name, folders[name], *few, limit=limit)
         if result is not None:
             rows[f"{name}, limited"] = {"median": figures(result)}
-    result = use("offload", folders["offload"], "--tokens", "64", "64", "--new", "0")
-    if result is not None:
-        rows["offload"] = {"median": figures(result)}
+    for name in ("offload", *(["dequantized"] if fits_memory else [])):
+        result = use(name, folders[name], "--tokens", "64", "64", "--new", "0")
+        if result is not None:
+            rows[name] = {"median": figures(result)}
     return rows
 
 
@@ -230,7 +241,8 @@ def main() -> None:
         if arguments.preset == "120b":
             rows = large(folders["direct"], arguments.runs)
         else:
-            rows = compare(folders, arguments.runs, limit)
+            fits_memory = arguments.layers is not None and arguments.layers <= 4
+            rows = compare(folders, arguments.runs, limit, fits_memory=fits_memory)
     trials.report(
         rows, f"{arguments.preset}; turns: {arguments.runs}\n{table(rows)}", arguments.json
     )
