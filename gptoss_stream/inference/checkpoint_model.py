@@ -11,6 +11,7 @@ from .. import formats
 from ..checkpoint.auxiliary_files import CopiedFile
 from ..checkpoint.metadata import read_metadata
 from ..loading.checkpoint_tensors import planned_tensors
+from ..loading.devices import check_device
 from ..loading.state_dict import StateDict
 from ..planning.options import ConversionOptions
 from ..planning.output_files import output_files
@@ -68,6 +69,7 @@ def open_checkpoint_model(
         expert_cache: The most bytes of decoded experts that are kept, or a text such as "2GB".
         cache: Disk space for what is read of a remote checkpoint (see `open_state_dict`).
     """
+    check_device(device)
     cache_nbytes = parse_size_or_zero(expert_cache)
     source = formats.read_source(read_metadata(location), options.source_format)
     adapters = read_adapters(options)

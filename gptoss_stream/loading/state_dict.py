@@ -33,6 +33,7 @@ from .checkpoint_tensors import (
     read_finished,
     stored_tensors,
 )
+from .devices import check_device
 from .tensor_loader import TensorLoader
 from .torch_dtypes import torch_dtype
 
@@ -234,6 +235,7 @@ def open_state_dict(
         adapters=adapters,
         cache=cache,
     )
+    check_device(device)
     info = read_finished(open_location(source))
     if to is not None:
         options = ConversionOptions(to, source_format, dtype, adapters=as_adapters(adapters))

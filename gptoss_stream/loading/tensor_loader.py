@@ -58,6 +58,7 @@ class TensorLoader:
         self._readers: RandomAccess | None = None
         self._stack = ExitStack()
         weakref.finalize(self, self._stack.close)  # also when the interpreter ends
+        weakref.finalize(self, self._mapped.close)
         self._lock = threading.Lock()
         self._is_closed = False
 
