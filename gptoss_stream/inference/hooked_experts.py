@@ -6,11 +6,13 @@ Source of the computation: TransformerLens 3.9, `components/mlps/gpt_oss_moe.py`
 from __future__ import annotations
 
 import threading
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from transformer_lens.components.mlps.gpt_oss_moe import GptOssMoE
 from transformer_lens.hook_points import HookPoint
 
 from .expert_weights import ExpertMatrix, ExpertWeights
@@ -91,9 +93,24 @@ def replace_experts(model: Any, weights: ExpertWeights) -> None:
                 weights.matrix("down", layer, number),
             )
         passes = _Passes(weights, layer)
-        block.mlp.register_forward_pre_hook(passes.begin)
         block.mlp.hook_expert_indices.register_forward_hook(passes.use)
-        block.mlp.register_forward_hook(passes.end, always_call=True)
+        block.mlp.__class__ = _Layer
+        block.mlp.passes = passes
+
+
+class _Layer(GptOssMoE):  # type: ignore[misc]
+    """A layer's experts, which ends a pass after any exception.
+
+    Hooks of torch do not: after a KeyboardInterrupt none is called.
+    """
+
+    passes: _Passes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what the layer gives for its inputs, [batch, positions, d_model]."""
+        with self.passes.one():
+            result: torch.Tensor = super().forward(x)
+            return result
 
 
 class _Passes:
@@ -120,9 +137,15 @@ class _Passes:
         stack: list[ExitStack] = self._of_thread.__dict__.setdefault("stack", [])
         return stack
 
-    def begin(self, module: nn.Module, inputs: Any) -> None:
-        """Begin a pass through the layer."""
-        self._stack().append(ExitStack())
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Give a context in which this thread passes through the layer."""
+        with ExitStack() as opened:
+            self._stack().append(opened)
+            try:
+                yield
+            finally:
+                self._stack().pop()
 
     def use(self, module: nn.Module, inputs: Any, indices: torch.Tensor) -> None:
         """Begin to decode the experts that the router has picked."""
@@ -130,8 +153,3 @@ class _Passes:
             picked = torch.unique(indices).tolist()
             one_pass = self._weights.one_pass(self._layer, picked, indices.numel())
             self._stack()[-1].enter_context(one_pass)
-
-    def end(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
-        """End the pass, also after an error."""
-        if self._stack():
-            self._stack().pop().close()

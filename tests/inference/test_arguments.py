@@ -61,5 +61,7 @@ def test_an_error_within_an_expert_does_not_disturb_the_next_pass(load, checkpoi
     with pytest.raises(KeyboardInterrupt):
         logits(model)
     hook.remove()
+    experts = mlp.experts[2]._gate_up if hasattr(model, "blocks") else mlp.experts
+    assert not experts._weights._pass.locked()
     assert torch.get_num_threads() == threads
     assert torch.equal(logits(model, TOKENS), expected)
