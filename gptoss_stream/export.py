@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+from uuid import uuid4
 
 from ._utils.failures import machine_error
 from .errors import OptionError, OutputError
 from .loading.checkpoint_tensors import CheckpointTensors
-from .tensors.dtypes import DType
+from .tensors.dtypes import NUMPY_NAMES, DType
 from .tensors.safetensors_header import build_header
 from .writing.shard_file import sync_folder
 
@@ -23,23 +23,6 @@ SUFFIXES = (".safetensors", ".npy")
 
 _CONFIGS = ("config.json", "source_config.json", "tl_config.json", "adapter_config.json")
 """Files of which a folder of a checkpoint or an adapter has at least one."""
-
-_NUMPY = {
-    DType.BOOL: "|b1",
-    DType.U8: "|u1",
-    DType.I8: "|i1",
-    DType.I16: "<i2",
-    DType.U16: "<u2",
-    DType.F16: "<f2",
-    DType.I32: "<i4",
-    DType.U32: "<u4",
-    DType.F32: "<f4",
-    DType.C64: "<c8",
-    DType.F64: "<f8",
-    DType.I64: "<i8",
-    DType.U64: "<u8",
-    DType.BF16: "<f4",  # numpy has no bfloat16, and float32 holds all its values
-}
 
 
 def export_tensors(
@@ -64,7 +47,7 @@ def export_tensors(
         MachineError: If writing fails.
     """
     try:
-        check_file(tensors, names, file, overwrite=overwrite)
+        _check_file(tensors, names, file, overwrite=overwrite)
         with _atomic(file) as opened:
             if file.suffix == ".npy":
                 _write_npy(tensors, names[0], opened)
@@ -75,7 +58,7 @@ def export_tensors(
     return sum(tensors.entries[name].nbytes for name in names)
 
 
-def check_file(
+def _check_file(
     tensors: CheckpointTensors, names: Sequence[str], file: Path, *, overwrite: bool
 ) -> None:
     """Check that tensors can be written to a file; raises as `export_tensors` does."""
@@ -86,7 +69,7 @@ def check_file(
     if file.suffix == ".npy" and len(names) != 1:
         raise OptionError(f"{file}: a .npy file holds one tensor; write .safetensors for several")
     dtype = tensors.entries[names[0]].dtype
-    if file.suffix == ".npy" and dtype not in _NUMPY:
+    if file.suffix == ".npy" and dtype is not DType.BF16 and dtype not in NUMPY_NAMES:
         raise OptionError(f"{file}: numpy has no dtype for {dtype}; write .safetensors")
     if os.path.lexists(file) and not (overwrite and file.is_file()):
         what = "exists; add --overwrite to replace it" if file.is_file() else "is not a file"
@@ -104,20 +87,18 @@ def check_file(
 @contextmanager
 def _atomic(file: Path) -> Iterator[BinaryIO]:
     """Open a file that gets its name when it is complete and on the disk."""
-    descriptor, partial = tempfile.mkstemp(dir=file.absolute().parent, prefix=f".{file.name}-")
+    folder = file.absolute().parent
+    # Not from mkstemp, whose files are for the user alone, whatever the umask.
+    partial = folder / f".{file.name}-{uuid4().hex}"
     try:
-        with open(descriptor, "wb") as opened:
+        with partial.open("xb") as opened:
             yield opened
             opened.flush()
-            umask = os.umask(0)
-            os.umask(umask)
-            os.fchmod(opened.fileno(), 0o666 & ~umask)  # mkstemp's is for the user alone
             os.fsync(opened.fileno())
-        Path(partial).replace(file)
-        sync_folder(file.absolute().parent)
+        partial.replace(file)
+        sync_folder(folder)
     except BaseException:
-        with suppress(FileNotFoundError):
-            Path(partial).unlink()
+        partial.unlink(missing_ok=True)
         raise
 
 
@@ -141,7 +122,9 @@ def _write_npy(tensors: CheckpointTensors, name: str, opened: BinaryIO) -> None:
     from .tensors.cast import STORAGE, as_float32
 
     entry = tensors.entries[name]
-    header = {"descr": _NUMPY[entry.dtype], "fortran_order": False, "shape": entry.shape}
+    # numpy has no bfloat16, and float32 holds all its values.
+    dtype = DType.F32 if entry.dtype is DType.BF16 else entry.dtype
+    header = {"descr": NUMPY_NAMES[dtype], "fortran_order": False, "shape": entry.shape}
     npy.write_array_header_1_0(opened, header)
     for data in tensors.slices(name):
         if entry.dtype is DType.BF16:

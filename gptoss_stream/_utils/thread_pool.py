@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
@@ -11,6 +10,7 @@ import numpy as np
 
 from ..errors import OptionError
 from .buffers import aligned_buffer
+from .parallel import num_processors
 
 __all__ = ["Buffer", "Step", "count_workers", "run_steps"]
 
@@ -32,9 +32,7 @@ def count_workers(workers: int | None) -> int:
         OptionError: If the number is less than 1 or absurdly large.
     """
     if workers is None:
-        affinity = getattr(os, "sched_getaffinity", None)
-        processors = len(affinity(0)) if affinity else os.cpu_count() or 1
-        return min(processors + 1, 8)
+        return min(num_processors() + 1, 8)
     if not 1 <= workers <= _MAX_WORKERS:
         raise OptionError(f"{workers} workers: there must be 1 to {_MAX_WORKERS}")
     return workers

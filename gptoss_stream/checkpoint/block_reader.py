@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from .._utils.forks import begin_again_after_fork
 from ..storage.block_cache import BlockCache
 from ..tensors.raw_tensor import RawTensor
 from .block_fetcher import BlockFetcher
@@ -48,7 +47,7 @@ class BlockReader(Reader):
     ) -> None:
         self.info = info
         self._blocks = BlockFetcher(info, budget_nbytes, block_nbytes, cache)
-        _readers.add(self)
+        begin_again_after_fork(self)
 
     def __enter__(self) -> BlockReader:
         return self
@@ -97,16 +96,3 @@ class BlockReader(Reader):
     def check_unchanged(self) -> None:
         """Check that no file has changed since it was opened (see `Reader.check_unchanged`)."""
         self._blocks.check_unchanged()
-
-
-_readers: weakref.WeakSet[BlockReader] = weakref.WeakSet()
-
-
-def _begin_again_in_child() -> None:
-    """Free the readers of a forked child of its parent's threads, and of the locks they hold."""
-    for reader in _readers:
-        reader.begin_again()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_begin_again_in_child)

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, TypeAlias
 
-from .._utils.buffers import aligned_buffer
+from .._utils.buffers import releasable_memory
 from ..storage.block_cache import BlockCache, block_key
 from .metadata import CheckpointInfo
 from .open_files import OpenFiles
@@ -72,7 +72,7 @@ class BlockSource:
         blocks = dict(self._cached(shard, numbers))
         new = [number for number in numbers if number not in blocks]
         for run in _runs(new):
-            memory = _releasable_memory(self.nbytes(shard, run))
+            memory = releasable_memory(self.nbytes(shard, run))
             file = self._files.file(shard)
             file.read_into(memory.data, run.start * self._block_nbytes, stop)
             if len(run) == 1:
@@ -83,7 +83,7 @@ class BlockSource:
             with self._dividing:
                 for number in run:
                     begin = (number - run.start) * self._block_nbytes
-                    block = _releasable_memory(self.nbytes(shard, range(number, number + 1)))
+                    block = releasable_memory(self.nbytes(shard, range(number, number + 1)))
                     block[:] = memory[begin : begin + len(block)]
                     blocks[number] = block
                 del memory
@@ -123,8 +123,3 @@ def _runs(numbers: Iterable[int]) -> list[range]:
         else:
             runs.append(range(number, number + 1))
     return runs
-
-
-def _releasable_memory(nbytes: int) -> Block:
-    """Return memory that the system gets back as soon as it is freed."""
-    return aligned_buffer(nbytes)[:nbytes]

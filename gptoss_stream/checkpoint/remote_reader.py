@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from .._utils.buffers import releasable_memory
 from ..storage.location import NEVER_STOP
 from ..tensors.raw_tensor import RawTensor
 from .metadata import CheckpointInfo
@@ -162,7 +163,7 @@ class RemoteReader:
         """Fetch one block after another; run by each of the threads."""
         try:
             while (fetch := self._next_fetch()) is not None:
-                memory = _releasable_memory(fetch.block.nbytes)
+                memory = releasable_memory(fetch.block.nbytes)
                 file = self._files.file(fetch.block.shard)
                 file.read_into(memory.data, fetch.block.begin, self._stop)
                 fetch.memory = memory
@@ -192,10 +193,3 @@ class RemoteReader:
     def check_unchanged(self) -> None:
         """Check that no file has changed since it was opened (see `Reader.check_unchanged`)."""
         self._files.check_unchanged()
-
-
-def _releasable_memory(nbytes: int) -> np.ndarray[Any, Any]:
-    """Return uint8 memory that the system gets back as soon as it is freed."""
-    from .._utils.buffers import aligned_buffer
-
-    return aligned_buffer(nbytes)[:nbytes]

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .. import formats
-from ..checkpoint.auxiliary_files import CopiedFile
 from ..checkpoint.metadata import read_metadata
 from ..loading.checkpoint_tensors import planned_tensors
 from ..loading.devices import check_device
 from ..loading.state_dict import StateDict
 from ..planning.options import ConversionOptions
-from ..planning.output_files import output_files
+from ..planning.output_files import config_files
 from ..planning.plan import Plan, plan_conversion, read_adapters
 from ..planning.shards import parse_size_or_zero
 from ..storage.location import Location
 from ..tensors import compiled
+from ..transforms.output_tensor import OutputTensor
 
 if TYPE_CHECKING:
     import torch
@@ -41,16 +40,9 @@ class CheckpointModel:
     experts: ExpertWeights | None
     """The experts, if they have to be decoded; None if all can be mapped."""
 
-    @property
-    def files(self) -> Mapping[str, bytes | CopiedFile]:
-        """The configuration and other small files by name."""
-        return output_files(self.plan)
-
     def config(self, name: str) -> dict[str, Any]:
         """Return a configuration file of the format."""
-        data = self.files[name]
-        assert isinstance(data, bytes)
-        return dict(json.loads(data))
+        return dict(json.loads(config_files(self.plan)[name]))
 
 
 def open_checkpoint_model(
@@ -76,13 +68,7 @@ def open_checkpoint_model(
     plan = plan_conversion(source, options, None, adapters)
     planned = planned_tensors(plan, cache)
     tensors = StateDict(planned, None, device)
-    names = [
-        tensor.name
-        for shard in plan.shards
-        for tensor in shard.tensors
-        if tensor.origin.model_tensor in _MATRICES
-    ]
-    if all(tensors.is_mapped(name) for name in names):
+    if all(tensors.is_mapped(tensor.name) for tensor in _matrices(plan)):
         return CheckpointModel(plan, tensors, None)
     from .dense_weights import DenseWeights
     from .expert_weights import ExpertWeights
@@ -92,13 +78,17 @@ def open_checkpoint_model(
     by_expert = plan_conversion(
         source, replace(options, to="hf-unfused", dtype=plan.dtype), None, adapters
     )
-    matrices = [
+    dense = DenseWeights(plan, planned.loader, _MATRICES)
+    loader = planned_tensors(by_expert, cache).loader
+    experts = ExpertWeights(_matrices(by_expert), loader, cache_nbytes, dense)
+    return CheckpointModel(plan, tensors, experts)
+
+
+def _matrices(plan: Plan) -> list[OutputTensor]:
+    """Return the tensors of a plan that hold experts' matrices."""
+    return [
         tensor
-        for shard in by_expert.shards
+        for shard in plan.shards
         for tensor in shard.tensors
         if tensor.origin.model_tensor in _MATRICES
     ]
-    dense = DenseWeights(plan, planned.loader, _MATRICES)
-    loader = planned_tensors(by_expert, cache).loader
-    experts = ExpertWeights(matrices, loader, cache_nbytes, dense)
-    return CheckpointModel(plan, tensors, experts)

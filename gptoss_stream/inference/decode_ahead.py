@@ -41,9 +41,9 @@ class DecodeAhead:
         self._decode = decode
         self._prefetch = prefetch
         self._buffer_nbytes = buffer_nbytes
-        self.forget_thread()
+        self.begin_again()
 
-    def forget_thread(self) -> None:
+    def begin_again(self) -> None:
         """Begin without a thread, as a child process does after a fork."""
         self._executor: ThreadPoolExecutor | None = None
         self._free: list[torch.Tensor] = []
@@ -55,9 +55,13 @@ class DecodeAhead:
 
     def run(self, call: Callable[[], None]) -> None:
         """Run a call in the background thread, after what was begun before."""
+        self._background().submit(call)
+
+    def _background(self) -> ThreadPoolExecutor:
+        """Return the background thread, which is started when it is first used."""
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, "gptoss_stream-decode")
-        self._executor.submit(call)
+        return self._executor
 
     def begin(self, order: Sequence[OutputTensor]) -> None:
         """Begin to decode matrices; what was begun before and is not among them is dropped."""
@@ -101,10 +105,8 @@ class DecodeAhead:
                     return
                 self._num_buffers += 1
                 self._free.append(torch.empty(self._buffer_nbytes, dtype=torch.uint8))
-            if self._executor is None:
-                self._executor = ThreadPoolExecutor(1, "gptoss_stream-decode")
             tensor, memory = self._upcoming.popleft(), self._free.pop()
-            self._started[tensor] = self._executor.submit(self._run, tensor, memory), memory
+            self._started[tensor] = self._background().submit(self._run, tensor, memory), memory
 
     def _run(self, tensor: OutputTensor, memory: torch.Tensor) -> None:
         """Decode a matrix, and read further ahead before."""

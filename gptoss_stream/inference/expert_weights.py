@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import threading
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -13,9 +11,10 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from .._utils.forks import begin_again_after_fork
 from .._utils.memory import available_nbytes
 from ..loading.tensor_loader import TensorLoader
-from ..loading.torch_dtypes import TORCH_NAMES
+from ..loading.torch_dtypes import torch_dtype
 from ..transforms.output_tensor import OutputTensor
 from .decode_ahead import DecodeAhead
 from .dense_weights import DenseWeights
@@ -63,17 +62,17 @@ class ExpertWeights:
         self._ahead = DecodeAhead(
             self._decode, loader.prefetch, max(tensor.nbytes for tensor in tensors)
         )
-        self._begin_without_thread()
-        _every.add(self)
+        self.begin_again()
+        begin_again_after_fork(self)
         self._visited: set[int] = set()
         self._is_many = self._multiplies = False
-        self._first_forgotten = self._count_kept(dense.nbytes)
+        self._num_kept_layers = self._count_kept_layers(dense.nbytes)
 
-    def _begin_without_thread(self) -> None:
+    def begin_again(self) -> None:
         """Begin with no pass and no background thread, as a child process does after a fork."""
         self._pass = threading.Lock()
         self._owner = 0
-        self._ahead.forget_thread()
+        self._ahead.begin_again()
 
     def __deepcopy__(self, memo: Any) -> ExpertWeights:
         """Return the same weights: copies of a model share them."""
@@ -151,7 +150,8 @@ class ExpertWeights:
             return
         if is_many:
             following = self._layers.get(layer + 1, {})
-            matrices += [matrix for expert in following.values() for matrix in expert.values()]
+            later = [matrix for expert in following.values() for matrix in expert.values()]
+            matrices = [*matrices, *later]
         if not self._cache.nbytes:
             self._ahead.begin([one for one in matrices if not self._loader.can_map(one)])
 
@@ -159,10 +159,10 @@ class ExpertWeights:
         """Decode a matrix into memory."""
         self._loader.make_into(tensor, 0, tensor.nbytes, memory.numpy())
         layer = tensor.origin.layer
-        if self._is_many and layer is not None and layer >= self._first_forgotten:
+        if self._is_many and layer is not None and layer >= self._num_kept_layers:
             self._loader.forget(tensor)
 
-    def _count_kept(self, dense_nbytes: int) -> int:
+    def _count_kept_layers(self, dense_nbytes: int) -> int:
         """Return the number of layers whose experts stay in the system's page cache.
 
         A pass with many tokens reads all experts in the same order. If they do not fit into memory,
@@ -200,20 +200,8 @@ class ExpertWeights:
 
 def _typed(tensor: OutputTensor, memory: torch.Tensor) -> torch.Tensor:
     """Return the matrix in memory that may be larger."""
-    dtype = getattr(torch, TORCH_NAMES[tensor.dtype])
+    dtype = torch_dtype(tensor.dtype, tensor.name)
     return memory[: tensor.nbytes].view(dtype).view(tensor.shape)
-
-
-_every: weakref.WeakSet[ExpertWeights] = weakref.WeakSet()
-
-
-def _begin_again_in_child() -> None:
-    for weights in _every:
-        weights._begin_without_thread()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_begin_again_in_child)
 
 
 class ExpertMatrix:
@@ -231,8 +219,7 @@ class ExpertMatrix:
     @property
     def dtype(self) -> torch.dtype:
         """Its dtype once it is decoded."""
-        dtype: torch.dtype = getattr(torch, TORCH_NAMES[self._tensor.dtype])
-        return dtype
+        return torch_dtype(self._tensor.dtype, self._tensor.name)
 
     def tensor(self) -> torch.Tensor:
         """Return the matrix as a tensor, which is not kept."""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import OptionError
+from .activation import activate
 from .expert_weights import ExpertWeights
 from .unsaved_matrix import UnsavedMatrix
 
@@ -118,7 +119,4 @@ class HfExperts(nn.Module):
 
     def _activate(self, gate_up: torch.Tensor) -> torch.Tensor:
         """Return the activations [tokens, intermediate] of gate and up, which alternate."""
-        gate, up = gate_up[..., ::2], gate_up[..., 1::2]
-        gate = gate.clamp(max=self.limit)
-        up = up.clamp(min=-self.limit, max=self.limit)
-        return (up + 1) * (gate * torch.sigmoid(gate * self.alpha))
+        return activate(gate_up[..., ::2], gate_up[..., 1::2], self.alpha, self.limit)

@@ -91,7 +91,7 @@ def load_hf_model(
     _set_weights(model, opened)
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config).to(device)
-    model.lm_head.register_forward_pre_hook(_packed)
+    model.lm_head.register_forward_pre_hook(_copy_inputs)
     return model.requires_grad_(False).eval()
 
 
@@ -132,7 +132,7 @@ def _set_weights(model: Any, opened: CheckpointModel) -> None:
         raise CheckpointError(f"{tensors.location}: no values for {listed(unset)}")
 
 
-def _packed(module: Any, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+def _copy_inputs(module: Any, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
     """Copy the last positions, which transformers slices out of all, to memory of their own.
 
     With the strides of the slice, torch 2.13 multiplies bfloat16 on a CPU 60 times as slowly.

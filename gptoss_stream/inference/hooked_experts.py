@@ -15,6 +15,7 @@ from torch import nn
 from transformer_lens.components.mlps.gpt_oss_moe import GptOssMoE
 from transformer_lens.hook_points import HookPoint
 
+from .activation import activate
 from .expert_weights import ExpertMatrix, ExpertWeights
 from .unsaved_matrix import UnsavedMatrix, refuse_saving
 
@@ -72,9 +73,7 @@ class HookedExpert(nn.Module):
         bias = torch.stack([self.W_gate.bias, self.W_in.bias], dim=1).flatten()
         gate_up = self._gate_up.multiply(x, bias)
         gate, up = self.hook_gate(gate_up[:, ::2]), self.hook_pre(gate_up[:, 1::2])
-        gate = gate.clamp(max=_LIMIT)
-        up = up.clamp(min=-_LIMIT, max=_LIMIT)
-        activated = self.hook_post((up + 1) * (gate * torch.sigmoid(gate * _ALPHA)))
+        activated = self.hook_post(activate(gate, up, _ALPHA, _LIMIT))
         return self._down.multiply(activated, self.W_out.bias)
 
 
@@ -114,7 +113,7 @@ class _Layer(GptOssMoE):  # type: ignore[misc]
 
 
 class _Passes:
-    """Lets experts be decoded ahead, by hooks of torch on a layer and on what its router picks.
+    """Lets a layer's experts be decoded ahead, from when its router has picked them.
 
     Args:
         weights: The experts.

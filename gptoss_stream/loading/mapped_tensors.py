@@ -18,7 +18,7 @@ from ..storage.local_folder import LocalFile
 from ..tensors.raw_tensor import RawTensor
 from ..transforms.operands import DenseOperand
 from ..transforms.output_tensor import OutputTensor
-from .torch_dtypes import TORCH_NAMES
+from .torch_dtypes import torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +76,7 @@ class MappedTensors:
         """Return all elements of a raw tensor, [elements]."""
         import torch
 
-        dtype = getattr(torch, TORCH_NAMES[raw.dtype])
+        dtype = torch_dtype(raw.dtype, raw.name)
         count = raw.nbytes // raw.dtype.itemsize
         if count == 0:
             return torch.empty(0, dtype=dtype)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from .._utils import strict_json
+from .._utils.failures import machine_error
 from .._utils.regular_file import NotRegularError, open_regular
 from ..checkpoint.metadata import read_header
-from ..errors import OutputError
+from ..errors import CheckpointError, OutputError
 from ..storage.local_folder import LocalFolder
 from ..storage.open_location import local_path
 from ..tensors.raw_tensor import RawTensor
 from ..writing.run_state import RECORD_NAME, RUN_NAME
-from .read_errors import translate_read_errors
 
 __all__ = ["OutputInfo", "read_output_info"]
 
@@ -80,7 +81,7 @@ def read_output_info(path: str | os.PathLike[str]) -> OutputInfo | None:
     folder = local_path(path)
     unfinished, finished = folder / RUN_NAME, folder / RECORD_NAME
     try:
-        with translate_read_errors(folder):
+        with _as_output_errors(folder):
             file = unfinished if unfinished.is_file() else finished
             if not file.is_file():
                 return None
@@ -91,6 +92,20 @@ def read_output_info(path: str | os.PathLike[str]) -> OutputInfo | None:
             return _from_record(folder, record, is_finished=file == finished)
     except (NotRegularError, ValueError, TypeError, KeyError):
         raise OutputError(f"{file}: its record is damaged; run verify, or convert again") from None
+
+
+@contextmanager
+def _as_output_errors(folder: Path) -> Iterator[None]:
+    """Raise the errors of reading a folder as errors about an output.
+
+    It is read with the functions that read checkpoints, whose errors are about a source.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise machine_error(error, f"reading {folder}") from error
+    except CheckpointError as error:
+        raise OutputError(f"{error}; run verify, or convert again") from None
 
 
 def _from_record(folder: Path, record: Mapping[str, Any], *, is_finished: bool) -> OutputInfo:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from math import inf, prod, sqrt
 from typing import TYPE_CHECKING, Any
 
-from ..tensors.dtypes import DType
+from ..tensors.dtypes import NUMPY_NAMES, DType
 from .checkpoint_tensors import CheckpointTensors
 
 if TYPE_CHECKING:
@@ -14,19 +14,6 @@ if TYPE_CHECKING:
 
 __all__ = ["TensorStatistics", "corner", "statistics"]
 
-_INTEGERS = {
-    DType.BOOL: "u1",
-    DType.U8: "u1",
-    DType.I8: "i1",
-    DType.I16: "<i2",
-    DType.U16: "<u2",
-    DType.I32: "<i4",
-    DType.U32: "<u4",
-    DType.I64: "<i8",
-    DType.U64: "<u8",
-    DType.F64: "<f8",
-}
-_FLOATS = {DType.BF16: "<u2", DType.F16: "<f2", DType.F32: "<f4"}
 _ELEMENTS = 1 << 20  # that are widened to float64 at a time
 _CORNER_ROWS, _CORNER_COLUMNS = 3, 6
 
@@ -56,12 +43,12 @@ def statistics(tensors: CheckpointTensors, name: str) -> TensorStatistics | None
         name: The tensor's name.
 
     Returns:
-        The statistics; None for a dtype that is neither one of numpy's nor bfloat16.
+        The statistics; None for a complex dtype, and for one that is neither numpy's nor bfloat16.
     """
     import numpy as np
 
     dtype = tensors.entries[name].dtype
-    if dtype not in _INTEGERS and dtype not in _FLOATS:
+    if not _has_values(dtype):
         return None
     low, high, total, squares = inf, -inf, 0.0, 0.0
     count = nan = infinite = 0
@@ -99,12 +86,12 @@ def corner(tensors: CheckpointTensors, name: str) -> np.ndarray[Any, Any] | None
 
     Returns:
         At most [3, 6] values, or [6] of a tensor without two axes;
-        None for a dtype that is neither one of numpy's nor bfloat16.
+        None for a complex dtype, and for one that is neither numpy's nor bfloat16.
     """
     import numpy as np
 
     entry = tensors.entries[name]
-    if entry.dtype not in _INTEGERS and entry.dtype not in _FLOATS:
+    if not _has_values(entry.dtype):
         return None
     is_matrix = len(entry.shape) > 1 and 0 not in entry.shape
     if is_matrix:
@@ -117,10 +104,15 @@ def corner(tensors: CheckpointTensors, name: str) -> np.ndarray[Any, Any] | None
     return values.reshape(-1, entry.shape[-1])[:, :_CORNER_COLUMNS] if is_matrix else values
 
 
+def _has_values(dtype: DType) -> bool:
+    """Return whether `_values` can be called for a dtype, and its values are ordered."""
+    return dtype is DType.BF16 or (dtype in NUMPY_NAMES and dtype is not DType.C64)
+
+
 def _values(data: np.ndarray[Any, Any], dtype: DType) -> np.ndarray[Any, Any]:
-    """Return the values that bytes mean; bfloat16 as float32."""
+    """Return the values that bytes mean: bfloat16 as float32, bool as the bytes."""
     from ..tensors.cast import STORAGE, as_float32
 
-    if dtype in _INTEGERS:
-        return data.view(_INTEGERS[dtype])
-    return as_float32(data.view(STORAGE[dtype]), dtype)
+    if dtype is DType.BF16:
+        return as_float32(data.view(STORAGE[dtype]), dtype)
+    return data.view(NUMPY_NAMES[DType.U8 if dtype is DType.BOOL else dtype])

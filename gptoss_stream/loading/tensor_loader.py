@@ -15,16 +15,14 @@ from typing import TYPE_CHECKING, Any
 from .._utils.parallel import num_processors, run_parallel
 from ..checkpoint.metadata import CheckpointInfo
 from ..checkpoint.open_reader import RandomAccess
-from ..checkpoint.reader import ElementRange, Reader
+from ..checkpoint.reader import ElementRange
 from ..errors import OutputError
 from ..tensors.compiled import is_enabled
-from ..tensors.dtypes import DType
 from ..transforms.materialize import materialize, materialize_rows
 from ..transforms.mxfp4_operand import Mxfp4Operand
-from ..transforms.output_tensor import OutputTensor, Segment, element_ranges
-from ..transforms.tiles import TargetRows
+from ..transforms.output_tensor import OutputTensor, element_ranges
 from .mapped_tensors import MappedTensors
-from .torch_dtypes import TORCH_NAMES
+from .torch_dtypes import torch_dtype
 
 if TYPE_CHECKING:
     import numpy as np
@@ -88,7 +86,7 @@ class TensorLoader:
             return self._mapped.view(tensor)
         out = torch.empty(end - begin, dtype=torch.uint8)
         self.make_into(tensor, begin, end, out.numpy())
-        made = out.view(getattr(torch, TORCH_NAMES[tensor.dtype]))
+        made = out.view(torch_dtype(tensor.dtype, tensor.name))
         return made.view(tensor.shape) if is_whole else made
 
     def make_into(
@@ -112,7 +110,7 @@ class TensorLoader:
         readers = self._opened()
         threads = num_processors()
         pieces = deque(_pieces(tensor, begin, end, threads))
-        make = partial(_make_rows, reader=readers.every)
+        make = partial(materialize_rows, reader=readers.every, tile_nbytes=_TILE_NBYTES)
 
         def make_pieces() -> None:
             while pieces:
@@ -207,13 +205,6 @@ def _of_source(tensor: OutputTensor, begin: int, end: int) -> Iterator[ElementRa
     for one in element_ranges(tensor, begin, end):
         if one.raw.checkpoint == 0:
             yield one
-
-
-def _make_rows(
-    segment: Segment, targets: list[TargetRows], dtype: DType, *, reader: Reader
-) -> None:
-    """Make rows of a segment (see `MakeRows`)."""
-    materialize_rows(segment, targets, dtype, reader, tile_nbytes=_TILE_NBYTES)
 
 
 def _pieces(tensor: OutputTensor, begin: int, end: int, count: int) -> Iterator[tuple[int, int]]:

@@ -10,9 +10,9 @@ from ..tensors.dtypes import DType
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TORCH_NAMES", "torch_dtype"]
+__all__ = ["torch_dtype"]
 
-TORCH_NAMES = {
+_NAMES = {
     DType.BOOL: "bool",
     DType.U8: "uint8",
     DType.I8: "int8",
@@ -47,7 +47,7 @@ def torch_dtype(stored: DType, name: str) -> torch.dtype:
     """
     import torch
 
-    dtype: torch.dtype | None = getattr(torch, TORCH_NAMES.get(stored, ""), None)
+    dtype: torch.dtype | None = getattr(torch, _NAMES.get(stored, ""), None)
     if dtype is None:
         raise TensorError(
             f"tensor {name!r} has the dtype {stored}, which torch "

@@ -15,6 +15,7 @@ __all__ = [
     "BLOCK_NBYTES",
     "BLOCK_VALUES",
     "KEEP",
+    "NUMPY_NAMES",
     "OUTPUT_DTYPES",
     "DType",
     "is_exact",
@@ -67,6 +68,23 @@ class DType(Enum):
     def __str__(self) -> str:
         return self.code
 
+
+NUMPY_NAMES = {
+    DType.BOOL: "|b1",
+    DType.U8: "|u1",
+    DType.I8: "|i1",
+    DType.I16: "<i2",
+    DType.U16: "<u2",
+    DType.F16: "<f2",
+    DType.I32: "<i4",
+    DType.U32: "<u4",
+    DType.F32: "<f4",
+    DType.C64: "<c8",
+    DType.F64: "<f8",
+    DType.I64: "<i8",
+    DType.U64: "<u8",
+}
+"""The dtypes that numpy has, by its names; safetensors is little-endian."""
 
 OUTPUT_DTYPES = {"bfloat16": DType.BF16, "float16": DType.F16, "float32": DType.F32}
 """The dtypes that can be written, by torch's names."""
