@@ -99,6 +99,7 @@ if TYPE_CHECKING:  # the same names for type checkers
         verify as verify,
         verify_checksums as verify_checksums,
     )
+    from .writing.output_spec import Resumption as Resumption
     from .writing.report import Report as Report
 
 __version__ = "0.1.0"
@@ -131,6 +132,7 @@ _MODULES = {
     "Relation": "verification.relations",
     "Report": "writing.report",
     "ResolvedSelection": "model.selection",
+    "Resumption": "writing.output_spec",
     "Selection": "model.selection",
     "StateDict": "loading.state_dict",
     "TensorError": "errors",

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import distributed
 
     from .writing.executor import Executor
-    from .writing.output_spec import OutputResult, OutputSpec
+    from .writing.output_spec import OutputResult, OutputSpec, Resumption
 
 __all__ = ["convert"]
 
@@ -61,6 +61,7 @@ def convert(
     adapters: AdapterLike | Sequence[AdapterLike] = (),
     merge_like_peft: bool = False,
     on_plan: Callable[[Plan], None] | None = None,
+    on_resume: Callable[[Resumption], None] | None = None,
     on_start: Callable[[int, int], None] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Report:
@@ -97,7 +98,8 @@ def convert(
         adapters: LoRA adapters to merge, in order: locations, or `Adapter` objects that say more.
         merge_like_peft: Whether merged values are rounded as PEFT does, instead of once.
         on_plan: Called with the plan when the output can be written, before `on_start`.
-        on_start: Called with the bytes to write (by this task), and how many of them were finished
+        on_resume: Called with what an interrupted run has written, if it has written anything.
+        on_start: Called with the bytes to write (by this task), and how many of them were written
             before.
         on_progress: Called with bytes written since the last call, from any thread.
 
@@ -147,11 +149,13 @@ def convert(
     )
     low_memory = is_memory_low(plan.spill_nbytes)
 
-    def start(total: int, done: int) -> None:
+    def start(total: int, found: Resumption) -> None:
         if on_plan is not None:
             on_plan(plan)
+        if on_resume is not None and found.nbytes + found.lost_nbytes:
+            on_resume(found)
         if on_start is not None:
-            on_start(total, done)
+            on_start(total, found.nbytes)
 
     ahead = 0 if low_memory else threads
     scratch = target if isinstance(target, Path) else staging_folder(target, staging, array_task)
@@ -249,7 +253,7 @@ def _write(
     staging: str | os.PathLike[str] | None,
     max_staged: int,
     task: ArrayTask | None,
-    on_start: Callable[[int, int], None],
+    on_start: Callable[[int, Resumption], None],
     on_progress: Callable[[int], None] | None,
 ) -> OutputResult:
     """Write the output to a folder or to a remote location."""
@@ -261,7 +265,7 @@ def _write(
     options: dict[str, Any] = {
         "overwrite": overwrite,
         "task": task,
-        "on_start": lambda done: on_start(total, done),
+        "on_start": lambda found: on_start(total, found),
         "on_progress": on_progress or (lambda nbytes: None),
     }
     if isinstance(target, Path):

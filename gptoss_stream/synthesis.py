@@ -130,7 +130,7 @@ def _write(
         OutputSpec(made.identity, made.shards, made.files, has_index=is_checkpoint),
         ThreadExecutor(made.reader, count_workers(workers)),
         overwrite=overwrite,
-        on_start=lambda done: on_start(total, done) if on_start is not None else None,
+        on_start=lambda found: on_start(total, found.nbytes) if on_start is not None else None,
         on_progress=on_progress or (lambda nbytes: None),
     )
     return folder

@@ -19,13 +19,13 @@ class TemporaryFile:
 
     Args:
         path: Where to create it.
+        existing: Whether it exists, with contents to keep.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, existing: bool = False) -> None:
         self._path = path
-        self._descriptor = os.open(
-            path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o600
-        )
+        create = getattr(os, "O_NOFOLLOW", 0) if existing else os.O_CREAT | os.O_TRUNC
+        self._descriptor = os.open(path, os.O_RDWR | create | getattr(os, "O_CLOEXEC", 0), 0o600)
 
     def advise(self, offset: int, nbytes: int, advice: str) -> None:
         """Give the system advice on some bytes, such as POSIX_FADV_RANDOM, where it takes any."""
@@ -54,12 +54,21 @@ class TemporaryFile:
             if count:
                 views[0] = views[0][count:]
 
-    def close(self) -> None:
-        """Close and delete the file."""
+    def resize(self, nbytes: int) -> None:
+        """Set the size of the file; bytes that were not written are 0."""
+        os.ftruncate(self._descriptor, nbytes)
+
+    def sync(self) -> None:
+        """Make what was written durable."""
+        os.fsync(self._descriptor)
+
+    def close(self, *, keep: bool = False) -> None:
+        """Close the file, and delete it unless it is to be kept."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-            self._path.unlink(missing_ok=True)
+            if not keep:
+                self._path.unlink(missing_ok=True)
 
 
 def unnamed_file(folder: Path) -> TemporaryFile:

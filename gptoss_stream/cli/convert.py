@@ -37,6 +37,7 @@ from ._pruning_options import add_pruning, parse_keep_experts
 
 if TYPE_CHECKING:
     from ..planning.plan import Plan
+    from ..writing.output_spec import Resumption
     from ..writing.report import Report
 
 __all__ = ["add_parser", "run"]
@@ -107,10 +108,9 @@ def _convert(arguments: argparse.Namespace, task: tuple[int, int] | None) -> Rep
                 )
             print_warnings(plan)
 
-        def on_start(total: int, done: int) -> None:
-            if done and not arguments.quiet:
-                print_message(f"resuming: {sized(done)} of {sized(total)} are finished")
-            start_bar(total, done)
+        def on_resume(found: Resumption) -> None:
+            if not arguments.quiet:
+                print_message(_describe_resumption(found))
 
         return convert(
             source,
@@ -134,9 +134,20 @@ def _convert(arguments: argparse.Namespace, task: tuple[int, int] | None) -> Rep
             adapters=open_adapters(arguments),
             merge_like_peft=bool(arguments.merge_like_peft),
             on_plan=on_plan,
-            on_start=on_start,
+            on_resume=on_resume,
+            on_start=start_bar,
             on_progress=on_progress,
         )
+
+
+def _describe_resumption(found: Resumption) -> str:
+    """Return in words what an interrupted run has written, and what of it is made again."""
+    parts = f" and {sized(found.written_nbytes)} of others" if found.written_nbytes else ""
+    lost = f"; {sized(found.lost_nbytes)} are made again" if found.lost_nbytes else ""
+    return (
+        f"resuming: {found.finished_shards} of {counted(found.total_shards, 'shard')} "
+        f"({sized(found.finished_nbytes)}){parts} are finished{lost}"
+    )
 
 
 def _print_report(report: Report, task: tuple[int, int] | None) -> None:

@@ -68,6 +68,10 @@ class DaskExecutor:
         self.peak_rss = 0
         """The peak resident memory, in bytes, of the worker that used most."""
 
+    def find_written(self, shards: Sequence[PlannedShard], partial_folder: Path, run: str) -> int:
+        """Return 0: a shard that a worker has begun is made again."""
+        return 0
+
     def setup(self, work: Path | None) -> None:
         """Wait for workers and check that they can take part (see `WorkerPool.setup`)."""
         self._pool.setup(work)

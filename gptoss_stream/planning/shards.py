@@ -72,6 +72,10 @@ class PlannedShard:
         """Bytes of its scales that wait in spill files until their blocks are encoded."""
         return sum(scales.nbytes for _, scales in self.encoded_pairs())
 
+    def begin_of(self, tensor: OutputTensor) -> int:
+        """Return the first byte of a tensor's data in the file."""
+        return self.offsets[self.tensors.index(tensor)]
+
     def overlapping(self, begin: int, end: int) -> Iterator[tuple[OutputTensor, int, int, int]]:
         """Yield the tensors with data in bytes `begin … end` of the file.
 
@@ -88,11 +92,15 @@ class PlannedShard:
             if low < high:
                 yield self.tensors[i], low - offset, high - offset, low
 
-    def spilled(self) -> Iterator[tuple[Segment, int]]:
-        """Yield the segments that go through a spill file, with their tensors' offsets."""
+    def spilled(self, begin: int = 0) -> Iterator[tuple[Segment, int]]:
+        """Yield the segments that go through a spill file, with their tensors' offsets.
+
+        Args:
+            begin: Only segments of tensors with data from this byte of the file on.
+        """
         for tensor, offset in zip(self.tensors, self.offsets, strict=True):
             for segment in tensor.segments:
-                if is_spilled(segment):
+                if offset + tensor.nbytes > begin and is_spilled(segment):
                     yield segment, offset
 
     def encoded_pairs(self) -> Iterator[tuple[OutputTensor, OutputTensor]]:

@@ -22,6 +22,7 @@ __all__ = [
     "losses_as_text",
     "parse_losses",
     "parse_report",
+    "read_losses",
     "reported_losses",
 ]
 
@@ -39,10 +40,21 @@ def losses_as_text(losses: Losses) -> bytes:
 def parse_losses(text: bytes) -> dict[str, EncodingLoss]:
     """Return what `losses_as_text` has written; nothing for a damaged text."""
     try:
-        found = {name: EncodingLoss(**loss) for name, loss in strict_json.loads(text).items()}
+        return read_losses(strict_json.loads(text))
     except (ValueError, TypeError, AttributeError):
         return {}
-    return found if all(map(_is_valid, found.values())) else {}
+
+
+def read_losses(found: Mapping[str, Any]) -> dict[str, EncodingLoss]:
+    """Return losses from JSON types.
+
+    Raises:
+        ValueError: If one cannot be that of a tensor; also TypeError and AttributeError.
+    """
+    losses = {name: EncodingLoss(**loss) for name, loss in found.items()}
+    if not all(map(_is_valid, losses.values())):
+        raise ValueError("not what a tensor can have lost")
+    return losses
 
 
 def _is_valid(loss: EncodingLoss) -> bool:

@@ -93,6 +93,18 @@ class Executor(Protocol):
             OptionError: If workers cannot take part.
         """
 
+    def find_written(self, shards: Sequence[PlannedShard], partial_folder: Path, run: str) -> int:
+        """Find what an interrupted run has written of shards, for `write_shards` to go on from.
+
+        Args:
+            shards: Shards that are not finished.
+            partial_folder: Where they are written.
+            run: The fingerprint of the run's state (`run_state.fingerprint`).
+
+        Returns:
+            The bytes that are not written again; 0 where interrupted shards are not resumed.
+        """
+
     def write_shards(
         self,
         shards: Sequence[PlannedShard],

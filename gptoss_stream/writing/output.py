@@ -18,7 +18,7 @@ from ..planning.shards import PlannedShard, spill_nbytes
 from .disk_space import check_space, disk_full_error, is_disk_full, size_on_disk
 from .executor import Callbacks, Executor
 from .output_run import OutputRun
-from .output_spec import OutputResult, OutputSpec
+from .output_spec import OutputResult, OutputSpec, Resumption
 from .run_state import fingerprint
 from .shard_summary import ShardSummary
 
@@ -31,7 +31,7 @@ def write_output(
     executor: Executor,
     *,
     overwrite: bool,
-    on_start: Callable[[int], None],
+    on_start: Callable[[Resumption], None],
     on_progress: Callable[[int], None],
     task: ArrayTask | None = None,
 ) -> OutputResult:
@@ -42,7 +42,7 @@ def write_output(
         spec: What to write.
         executor: What writes the shards.
         overwrite: Whether to delete what an earlier run wrote.
-        on_start: Called with the bytes of this task's shards that were finished before.
+        on_start: Called with what an interrupted run has written of this task's shards.
         on_progress: Called with bytes written since the last call, from any thread.
         task: The array task, if the run is divided into tasks.
 
@@ -72,22 +72,24 @@ def _write_missing(
     spec: OutputSpec,
     executor: Executor,
     overwrite: bool,
-    on_start: Callable[[int], None],
+    on_start: Callable[[Resumption], None],
     on_progress: Callable[[int], None],
     task: ArrayTask | None,
 ) -> OutputResult:
     """Lock the folder, write the shards that are missing, and finish."""
     shards = task.select(spec.shards) if task else spec.shards
     with run.locked(overwrite=overwrite, task=task.tag if task else None) as partial_folder:
-        missing = [shard for shard in shards if not run.is_finished(shard.name, shard.nbytes)]
-        resumed = sum(shard.nbytes for shard in shards if shard not in missing)
-        check_space(run.path, _space_needed(missing))
+        finished = [shard for shard in shards if run.is_finished(shard.name, shard.nbytes)]
+        missing = [shard for shard in shards if shard not in finished]
+        fingerprint_ = fingerprint(run.state)
+        written = executor.find_written(missing, partial_folder, fingerprint_)
+        resumed = run.resumption(shards, finished, written)
+        check_space(run.path, _space_needed(missing) - written)
         executor.setup(run.work)
         on_start(resumed)
         if not missing and run.is_complete:
-            return OutputResult(resumed, is_complete=True, encoding=run.encoding_report())
+            return OutputResult(resumed.nbytes, is_complete=True, encoding=run.encoding_report())
         run.begin()
-        fingerprint_ = fingerprint(run.state)
 
         def before_commit(name: str, summary: ShardSummary) -> None:
             if task is not None:  # another run may have replaced this one
@@ -108,7 +110,7 @@ def _write_missing(
                 f"{run.path}: a finished shard no longer exists; leave the folder alone and run "
                 "the same command again"
             )
-        return OutputResult(resumed, is_complete, run.encoding_report())
+        return OutputResult(resumed.nbytes, is_complete, run.encoding_report())
 
 
 def refuse_overwriting_task(task: ArrayTask | None, *, overwrite: bool) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from .._utils import strict_json
 from ..checkpoint.auxiliary_files import CopiedFile
 from ..errors import OutputError
+from ..planning.shards import PlannedShard
 from ..tensors.mxfp4_encoder import EncodingLoss
 from ..tensors.safetensors_header import INDEX_NAME
 from .checksums import CHECKSUMS_NAME, build_checksums, parse_checksums
@@ -27,9 +27,10 @@ from .encoding_report import (
 )
 from .folder_lock import LOCK_NAME, FolderLock
 from .output_folder import OutputFolder
-from .output_spec import OutputSpec
+from .output_spec import OutputSpec, Resumption
 from .run_state import RECORD_NAME, refuse_foreign_files, refuse_other_run
 from .shard_file import sync_folder
+from .shard_journal import clear_leftovers
 from .shard_summary import ShardSummary
 
 __all__ = ["OutputRun"]
@@ -58,6 +59,7 @@ class OutputRun(OutputFolder):
         ]
         self._known_losses: dict[str, EncodingLoss] = {}
         self._partial_folder = self.work
+        self._begun_nbytes = 0
         self._lock = FolderLock(path)
 
     @contextmanager
@@ -90,13 +92,15 @@ class OutputRun(OutputFolder):
             self._prepare(overwrite, partial_folder)
             may_delete = True
             if task is not None:
-                partial_folder.mkdir()
+                partial_folder.mkdir(exist_ok=True)
                 self._partial_folder = partial_folder
             yield partial_folder
         finally:
             self._lock.release_turn()
             if self._lock.is_task:
-                shutil.rmtree(partial_folder, ignore_errors=True)
+                with suppress(OSError):
+                    clear_leftovers(partial_folder)
+                    partial_folder.rmdir()  # unless a part of a shard is kept
             if may_delete and self._is_unused(task):
                 self._remove_work()
                 if not existed:
@@ -138,14 +142,28 @@ class OutputRun(OutputFolder):
             unfinished = self.run_file.exists()
             refuse_other_run(str(self.path), found, self.state, unfinished=unfinished)
             self.state = dict(found)
-        if partial_folder != self.work:  # other files may belong to tasks that are running
-            remove(partial_folder)
-        else:
-            for file in self.work.iterdir():
-                is_kept = file.name.endswith((".sha256", LOSSES_SUFFIX))
-                if file.name not in (LOCK_NAME, self.run_file.name) and not is_kept:
-                    remove(file)
+        # Other files of a task's run may belong to tasks that are running.
+        is_task = partial_folder != self.work
+        kept = () if is_task else (LOCK_NAME, self.run_file.name, ".sha256", LOSSES_SUFFIX)
+        self._begun_nbytes = clear_leftovers(partial_folder, kept)
         self._read_checksums()
+
+    def resumption(
+        self,
+        shards: Sequence[PlannedShard],
+        finished: Sequence[PlannedShard],
+        written_nbytes: int,
+    ) -> Resumption:
+        """Return what this run finds of an interrupted one.
+
+        Args:
+            shards: The shards that it is to write.
+            finished: Those that are finished.
+            written_nbytes: The bytes of others that are written and can be used.
+        """
+        nbytes = sum(shard.nbytes for shard in finished)
+        lost = max(0, self._begun_nbytes - written_nbytes)
+        return Resumption(len(shards), len(finished), nbytes, written_nbytes, lost)
 
     def _delete(self, names: Sequence[str]) -> None:
         """Delete the files of a run.

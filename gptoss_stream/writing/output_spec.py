@@ -13,7 +13,28 @@ from .checksums import CHECKSUMS_NAME
 from .encoding_report import REPORT_NAME
 from .run_state import RECORD_NAME
 
-__all__ = ["OutputResult", "OutputSpec"]
+__all__ = ["OutputResult", "OutputSpec", "Resumption"]
+
+
+@dataclass(frozen=True, slots=True)
+class Resumption:
+    """What a run, or an array task of it, finds of an interrupted one. Sizes are in bytes."""
+
+    total_shards: int
+    """Shards that this run, or array task, is to write."""
+    finished_shards: int
+    """Those that are finished."""
+    finished_nbytes: int
+    """Their size."""
+    written_nbytes: int
+    """What was written of other shards and is used."""
+    lost_nbytes: int
+    """What was written of other shards and is made again."""
+
+    @property
+    def nbytes(self) -> int:
+        """What is not written again."""
+        return self.finished_nbytes + self.written_nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +75,7 @@ class OutputResult:
     """What came of a run."""
 
     resumed: int
-    """Bytes of shards that were finished before."""
+    """Bytes of shards that were written before."""
     is_complete: bool
     """Whether the output is complete; it is not while other array tasks still run."""
     encoding: Mapping[str, Any] | None = None

@@ -28,7 +28,7 @@ from .encoding_report import REPORT_NAME, losses_as_text, parse_report
 from .executor import Callbacks, Executor
 from .output import refuse_overwriting_task
 from .output_run import OutputRun
-from .output_spec import OutputResult, OutputSpec
+from .output_spec import OutputResult, OutputSpec, Resumption
 from .remote_folder import RemoteFolder
 from .run_state import RECORD_NAME, fingerprint
 from .shard_summary import ShardSummary
@@ -71,7 +71,7 @@ def write_remote_output(
     staging: Path,
     max_staged: int,
     overwrite: bool,
-    on_start: Callable[[int], None],
+    on_start: Callable[[Resumption], None],
     on_progress: Callable[[int], None],
     task: ArrayTask | None = None,
 ) -> OutputResult:
@@ -84,7 +84,7 @@ def write_remote_output(
         staging: The local folder for shards until they are uploaded; it is deleted at the end.
         max_staged: The most shards in that folder at a time.
         overwrite: Whether to delete what an earlier run wrote.
-        on_start: Called with the bytes of this task's shards that were finished before.
+        on_start: Called with what an interrupted run has written of this task's shards.
         on_progress: Called with bytes written since the last call, from any thread.
         task: The array task, if the run is divided into tasks.
 
@@ -130,7 +130,7 @@ class _RemoteOutput:
     def write(
         self,
         partial_folder: Path,
-        on_start: Callable[[int], None],
+        on_start: Callable[[Resumption], None],
         on_progress: Callable[[int], None],
     ) -> OutputResult:
         """Write and upload the shards that are missing, and finish if none is."""
@@ -139,10 +139,12 @@ class _RemoteOutput:
         uploaded = self._uploaded()
         for name in uploaded:
             (run.path / name).unlink(missing_ok=True)
-        resumed = sum(shard.nbytes for shard in shards if shard.name in uploaded)
+        finished = [shard for shard in shards if shard.name in uploaded]
         left = [shard for shard in shards if shard.name not in uploaded]
         staged = [shard for shard in left if run.is_finished(shard.name, shard.nbytes)]
         missing = [shard for shard in left if shard not in staged]
+        written = self.executor.find_written(missing, partial_folder, fingerprint(run.state))
+        resumed = run.resumption(shards, finished, written)
         remote.losses = run.losses()
         self.needed = staging_nbytes(missing, self.max_staged) if self.executor.in_process else 0
         check_space(run.path, self.needed)
@@ -156,7 +158,7 @@ class _RemoteOutput:
             is_complete = self._is_complete()
         if is_complete and not remote.is_complete(run.state):
             self._finish()
-        return OutputResult(resumed, is_complete, self._encoding_report())
+        return OutputResult(resumed.nbytes, is_complete, self._encoding_report())
 
     def _encoding_report(self) -> dict[str, Any] | None:
         """Return the report about encoding to MXFP4, of this run or one that ended before."""

@@ -34,7 +34,7 @@ def sync_folder(folder: Path) -> None:
 class ShardFile:
     """A file of known size that is being written, from any number of threads.
 
-    The final name exists only after `commit`. After any error only `discard` may be called.
+    The final name exists only after `commit`. After any error only `close` may be called.
     Methods raise `OSError` as the system does.
 
     Args:
@@ -42,6 +42,7 @@ class ShardFile:
         final: Its name when it is complete, on the same file system.
         nbytes: Its size in bytes.
         check: Called with the partial file before it gets its final name; may raise.
+        existing: Whether the partial file exists, with contents to keep.
     """
 
     def __init__(
@@ -50,6 +51,8 @@ class ShardFile:
         final: Path,
         nbytes: int,
         check: Callable[[Path], None] = lambda partial: None,
+        *,
+        existing: bool = False,
     ) -> None:
         self._partial = partial
         self._final = final
@@ -58,10 +61,11 @@ class ShardFile:
         self._unflushed = 0
         self._flushing = threading.Lock()
         self._direct = getattr(os, "O_DIRECT", 0)
-        self._descriptor = self._open()
+        self._descriptor = self._open(existing)
 
-    def _open(self) -> int:
-        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0)
+    def _open(self, existing: bool) -> int:
+        flags = os.O_RDWR | getattr(os, "O_CLOEXEC", 0)
+        flags |= getattr(os, "O_NOFOLLOW", 0) if existing else os.O_CREAT | os.O_TRUNC
         try:
             return os.open(self._partial, flags | self._direct, 0o666)
         except OSError as error:
@@ -87,20 +91,46 @@ class ShardFile:
             except OSError as error:
                 if error.errno != errno.EINVAL or not direct:
                     raise
-                self._write_buffered()
+                self._use_page_cache()
                 continue
             if written == 0:
                 raise OSError(errno.EIO, "the file system takes no more and gives no reason")
             if direct and done + written < len(view):
                 written -= written % ALIGNMENT  # a short write: continue at an aligned offset
                 if written == 0:
-                    self._write_buffered()  # the next attempt writes the rest or says why not
+                    self._use_page_cache()  # the next attempt writes the rest or says why not
             done += written
         if not self._direct:
             self._flush(len(view))
 
-    def _write_buffered(self) -> None:
-        """Fall back to buffered writing: some file systems accept O_DIRECT and refuse to write."""
+    def read(self, chunk: np.ndarray[tuple[int], np.dtype[np.uint8]], offset: int) -> None:
+        """Read bytes that were written before.
+
+        Args:
+            chunk: Page-aligned memory for them, a multiple of 4096 bytes long.
+            offset: The first byte in the file, a multiple of 4096.
+        """
+        done = 0
+        while done < len(chunk):
+            direct = self._direct
+            try:
+                count = os.preadv(self._descriptor, [chunk.data[done:]], offset + done)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not direct:
+                    raise
+                self._use_page_cache()
+                continue
+            count -= count % ALIGNMENT if direct else 0
+            if count == 0:
+                raise OSError(errno.EIO, "the file is shorter than what was written to it")
+            done += count
+
+    def sync(self) -> None:
+        """Make what was written durable."""
+        getattr(os, "fdatasync", os.fsync)(self._descriptor)
+
+    def _use_page_cache(self) -> None:
+        """Go on without O_DIRECT: some file systems accept it and refuse to write."""
         import fcntl
 
         flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
@@ -114,7 +144,7 @@ class ShardFile:
             if self._unflushed < _FLUSH_NBYTES:
                 return
             self._unflushed = 0
-        getattr(os, "fdatasync", os.fsync)(self._descriptor)
+        self.sync()
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -128,9 +158,10 @@ class ShardFile:
         os.rename(self._partial, self._final)
         sync_folder(self._final.parent)
 
-    def discard(self) -> None:
-        """Close and delete the partial file."""
+    def close(self, *, keep: bool) -> None:
+        """Close the partial file, and delete it unless it is to be kept."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-        self._partial.unlink(missing_ok=True)
+        if not keep:
+            self._partial.unlink(missing_ok=True)

@@ -14,10 +14,16 @@ from typing import Any
 import numpy as np
 
 from .._utils.temporary_file import TemporaryFile
+from ..planning.shards import PlannedShard
 from ..transforms.output_tensor import OutputTensor, Segment
 from ..transforms.tiles import TargetRows
 
-__all__ = ["SpilledScales"]
+__all__ = ["SpilledScales", "scales_file"]
+
+
+def scales_file(folder: Path, shard: PlannedShard, number: int) -> Path:
+    """Return the path of the spill file of a shard's pair of blocks and scales."""
+    return folder / f"{shard.name}.scales-{number}"
 
 
 class SpilledScales:
@@ -28,11 +34,20 @@ class SpilledScales:
     Args:
         blocks: The tensor of blocks.
         scales: The tensor of scales.
-        chunks: The number of chunks in which the blocks are made.
-        file: Where to create the spill file.
+        chunks: The number of chunks in which the blocks are still to be made.
+        file: The spill file.
+        existing: Whether it exists, with the scales of the other chunks.
     """
 
-    def __init__(self, blocks: OutputTensor, scales: OutputTensor, chunks: int, file: Path) -> None:
+    def __init__(
+        self,
+        blocks: OutputTensor,
+        scales: OutputTensor,
+        chunks: int,
+        file: Path,
+        *,
+        existing: bool,
+    ) -> None:
         begins = list(accumulate((s.elements for s in scales.segments), initial=0))
         self._begins: dict[Segment, int] = {}
         for tensor in (blocks, scales):
@@ -40,7 +55,11 @@ class SpilledScales:
         self._chunks_left = chunks
         self._counting = threading.Lock()
         self._is_ready = threading.Event()
-        self._file = TemporaryFile(file)
+        if chunks == 0:
+            self._is_ready.set()
+        self._file = TemporaryFile(file, existing=existing)
+        if not existing:
+            self._file.resize(scales.nbytes)
 
     def write_rows(self, segment: Segment, first: int, scales: np.ndarray[Any, Any]) -> None:
         """Write the scales of rows whose blocks were made.
@@ -74,6 +93,10 @@ class SpilledScales:
             offset = self._begins[segment] + target.first * target.out.shape[1]
             self._file.read([target.out.data.cast("B")], offset)
 
-    def close(self) -> None:
-        """Close and delete the spill file."""
-        self._file.close()
+    def sync(self) -> None:
+        """Make the scales that were written durable."""
+        self._file.sync()
+
+    def close(self, *, keep: bool = False) -> None:
+        """Close the spill file, and delete it unless it is to be kept."""
+        self._file.close(keep=keep)

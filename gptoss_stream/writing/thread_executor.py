@@ -29,6 +29,7 @@ from .executor import Callbacks
 from .safetensors_check import find_problem
 from .shard_file import ShardFile
 from .shard_in_progress import ShardInProgress, spilled_segments
+from .shard_journal import ShardJournal, WrittenPart
 from .spill_file import SpilledTranspose
 
 __all__ = ["ThreadExecutor"]
@@ -74,6 +75,8 @@ class ThreadExecutor:
         self._threads = threads
         self._low_memory = low_memory
         self._chunk_nbytes = chunk_nbytes or executor.CHUNK_NBYTES
+        self._journals: dict[str, ShardJournal] = {}
+        self._written: dict[str, WrittenPart] = {}
 
     @property
     def peak_rss(self) -> int:
@@ -82,6 +85,16 @@ class ThreadExecutor:
 
     def setup(self, work: Path | None) -> None:
         """Do nothing: this process is ready."""
+
+    def find_written(self, shards: Sequence[PlannedShard], partial_folder: Path, run: str) -> int:
+        """Find what an interrupted run has written (see `Executor.find_written`)."""
+        for shard in shards:
+            journal = ShardJournal(partial_folder, shard, run, self._chunk_nbytes)
+            self._journals[shard.name] = journal
+            self._written[shard.name] = journal.read()
+            if not self._written[shard.name].nbytes:
+                journal.clear()
+        return sum(part.nbytes for part in self._written.values())
 
     def write_shards(
         self,
@@ -95,7 +108,7 @@ class ThreadExecutor:
     ) -> None:
         """Write shards (see `Executor.write_shards`).
 
-        After an error, shards that were finished stay and no partial file does.
+        After an error, shards that were finished stay, and partial files that have a journal.
         """
         self._folder, self._partial_folder = folder, partial_folder
         self._callbacks, self._checksums = callbacks, checksums
@@ -120,11 +133,14 @@ class ThreadExecutor:
         """
         steps: list[_PlannedStep] = []
         for shard in shards:
-            starts = range(0, shard.nbytes, self._chunk_nbytes)
+            written = self._written_of(shard)
+            # What is written is read again for its checksum alone.
+            starts = range(0 if self._checksums else written, shard.nbytes, self._chunk_nbytes)
             chunks = [_PlannedStep(shard, start) for start in starts]
             steps += chunks
-            for segment, offset in shard.spilled():
-                needed = steps.index(chunks[offset // self._chunk_nbytes])
+            for segment, offset in shard.spilled(written):
+                first = max(offset, written) // self._chunk_nbytes * self._chunk_nbytes
+                needed = steps.index(_PlannedStep(shard, first))
                 count = len(SpilledTranspose.blocks_of(segment, self._chunk_nbytes))
                 blocks = [_PlannedStep(shard, block, segment) for block in range(count)]
                 steps = _spread(blocks, steps, max(0, needed - _MAX_SPREAD * count), needed)
@@ -133,6 +149,8 @@ class ThreadExecutor:
     def _ranges_read(self, number: int) -> Iterator[ElementRange]:
         """Yield what a step reads of the source."""
         shard, start, segment = self._order[number]
+        if segment is None and start < self._written_of(shard):
+            return
         if segment is not None:
             block = SpilledTranspose.blocks_of(segment, self._chunk_nbytes)[start]
             yield from segment.operand.element_ranges(block)
@@ -157,13 +175,23 @@ class ThreadExecutor:
                     self._folder / shard.name,
                     shard.nbytes,
                     partial(_check_header, shard),
+                    existing=self._written_of(shard) > 0,
                 )
-            write = partial(self._write_chunk, progress, progress.file, start)
-            yield partial(self._run_step, number, write)
+            make = self._write_chunk if start >= self._written_of(shard) else self._read_chunk
+            yield partial(self._run_step, number, partial(make, progress, progress.file, start))
+
+    def _written_of(self, shard: PlannedShard) -> int:
+        """Return the bytes of a shard that an interrupted run has written."""
+        return self._written.get(shard.name, WrittenPart()).nbytes
 
     def _begin(self, shard: PlannedShard) -> ShardInProgress:
         progress = ShardInProgress(
-            shard, self._chunk_nbytes, self._partial_folder, checksum=self._checksums
+            shard,
+            self._chunk_nbytes,
+            self._partial_folder,
+            checksum=self._checksums,
+            written=self._written.get(shard.name, WrittenPart()),
+            journal=self._journals.get(shard.name),
         )
         self._in_progress[shard.name] = progress
         return progress
@@ -177,6 +205,14 @@ class ThreadExecutor:
 
     def _spill(self, transpose: SpilledTranspose, block: int, buffer: Buffer) -> None:
         transpose.spill(block, self._reader, buffer, drop_cache=self._low_memory)
+
+    def _read_chunk(
+        self, progress: ShardInProgress, file: ShardFile, begin: int, buffer: Buffer
+    ) -> None:
+        """Add a chunk that is written to the checksum."""
+        file.read(buffer[: self._chunk_nbytes], begin)
+        assert progress.checksum is not None
+        progress.checksum.add(begin, buffer[: self._chunk_nbytes], self._stop)
 
     def _write_chunk(
         self, progress: ShardInProgress, file: ShardFile, begin: int, buffer: Buffer
@@ -194,7 +230,7 @@ class ThreadExecutor:
                 low,
                 high,
                 out,
-                partial(progress.make_rows, tensor, self._reader, self._stop, self._threads),
+                partial(progress.make_rows, begin, tensor, self._reader, self._stop, self._threads),
             )
             progress.end_tensor(tensor)
         if self._stop.is_set():
@@ -206,20 +242,20 @@ class ThreadExecutor:
         if progress.checksum is not None:
             progress.checksum.add(begin, buffer[:length], self._stop)
         self._callbacks.on_progress(length)
-        with progress.counting:
-            progress.chunks_left -= 1
-            is_last = progress.chunks_left == 0
-        if is_last:
+        if progress.end_chunk(begin):
             self._commit(progress, file)
+        else:
+            progress.save(self._reader.check_unchanged)
 
     def _commit(self, progress: ShardInProgress, file: ShardFile) -> None:
         if self._stop.is_set():
             return  # a chunk may have been skipped
         name = progress.shard.name
+        progress.stop_saving()
         self._reader.check_unchanged()
         self._callbacks.before_commit(name, progress.summary)
         file.commit()
-        progress.close_spill_files()
+        progress.finish()
         del self._in_progress[name]
         self._callbacks.on_shard_finished(name)
 

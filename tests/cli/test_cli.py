@@ -134,10 +134,11 @@ def test_a_resumed_run_prints_how_much_was_finished(checkpoints, tmp_path):
     command = ["convert", checkpoints(), tmp_path / "out", "--max-shard-size", "300KB"]
     task = [*command, "--task-index", "0", "--num-tasks", "2"]
     assert run(*task).returncode == 0
-    resumed, total = re.search(r"resuming: (.*) of (.*) are", run(*task).stderr).groups()
-    assert resumed == total
+    found = re.search(r"resuming: (\d) of (\d) shards \((.*)\) are", run(*task).stderr)
+    shards, total, resumed = found.groups()
+    assert shards == total
     done = run(*command)
-    assert f"resuming: {resumed} of 1.5 MB are finished" in done.stderr
+    assert re.search(rf"resuming: {shards} of \d shards \({resumed}\) are finished", done.stderr)
     assert "\nwrote " in done.stdout
     command[2] = tmp_path / "whole"
     assert "\nread 896 kB and wrote 1.5 MB" in run(*command).stdout
