@@ -1,0 +1,402 @@
+"""A run that stops within a shard goes on from what its journal says is on the disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import pytest
+from runs import (
+    ROOT,
+    WORK_NAME,
+    assert_clean_error,
+    assert_nothing_half_written,
+    digests,
+    run_in_process,
+    stamps,
+)
+
+import gptoss_stream
+from gptoss_stream.writing import shard_in_progress
+from gptoss_stream.writing.shard_file import ShardFile
+
+CHUNK = 1 << 14
+SHARD = "model.safetensors"
+JOURNAL = f"{WORK_NAME}/{SHARD}.journal"
+
+CHILD = """
+import itertools, os, sys, time
+import gptoss_stream.cli.main
+import gptoss_stream.planning.shards
+from gptoss_stream.writing import executor, shard_in_progress
+from gptoss_stream.writing.shard_file import ShardFile
+executor.CHUNK_NBYTES = 1 << 14
+shard_in_progress.JOURNAL_SECONDS = 0
+gptoss_stream.planning.shards.SPILL_NBYTES = 1000
+write, numbers = ShardFile.write, itertools.count(1)
+def disturbed(self, chunk, offset):
+    write(self, chunk, offset)
+    number = next(numbers)
+    {disturbance}
+ShardFile.write = disturbed
+sys.exit(gptoss_stream.cli.main.main())
+"""
+KINDS = {
+    "MXFP4 decoded, and the head transposed": ("hf-mxfp4", "transformer-lens"),
+    "floats encoded, with scales in a spill file": ("hf", "hf-mxfp4"),
+    "bytes copied": ("openai", "hf-mxfp4"),
+}
+
+
+def child(disturbance: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a command line in a process that calls `disturbance` after each write."""
+    code = CHILD.format(disturbance=disturbance)
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+
+
+def killed_at(number: int, *arguments: object) -> None:
+    """Run a command line in a process that kills itself after a number of writes."""
+    done = child(f"if number == {number}: os.kill(os.getpid(), 9)", *arguments)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Chunks of 16 KiB, and a journal after each."""
+    monkeypatch.setattr("gptoss_stream.writing.executor.CHUNK_NBYTES", CHUNK)
+    monkeypatch.setattr("gptoss_stream.planning.shards.SPILL_NBYTES", 1000)
+    monkeypatch.setattr(shard_in_progress, "JOURNAL_SECONDS", 0)
+
+
+@pytest.fixture
+def written(monkeypatch) -> list[int]:
+    """The offsets of the chunks that this process writes."""
+    offsets: list[int] = []
+    write = ShardFile.write
+
+    def noting(self, chunk, offset):
+        offsets.append(offset)
+        write(self, chunk, offset)
+
+    monkeypatch.setattr(ShardFile, "write", noting)
+    return offsets
+
+
+@pytest.mark.parametrize("options", [(), ("--checksums",)], ids=["", "checksums"])
+@pytest.mark.parametrize(("source", "to"), KINDS.values(), ids=KINDS.keys())
+def test_a_kill_after_any_chunk(source, to, options, checkpoints, tmp_path, written):
+    """One thread: exactly the chunk that was being written is written again, and the bytes, the
+    checksums and the report about encoding are those of an undisturbed run."""
+    folder = checkpoints(format=source, layers=2)
+    command = ("convert", folder, tmp_path / "out", "--to", to, "--workers=1", *options)
+    written.clear()
+    assert run_in_process(*command).returncode == 0
+    whole, chunks = digests(tmp_path / "out"), sorted(written)
+    assert chunks == [*range(0, chunks[-1] + 1, CHUNK)]
+    for number in {2, 3, len(chunks) // 2, len(chunks) * 3 // 4, len(chunks) - 1, len(chunks)}:
+        shutil.rmtree(tmp_path / "out")
+        killed_at(number, *command)
+        written.clear()
+        done = run_in_process(*command)
+        assert done.returncode == 0, done.stderr
+        assert sorted(written) == chunks[number - 1 :]
+        assert digests(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize("kills", [12, pytest.param(200, marks=pytest.mark.slow)])
+def test_kills_of_several_threads(kills, checkpoints, tmp_path, written):
+    """Also of runs that resume: half of them, at least, find a part of a shard that is written."""
+    random, out = Random(kills), tmp_path / "out"
+    commands = []
+    for source, to in KINDS.values():
+        folder = checkpoints(format=source, layers=2)
+        command = ("convert", folder, out, "--to", to, "--workers=3", "--max-shard-size=500KB")
+        written.clear()
+        assert run_in_process(*command).returncode == 0
+        commands.append((command, digests(out), len(written)))
+        shutil.rmtree(out)
+    done = resumed = trials = 0
+    while done < kills:
+        command, whole, chunks = commands[done % len(commands)]
+        for _ in range(random.randint(1, 3)):
+            number = random.randint(1, chunks)
+            finished = stamps(out)
+            result = child(f"if number == {number}: os.kill(os.getpid(), 9)", *command)
+            assert_nothing_half_written(out, whole)
+            assert finished.items() <= stamps(out).items()
+            done += 1
+            if result.returncode == 0:
+                break
+        resumed += any((out / WORK_NAME).glob("*.journal"))
+        trials += 1
+        result = run_in_process(*command)
+        assert result.returncode == 0, result.stderr
+        assert digests(out) == whole
+        shutil.rmtree(out)
+    print(f"{done} kills, after {resumed} of {trials} a part of a shard was found")
+    assert resumed >= trials / 2
+
+
+def test_what_is_resumed_is_said_in_shards_and_bytes(checkpoints, tmp_path):
+    folder, out = checkpoints(layers=2), tmp_path / "out"
+    command = ("convert", folder, out, "--workers=1")
+    killed_at(5, *command)
+    found = []
+    expected = gptoss_stream.plan(folder).nbytes
+    os.truncate(out / JOURNAL.removesuffix(".journal"), 5 * CHUNK)
+    gptoss_stream.convert(folder, out, on_resume=found.append, workers=1)
+    assert found == [gptoss_stream.Resumption(1, 0, 0, 4 * CHUNK, CHUNK)]
+    shutil.rmtree(out)
+    killed_at(5, *command)
+    done = run_in_process(*command, "--json")
+    message = "resuming: 0 of 1 shard (0 B) and 66 kB of others are finished; 16 kB are made again"
+    assert message in done.stderr
+    report = json.loads(done.stdout)
+    assert (report["bytes_out"], report["bytes_resumed"]) == (expected, 4 * CHUNK)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, None])
+def test_an_interrupt_or_an_error_keeps_what_is_written(signum, checkpoints, tmp_path, written):
+    """Not only a kill; nothing of a shard without a journal stays."""
+    out = tmp_path / "out"
+    command = ("convert", checkpoints(layers=2), out, "--workers=1")
+    written.clear()
+    error = "raise OSError(5, 'failing')"
+    ending = error if signum is None else f"os.kill(os.getpid(), {int(signum)}); time.sleep(1)"
+    done = child(f"if number == 4: {ending}", *command)
+    assert_clean_error(done, 3 if signum is None else 128 + signum)
+    assert {file.name for file in (out / WORK_NAME).iterdir()} == {
+        "lock", "run.json", SHARD, f"{SHARD}.journal"
+    }  # fmt: skip
+    assert run_in_process(*command).returncode == 0
+    assert min(written) >= 3 * CHUNK
+
+
+def test_without_time_for_a_journal_nothing_is_kept(checkpoints, tmp_path, written, monkeypatch):
+    """After an error at the first chunk there is no partial file, and no other chunk is lost."""
+    out = tmp_path / "out"
+    command = ("convert", checkpoints(layers=2), out, "--workers=1")
+    written.clear()
+    done = child("raise OSError(28, 'full')", *command)
+    assert_clean_error(done, 3)
+    assert {file.name for file in (out / WORK_NAME).iterdir()} == {"lock", "run.json"}
+    assert run_in_process(*command).returncode == 0
+    assert min(written) == 0
+
+
+# ------------------------------------------------------------------------- journals that lie
+
+
+def edited(change: Callable[[dict], None]) -> Callable[[Path], None]:
+    """Change a journal's content, with its checksum as it was."""
+
+    def edit(out: Path) -> None:
+        content = json.loads((out / JOURNAL).read_text())
+        change(content)
+        (out / JOURNAL).write_text(json.dumps(content))
+
+    return edit
+
+
+def rewritten(change: Callable[[dict], None]) -> Callable[[Path], None]:
+    """Change a journal's content, with the checksum that it should have then."""
+
+    def edit(out: Path) -> None:
+        from gptoss_stream.writing.shard_journal import _digest
+
+        content = json.loads((out / JOURNAL).read_text())
+        del content["sha256"]
+        change(content)
+        (out / JOURNAL).write_text(json.dumps({**content, "sha256": _digest(content)}))
+
+    return edit
+
+
+def of_an_empty_file(out: Path) -> None:
+    os.truncate(out / WORK_NAME / SHARD, 0)
+
+
+def of_a_shorter_file(out: Path) -> None:
+    os.truncate(out / WORK_NAME / SHARD, json.loads((out / JOURNAL).read_text())["written"] - 1)
+
+
+def without_scales(out: Path) -> None:
+    files = [*(out / WORK_NAME).glob("*.scales-*")]
+    assert files
+    for file in files:
+        file.unlink()
+
+
+def linked(link: Callable[[Path, Path], None]) -> Callable[[Path], None]:
+    """Replace the partial file by a link to a file outside."""
+
+    def replace(out: Path) -> None:
+        file, outside = out / WORK_NAME / SHARD, out.with_name("outside")
+        shutil.copy(file, outside)
+        file.unlink()
+        link(file, outside)
+
+    return replace
+
+
+LIES = {
+    "more is written": edited(lambda j: j.update(written=j["written"] + CHUNK)),
+    "less is written": edited(lambda j: j.update(written=j["written"] - CHUNK)),
+    "another run": rewritten(lambda j: j.update(run="0" * 64)),
+    "another shard": rewritten(lambda j: j.update(header="0" * 64)),
+    "another chunk": rewritten(lambda j: j.update(chunk=4096)),
+    "no whole chunk": rewritten(lambda j: j.update(written=j["written"] - 1)),
+    "more than the shard": rewritten(lambda j: j.update(written=1 << 40)),
+    "a negative size": rewritten(lambda j: j.update(written=-CHUNK)),
+    "a size that is no number": rewritten(lambda j: j.update(written="all")),
+    "losses that are none": rewritten(lambda j: j.update(losses={"x": {"blocks": -1}})),
+    "something more": rewritten(lambda j: j.update(version=2)),
+    "no JSON": lambda out: (out / JOURNAL).write_bytes(b"\0" * 100),
+    "an empty journal": lambda out: os.truncate(out / JOURNAL, 0),
+    "of an empty file": of_an_empty_file,
+    "of a shorter file": of_a_shorter_file,
+    "without its scales": without_scales,
+    "a symbolic link": linked(lambda file, outside: file.symlink_to(outside)),
+    "a hard link": linked(lambda file, outside: file.hardlink_to(outside)),
+}
+
+
+@pytest.fixture(scope="module")
+def killed(checkpoints, tmp_path_factory):
+    """A killed run that encodes, with scales in a spill file, and what it should have written."""
+    folder = checkpoints(format="hf", layers=2)
+    kept = tmp_path_factory.mktemp("killed")
+    command = ("convert", folder, "out", "--to", "hf-mxfp4", "--workers=1")
+    done = child("", *command[:2], kept / "whole", *command[3:])
+    assert done.returncode == 0, done.stderr
+    [shard] = gptoss_stream.plan(folder, to="hf-mxfp4").shards
+    blocks, scales = max(shard.encoded_pairs(), key=lambda pair: pair[0].nbytes)
+    middle = (shard.begin_of(blocks) + shard.begin_of(scales)) // 2
+    killed_at(middle // CHUNK + 1, *command[:2], kept / "out", *command[3:])
+    assert shard.begin_of(blocks) < middle // CHUNK * CHUNK <= middle < shard.begin_of(scales)
+    return command, kept, digests(kept / "whole")
+
+
+@pytest.mark.parametrize("lie", LIES.values(), ids=LIES.keys())
+def test_a_journal_that_lies_is_not_believed(lie, killed, tmp_path, written):
+    """All of the shard is made again, and nothing outside the folder changes."""
+    command, kept, whole = killed
+    out = tmp_path / "out"
+    shutil.copytree(kept / "out", out)
+    lie(out)
+    outside = digests(tmp_path, "outside")
+    done = run_in_process(*command[:2], out, *command[3:])
+    assert done.returncode == 0, done.stderr
+    assert min(written) == 0
+    assert digests(out) == whole
+    assert digests(tmp_path, "outside") == outside
+
+
+def test_a_journal_with_any_bit_flipped_is_not_believed(killed, tmp_path, written):
+    """Its own checksum does not match then. Without a flip it is believed: the control."""
+    command, kept, whole = killed
+    out, random = tmp_path / "out", Random(1)
+    text = (kept / "out" / JOURNAL).read_bytes()
+    for number in range(12):
+        shutil.copytree(kept / "out", out)
+        flipped = bytearray(text)
+        if number:
+            flipped[random.randrange(len(text))] ^= 1 << random.randrange(7)
+        (out / JOURNAL).write_bytes(flipped)
+        written.clear()
+        assert run_in_process(*command[:2], out, *command[3:]).returncode == 0
+        same = json_of(flipped) == json_of(text)
+        assert (min(written) > 0) == same
+        assert same or number
+        assert digests(out) == whole
+        shutil.rmtree(out)
+
+
+def json_of(text: bytes) -> object:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def test_another_source_is_refused_and_another_command_begins_anew(killed, tmp_path, written):
+    """The run's state differs, before any journal is read."""
+    command, kept, _ = killed
+    out = tmp_path / "out"
+    shutil.copytree(kept / "out", out)
+    done = run_in_process(*command[:2], out, *command[3:], "--dtype", "float32")
+    assert_clean_error(done, 2)
+    done = run_in_process("convert", command[1], out, "--to", "hf", "--overwrite", "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert min(written) == 0
+    assert not (out / WORK_NAME).exists()
+
+
+# --------------------------------------------------------------------------- other runs
+
+
+def test_an_array_task_keeps_its_parts(checkpoints, tmp_path, written):
+    """While another task runs to its end; the last one leaves nothing behind."""
+    out = tmp_path / "out"
+    command = ("convert", checkpoints(layers=2), out, "--workers=1", "--max-shard-size=700KB")
+    tasks = [(*command, "--task-index", str(index), "--num-tasks", "2") for index in (0, 1)]
+    killed_at(5, *tasks[0])
+    assert run_in_process(*tasks[1]).returncode == 0
+    written.clear()
+    done = run_in_process(*tasks[0])
+    assert done.returncode == 0, done.stderr
+    assert min(written) == 4 * CHUNK
+    assert not (out / WORK_NAME).exists()
+    assert gptoss_stream.verify(command[1], out).equal
+
+
+def test_the_journal_is_written_after_what_it_says_is_synced(checkpoints, tmp_path, monkeypatch):
+    """Each write, sync and rename in its order: the data, then the journal."""
+    events: list[tuple[str, int]] = []
+
+    def noting(function, event):
+        def call(*arguments, **options):
+            result = function(*arguments, **options)
+            events.append(event(*arguments))
+            return result
+
+        return call
+
+    from gptoss_stream.writing.shard_journal import ShardJournal
+
+    monkeypatch.setattr(ShardFile, "write", noting(ShardFile.write, lambda *a: ("write", a[2])))
+    monkeypatch.setattr(os, "fdatasync", noting(os.fdatasync, lambda _: ("sync", 0)))
+    monkeypatch.setattr(
+        ShardJournal, "write", noting(ShardJournal.write, lambda *a: ("journal", a[1].nbytes))
+    )
+    gptoss_stream.convert(checkpoints(layers=2), tmp_path / "out", workers=3)
+    kinds = [kind for kind, _ in events]
+    journals = [number for number, kind in enumerate(kinds) if kind == "journal"]
+    assert len(journals) >= 2
+    for number in journals:
+        synced = max(n for n in range(number) if kinds[n] == "sync")
+        before = {offset for kind, offset in events[:synced] if kind == "write"}
+        assert before >= {*range(0, events[number][1], CHUNK)}
+
+
+def test_a_source_that_changes_gets_no_journal(checkpoints, tmp_path):
+    """What was read of it may be from before and after the change."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(checkpoints(layers=2), source)
+    [shard] = source.glob("*.safetensors")
+    changing = f"os.utime({str(shard)!r}) if number == 3 else time.sleep(0.01)"
+    done = child(changing, "convert", source, out, "--workers=1")
+    assert_clean_error(done, 2)
+    journal = json.loads((out / JOURNAL).read_text())
+    assert journal["written"] == 2 * CHUNK
+    time.sleep(0.01)
+    assert_clean_error(run_in_process("convert", source, out, "--workers=1"), 2)
