@@ -193,6 +193,17 @@ def test_without_time_for_a_journal_nothing_is_kept(checkpoints, tmp_path, writt
     assert min(written) == 0
 
 
+@pytest.mark.parametrize("call", ["fdatasync", "fsync", "rename"])
+def test_a_call_that_fails(call, checkpoints, tmp_path):
+    """While a journal is written: one line, and the same command completes the output."""
+    command = ("convert", checkpoints(layers=2), tmp_path / "out", "--workers=1")
+    failing = f"if number == 6: os.{call} = lambda *_: (_ for _ in ()).throw(OSError(5, 'failing'))"
+    assert_clean_error(child(failing, *command), 3)
+    assert json.loads((tmp_path / "out" / JOURNAL).read_text())["written"] == 5 * CHUNK
+    assert run_in_process(*command).returncode == 0
+    assert gptoss_stream.verify(command[1], tmp_path / "out").equal
+
+
 # ------------------------------------------------------------------------- journals that lie
 
 

@@ -81,14 +81,14 @@ def survive_power_losses(
     *,
     options: str = "",
     change: str = "",
-) -> int:
+) -> tuple[int, int]:
     """Convert to a disk that loses power again and again; assert what must be on the disk then.
 
     One power loss in five is right after the end of a run, the others at a random moment while it
     writes. After one in four the next power loss is during the resumed run.
 
     Returns:
-        The number of power losses during a run.
+        The number of power losses during a run, and how often there was a journal of a shard then.
     """
     image = ext4_image(folder / "image", 64 << 20)
     disk = folder / "disk"
@@ -98,7 +98,7 @@ def survive_power_losses(
         pause = seconds_of_writing(command, output) / len(whole)
         shutil.rmtree(output)
     chance = random.Random(count)
-    live = 0
+    live = journals = 0
     for number in range(count):
         journal = (JOURNAL_FLUSHED, JOURNAL_LOST)[number % 2]
         files = None if number % 10 < 2 else chance.randrange(len(whole))
@@ -113,18 +113,20 @@ def survive_power_losses(
                 assert finished, "a run ended successfully, and its output is not on the disk"
             else:
                 assert_clean_error(done, 3)
+            journals += any((output / WORK_NAME).glob("*.journal"))
             if finished or chance.random() < 0.75:
-                assert_resumes(source, output, whole)
-                assert not (output / WORK_NAME).exists()
+                done = run(command)
+                assert done.returncode == 0, done.stderr
+                assert digests(output) == whole
                 shutil.rmtree(output)
-    return live
+    return live, journals
 
 
 @many(quick=5, slow=200)
 def test_power_losses(count, source, whole, tmp_path):
     """A file with a final name has the right bytes; if there is an index, or if the run ended
     successfully, the output is complete; and the same command completes the output."""
-    live = survive_power_losses(source, whole, tmp_path, count)
+    live, _ = survive_power_losses(source, whole, tmp_path, count)
     assert live >= count // 3
 
 
@@ -138,6 +140,38 @@ def test_power_losses_where_data_is_written_after_names(count, source, whole, tm
 def test_power_losses_where_shards_go_through_the_page_cache(count, source, whole, tmp_path):
     """The same on a system without direct writing."""
     survive_power_losses(source, whole, tmp_path, count, change="os.O_DIRECT = 0")
+
+
+JOURNALED = """
+from gptoss_stream.writing import executor, shard_in_progress
+from gptoss_stream.writing.shard_file import ShardFile
+executor.CHUNK_NBYTES, shard_in_progress.JOURNAL_SECONDS = 1 << 14, 0
+"""
+
+
+NOT_SYNCED = """
+os.O_DIRECT = 0
+def opened(self, existing, open_=ShardFile._open):
+    descriptor = open_(self, existing)
+    os.ftruncate(descriptor, self._nbytes)  # or the file would be too short to be believed
+    return descriptor
+ShardFile._open, ShardFile.sync = opened, lambda self: None
+"""
+
+
+@pytest.mark.parametrize("change", ["", "os.O_DIRECT = 0"], ids=["direct", "buffered"])
+@many(quick=4, slow=100)
+def test_power_losses_within_a_shard(count, change, source, whole, tmp_path):
+    """What a journal says is written has the right bytes."""
+    _, journals = survive_power_losses(source, whole, tmp_path, count, change=JOURNALED + change)
+    print(f"{count} power losses, {journals} of them left a journal")
+    assert journals >= count // 4
+
+
+def test_without_a_sync_before_the_journal_power_losses_cause_failures(source, whole, tmp_path):
+    """The control: what a journal says is then not on the disk."""
+    with pytest.raises(AssertionError, match="safetensors"):
+        survive_power_losses(source, whole, tmp_path, 20, change=JOURNALED + NOT_SYNCED)
 
 
 @pytest.mark.parametrize("change", ["", "; os.O_DIRECT = 0"], ids=["direct", "buffered"])
