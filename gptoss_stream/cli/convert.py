@@ -142,11 +142,11 @@ def _convert(arguments: argparse.Namespace, task: tuple[int, int] | None) -> Rep
 
 def _describe_resumption(found: Resumption) -> str:
     """Return in words what an interrupted run has written, and what of it is made again."""
-    parts = f" and {sized(found.written_nbytes)} of others" if found.written_nbytes else ""
+    parts = f", and {sized(found.written_nbytes)} of others written" if found.written_nbytes else ""
     lost = f"; {sized(found.lost_nbytes)} are made again" if found.lost_nbytes else ""
     return (
         f"resuming: {found.finished_shards} of {counted(found.total_shards, 'shard')} "
-        f"({sized(found.finished_nbytes)}){parts} are finished{lost}"
+        f"({sized(found.finished_nbytes)}) are finished{parts}{lost}"
     )
 
 

@@ -6,7 +6,8 @@ While a run is unfinished the folder holds `.gptoss_stream/`:
     run.json      the state of the run: tool version, source files, options, planned files
     *.sha256      the checksum of a shard, written before the shard gets its name
     *.mxfp4.json  what encoding a shard to MXFP4 has lost, likewise
-    *.safetensors shards and spill files that are being written
+    *.safetensors shards that are being written, and their spill files
+    *.journal     how much of such a shard is on the disk (see `shard_journal`)
     task-*        the same of one array task
     worker-*      the same of a worker
 

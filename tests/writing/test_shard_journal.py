@@ -158,7 +158,10 @@ def test_what_is_resumed_is_said_in_shards_and_bytes(checkpoints, tmp_path):
     shutil.rmtree(out)
     killed_at(5, *command)
     done = run_in_process(*command, "--json")
-    message = "resuming: 0 of 1 shard (0 B) and 66 kB of others are finished; 16 kB are made again"
+    message = (
+        "resuming: 0 of 1 shard (0 B) are finished, and 66 kB of others written; "
+        "16 kB are made again"
+    )
     assert message in done.stderr
     report = json.loads(done.stdout)
     assert (report["bytes_out"], report["bytes_resumed"]) == (expected, 4 * CHUNK)
