@@ -150,6 +150,9 @@ class Pausing:
 
     def setup(self, work): ...
 
+    def find_written(self, *arguments):
+        return self.executor.find_written(*arguments)
+
     def write_shards(self, *arguments, **options):
         self.pause()
         self.executor.write_shards(*arguments, **options)
