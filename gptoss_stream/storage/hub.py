@@ -14,17 +14,19 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub import constants
+from huggingface_hub import CommitOperationAdd, constants
 from huggingface_hub.errors import EntryNotFoundError
 
-from ..errors import CheckpointError, MachineError, OptionError, OutputError
+from ..errors import CheckpointError, OptionError, OutputError
 from .byte_ranges import TIMEOUT
+from .hub_additions import check_listed, file_addition, make_receipt, uploaded_addition
 from .hub_file import HubFile, cached_folder
 from .hub_names import parse_name
 from .hub_requests import NotFoundError, output_errors, retry, source_errors, without_progress_bars
 from .local_folder import LocalFolder
 from .location import FileInfo, read_whole
 from .retries import FEW_TRIES
+from .xet import bound_memory
 
 __all__ = ["HubRepository"]
 
@@ -109,6 +111,7 @@ class HubRepository:
         repo, revision, folder = parse_name(name)
         if revision:
             raise OptionError(f"hf://{name}: name no revision; outputs go to the branch main")
+        bound_memory()
         return cls(repo, None, (folder or "").strip("/"), token, False)
 
     def __str__(self) -> str:
@@ -250,27 +253,35 @@ class HubRepository:
 
         A repository that does not exist is created as a private one.
         """
-        additions = {}
-        for name, data in files.items():
-            addition = huggingface_hub.CommitOperationAdd(
-                self.repo_path(name), data if isinstance(data, bytes) else str(data)
+        self._add({n: self._addition(n, files[n], checksums.get(n)) for n in files})
+
+    def upload(self, name: str, file: Path, checksum: str) -> bytes:
+        """Upload a file, which is not visible before `publish` (see `BatchingLocation`)."""
+        addition = self._addition(name, file, checksum)
+        where = self.display_path(name)
+        with output_errors(str(self)), without_progress_bars():
+            self._create()
+            retry(lambda: self._api.preupload_lfs_files(self.repo, [addition]), where)
+        if not addition._is_uploaded:
+            raise OutputError(
+                f"{where}: the Hub does not take it as a large file; remove what .gitattributes "
+                "and .gitignore of the repository say of .safetensors"
             )
-            if name in checksums:  # then the file need not be read again for it
-                addition.upload_info.sha256 = bytes.fromhex(checksums[name])
-            additions[name] = addition
-        self._commit(lambda: [*additions.values()], f"Add {', '.join(files)}")
-        listed = self.listing()
-        for name, addition in additions.items():
-            sent, info = addition.upload_info, listed.get(name)
-            if (
-                info is None
-                or info.nbytes != sent.size
-                or info.sha256 not in (None, sent.sha256.hex())
-            ):
-                raise MachineError(
-                    f"{self.display_path(name)}: what the Hub lists is not what was sent; run the "
-                    "same command again"
-                )
+        return make_receipt(addition)
+
+    def publish(self, receipts: Mapping[str, bytes], files: Mapping[str, bytes]) -> None:
+        """Make uploaded files visible, all at once, in one commit (see `BatchingLocation`)."""
+        small = {name: self._addition(name, data, None) for name, data in files.items()}
+        large = {n: uploaded_addition(self.repo_path(n), text) for n, text in receipts.items()}
+        self._add({**small, **large})
+
+    def _addition(self, name: str, data: Path | bytes, checksum: str | None) -> CommitOperationAdd:
+        return file_addition(self.repo_path(name), data, checksum)
+
+    def _add(self, additions: Mapping[str, CommitOperationAdd]) -> None:
+        """Add files in one commit, and check what the Hub then lists."""
+        self._commit(lambda: [*additions.values()], f"Add {', '.join(additions)}")
+        check_listed(additions, self.listing(), self.display_path)
 
     def delete(self, names: list[str]) -> None:
         """Delete files in one commit."""
@@ -292,9 +303,11 @@ class HubRepository:
                 self._api.create_commit(self.repo, left, commit_message=message[:200])
 
         with output_errors(str(self)), without_progress_bars():
-            if not self._exists:
-                retry(
-                    lambda: self._api.create_repo(self.repo, private=True, exist_ok=True), str(self)
-                )
-                self._exists = True
+            self._create()
             retry(commit, str(self))
+
+    def _create(self) -> None:
+        """Create the repository, as a private one, if it does not exist."""
+        if not self._exists:
+            retry(lambda: self._api.create_repo(self.repo, private=True, exist_ok=True), str(self))
+            self._exists = True

@@ -17,6 +17,7 @@ from ..errors import CheckpointError
 
 __all__ = [
     "NEVER_STOP",
+    "BatchingLocation",
     "File",
     "FileInfo",
     "Location",
@@ -152,6 +153,34 @@ class WritableLocation(Location, Protocol):
 
     def delete(self, names: list[str]) -> None:
         """Delete files; files that do not exist are ignored."""
+
+
+@runtime_checkable
+class BatchingLocation(WritableLocation, Protocol):
+    """A location that limits how often files may be made visible, but not how often uploaded."""
+
+    def upload(self, name: str, file: Path, checksum: str) -> bytes:
+        """Upload a file, which is not visible before `publish`.
+
+        Args:
+            name: Its name.
+            file: The local file.
+            checksum: Its SHA-256.
+
+        Returns:
+            A receipt for `publish`, also of a later process.
+        """
+
+    def publish(self, receipts: Mapping[str, bytes], files: Mapping[str, bytes]) -> None:
+        """Make uploaded files visible, all at once, together with small files.
+
+        Args:
+            receipts: What `upload` has returned, by name.
+            files: The small files, by name.
+
+        Raises:
+            OutputError: If an uploaded file is not there any more.
+        """
 
 
 LocationLike: TypeAlias = "str | os.PathLike[str] | Location"

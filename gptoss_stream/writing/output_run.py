@@ -28,6 +28,7 @@ from .encoding_report import (
 from .folder_lock import LOCK_NAME, FolderLock
 from .output_folder import OutputFolder
 from .output_spec import OutputSpec, Resumption
+from .receipts import RECEIPT_SUFFIX
 from .run_state import RECORD_NAME, refuse_foreign_files, refuse_other_run
 from .shard_file import sync_folder
 from .shard_journal import clear_leftovers
@@ -144,7 +145,8 @@ class OutputRun(OutputFolder):
             self.state = dict(found)
         # Other files of a task's run may belong to tasks that are running.
         is_task = partial_folder != self.work
-        kept = () if is_task else (LOCK_NAME, self.run_file.name, ".sha256", LOSSES_SUFFIX)
+        names = (LOCK_NAME, self.run_file.name, ".sha256", LOSSES_SUFFIX, RECEIPT_SUFFIX)
+        kept = () if is_task else names
         self._begun_nbytes = clear_leftovers(partial_folder, kept)
         self._read_checksums()
 

@@ -7,14 +7,14 @@ object stores and the Hub have none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from .._utils import strict_json
 from ..errors import CheckpointError, GptOssStreamError, MachineError, OutputError
-from ..storage.location import FileInfo, WritableLocation
+from ..storage.location import BatchingLocation, FileInfo, WritableLocation
 from ..tensors.safetensors_header import INDEX_NAME
 from .checksums import CHECKSUMS_NAME, parse_checksums
 from .encoding_report import LOSSES_SUFFIX, REPORT_NAME
@@ -136,15 +136,41 @@ class RemoteFolder:
             files: Local files or bytes, by name.
             checksums: The SHA-256 of files for which it is known.
         """
-        kept = {n: checksums[n] for n in files if self._has_checksums and n in checksums}
-        small = {f"{WORK_NAME}/{n}{_CHECKSUM_SUFFIX}": f"{kept[n]}\n".encode() for n in kept}
-        small |= {
-            f"{WORK_NAME}/{name}{LOSSES_SUFFIX}": self.losses[name]
-            for name in files
-            if name in self.losses
-        }
-        self.location.put({**small, **files}, checksums)
+        self.location.put({**self._summaries(checksums, files), **files}, checksums)
+
+    def upload(self, name: str, file: Path, checksum: str | None) -> bytes | None:
+        """Upload a shard.
+
+        Args:
+            name: Its name.
+            file: The local file.
+            checksum: Its SHA-256, if it is known.
+
+        Returns:
+            A receipt for `publish`, or None if the shard is visible at once.
+        """
+        if checksum is not None and isinstance(self.location, BatchingLocation):
+            return self.location.upload(name, file, checksum)
+        self.put({name: file}, {} if checksum is None else {name: checksum})
+        return None
+
+    def publish(self, receipts: Mapping[str, bytes], checksums: Mapping[str, str]) -> None:
+        """Make shards visible that were uploaded.
+
+        Args:
+            receipts: What `upload` has returned, by name.
+            checksums: Their SHA-256, by name.
+        """
+        assert isinstance(self.location, BatchingLocation)
+        self.location.publish(receipts, self._summaries(checksums, receipts))
+
+    def _summaries(self, checksums: Mapping[str, str], names: Iterable[str]) -> dict[str, bytes]:
+        """Return the small files with what is known of shards, which are visible before them."""
+        kept = {n: checksums[n] for n in names if self._has_checksums and n in checksums}
         self._checksums |= kept
+        small = {f"{WORK_NAME}/{n}{_CHECKSUM_SUFFIX}": f"{kept[n]}\n".encode() for n in kept}
+        losses = {n: self.losses[n] for n in names if n in self.losses}
+        return small | {f"{WORK_NAME}/{n}{LOSSES_SUFFIX}": text for n, text in losses.items()}
 
     def read_losses(self) -> dict[str, bytes]:
         """Return what encoding the uploaded shards has lost, as texts by name."""

@@ -22,6 +22,7 @@ from ..planning.array_task import ArrayTask
 from ..planning.shards import PlannedShard
 from ..storage.location import WritableLocation
 from ..tensors.safetensors_header import INDEX_NAME
+from . import uploads
 from .checksums import CHECKSUMS_NAME
 from .disk_space import check_space, disk_full_error, is_disk_full
 from .encoding_report import REPORT_NAME, losses_as_text, parse_report
@@ -29,10 +30,14 @@ from .executor import Callbacks, Executor
 from .output import refuse_overwriting_task
 from .output_run import OutputRun
 from .output_spec import OutputResult, OutputSpec, Resumption
+from .receipts import Receipts
 from .remote_folder import RemoteFolder
 from .run_state import RECORD_NAME, fingerprint
 from .shard_summary import ShardSummary
 from .uploads import Uploads, wait_for_earlier_uploads
+
+_SECONDS_OF_A_TASK = 36.0
+"""Between two commits, for each array task: together they make 100 an hour."""
 
 __all__ = ["staging_folder", "staging_nbytes", "write_remote_output"]
 
@@ -140,12 +145,14 @@ class _RemoteOutput:
         for name in uploaded:
             (run.path / name).unlink(missing_ok=True)
         finished = [shard for shard in shards if shard.name in uploaded]
+        self.remote.losses = run.losses()
+        if self._publish_receipts(uploaded):
+            uploaded = self._uploaded()
         left = [shard for shard in shards if shard.name not in uploaded]
         staged = [shard for shard in left if run.is_finished(shard.name, shard.nbytes)]
         missing = [shard for shard in left if shard not in staged]
         written = self.executor.find_written(missing, partial_folder, fingerprint(run.state))
         resumed = run.resumption(shards, finished, written)
-        remote.losses = run.losses()
         self.needed = staging_nbytes(missing, self.max_staged) if self.executor.in_process else 0
         check_space(run.path, self.needed)
         self.executor.setup(None)
@@ -184,13 +191,21 @@ class _RemoteOutput:
             if summary.losses:
                 self.remote.losses[name] = losses_as_text(summary.losses)
 
-        with Uploads(self.remote, run.path, self.max_staged, run.checksums.get) as uploads:
+        seconds = _SECONDS_OF_A_TASK * self.task.count if self.task else 0.0
+        with Uploads(
+            self.remote,
+            run.path,
+            self.max_staged,
+            run.checksums.get,
+            Receipts(run.work).keep,
+            max(uploads.PUBLISH_SECONDS, seconds),
+        ) as uploading:
             for shard in staged:
                 on_progress(shard.nbytes)
-                uploads.add_finished(shard.name)
+                uploading.add_finished(shard.name)
             callbacks = Callbacks(on_progress, before_commit=before_commit)
             if self.executor.in_process:
-                callbacks = Callbacks(on_progress, uploads.start, before_commit, uploads.add)
+                callbacks = Callbacks(on_progress, uploading.start, before_commit, uploading.add)
             self.executor.write_shards(
                 missing,
                 run.path,
@@ -199,7 +214,24 @@ class _RemoteOutput:
                 run=fingerprint(run.state),
                 checksums=True,
             )
-            uploads.finish()
+            uploading.finish()
+
+    def _publish_receipts(self, uploaded: set[str]) -> bool:
+        """Make visible what an interrupted run has uploaded; return whether there was anything.
+
+        If the location has lost it, it is made again.
+        """
+        kept = Receipts(self.run.work)
+        found = kept.read()
+        receipts = {name: found[name] for name in found if name not in uploaded}
+        if receipts:
+            self.remote.begin(self.run.state)
+            try:
+                self.remote.publish(receipts, self.run.checksums)
+            except (OutputError, ValueError, KeyError):  # lost there, or damaged here
+                receipts = {}
+        kept.clear()
+        return bool(receipts)
 
     def _is_complete(self) -> bool:
         """Return whether all shards are in the remote location.

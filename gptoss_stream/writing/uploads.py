@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..storage.location import WritableLocation
 from .remote_folder import RemoteFolder
 
-__all__ = ["Uploads", "wait_for_earlier_uploads"]
+__all__ = ["PUBLISH_SECONDS", "Uploads", "wait_for_earlier_uploads"]
+
+PUBLISH_SECONDS = 60.0
+"""Between two commits of a run: the Hub allows 128 an hour for a repository."""
 
 _POLL_SECONDS = 0.1  # how soon a stop is seen
 _finished: dict[str, threading.Event] = {}  # set when the last uploads to a location have ended
@@ -29,6 +33,8 @@ def wait_for_earlier_uploads(location: WritableLocation) -> None:
 class Uploads:
     """Uploads files of a folder, one after another, and deletes each when it has arrived.
 
+    Where files become visible by commits, several are committed together.
+
     At most `max_staged` files are in the folder at a time, including those that are being written:
     `start` waits for room, so that a slow upload slows the conversion down instead of filling the
     disk. A context manager. `start` and `finish` raise what the upload raised.
@@ -38,14 +44,18 @@ class Uploads:
         folder: Where the files are.
         max_staged: The most files in the folder.
         checksum_of: Returns the SHA-256 of a file, if it is known.
+        keep_receipt: Keeps, durably, the receipt of a file that is uploaded and not visible.
+        publish_seconds: The time between two commits.
     """
 
     def __init__(
         self,
-        remote: WritableLocation | RemoteFolder,
+        remote: RemoteFolder,
         folder: Path,
         max_staged: int,
         checksum_of: Callable[[str], str | None],
+        keep_receipt: Callable[[str, bytes], None] = lambda name, receipt: None,
+        publish_seconds: float = PUBLISH_SECONDS,
     ) -> None:
         self._remote = remote
         self._folder = folder
@@ -54,6 +64,11 @@ class Uploads:
         self._num_staged = 0
         self._queue: deque[str] = deque()
         self._changed = threading.Condition()
+        self._keep_receipt = keep_receipt
+        self._receipts: dict[str, bytes] = {}
+        self._publish_seconds = publish_seconds
+        self._published_at = -publish_seconds
+        self._is_finishing = False
         self._is_over = False
         self._error: BaseException | None = None
         self._finished = threading.Event()
@@ -90,9 +105,11 @@ class Uploads:
         self.add(name)
 
     def finish(self) -> None:
-        """Wait until every file has arrived."""
+        """Wait until every file has arrived and is visible."""
         with self._changed:
-            while self._num_staged:
+            self._is_finishing = True
+            self._changed.notify_all()
+            while self._num_staged or self._receipts:
                 self._raise_error()
                 self._changed.wait(_POLL_SECONDS)
             self._raise_error()
@@ -103,16 +120,12 @@ class Uploads:
 
     def _upload_all(self) -> None:
         try:
-            while (name := self._next_file()) is not None:
-                file = self._folder / name
-                checksum = self._checksum_of(name)
-                self._remote.put({name: file}, {} if checksum is None else {name: checksum})
-                with self._changed:
-                    if self._is_over:
-                        return
-                    file.unlink()
-                    self._num_staged -= 1
-                    self._changed.notify_all()
+            while not self._is_over:
+                name = self._next_file()
+                if name is not None:
+                    self._upload(name)
+                elif not self._is_over:
+                    self._publish(dict(self._receipts))
         except BaseException as error:
             with self._changed:
                 self._error = error
@@ -121,7 +134,37 @@ class Uploads:
             self._finished.set()
 
     def _next_file(self) -> str | None:
+        """Wait for a file; return None if what was uploaded is to be published before it."""
         with self._changed:
-            while not self._queue and not self._is_over:
-                self._changed.wait()
-            return None if self._is_over else self._queue.popleft()
+            while not self._is_over:
+                due = self._published_at + self._publish_seconds - time.monotonic()
+                is_last = self._is_finishing and not self._num_staged
+                if self._receipts and (due <= 0 or is_last):
+                    return None
+                if self._queue:
+                    return self._queue.popleft()
+                self._changed.wait(max(due, _POLL_SECONDS) if self._receipts else None)
+            return None
+
+    def _upload(self, name: str) -> None:
+        file = self._folder / name
+        receipt = self._remote.upload(name, file, self._checksum_of(name))
+        if receipt is not None:
+            self._keep_receipt(name, receipt)
+        with self._changed:
+            if self._is_over:
+                return
+            if receipt is not None:
+                self._receipts[name] = receipt
+            file.unlink()
+            self._num_staged -= 1
+            self._changed.notify_all()
+
+    def _publish(self, receipts: Mapping[str, bytes]) -> None:
+        known = {name: self._checksum_of(name) for name in receipts}
+        self._remote.publish(receipts, {n: sum_ for n, sum_ in known.items() if sum_ is not None})
+        with self._changed:
+            self._published_at = time.monotonic()
+            for name in receipts:
+                del self._receipts[name]
+            self._changed.notify_all()

@@ -33,7 +33,7 @@ from gptoss_stream import conversion, formats
 from gptoss_stream.checkpoint.remote_reader import BUDGET_NBYTES, RemoteReader
 from gptoss_stream.cli.main import main
 from gptoss_stream.verification import verify
-from gptoss_stream.writing import executor, remote_output
+from gptoss_stream.writing import executor, remote_output, uploads
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download
 from huggingface_hub.utils import get_session
 
@@ -63,6 +63,7 @@ for line in sys.stdin:
     break
 if run is not None:
     os.environ.update(run["environment"])
+    uploads.PUBLISH_SECONDS = float(os.environ.get("PUBLISH_SECONDS", "0"))
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(run["name"] + "." + name, os.O_WRONLY | os.O_CREAT), number)
     sys.exit(main(run["arguments"]))

@@ -14,6 +14,7 @@ from runs import digests, time_limit
 
 from gptoss_stream import convert
 from gptoss_stream.errors import MachineError
+from gptoss_stream.writing.remote_folder import RemoteFolder
 from gptoss_stream.writing.uploads import Uploads
 
 NEVER_STOP = threading.Event()
@@ -56,7 +57,7 @@ def wait_for(event: threading.Event) -> None:
 def test_files_are_uploaded_in_order_with_their_checksums_and_deleted(tmp_path):
     remote, requested = MemoryLocation(), []
     names = [f"{n}.safetensors" for n in range(20)]
-    with Uploads(remote, tmp_path, 3, requested.append) as uploads:
+    with Uploads(RemoteFolder(remote), tmp_path, 3, requested.append) as uploads:
         for name in names:
             write_file(tmp_path, uploads, name)
         uploads.finish()
@@ -80,7 +81,7 @@ def test_the_limit_of_staged_files_is_kept(tmp_path, max_staged):
             time.sleep(chance.uniform(0, 0.005))
             uploads.add(name)
 
-    with Uploads(remote, tmp_path, max_staged, lambda name: None) as uploads:
+    with Uploads(RemoteFolder(remote), tmp_path, max_staged, lambda name: None) as uploads:
         writers = [threading.Thread(target=write_files, args=(uploads, n)) for n in range(3)]
         for writer in writers:
             writer.start()
@@ -96,7 +97,7 @@ def test_files_of_an_earlier_run_count(tmp_path):
     remote, started = GatedLocation(), threading.Event()
     for name in ("1.safetensors", "2.safetensors"):
         (tmp_path / name).write_text(name)
-    with Uploads(remote, tmp_path, 1, lambda name: None) as uploads:
+    with Uploads(RemoteFolder(remote), tmp_path, 1, lambda name: None) as uploads:
         uploads.add_finished("1.safetensors")
         uploads.add_finished("2.safetensors")
 
@@ -116,7 +117,11 @@ def test_files_of_an_earlier_run_count(tmp_path):
 def test_an_error_of_an_upload_is_raised(tmp_path, where):
     remote = MemoryLocation()
     remote.fails_at = "b"
-    with Uploads(remote, tmp_path, 2 if where == "finish" else 1, lambda name: None) as uploads:
+    with Uploads(
+        RemoteFolder(remote), tmp_path, 2 if where == "finish" else 1, lambda name: None
+    ) as uploads:
+        RemoteFolder(remote), tmp_path, 2 if where == "finish" else 1, lambda name: None
+    ) as uploads:
         write_file(tmp_path, uploads, "a")
         write_file(tmp_path, uploads, "b")
         with pytest.raises(MachineError, match="b: the connection is lost"):
@@ -127,7 +132,7 @@ def test_an_error_of_an_upload_is_raised(tmp_path, where):
 def test_files_that_wait_at_the_end_are_kept_and_not_uploaded(tmp_path):
     """Also the file that is being uploaded: the next run sees whether it has arrived."""
     remote = GatedLocation()
-    with Uploads(remote, tmp_path, 5, lambda name: None) as uploads:
+    with Uploads(RemoteFolder(remote), tmp_path, 5, lambda name: None) as uploads:
         for n in range(3):
             write_file(tmp_path, uploads, f"{n}.safetensors")
         wait_for(remote.waiting)

@@ -1,0 +1,40 @@
+"""Receipts of shards that are uploaded and not visible yet (see `BatchingLocation`).
+
+They are kept in the work folder of the staging folder, so that a run that is killed before it
+publishes the shards need not upload them again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .durable_files import write_durably
+
+__all__ = ["RECEIPT_SUFFIX", "Receipts"]
+
+RECEIPT_SUFFIX = ".receipt"
+
+
+class Receipts:
+    """The receipts in a folder. Methods raise `OSError` as the system does.
+
+    Args:
+        folder: The folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def keep(self, name: str, receipt: bytes) -> None:
+        """Keep the receipt of a shard, durably."""
+        write_durably(self._folder / f"{name}{RECEIPT_SUFFIX}", receipt, self._folder)
+
+    def read(self) -> dict[str, bytes]:
+        """Return all receipts, by the shards' names."""
+        files = self._folder.glob(f"*{RECEIPT_SUFFIX}")
+        return {file.name.removesuffix(RECEIPT_SUFFIX): file.read_bytes() for file in files}
+
+    def clear(self) -> None:
+        """Delete all receipts."""
+        for file in self._folder.glob(f"*{RECEIPT_SUFFIX}"):
+            file.unlink()
