@@ -23,11 +23,16 @@ from huggingface_hub.errors import (
 from ..errors import CheckpointError, GptOssStreamError, MachineError, OutputError
 from .byte_ranges import transport_errors
 from .location import NEVER_STOP
-from .retries import TRIES, RetryPolicy, retry_after
+from .retries import FEW_TRIES, TRIES, RetryPolicy, retry_after
 
 __all__ = ["NotFoundError", "output_errors", "retry", "source_errors", "without_progress_bars"]
 
 _T = TypeVar("_T")
+
+
+def _without_queries(text: str) -> str:
+    """Cut the queries from addresses in a text: they may contain signatures."""
+    return re.sub(r"\?\S+", "?…", text)
 
 
 class _WithoutQueries(logging.Filter):
@@ -35,7 +40,7 @@ class _WithoutQueries(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Cut the queries from a warning, which may contain signatures; keep every warning."""
-        record.msg, record.args = re.sub(r"\?\S+", "?…", record.getMessage()), ()
+        record.msg, record.args = _without_queries(record.getMessage()), ()
         return True
 
 
@@ -67,7 +72,7 @@ def retry(call: Callable[[], _T], where: str, tries: int = TRIES) -> _T:
         _limit_timeouts()
         try:
             return call()
-        except (OfflineModeIsEnabled, GptOssStreamError):
+        except (OfflineModeIsEnabled, LocalEntryNotFoundError, GptOssStreamError):
             raise
         except failures as error:
             # huggingface_hub reports a refused upload by a RuntimeError.
@@ -88,6 +93,13 @@ def retry(call: Callable[[], _T], where: str, tries: int = TRIES) -> _T:
                     "network and run the same command again: finished shards are kept"
                 )
             )
+        except OSError as error:  # of hf_xet, which has tried again itself
+            text = _without_queries(str(error))
+            failure = MachineError(
+                f"{where}: {text}; check the network and run the same command again: finished "
+                "shards are kept"
+            )
+            retries.wait(failure, tries=FEW_TRIES)
 
 
 def _limit_timeouts() -> None:

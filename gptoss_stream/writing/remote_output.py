@@ -141,13 +141,13 @@ class _RemoteOutput:
         """Write and upload the shards that are missing, and finish if none is."""
         run, remote = self.run, self.remote
         shards = self.task.select(self.spec.shards) if self.task else self.spec.shards
+        remote.losses = run.losses()
         uploaded = self._uploaded()
+        if self._publish_receipts(uploaded):
+            uploaded = self._uploaded()
         for name in uploaded:
             (run.path / name).unlink(missing_ok=True)
         finished = [shard for shard in shards if shard.name in uploaded]
-        self.remote.losses = run.losses()
-        if self._publish_receipts(uploaded):
-            uploaded = self._uploaded()
         left = [shard for shard in shards if shard.name not in uploaded]
         staged = [shard for shard in left if run.is_finished(shard.name, shard.nbytes)]
         missing = [shard for shard in left if shard not in staged]
@@ -228,6 +228,7 @@ class _RemoteOutput:
             self.remote.begin(self.run.state)
             try:
                 self.remote.publish(receipts, self.run.checksums)
+                self.remote.refresh()
             except (OutputError, ValueError, KeyError):  # lost there, or damaged here
                 receipts = {}
         kept.clear()

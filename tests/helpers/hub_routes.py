@@ -6,6 +6,8 @@ import base64
 import hashlib
 import json
 import os
+import time
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
@@ -189,6 +191,20 @@ class Handler(BaseHandler):
             raise Refusal(404, "it was not uploaded")
         self._json({})
 
+    def _xet_token(self, name: str, revision: str) -> None:
+        """Give access to a folder in which hf_xet stores what is uploaded, instead of a server."""
+        self._repo(name, write=True)
+        if self.hub.xet is None:
+            raise Refusal(404, "no Xet")
+        where = f"local://{self.hub.xet}" if isinstance(self.hub.xet, Path) else self.hub.xet
+        until = int(time.time()) + 3600
+        headers = {
+            "X-Xet-Cas-Url": where,
+            "X-Xet-Access-Token": "xet",
+            "X-Xet-Token-Expiration": str(until),
+        }
+        self._json({"casUrl": where, "accessToken": "xet", "exp": until}, headers=headers)
+
     def _add_commit(self, name: str, revision: str) -> None:
         lines = [json.loads(line) for line in self._body().split(b"\n") if line]
         repo = self._repo(name, write=True)
@@ -214,6 +230,8 @@ class Handler(BaseHandler):
         elif kind == "file":
             files[path] = Entry(BytesContent(base64.b64decode(value["content"])), False)
         elif kind == "lfsFile":
+            if value["oid"] not in repo.objects and self.hub.xet is not None:
+                repo.objects[value["oid"]] = ForgottenContent(value["size"], value["oid"])
             if value["oid"] not in repo.objects:
                 message = "LFS pointer pointed to a file that does not exist"
                 raise Refusal(400, f'Your push was rejected: "{path}": {message}')
@@ -240,6 +258,7 @@ Handler.routes = [
     ("hub", ("POST",), r"/api/repos/create", Handler._create),
     ("hub", ("POST",), r"/api/validate-yaml", lambda handler: handler._json({})),
     ("hub", ("POST",), _API + r"/preupload/([^/]+)", Handler._preupload),
+    ("hub", ("GET",), _API + r"/xet-write-token/([^/]+)", Handler._xet_token),
     ("hub", ("POST",), _API + r"/commit/([^/]+)", Handler._add_commit),
     ("hub", ("POST",), _LFS + "/batch", Handler._batch),
     ("hub", ("POST",), _LFS + "/verify", Handler._verify),

@@ -66,6 +66,8 @@ class StandInHub:
         self.verify = True
         """Whether clients must verify each upload by another request."""
         self.page_nentries = 1000
+        self.xet: Path | None = None
+        """The folder that hf_xet uploads to, if it is used; commits then name what is in it."""
         self.user = "tester"
         self.tokens: set[str] = set()
         """Tokens that may write, and read private or gated repositories; if empty, all may."""

@@ -121,8 +121,6 @@ def test_an_error_of_an_upload_is_raised(tmp_path, where):
         RemoteFolder(remote), tmp_path, 2 if where == "finish" else 1, lambda name: None
     ) as uploads:
         RemoteFolder(remote), tmp_path, 2 if where == "finish" else 1, lambda name: None
-    ) as uploads:
-        write_file(tmp_path, uploads, "a")
         write_file(tmp_path, uploads, "b")
         with pytest.raises(MachineError, match="b: the connection is lost"):
             uploads.finish() if where == "finish" else write_file(tmp_path, uploads, "c")
