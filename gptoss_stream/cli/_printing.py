@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -24,12 +25,26 @@ __all__ = [
     "print_narrowed",
     "print_tensors",
     "print_warnings",
+    "show_warnings",
 ]
 
 
 def print_message(message: str) -> None:
     """Print a message as one line to stderr; line breaks in it become spaces."""
     print("gptoss_stream: " + " ".join(message.splitlines()), file=sys.stderr)
+
+
+class _MessageHandler(logging.Handler):
+    """Prints log records as messages."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record."""
+        print_message(record.getMessage())
+
+
+def show_warnings() -> None:
+    """Print what the library warns of, such as long waits."""
+    logging.getLogger("gptoss_stream").handlers = [_MessageHandler(logging.WARNING)]
 
 
 def print_warnings(plan: Plan) -> None:

@@ -19,7 +19,7 @@ from .._utils.failures import machine_error
 from ..errors import GptOssStreamError, MachineError
 from . import convert, export, formats, inspect, plan, show, synth, verify
 from ._parser import Parser
-from ._printing import print_message
+from ._printing import print_message, show_warnings
 from ._signals import Terminated, install_signal_handlers, reset_signal_handlers
 
 __all__ = ["main"]
@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         install_signal_handlers()
+        show_warnings()
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # a path may contain any bytes
         arguments = _parser().parse_args(argv)

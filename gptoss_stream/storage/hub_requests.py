@@ -48,6 +48,8 @@ for _name in ("huggingface_hub.utils._http", "huggingface_hub.file_download"):
     logging.getLogger(_name).addFilter(_WithoutQueries())
 
 
+_log = logging.getLogger(__name__)
+_SAID_SECONDS = 30.0  # longer waits are said
 _READ_TIMEOUT = 300.0  # seconds: the Hub checks large files before it answers a commit
 
 
@@ -85,7 +87,14 @@ def retry(call: Callable[[], _T], where: str, tries: int = TRIES) -> _T:
                     f"{where}: the Hub answers {status}; run the same command again later: "
                     "finished shards are kept"
                 )
-                retries.wait(failure, retry_after(refusal.response.headers))
+                seconds = retry_after(refusal.response.headers)
+                if seconds is not None and seconds >= _SAID_SECONDS:
+                    _log.warning(
+                        "%s: the Hub allows no more requests for %d s; waiting",
+                        where,
+                        seconds,
+                    )
+                retries.wait(failure, seconds)
                 continue
             retries.wait(
                 MachineError(

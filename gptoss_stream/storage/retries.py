@@ -14,7 +14,7 @@ __all__ = ["FEW_TRIES", "TRIES", "RetryPolicy", "retry_after"]
 
 FIRST_DELAY = 0.5  # seconds, doubled after each failure
 _MAX_DELAY = 30.0
-_MAX_RETRY_AFTER = 900.0  # seconds that a server may ask for
+_MAX_RETRY_AFTER = 4000.0  # seconds that a server may ask for: the Hub counts commits by the hour
 TRIES = 8  # without any progress
 FEW_TRIES = 3  # for what is probably a permanent error, such as a mistyped address
 

@@ -63,6 +63,7 @@ for line in sys.stdin:
     break
 if run is not None:
     os.environ.update(run["environment"])
+    retries._MAX_RETRY_AFTER = float(os.environ.get("MAX_RETRY_AFTER", "4000"))
     uploads.PUBLISH_SECONDS = float(os.environ.get("PUBLISH_SECONDS", "0"))
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(run["name"] + "." + name, os.O_WRONLY | os.O_CREAT), number)

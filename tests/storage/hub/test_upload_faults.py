@@ -89,3 +89,14 @@ def test_uploaded_files_are_checked(nbytes, hub, convert, released, whole, tmp_p
     assert INDEX_NAME not in contents(hub)
     assert convert(released, f"hf://{OUT}").returncode == 0
     assert contents(hub) == whole(released)
+
+
+def test_a_wait_that_the_hub_asks_for_is_said(hub, convert, released, whole):
+    """For commits beyond those that it allows in an hour; here it is over sooner."""
+    headers = {"Retry-After": "31"}
+    hub.faults.append(first(1, Fault("status", 429, headers), COMMIT))
+    done = convert(released, f"hf://{OUT}", MAX_RETRY_AFTER="0.01")
+    assert done.returncode == 0, done.stderr
+    line = f"gptoss_stream: hf://{OUT}: the Hub allows no more requests for 31 s; waiting\n"
+    assert done.stderr == line
+    assert contents(hub) == whole(released)
