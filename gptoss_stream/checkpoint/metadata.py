@@ -20,7 +20,7 @@ from .other_kinds import describe_other_kind
 from .shard_files import ShardFiles, find_shard_files
 from .small_files import read_config
 
-__all__ = ["CheckpointInfo", "read_header", "read_metadata"]
+__all__ = ["CheckpointInfo", "read_header", "read_metadata", "read_raw_header"]
 
 _MODEL_CONFIGS = ("config.json", "source_config.json")
 _HOOKED_CONFIG = "tl_config.json"
@@ -155,13 +155,17 @@ def read_header(
         CheckpointError: If the file breaks a rule of the format.
         OSError: If reading fails.
     """
-    where = location.display_path(name)
+    info, header = read_raw_header(location, name)
+    tensors, metadata = parse_header(header, info.nbytes, location.display_path(name), name)
+    return info, {tensor.name: tensor for tensor in tensors}, metadata
+
+
+def read_raw_header(location: Location, name: str) -> tuple[FileInfo, bytes]:
+    """Read the header of a safetensors file, without its length; raises as `read_header` does."""
     with closing(location.open(name)) as file:
         nbytes = file.info.nbytes
         first = bytearray(min(_FIRST_NBYTES, nbytes))
         file.read_into(memoryview(first), 0, NEVER_STOP)
-        header = bytearray(header_nbytes(bytes(first), nbytes, where))
+        header = bytearray(header_nbytes(bytes(first), nbytes, location.display_path(name)))
         file.read_into(memoryview(header), LENGTH_NBYTES, NEVER_STOP)
-        info = file.info
-    tensors, metadata = parse_header(bytes(header), nbytes, where, name)
-    return info, {tensor.name: tensor for tensor in tensors}, metadata
+        return file.info, bytes(header)

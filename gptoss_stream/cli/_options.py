@@ -50,14 +50,19 @@ def add_source(
     )
 
 
-def add_remote_source(parser: argparse.ArgumentParser, *, can_download: bool = False) -> None:
+def add_remote_source(
+    parser: argparse.ArgumentParser, *, can_download: bool = False, or_output: bool = False
+) -> None:
     """Add the options of a remote SOURCE.
 
     Args:
         parser: The parser of a command.
         can_download: Whether the command has `--download`.
+        or_output: Whether they are those of OUTPUT if there is no SOURCE.
     """
-    group = parser.add_argument_group("remote source")
+    group = parser.add_argument_group(
+        "remote source", "With --checksums they are of OUTPUT." if or_output else None
+    )
     group.add_argument(
         "--revision", metavar="REV", help="branch, tag or commit of a Hub repository"
     )
@@ -207,17 +212,17 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def open_source(arguments: argparse.Namespace, output: WritableLocation | None = None) -> Location:
+def open_source(arguments: argparse.Namespace, *, is_token_for_other: bool = False) -> Location:
     """Open SOURCE; print where it is read from if that is remote or may be a surprise.
 
     Args:
         arguments: The parsed arguments.
-        output: The remote output, for which `--token` may be instead.
+        is_token_for_other: Whether `--token` may be for another location, such as OUTPUT.
     """
     from ..storage.local_folder import LocalFolder
     from ..storage.open_location import is_repository, is_repository_name, open_location
 
-    is_token_for_source = output is None or is_repository(arguments.source)
+    is_token_for_source = not is_token_for_other or is_repository(arguments.source)
     location = open_location(
         arguments.source,
         revision=arguments.revision,

@@ -97,7 +97,7 @@ def _convert(arguments: argparse.Namespace, task: tuple[int, int] | None) -> Rep
         progress_bar(arguments.quiet) as (start_bar, on_progress),
     ):
         output = open_output(arguments)
-        source = open_source(arguments, output)
+        source = open_source(arguments, is_token_for_other=output is not None)
 
         def on_plan(plan: Plan) -> None:
             if arguments.quiet:

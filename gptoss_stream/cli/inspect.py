@@ -57,13 +57,12 @@ def run(arguments: argparse.Namespace) -> int:
         return _compare(arguments)
     from ..adapters import is_adapter
     from ..loading.output_info import read_output_info
-    from ..storage.local_folder import LocalFolder
 
     location = open_source(arguments)
     if is_adapter(location):
         _inspect_adapter(location, arguments)
         return 0
-    output = read_output_info(location.path) if isinstance(location, LocalFolder) else None
+    output = read_output_info(location)
     if output is None:
         _inspect_checkpoint(location, arguments)
     elif arguments.json:

@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     output = open_output(arguments)
     planned = plan(
-        open_source(arguments, output),
+        open_source(arguments, is_token_for_other=output is not None),
         to=arguments.to,
         source_format=arguments.source_format,
         dtype=arguments.dtype,

@@ -17,6 +17,7 @@ from ._options import (
     add_source,
     add_source_format,
     add_workers,
+    open_other,
     open_reference,
     open_source,
     parse_selection,
@@ -37,11 +38,16 @@ def add_parser(commands: Commands) -> None:
         "verify",
         help="compare a converted output with its source",
         description="Convert SOURCE again in memory and compare every byte with OUTPUT; or, with "
-        "--checksums and without SOURCE, check OUTPUT against its SHA256SUMS. The exit code is 1 "
-        "if there are differences.",
+        "--checksums and without SOURCE, check OUTPUT against its SHA256SUMS: its large files on "
+        "the Hub by the checksums that the Hub lists, without reading them. The exit code is 1 if "
+        "there are differences.",
     )
     add_source(parser, "checkpoint that was converted", is_optional=True)
-    parser.add_argument("output", metavar="OUTPUT", help="converted output folder")
+    parser.add_argument(
+        "output",
+        metavar="OUTPUT",
+        help="converted output: a folder, a Hub repository, or a URL",
+    )
     parser.add_argument(
         "--checksums",
         action="store_true",
@@ -65,7 +71,7 @@ def add_parser(commands: Commands) -> None:
     add_json(parser)
     add_adapters(parser)
     add_selection(parser, "By default as recorded in OUTPUT's gptoss_stream.json.")
-    add_remote_source(parser)
+    add_remote_source(parser, or_output=True)
     parser.set_defaults(run=run)
 
 
@@ -83,12 +89,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> Verification:
     """Compare OUTPUT with SOURCE."""
+    from ..storage.open_location import is_repository
     from ..verification.verify import verify
 
     with progress_bar(arguments.quiet) as (on_start, on_progress):
         return verify(
-            open_source(arguments),
-            arguments.output,
+            open_source(arguments, is_token_for_other=is_repository(arguments.output)),
+            open_other(arguments.output, arguments, "verifying"),
             to=arguments.to,
             source_format=arguments.source_format,
             selection=parse_selection(arguments),
@@ -108,8 +115,10 @@ def _verify_checksums(arguments: argparse.Namespace) -> Verification:
     """Check OUTPUT against its SHA256SUMS."""
     from ..verification.verify import verify_checksums
 
+    arguments.source = arguments.output  # whose options the user has given
+    output = open_source(arguments)
     with progress_bar(arguments.quiet) as (on_start, on_progress):
-        return verify_checksums(arguments.output, on_start=on_start, on_progress=on_progress)
+        return verify_checksums(output, on_start=on_start, on_progress=on_progress)
 
 
 def _print_result(result: Verification, arguments: argparse.Namespace) -> None:
@@ -120,6 +129,8 @@ def _print_result(result: Verification, arguments: argparse.Namespace) -> None:
         counted(result.files, "file") if arguments.checksums else counted(result.tensors, "tensor")
     )
     compared = f"{what}{describe_selection(result.selection)}, {sized(result.nbytes)} compared"
+    if result.unread:
+        compared += f" ({counted(result.unread, 'file')} by the checksums that the Hub lists)"
     if not result.equal:
         print(f"{result.output}: {counted(len(result.differences), 'difference')}; {compared}")
     elif not arguments.quiet:

@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .. import formats
-from ..checkpoint.metadata import read_metadata
-from ..loading.checkpoint_tensors import planned_tensors
+from ..loading.checkpoint_tensors import planned_tensors, read_finished
 from ..loading.devices import check_device
 from ..loading.state_dict import StateDict
 from ..planning.options import ConversionOptions
@@ -63,7 +62,7 @@ def open_checkpoint_model(
     """
     check_device(device)
     cache_nbytes = parse_size_or_zero(expert_cache)
-    source = formats.read_source(read_metadata(location), options.source_format)
+    source = formats.read_source(read_finished(location), options.source_format)
     adapters = read_adapters(options)
     plan = plan_conversion(source, options, None, adapters)
     planned = planned_tensors(plan, cache)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from .._utils.failures import machine_error
 from ..checkpoint.metadata import CheckpointInfo, read_metadata
 from ..checkpoint.open_reader import open_random_access
-from ..errors import OutputError
 from ..planning.plan import Plan
 from ..planning.plan_readers import open_plan_random_access
 from ..planning.shards import parse_size_or_zero
@@ -21,11 +20,10 @@ from ..storage.block_cache import BlockCache, default_cache_folder
 from ..storage.location import Location
 from ..tensors.dtypes import DType
 from ..tensors.raw_tensor import RawTensor
-from ..tensors.safetensors_header import INDEX_NAME
 from ..transforms.operands import DenseOperand
 from ..transforms.output_tensor import OutputTensor, Segment
 from ..transforms.rearrangement import make_rearrangement
-from ..writing.run_state import WORK_NAME
+from ..writing.run_state import refuse_unfinished
 from .tensor_loader import TensorLoader
 
 if TYPE_CHECKING:
@@ -95,11 +93,9 @@ def read_finished(location: Location) -> CheckpointInfo:
         MachineError: If reading fails.
     """
     try:
-        is_unfinished = location.has(WORK_NAME) and not location.has(INDEX_NAME)
+        refuse_unfinished(location)
     except OSError as error:
         raise machine_error(error, f"reading {location}") from error
-    if is_unfinished:
-        raise OutputError(f"{location}: an unfinished conversion; run the same convert again")
     return read_metadata(location)
 
 

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from .._utils import strict_json
 from .._utils.failures import machine_error
-from .._utils.regular_file import NotRegularError, open_regular
 from ..checkpoint.metadata import read_header
+from ..checkpoint.small_files import read_small_file
 from ..errors import CheckpointError, OutputError
-from ..storage.local_folder import LocalFolder
-from ..storage.open_location import local_path
+from ..storage.location import Location
 from ..tensors.raw_tensor import RawTensor
 from ..writing.run_state import RECORD_NAME, RUN_NAME
 
 __all__ = ["OutputInfo", "read_output_info"]
+
+_MAX_RECORD_NBYTES = 25_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class OutputInfo:
     """A converted output, finished or not, by its record and the headers of its shards."""
 
-    path: Path
+    path: str
+    """Where it is: a path or a URL."""
     format: str
     dtype: str
     """A torch name, or "keep"."""
@@ -54,7 +54,6 @@ class OutputInfo:
         """Return the description as JSON types, with each tensor's dtype, shape and shard."""
         return {
             **asdict(self),
-            "path": str(self.path),
             "adapters": list(self.adapters),
             "missing": list(self.missing),
             "complete": self.complete,
@@ -65,60 +64,60 @@ class OutputInfo:
         }
 
 
-def read_output_info(path: str | os.PathLike[str]) -> OutputInfo | None:
+def read_output_info(location: Location) -> OutputInfo | None:
     """Read the description of a converted output.
 
     Args:
-        path: A local folder.
+        location: Where it is, already opened.
 
     Returns:
-        The description, or None if the folder is not a converted output.
+        The description, or None if there is no converted output.
 
     Raises:
         OutputError: If the record or a shard is damaged.
         MachineError: If reading fails.
     """
-    folder = local_path(path)
-    unfinished, finished = folder / RUN_NAME, folder / RECORD_NAME
-    try:
-        with _as_output_errors(folder):
-            file = unfinished if unfinished.is_file() else finished
-            if not file.is_file():
-                return None
-            with open(open_regular(file), "rb") as opened:
-                record = strict_json.loads(opened.read())
+    with _as_output_errors(location):
+        name = RUN_NAME if location.has(RUN_NAME) else RECORD_NAME
+        if not location.has(name):
+            return None
+        data = read_small_file(location, name, _MAX_RECORD_NBYTES)
+        try:
+            record = strict_json.loads(data)
             if "source_format" not in record:
                 return None  # a random checkpoint from synth has a record too
-            return _from_record(folder, record, is_finished=file == finished)
-    except (NotRegularError, ValueError, TypeError, KeyError):
-        raise OutputError(f"{file}: its record is damaged; run verify, or convert again") from None
+            return _from_record(location, record, is_finished=name == RECORD_NAME)
+        except (ValueError, TypeError, KeyError):
+            raise OutputError(
+                f"{location.display_path(name)}: its record is damaged; run verify, or convert "
+                "again"
+            ) from None
 
 
 @contextmanager
-def _as_output_errors(folder: Path) -> Iterator[None]:
-    """Raise the errors of reading a folder as errors about an output.
+def _as_output_errors(location: Location) -> Iterator[None]:
+    """Raise the errors of reading a location as errors about an output.
 
     It is read with the functions that read checkpoints, whose errors are about a source.
     """
     try:
         yield
     except OSError as error:
-        raise machine_error(error, f"reading {folder}") from error
+        raise machine_error(error, f"reading {location}") from error
     except CheckpointError as error:
         raise OutputError(f"{error}; run verify, or convert again") from None
 
 
-def _from_record(folder: Path, record: Mapping[str, Any], *, is_finished: bool) -> OutputInfo:
+def _from_record(location: Location, record: Mapping[str, Any], *, is_finished: bool) -> OutputInfo:
     """Return the description of the output that a record belongs to."""
     names = [str(name) for name in record["files"]]
-    missing = [name for name in names if not (folder / name).is_file()]
-    location = LocalFolder(folder)
+    missing = [name for name in names if not location.has(name)]
     tensors: dict[str, RawTensor] = {}
     for name in names:
         if name.endswith(".safetensors") and name not in missing:
             tensors |= read_header(location, name)[1]
     return OutputInfo(
-        path=folder,
+        path=str(location),
         format=str(record["format"]),
         dtype=str(record["dtype"]),
         selection=dict(record["selection"]),

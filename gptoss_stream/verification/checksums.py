@@ -3,66 +3,130 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from contextlib import closing
+from functools import partial
 
-from ..errors import OutputError
+from .._utils.thread_pool import Buffer, run_steps
+from ..errors import CheckpointError, OutputError
+from ..storage.location import FileInfo, Location
 from ..writing.checksums import CHECKSUMS_NAME, parse_checksums
 from ..writing.executor import CHUNK_NBYTES
 from .differences import Difference
+from .stored_output import read_file, shard_names
 
-__all__ = ["compare_checksums", "compare_file_names", "read_checksums"]
+__all__ = ["compare_checksums", "compare_file_names", "describe_files", "read_checksums"]
+
+_MAX_REQUESTS = 4  # at the same time
 
 
-def read_checksums(folder: Path) -> tuple[dict[str, str], list[Difference]]:
+def read_checksums(location: Location) -> tuple[dict[str, str], list[Difference]]:
     """Read SHA256SUMS.
 
     Returns:
         The checksums by file name, and what is wrong with SHA256SUMS.
 
     Raises:
-        OutputError: If the folder has no SHA256SUMS.
-        OSError: If reading fails.
+        OutputError: If the output has no SHA256SUMS.
+        MachineError: If reading fails, as does `OSError`.
     """
-    file = folder / CHECKSUMS_NAME
-    if not file.is_file():
-        raise OutputError(f"{folder}: no {CHECKSUMS_NAME} in it; convert --checksums writes one")
+    if not location.has(CHECKSUMS_NAME):
+        raise OutputError(
+            f"{location}: no {CHECKSUMS_NAME} in it; convert --checksums writes one. Without it, "
+            "verify compares an output with its SOURCE"
+        )
+    data = read_file(location, CHECKSUMS_NAME)
+    if isinstance(data, Difference):
+        return {}, [data]
     try:
-        return parse_checksums(file.read_bytes()), []
+        return parse_checksums(data), []
     except ValueError as error:
         return {}, [
             Difference("checksum", CHECKSUMS_NAME, "", str(error), "a checksum on each line")
         ]
 
 
-def compare_file_names(folder: Path, checksums: Mapping[str, str]) -> Iterator[Difference]:
+def compare_file_names(location: Location, checksums: Mapping[str, str]) -> Iterator[Difference]:
     """Yield files of SHA256SUMS that are missing, and shards that are not in it."""
     for name in checksums:
-        if not (folder / name).is_file():
+        if not location.has(name):
             yield Difference("missing", name)
-    for shard in sorted(folder.glob("*.safetensors")):
-        if shard.name not in checksums:
-            yield Difference("unexpected", shard.name)
+    for shard in shard_names(location):
+        if shard not in checksums:
+            yield Difference("unexpected", shard)
+
+
+def describe_files(
+    location: Location, checksums: Mapping[str, str]
+) -> tuple[list[FileInfo], list[Difference]]:
+    """Return the files of SHA256SUMS that exist, and what is wrong with those of no use.
+
+    Raises:
+        MachineError: If opening one fails, as does `OSError`.
+    """
+    files, differences = [], []
+    for name in filter(location.has, checksums):
+        try:
+            with closing(location.open(name)) as file:
+                files.append(file.info)
+        except CheckpointError as error:
+            differences.append(Difference("file", name, "", str(error), "a file that can be read"))
+    return files, differences
 
 
 def compare_checksums(
-    files: Mapping[str, Path], expected: Mapping[str, str], on_progress: Callable[[int], None]
-) -> Iterator[Difference]:
-    """Read files and yield those whose checksums are not as expected.
+    location: Location,
+    files: list[FileInfo],
+    expected: Mapping[str, str],
+    on_progress: Callable[[int], None],
+) -> list[Difference]:
+    """Return the files whose checksums are not as expected.
+
+    A file is read unless the location knows its checksum, as the Hub does of large files.
 
     Args:
-        files: The files, by their names in SHA256SUMS.
+        location: The output.
+        files: The files, named as in SHA256SUMS.
         expected: SHA-256 in hexadecimal digits, by the same names.
-        on_progress: Called with the number of bytes read since the last call.
+        on_progress: Called with the number of bytes compared since the last call, from any thread.
 
     Raises:
-        OSError: If reading fails.
+        CheckpointError: If a file changes meanwhile.
+        MachineError: If reading fails, as does `OSError`.
     """
-    for name, file in files.items():
-        digest = hashlib.sha256()
-        with open(file, "rb", buffering=0) as opened:
-            while chunk := opened.read(CHUNK_NBYTES):
-                digest.update(chunk)
-                on_progress(len(chunk))
-        if digest.hexdigest() != expected[name]:
-            yield Difference("checksum", name, "", digest.hexdigest(), expected[name])
+    found: dict[str, str] = {}
+    stop = threading.Event()
+
+    def read(file: FileInfo, buffer: Buffer) -> None:
+        found[file.name] = file.sha256 or _checksum(location, file, buffer, stop, on_progress)
+        if file.sha256 is not None:
+            on_progress(file.nbytes)
+
+    # A local disk would only seek between the files.
+    threads = 1 if location.is_local else _MAX_REQUESTS
+    run_steps((partial(read, file) for file in files), threads, CHUNK_NBYTES, stop)
+    return [
+        Difference("checksum", file.name, "", found[file.name], expected[file.name])
+        for file in files
+        if found[file.name] != expected[file.name]
+    ]
+
+
+def _checksum(
+    location: Location,
+    described: FileInfo,
+    buffer: Buffer,
+    stop: threading.Event,
+    on_progress: Callable[[int], None],
+) -> str:
+    """Read a file and return its SHA-256 in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with closing(location.open(described.name)) as file:
+        for begin in range(0, file.info.nbytes, len(buffer)):
+            chunk = buffer[: min(len(buffer), file.info.nbytes - begin)]
+            file.read_into(chunk.data, begin, stop)
+            digest.update(chunk.data)
+            on_progress(len(chunk))
+        file.check_unchanged()
+    return digest.hexdigest()

@@ -2,24 +2,25 @@
 
 The work is cut into steps, which threads do in bounded memory. A step compares a chunk of an output
 tensor or, if the tensor is a transposition too large for that, what some rows of the source give.
+Source and output are each told beforehand what a step reads, so that what is remote is read ahead,
+each byte once.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any, NamedTuple
-
-import numpy as np
+from pathlib import Path
+from typing import TypeAlias
 
 from .._utils.thread_pool import Buffer, Step
-from ..checkpoint.local_reader import LocalReader
 from ..checkpoint.reader import ElementRange, Reader, ReadSchedule
 from ..planning.shards import is_spilled
-from ..tensors.cast import STORAGE, cast
-from ..tensors.dtypes import DType
+from ..tensors.cast import STORAGE
 from ..tensors.raw_tensor import RawTensor
 from ..transforms.encode import encode_rows
 from ..transforms.materialize import materialize, materialize_rows
@@ -27,21 +28,31 @@ from ..transforms.output_tensor import OutputTensor, Segment, element_ranges
 from ..transforms.tiles import TargetRows
 from ..writing.executor import CHUNK_NBYTES
 from .differences import Difference
+from .tensor_copy import TensorCopy
+from .values import ValueDifferences, first_unequal
 
 __all__ = ["DataComparison"]
 
+
+_Places: TypeAlias = "tuple[tuple[OutputTensor, RawTensor, int], ...]"
 
 _OUTPUT_ROWS = 64
 """Rows of the output that are read at a time for a spilled transposition. Whole rows are read,
 though only some columns are compared, so few rows keep memory small."""
 
 
-class _Comparison(NamedTuple):
-    """A step of the comparison."""
+def _nothing() -> Iterable[ElementRange]:
+    """Return what a step reads of a checkpoint that it does not read."""
+    return ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Comparison:
+    """A step of the comparison, with functions that return what it reads."""
 
     compare: Step
-    element_ranges: Callable[[], Iterable[ElementRange]]
-    """Return what it reads of the source."""
+    of_source: Callable[[], Iterable[ElementRange]] = _nothing
+    of_output: Callable[[], Iterable[ElementRange]] = _nothing
 
 
 class DataComparison:
@@ -53,23 +64,27 @@ class DataComparison:
         tensors: The output tensors to compare.
         stored: The output's stored tensors, by name, with dtypes and shapes as in `tensors`.
         on_progress: Called with the number of bytes compared since the last call, from any thread.
+        copies: Where tensors of a remote output that are read many times are copied to; None for a
+            local output.
     """
 
     def __init__(
         self,
         source: Reader,
-        output: LocalReader,
+        output: Reader,
         tensors: Iterable[OutputTensor],
         stored: Mapping[str, RawTensor],
         on_progress: Callable[[int], None],
+        copies: Path | None = None,
     ) -> None:
         self.stop = threading.Event()
-        """Set to end the reading of the source."""
+        """Set to end all reading."""
         self._source = source
         self._output = output
         self._on_progress = on_progress
-        self._differences: dict[str, Difference] = {}
-        self._differences_lock = threading.Lock()
+        self._differences = ValueDifferences()
+        self._copies = copies
+        self._closing = ExitStack()
         self._comparisons: list[_Comparison] = []
         by_name = {tensor.name: tensor for tensor in tensors}
         scales_of = {t.made_with: t for t in by_name.values() if t.made_with in by_name}
@@ -84,10 +99,15 @@ class DataComparison:
                 )
             elif tensor.made_with not in by_name:
                 self._comparisons += self._comparisons_of_chunks(tensor, raw)
-        schedule = ReadSchedule(
-            len(self._comparisons), lambda number: self._comparisons[number].element_ranges()
-        )
-        source.set_schedule(schedule, self.stop)
+        count, steps = len(self._comparisons), self._comparisons
+        source.set_schedule(ReadSchedule(count, lambda n: steps[n].of_source()), self.stop)
+        output.set_schedule(ReadSchedule(count, lambda n: steps[n].of_output()), self.stop)
+
+    def __enter__(self) -> DataComparison:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._closing.close()
 
     def steps(self) -> Iterator[Step]:
         """Yield the steps, each of which needs a buffer of `CHUNK_NBYTES`."""
@@ -96,13 +116,15 @@ class DataComparison:
 
     def differences(self) -> list[Difference]:
         """Return the first difference in each tensor, in order of the tensors' names."""
-        return [self._differences[name] for name in sorted(self._differences)]
+        return self._differences.in_order()
 
     def _do(self, number: int, buffer: Buffer) -> None:
         """Do a step."""
-        self._source.begin_step(number)
+        for reader in (self._source, self._output):
+            reader.begin_step(number)
         self._comparisons[number].compare(buffer)
-        self._source.end_step(number)
+        for reader in (self._source, self._output):
+            reader.end_step(number)
 
     def _comparisons_of_chunks(self, tensor: OutputTensor, raw: RawTensor) -> Iterator[_Comparison]:
         """Yield steps that compare a tensor in chunks."""
@@ -111,6 +133,7 @@ class DataComparison:
             yield _Comparison(
                 partial(self._compare_chunk, tensor, raw, begin, end),
                 partial(element_ranges, tensor, begin, end),
+                partial(_elements, raw, begin, end),
             )
 
     def _compare_chunk(
@@ -127,9 +150,11 @@ class DataComparison:
     ) -> None:
         """Compare the elements of a tensor from `first` on."""
         with self._output.read(raw, first, expected.shape) as found:
-            unequal = _first_unequal(found, expected)
+            unequal = first_unequal(found, expected)
             if unequal is not None:
-                self._add(tensor, raw, first + unequal, found[unequal], expected[unequal])
+                self._differences.add(
+                    tensor, raw, first + unequal, found[unequal], expected[unequal]
+                )
         self._on_progress(expected.nbytes)
 
     def _comparisons_of_encoded_rows(
@@ -150,6 +175,7 @@ class DataComparison:
                 yield _Comparison(
                     partial(self._compare_encoded_rows, segment, rows, places),
                     partial(segment.element_ranges, rows),
+                    partial(_elements_of_rows, rows[1] - begin, (width, groups), places),
                 )
             first_block += num_rows * width
             first_scale += num_rows * groups
@@ -158,7 +184,7 @@ class DataComparison:
         self,
         segment: Segment,
         rows: tuple[int, int],
-        places: tuple[tuple[OutputTensor, RawTensor, int], ...],
+        places: _Places,
         buffer: Buffer,
     ) -> None:
         """Compare the blocks and the scales of some rows.
@@ -183,8 +209,15 @@ class DataComparison:
 
         A chunk of such a tensor needs elements from every row of the source. So that each row is
         read once, a step takes some whole rows of the source, and compares the columns that they
-        are in the output.
+        are in the output. Each of these steps reads all rows of the output: of a remote one, steps
+        before them make a copy.
         """
+        copy: TensorCopy | None = None
+        if self._copies is not None:
+            copy = TensorCopy(raw, CHUNK_NBYTES, self._copies, self.stop)
+            self._closing.callback(copy.close)
+            for chunk in copy.chunks:
+                yield _Comparison(partial(self._copy, copy, chunk), of_output=partial(_one, chunk))
         first = 0
         for segment in tensor.segments:
             num_rows = segment.rearrangement.row_shape[-1]
@@ -192,11 +225,17 @@ class DataComparison:
             step = max(1, CHUNK_NBYTES // row_nbytes)
             for begin in range(0, num_rows, step):
                 rows = begin, min(begin + step, num_rows)
+                if copy is not None:
+                    copy.num_readers += 1
                 yield _Comparison(
-                    partial(self._compare_source_rows, tensor, raw, segment, first, rows),
+                    partial(self._compare_source_rows, tensor, raw, segment, first, rows, copy),
                     partial(segment.operand.element_ranges, rows),
                 )
             first += segment.elements
+
+    def _copy(self, copy: TensorCopy, chunk: ElementRange, buffer: Buffer) -> None:
+        """Copy a chunk of a remote tensor."""
+        copy.copy(chunk, self._output)
 
     def _compare_source_rows(
         self,
@@ -205,6 +244,7 @@ class DataComparison:
         segment: Segment,
         first: int,
         rows: tuple[int, int],
+        copy: TensorCopy | None,
         buffer: Buffer,
     ) -> None:
         """Compare what rows `begin … end` of the source give, a rectangle of the output.
@@ -215,6 +255,7 @@ class DataComparison:
             segment: The segment of it to compare.
             first: The segment's first element in the tensor.
             rows: First row of the source, and the one after the last.
+            copy: The copy of the tensor to read, if the output is remote.
             buffer: Memory for the expected elements.
         """
         how = segment.rearrangement
@@ -228,43 +269,35 @@ class DataComparison:
         for output_row in range(0, len(columns), _OUTPUT_ROWS):
             expected = columns[output_row : output_row + _OUTPUT_ROWS]
             first_read = first + output_row * width
-            with self._output.read(raw, first_read, (len(expected), width)) as whole_rows:
+            with (copy or self._output).read(raw, first_read, (len(expected), width)) as whole_rows:
                 found = whole_rows[:, begin:end]
-                unequal = _first_unequal(found, expected)
+                unequal = first_unequal(found, expected)
                 if unequal is not None:
                     row, column = divmod(unequal, end - begin)
                     element = first_read + row * width + begin + column
-                    self._add(tensor, raw, element, found[row, column], expected[row, column])
+                    values = found[row, column], expected[row, column]
+                    self._differences.add(tensor, raw, element, *values)
+        if copy is not None:
+            copy.release()
         self._on_progress(nbytes)
 
-    def _add(
-        self, tensor: OutputTensor, raw: RawTensor, element: int, found: Any, expected: Any
-    ) -> None:
-        """Add a difference, unless one earlier in the same tensor is known."""
-        index = tuple(int(i) for i in np.unravel_index(element, tensor.shape))
-        values = _number(found, tensor.dtype), _number(expected, tensor.dtype)
-        difference = Difference("value", tensor.name, raw.shard, *values, index)
-        with self._differences_lock:
-            known = self._differences.get(tensor.name)
-            if known is None or index < known.index:
-                self._differences[tensor.name] = difference
+
+def _one(chunk: ElementRange) -> Iterable[ElementRange]:
+    """Return a chunk as what a step reads."""
+    return (chunk,)
 
 
-def _first_unequal(found: Buffer, expected: Buffer) -> int | None:
-    """Return the flat index of the first element whose bits differ, if any.
-
-    Equal NaNs are equal; 0.0 and -0.0 are not.
-    """
-    integer = f"u{expected.itemsize}"
-    unequal = (found.view(integer) != expected.view(integer)).reshape(-1)
-    first = int(unequal.argmax())
-    return first if unequal[first] else None
+def _elements(raw: RawTensor, begin: int, end: int) -> Iterable[ElementRange]:
+    """Return the elements in bytes `begin … end` of a stored tensor."""
+    itemsize = raw.dtype.itemsize
+    return (ElementRange(raw, begin // itemsize, (end - begin) // itemsize),)
 
 
-def _number(element: Any, dtype: DType) -> float | str:
-    """Return a stored element as a number, or as text for NaN and infinity, unknown to JSON."""
-    if dtype is DType.U8:
-        return int(element)
-    wide = np.empty(1, np.float32)
-    cast(np.array([element], STORAGE[dtype]), dtype, wide, DType.F32)
-    return float(wide[0]) if np.isfinite(wide[0]) else str(wide[0])
+def _elements_of_rows(
+    num_rows: int, widths: tuple[int, int], places: _Places
+) -> Iterable[ElementRange]:
+    """Return the elements of some rows in two stored tensors, of blocks and of scales."""
+    return [
+        ElementRange(raw, first, num_rows * width)
+        for width, (_, raw, first) in zip(widths, places, strict=True)
+    ]

@@ -37,7 +37,7 @@ class Verification:
     """The result of `verify` or `verify_checksums`."""
 
     output: str
-    """The folder that was verified."""
+    """What was verified: a path or a URL."""
     format: str
     """The format that was expected; empty for checksums."""
     selection: Mapping[str, Any]
@@ -49,6 +49,8 @@ class Verification:
     nbytes: int
     """Bytes that were compared."""
     differences: tuple[Difference, ...]
+    unread: int = 0
+    """Number of those files that were not read, since the Hub lists their checksums."""
 
     @property
     def equal(self) -> bool:

@@ -1,110 +1,57 @@
-"""Comparison of everything but the data of tensors.
+"""Comparison of names, dtypes and shapes of tensors, of the index, and of the small files.
 
-That is headers; names, dtypes and shapes of tensors; the index; and the small files beside the
-shards.
+Headers are compared when they are read (`stored_output`), data in `data`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from .._utils import strict_json
 from ..adapters import recorded_adapters
-from ..checkpoint.metadata import CheckpointInfo, read_header
-from ..errors import CheckpointError, OutputError
+from ..checkpoint.metadata import CheckpointInfo
 from ..model.pruning import ResolvedPruning
 from ..model.selection import Selection
 from ..planning.model_card import CARD_NAME
 from ..planning.options import DEFAULT_FORMAT
 from ..planning.output_files import output_files
 from ..planning.plan import Plan
-from ..storage.local_folder import LocalFolder
-from ..storage.location import FileInfo
+from ..storage.location import Location
 from ..tensors.dtypes import KEEP, OUTPUT_DTYPES, DType
 from ..tensors.raw_tensor import RawTensor
-from ..tensors.safetensors_header import INDEX_NAME, METADATA, build_index
+from ..tensors.safetensors_header import INDEX_NAME, build_index
 from ..transforms.output_tensor import OutputTensor
 from ..writing.encoding_report import REPORT_NAME
-from ..writing.run_state import RECORD_NAME, WORK_NAME
-from ..writing.safetensors_check import find_problem
+from ..writing.run_state import RECORD_NAME, WORK_NAME, holds_run
 from .differences import Difference
+from .stored_output import StoredOutput, parse, read_file
 
 __all__ = [
     "compare_record",
     "compare_structure",
     "is_comparable",
-    "read_output",
     "recorded_options",
 ]
 
-
-def read_output(folder: Path) -> tuple[CheckpointInfo, list[Difference]]:
-    """Read the headers of all shards in an output folder.
-
-    Returns:
-        The tensors of the valid shards, and what is wrong with shards.
-
-    Raises:
-        OutputError: If there is no folder, or no shard in it.
-        OSError: If reading fails.
-    """
-    if not folder.is_dir():
-        raise OutputError(f"{folder}: there is no such folder; name a converted output")
-    names = sorted(file.name for file in folder.glob("*.safetensors"))
-    if not names:
-        raise OutputError(f"{folder}: no .safetensors file in it; name a converted output")
-    location = LocalFolder(folder)
-    shards: list[FileInfo] = []
-    tensors: dict[str, RawTensor] = {}
-    differences = []
-    for name in names:
-        try:
-            shard, found, metadata = read_header(location, name)
-        except CheckpointError as error:
-            differences.append(Difference("file", name, found=str(error), expected="a valid shard"))
-            continue
-        shards.append(shard)
-        differences += _compare_header(folder / name, found, metadata)
-        differences += [
-            Difference("unexpected", tensor, f"{name}, a second time")
-            for tensor in sorted(tensors.keys() & found.keys())
-        ]
-        tensors = {**found, **tensors}
-    return CheckpointInfo(location, {}, tuple(shards), tensors), differences
+_MAX_FILE_NBYTES = 64 << 20
+"""A small file that is larger is not read; tokenizer.json of gpt-oss has 28 MB."""
 
 
-def _compare_header(
-    shard: Path, found: Mapping[str, RawTensor], metadata: Mapping[str, str]
-) -> Iterator[Difference]:
-    """Compare a shard's header with what safetensors' own reader reads, and its metadata."""
-    problem = find_problem(shard, ((raw.name, raw.dtype, raw.shape) for raw in found.values()))
-    if problem is not None:
-        yield Difference("file", shard.name, "", problem, "a file that safetensors can read")
-    if metadata != METADATA:
-        yield Difference("file", shard.name, "", f"metadata {metadata}", METADATA)
-
-
-def recorded_options(folder: Path, found: CheckpointInfo) -> dict[str, Any]:
+def recorded_options(output: StoredOutput) -> dict[str, Any]:
     """Return the options of `plan` with which an output was written.
-
-    Args:
-        folder: The output folder.
-        found: The tensors in it.
 
     Returns:
         `to`, `dtype`, `selection`, `mxfp4_rule`, `reference`, `keep_layers`, `keep_experts`,
         `adapters` and `merge_like_peft`, from the output's record. Without a valid record they are
         the defaults, but `dtype` follows from the tensors.
     """
-    dtype, keeps_dtypes = _dtype_of_tensors(found)
+    dtype, keeps_dtypes = _dtype_of_tensors(output.info)
     to, selection = DEFAULT_FORMAT, Selection()
     encoding: dict[str, str | None] = {"mxfp4_rule": None, "reference": None}
     kept: dict[str, Any] = {"keep_layers": None, "keep_experts": None}
     merged: dict[str, Any] = {"adapters": (), "merge_like_peft": False}
     try:
-        record = strict_json.loads((folder / RECORD_NAME).read_bytes())
+        record = parse(output.record)
         to, keeps_dtypes = str(record["format"]), record["dtype"] == KEEP
         selection = Selection.from_dict(record["selection"])
         encoding = {key: _as_text(record.get(key)) for key in encoding}
@@ -115,7 +62,7 @@ def recorded_options(folder: Path, found: CheckpointInfo) -> dict[str, Any]:
                 "adapters": recorded_adapters(record["adapters"], record["merged"]),
                 "merge_like_peft": record.get("merge_like_peft") is True,
             }
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         pass  # compare_record reports it
     dtype = KEEP if keeps_dtypes else dtype
     return {"to": to, "dtype": dtype, "selection": selection, **encoding, **kept, **merged}
@@ -147,29 +94,26 @@ def _dtype_of_tensors(found: CheckpointInfo) -> tuple[str, bool]:
 
 
 def compare_structure(
-    folder: Path,
-    found: Mapping[str, RawTensor],
-    expected: Mapping[str, OutputTensor],
-    plan: Plan,
+    output: StoredOutput, expected: Mapping[str, OutputTensor], plan: Plan
 ) -> Iterator[Difference]:
     """Compare an output, except for the data of its tensors, with what is expected.
 
     Args:
-        folder: The output folder.
-        found: The tensors in it, by name.
+        output: The output.
         expected: The tensors that should be in it, by name.
         plan: The plan that they are from.
 
     Raises:
         CheckpointError: If an auxiliary file of the source cannot be used.
-        OSError: If reading fails.
+        MachineError: If reading fails, as does `OSError`.
     """
-    yield from _compare_tensors(found, expected)
-    yield from _compare_index(folder, found)
-    yield from _compare_small_files(folder, plan)
+    location = output.location
+    yield from _compare_tensors(output.info.tensors, expected)
+    yield from _compare_index(output)
+    yield from _compare_small_files(output, plan)
     if plan.mxfp4_rule is not None:
-        yield from _check_object(folder / REPORT_NAME)
-    yield from compare_record(folder)
+        yield from _check_object(REPORT_NAME, read_file(location, REPORT_NAME))
+    yield from compare_record(location, output.record)
 
 
 def _compare_tensors(
@@ -194,54 +138,49 @@ def is_comparable(tensor: OutputTensor, found: Mapping[str, RawTensor]) -> bool:
     return raw is not None and raw.dtype is tensor.dtype and raw.shape == tensor.shape
 
 
-def _compare_index(folder: Path, found: Mapping[str, RawTensor]) -> Iterator[Difference]:
+def _compare_index(output: StoredOutput) -> Iterator[Difference]:
     """Compare the index with the tensors that are in the shards."""
-    file = folder / INDEX_NAME
-    if not file.is_file():
-        yield Difference("index", INDEX_NAME, found="no file", expected="an index")
+    if isinstance(output.index, Difference):
+        yield Difference(
+            "index", INDEX_NAME, found=output.index.found or "no file", expected="an index"
+        )
         return
+    found = output.info.tensors
     expected = build_index(
         sum(raw.nbytes for raw in found.values()),
         {name: raw.shard for name, raw in found.items()},
     )
-    if _parse(file.read_bytes()) != _parse(expected):
+    if parse(output.index) != parse(expected):
         yield Difference("index", INDEX_NAME, found="another index", expected="that of the shards")
 
 
-def _compare_small_files(folder: Path, plan: Plan) -> Iterator[Difference]:
+def _compare_small_files(output: StoredOutput, plan: Plan) -> Iterator[Difference]:
     """Compare the configuration and the files that are copied from the source."""
+    location = output.location
     for name, data in output_files(plan).items():
-        if name == CARD_NAME and (folder / name).is_file():
-            continue  # users write their own
+        if name == CARD_NAME and (location.has(name) or name not in output.recorded_files):
+            continue  # users write their own, and earlier versions wrote none
         expected = data if isinstance(data, bytes) else b"".join(data.chunks())
-        file = folder / name
-        if not file.is_file():
-            yield Difference("missing", name)
-        elif file.read_bytes() != expected:
+        found = read_file(location, name, max(_MAX_FILE_NBYTES, len(expected)))
+        if isinstance(found, Difference):
+            yield found
+        elif found != expected:
             yield Difference("file", name, found="other bytes", expected="what convert writes")
 
 
-def compare_record(folder: Path) -> Iterator[Difference]:
+def compare_record(location: Location, record: bytes | Difference) -> Iterator[Difference]:
     """Check that the record is a JSON object and that no run is unfinished.
 
     What the record says is not checked.
     """
-    yield from _check_object(folder / RECORD_NAME)
-    if (folder / WORK_NAME).exists():
+    yield from _check_object(RECORD_NAME, record)
+    if holds_run(location):
         yield Difference("unexpected", f"{WORK_NAME}, of an unfinished run")
 
 
-def _check_object(file: Path) -> Iterator[Difference]:
+def _check_object(name: str, data: bytes | Difference) -> Iterator[Difference]:
     """Check that a file is there and holds a JSON object."""
-    if not file.is_file():
-        yield Difference("missing", file.name)
-    elif not isinstance(_parse(file.read_bytes()), dict):
-        yield Difference("file", file.name, found="no JSON object", expected="a JSON object")
-
-
-def _parse(data: bytes) -> Any:
-    """Return the value of a JSON text, or the error message for a text that is not JSON."""
-    try:
-        return strict_json.loads(data)
-    except ValueError as error:
-        return str(error)
+    if isinstance(data, Difference):
+        yield data
+    elif not isinstance(parse(data), dict):
+        yield Difference("file", name, found="no JSON object", expected="a JSON object")

@@ -7,8 +7,8 @@ True
 
 from __future__ import annotations
 
-import os
 import random
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,33 +16,30 @@ from pathlib import Path
 from .._utils.failures import machine_error
 from .._utils.thread_pool import count_workers, run_steps
 from ..adapters import Adapter, AdapterLike, as_adapters, check_values
-from ..checkpoint.local_reader import LocalReader
 from ..checkpoint.metadata import CheckpointInfo
+from ..checkpoint.open_reader import open_reader
 from ..errors import CheckpointError, OptionError, OutputError
 from ..model.selection import Selection
 from ..planning.plan import Plan, plan
 from ..planning.plan_readers import open_plan_readers
+from ..storage.local_folder import LocalFolder
 from ..storage.location import Location, LocationLike
-from ..storage.open_location import local_path, open_location
+from ..storage.open_location import open_location
 from ..transforms.output_tensor import OutputTensor
 from ..writing.executor import CHUNK_NBYTES
-from .checksums import compare_checksums, compare_file_names, read_checksums
+from ..writing.run_state import RECORD_NAME
+from .checksums import compare_checksums, compare_file_names, describe_files, read_checksums
 from .data import DataComparison
 from .differences import Difference, Verification
-from .structure import (
-    compare_record,
-    compare_structure,
-    is_comparable,
-    read_output,
-    recorded_options,
-)
+from .stored_output import as_output_errors, open_output, read_file, read_output
+from .structure import compare_record, compare_structure, is_comparable, recorded_options
 
 __all__ = ["verify", "verify_checksums"]
 
 
 def verify(
     source: LocationLike,
-    output: str | os.PathLike[str],
+    output: LocationLike,
     *,
     to: str | None = None,
     source_format: str | None = None,
@@ -59,11 +56,12 @@ def verify(
 ) -> Verification:
     """Convert a source again, in bounded memory, and compare every byte with an output.
 
-    Names, dtypes, shapes, index and the small files beside the shards are compared too.
+    Names, dtypes, shapes, index and the small files beside the shards are compared too. What is
+    remote is read by byte range, each byte once.
 
     Args:
         source: A folder, a Hub repository, or a URL (see `open_location`).
-        output: A local output folder.
+        output: The output: a folder, a Hub repository, or a URL.
         to: The format of the output; by default as recorded in the output.
         source_format: The format of the source; by default it is detected.
         selection: The tensors that should be in the output; by default as recorded in the output.
@@ -85,15 +83,16 @@ def verify(
     Raises:
         OptionError: If an argument is invalid.
         CheckpointError: If the source is not a valid checkpoint.
-        OutputError: If there is no output, or it is of another format.
+        OutputError: If there is no output, if it is unfinished, or if it is of another format.
         MachineError: If reading fails.
         MissingPackageError: If an optional package is not installed.
     """
     threads = count_workers(workers)
-    folder = local_path(output)
+    location = open_output(output)
     try:
-        found, differences = read_output(folder)
-        options = recorded_options(folder, found)
+        stored, differences = read_output(location)
+        found = stored.info
+        options = recorded_options(stored)
         options["to"] = to or options["to"]
         options["selection"] = selection or options["selection"]
         options["mxfp4_rule"] = mxfp4_rule or options["mxfp4_rule"]
@@ -107,21 +106,21 @@ def verify(
         expected = {tensor.name: tensor for shard in planned.shards for tensor in shard.tensors}
         if selection is None and found.tensors and not found.tensors.keys() & expected.keys():
             raise OutputError(
-                f"{folder}: none of its tensors is one of {planned.to}; name the source first and "
-                "the converted output second, or give its format with --to"
+                f"{location}: none of its tensors is one of {planned.to}; name the source first "
+                "and the converted output second, or give its format with --to"
             )
-        differences += compare_structure(folder, found.tensors, expected, planned)
+        differences += compare_structure(stored, expected, planned)
         tensors = [t for t in expected.values() if is_comparable(t, found.tensors)]
         if sample is not None:
             tensors = _sample(tensors, sample, seed)
         nbytes = sum(tensor.nbytes for tensor in tensors)
         if on_start is not None:
             on_start(nbytes, 0)
-        differences += _compare_data(planned, found, tensors, threads, folder, on_progress)
+        differences += _compare_data(planned, found, tensors, threads, on_progress)
     except OSError as error:
-        raise machine_error(error, f"verifying {folder}") from error
+        raise machine_error(error, f"verifying {location}") from error
     return Verification(
-        output=str(folder),
+        output=str(location),
         format=planned.to,
         selection=planned.selection.as_dict(),
         tensors=len(tensors),
@@ -177,7 +176,6 @@ def _compare_data(
     output: CheckpointInfo,
     tensors: Iterable[OutputTensor],
     threads: int,
-    scratch: Path,
     on_progress: Callable[[int], None] | None,
 ) -> list[Difference]:
     """Compare the data of tensors.
@@ -185,23 +183,26 @@ def _compare_data(
     Raises:
         CheckpointError: If a file changes meanwhile.
     """
+    location, temporary = output.location, Path(tempfile.gettempdir())
+    scratch = location.path if isinstance(location, LocalFolder) else temporary
+    copies = None if location.is_local else temporary
     with (
         open_plan_readers(planned, scratch) as source_reader,
-        LocalReader(output) as output_reader,
+        open_reader(output) as output_reader,
     ):
         if planned.merge is not None:
             check_values(planned.merge, source_reader)
-        comparison = DataComparison(
-            source_reader, output_reader, tensors, output.tensors, on_progress or _ignore
-        )
-        run_steps(comparison.steps(), threads, CHUNK_NBYTES, comparison.stop)
+        with DataComparison(
+            source_reader, output_reader, tensors, output.tensors, on_progress or _ignore, copies
+        ) as comparison:
+            run_steps(comparison.steps(), threads, CHUNK_NBYTES, comparison.stop)
         source_reader.check_unchanged()
         output_reader.check_unchanged()
     return comparison.differences()
 
 
 def verify_checksums(
-    output: str | os.PathLike[str],
+    output: LocationLike,
     *,
     on_start: Callable[[int, int], None] | None = None,
     on_progress: Callable[[int], None] | None = None,
@@ -209,41 +210,46 @@ def verify_checksums(
     """Compare the files of an output with its `SHA256SUMS`, without the source.
 
     This finds what has changed since the output was written. Whether it was written correctly is
-    what `verify` finds out.
+    what `verify` finds out. Large files on the Hub are not read: the checksums that it lists are
+    compared.
 
     Args:
-        output: A local output folder, converted with checksums.
-        on_start: Called with the bytes to read, and 0.
-        on_progress: Called with the bytes read since the last call.
+        output: An output converted with checksums: a folder, a Hub repository, or a URL.
+        on_start: Called with the bytes to compare, and 0.
+        on_progress: Called with the bytes compared since the last call, from any thread.
 
     Returns:
         The differences and how much was compared.
 
     Raises:
-        OutputError: If the folder has no `SHA256SUMS`.
-        OptionError: If `output` is a URL.
+        OutputError: If there is no output, if it is unfinished, or if it has no `SHA256SUMS`.
+        OptionError: If `output` cannot be the name of a location.
         MachineError: If reading fails.
+        MissingPackageError: If an optional package is not installed.
     """
-    folder = local_path(output)
+    location = open_output(output)
     try:
-        checksums, differences = read_checksums(folder)
-        differences += compare_file_names(folder, checksums)
-        present = {name: folder / name for name in checksums if (folder / name).is_file()}
-        nbytes = sum(file.stat().st_size for file in present.values())
+        checksums, differences = read_checksums(location)
+        differences += compare_file_names(location, checksums)
+        files, unreadable = describe_files(location, checksums)
+        nbytes = sum(file.nbytes for file in files)
         if on_start is not None:
             on_start(nbytes, 0)
-        differences += compare_checksums(present, checksums, on_progress or _ignore)
-        differences += compare_record(folder)
+        with as_output_errors():
+            differences += compare_checksums(location, files, checksums, on_progress or _ignore)
+        differences += unreadable
+        differences += compare_record(location, read_file(location, RECORD_NAME))
     except OSError as error:
-        raise machine_error(error, f"verifying {folder}") from error
+        raise machine_error(error, f"verifying {location}") from error
     return Verification(
-        output=str(folder),
+        output=str(location),
         format="",
         selection={},
         tensors=0,
-        files=len(present),
+        files=len(files),
         nbytes=nbytes,
         differences=tuple(differences),
+        unread=sum(file.sha256 is not None for file in files),
     )
 
 

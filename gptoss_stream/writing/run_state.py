@@ -18,6 +18,8 @@ from .._utils import strict_json
 from .._utils.messages import listed
 from ..checkpoint.small_files import RECORD_NAME
 from ..errors import OutputError
+from ..storage.location import Location
+from ..tensors.safetensors_header import INDEX_NAME
 
 __all__ = [
     "RECORD_NAME",
@@ -25,15 +27,34 @@ __all__ = [
     "WORK_NAME",
     "differences",
     "fingerprint",
+    "holds_run",
     "parse_state",
     "refuse_foreign_files",
     "refuse_other_run",
+    "refuse_unfinished",
 ]
 
 WORK_NAME = ".gptoss_stream"
 RUN_NAME = f"{WORK_NAME}/run.json"
 _DERIVED = ("plan", "files", "unused")  # named only if nothing else differs
 _FOR_USERS = ("source", "reference", "adapters")  # the same files under another path are the same
+
+
+def holds_run(location: Location) -> bool:
+    """Return whether an output says that a run on it is not done."""
+    # Only a local folder can be there without a file in it.
+    return location.has(WORK_NAME if location.is_local else RUN_NAME)
+
+
+def refuse_unfinished(location: Location) -> None:
+    """Refuse an output whose run has not finished: the index is its last file.
+
+    Raises:
+        OutputError: For an unfinished output.
+        OSError: If reading a local folder fails.
+    """
+    if not location.has(INDEX_NAME) and holds_run(location):
+        raise OutputError(f"{location}: an unfinished conversion; run the same convert again")
 
 
 def parse_state(data: bytes, where: str) -> dict[str, Any]:

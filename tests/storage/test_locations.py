@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from gptoss_stream import open_location, open_writable_location, plan, verify
+from gptoss_stream import open_location, open_writable_location, plan, synth
 from gptoss_stream.errors import CheckpointError, MachineError, OptionError
 from gptoss_stream.storage import retries
 from gptoss_stream.storage.hub_names import name_of_page
@@ -72,9 +72,9 @@ def test_what_cannot_be_written_to_is_refused(name):
         open_writable_location(name)
 
 
-def test_a_url_is_refused_where_a_local_folder_is_needed(tmp_path):
+def test_a_url_is_refused_where_a_local_folder_is_needed():
     with pytest.raises(OptionError, match="must be a local folder"):
-        verify(tmp_path, "s3://bucket/x")
+        synth("s3://bucket/x")
 
 
 def test_a_location_is_a_source_of_a_plan(checkpoints):

@@ -81,7 +81,7 @@ def test_verify_uses_the_same_check(checkpoints, tmp_path, monkeypatch):
     gptoss_stream.convert(checkpoints(), tmp_path / "out")
     assert gptoss_stream.verify(checkpoints(), tmp_path / "out").equal
     monkeypatch.setattr(
-        "gptoss_stream.verification.structure.find_problem", lambda file, tensors: "it is odd"
+        "gptoss_stream.verification.stored_output.find_problem", lambda file, tensors: "it is odd"
     )
     (difference,) = gptoss_stream.verify(checkpoints(), tmp_path / "out").differences
     assert (difference.kind, difference.name) == ("file", "model.safetensors")
