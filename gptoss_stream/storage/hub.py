@@ -28,7 +28,7 @@ from .retries import FEW_TRIES
 
 __all__ = ["HubRepository"]
 
-_ADDED_BY_HUB = (".gitattributes", "README.md", ".gitignore")  # to a new repository
+_ADDED_BY_HUB = (".gitattributes", ".gitignore")  # to a new repository
 
 
 class HubRepository:

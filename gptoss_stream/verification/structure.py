@@ -16,9 +16,8 @@ from ..checkpoint.metadata import CheckpointInfo, read_header
 from ..errors import CheckpointError, OutputError
 from ..model.pruning import ResolvedPruning
 from ..model.selection import Selection
-from ..planning.model_card import CARD_NAME
 from ..planning.options import DEFAULT_FORMAT
-from ..planning.output_files import output_files
+from ..planning.output_files import determined_files
 from ..planning.plan import Plan
 from ..storage.local_folder import LocalFolder
 from ..storage.location import FileInfo
@@ -209,10 +208,11 @@ def _compare_index(folder: Path, found: Mapping[str, RawTensor]) -> Iterator[Dif
 
 
 def _compare_small_files(folder: Path, plan: Plan) -> Iterator[Difference]:
-    """Compare the configuration and the files that are copied from the source."""
-    for name, data in output_files(plan).items():
-        if name == CARD_NAME and (folder / name).is_file():
-            continue  # users write their own
+    """Compare the configuration and the files that are copied from the source.
+
+    Not the model card: users edit it, and it says whether the source was on the Hub.
+    """
+    for name, data in determined_files(plan).items():
         expected = data if isinstance(data, bytes) else b"".join(data.chunks())
         file = folder / name
         if not file.is_file():

@@ -12,6 +12,7 @@ from typing import Any
 
 from .._utils import strict_json
 from ..checkpoint.auxiliary_files import CopiedFile
+from ..checkpoint.source_card import CARD_NAME
 from ..errors import OutputError
 from ..tensors.mxfp4_encoder import EncodingLoss
 from ..tensors.safetensors_header import INDEX_NAME
@@ -153,7 +154,8 @@ class OutputRun(OutputFolder):
         The index goes first: without it nothing looks finished. The record of which files are the
         tool's goes last, so that a deletion that was interrupted can be repeated.
         """
-        order = sorted({*names} - {INDEX_NAME, RECORD_NAME})
+        others_card = [] if self.others_card() is None else [CARD_NAME]
+        order = sorted({*names} - {INDEX_NAME, RECORD_NAME, *others_card})
         (self.path / INDEX_NAME).unlink(missing_ok=True)
         # Before any shard: a worker of that run can then no longer commit one.
         with suppress(FileNotFoundError):
@@ -201,11 +203,19 @@ class OutputRun(OutputFolder):
         for name in (INDEX_NAME, RECORD_NAME):  # of a finished run that has lost a file
             (self.path / name).unlink(missing_ok=True)
         for name, data in self._auxiliary_files.items():
-            self._write_with_checksum(name, data)
+            if name != CARD_NAME or (card := self.others_card()) is None:
+                self._write_with_checksum(name, data)
+            else:
+                self.checksums[name] = hashlib.sha256(card).hexdigest()
         self._lock.release_turn()
+
+    def replace_card(self, card: bytes) -> None:
+        """Finish with another model card than the planned one."""
+        self._write_with_checksum(CARD_NAME, card)
 
     def clear(self) -> None:
         """Delete all files of the run: they were uploaded."""
+        (self.path / CARD_NAME).unlink(missing_ok=True)  # also one of the location's users
         self._delete(self.state["files"])
 
     def before_commit(self, name: str, summary: ShardSummary) -> None:

@@ -224,6 +224,8 @@ class _RemoteOutput:
         if self.spec.encoding is not None:
             run.keep_report(self.remote.read_report() or b"{}")  # of a run that has lost a file
             losses = {**self.remote.read_losses(), **run.losses()}
+        if (card := self.remote.others_card()) is not None:
+            run.replace_card(card)
         run.finish(self.spec.index, {}, losses)
         small = [*self.spec.auxiliary_files, REPORT_NAME, CHECKSUMS_NAME, RECORD_NAME, INDEX_NAME]
         files = {name: run.path / name for name in small if name in run.state["files"]}
