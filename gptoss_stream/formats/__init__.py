@@ -12,7 +12,7 @@ leading underscore are not formats.
 from __future__ import annotations
 
 from ._check_tensors import check_tensors
-from ._format import Format, default_dtype, ignored, warning
+from ._format import Format, default_dtype, ignored, library, loading, warning
 from ._hugging_face_config import pruned_config, stale_entries
 from ._registry import load, names
 from ._source import SourceModel, naming_config, read_source
@@ -27,7 +27,9 @@ __all__ = [
     "check_tensors",
     "default_dtype",
     "ignored",
+    "library",
     "load",
+    "loading",
     "mxfp4_tensors",
     "names",
     "naming_config",

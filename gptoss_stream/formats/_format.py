@@ -10,14 +10,26 @@ from ..model.config import ModelConfig
 from ..tensors.dtypes import DType
 from ._table import Table
 
-__all__ = ["Format", "default_dtype", "ignored", "notes", "warning"]
+__all__ = [
+    "Format",
+    "default_dtype",
+    "ignored",
+    "library",
+    "loading",
+    "notes",
+    "warning",
+]
+
+_LOADED_HERE = """import gptoss_stream
+
+model = gptoss_stream.load_hf_model(folder)"""
 
 
 class Format(Protocol):
     """What the module of a format defines.
 
-    It may also define `IGNORED`, `WARNING`, `DEFAULT_DTYPE` and a function `notes`: see `ignored`,
-    `warning`, `default_dtype` and `notes`.
+    It may also define `IGNORED`, `WARNING`, `DEFAULT_DTYPE`, `LIBRARY`, `LOADING` and a function
+    `notes`: see `ignored`, `warning`, `default_dtype`, `library`, `loading` and `notes`.
     """
 
     TABLE: Table
@@ -84,3 +96,13 @@ def notes(module: Format, info: CheckpointInfo) -> list[str]:
 def default_dtype(module: Format) -> str:
     """Return the dtype to write by default if a format is the source: a torch name or "keep"."""
     return str(getattr(module, "DEFAULT_DTYPE", "bfloat16"))
+
+
+def library(module: Format) -> str:
+    """Return the package that loads a format, as the Hub calls it."""
+    return str(getattr(module, "LIBRARY", "gptoss_stream"))
+
+
+def loading(module: Format) -> str:
+    """Return Python that loads a format from `folder`, for people to copy."""
+    return str(getattr(module, "LOADING", _LOADED_HERE))

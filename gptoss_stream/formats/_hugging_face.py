@@ -17,6 +17,8 @@ __all__ = [
     "FIRST",
     "LAST",
     "LAYER",
+    "LIBRARY",
+    "LOADING",
     "ROUTER",
     "config_files",
     "is_hugging_face",
@@ -64,6 +66,12 @@ LAST: Table = (
 )
 """The rows after the experts."""
 # fmt: on
+
+LIBRARY = "transformers"
+LOADING = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained(folder)"""
 
 
 def is_hugging_face(info: CheckpointInfo, experts: tuple[str, ...]) -> bool:

@@ -14,6 +14,8 @@ from ._hugging_face import (
     EXPERTS,
     FIRST,
     LAST,
+    LIBRARY,
+    LOADING,
     ROUTER,
     config_files,
     is_hugging_face,
@@ -22,7 +24,7 @@ from ._hugging_face import (
 )
 from ._table import Row, Table
 
-__all__ = ["TABLE", "check", "detect", "files", "notes", "read_model"]
+__all__ = ["LIBRARY", "LOADING", "TABLE", "check", "detect", "files", "notes", "read_model"]
 
 TABLE: Table = (
     *FIRST,

@@ -17,6 +17,8 @@ from ._hugging_face import (
     EXPERTS,
     FIRST,
     LAST,
+    LIBRARY,
+    LOADING,
     ROUTER,
     config_files,
     is_hugging_face,
@@ -25,7 +27,17 @@ from ._hugging_face import (
 )
 from ._table import Mxfp4Encoding, Row, Table
 
-__all__ = ["QUANTIZATION", "TABLE", "check", "detect", "files", "notes", "read_model"]
+__all__ = [
+    "LIBRARY",
+    "LOADING",
+    "QUANTIZATION",
+    "TABLE",
+    "check",
+    "detect",
+    "files",
+    "notes",
+    "read_model",
+]
 
 _MXFP4 = Mxfp4Encoding("_blocks", "_scales")
 

@@ -19,7 +19,7 @@ from ..tensors.dtypes import DType
 from ._rotary import parse_rope
 from ._table import Mxfp4Encoding, Row, Table
 
-__all__ = ["TABLE", "check", "detect", "files", "parse_config", "read_model"]
+__all__ = ["LIBRARY", "LOADING", "TABLE", "check", "detect", "files", "parse_config", "read_model"]
 
 _BLOCK = "block.{l}."
 _ATTENTION, _MLP = _BLOCK + "attn.", _BLOCK + "mlp."
@@ -49,6 +49,12 @@ TABLE: Table = (
     Row("unembedding.weight", "unembed", "v m"),
 )
 # fmt: on
+
+LIBRARY = "gpt-oss"
+
+LOADING = """from gpt_oss.torch.model import Transformer
+
+model = Transformer.from_checkpoint(folder, device="cuda")"""
 
 _LENGTH = "original_max_position_embeddings"
 _ROPE_NAMES = {

@@ -26,7 +26,17 @@ from ._transformer_lens_config import (
     refuse_contradiction,
 )
 
-__all__ = ["DEFAULT_DTYPE", "IGNORED", "TABLE", "check", "detect", "files", "read_model"]
+__all__ = [
+    "DEFAULT_DTYPE",
+    "IGNORED",
+    "LIBRARY",
+    "LOADING",
+    "TABLE",
+    "check",
+    "detect",
+    "files",
+    "read_model",
+]
 
 _BLOCK = "blocks.{l}."
 _ATTENTION, _EXPERT = _BLOCK + "attn.", _BLOCK + "mlp.experts.{e}."
@@ -68,6 +78,12 @@ IGNORED = tuple(_ATTENTION + name for name in ("mask", "IGNORE", "rotary_sin", "
 
 DEFAULT_DTYPE = KEEP
 """A state dict that users have changed has the dtype that they chose."""
+
+LIBRARY = "transformer-lens"
+LOADING = """import gptoss_stream
+
+# A HookedTransformer of TransformerLens 3.9
+model = gptoss_stream.load_hooked_transformer(folder)"""
 
 
 def detect(info: CheckpointInfo) -> str | None:

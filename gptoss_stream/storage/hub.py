@@ -30,7 +30,7 @@ from .xet import bound_memory
 
 __all__ = ["HubRepository"]
 
-_ADDED_BY_HUB = (".gitattributes", "README.md", ".gitignore")  # to a new repository
+_ADDED_BY_HUB = (".gitattributes", ".gitignore")  # to a new repository
 
 
 class HubRepository:
@@ -253,11 +253,11 @@ class HubRepository:
 
         A repository that does not exist is created as a private one.
         """
-        self._add({n: self._addition(n, files[n], checksums.get(n)) for n in files})
+        self._add({n: file_addition(self.repo_path(n), files[n], checksums.get(n)) for n in files})
 
     def upload(self, name: str, file: Path, checksum: str) -> bytes:
         """Upload a file, which is not visible before `publish` (see `BatchingLocation`)."""
-        addition = self._addition(name, file, checksum)
+        addition = file_addition(self.repo_path(name), file, checksum)
         where = self.display_path(name)
         with output_errors(str(self)), without_progress_bars():
             self._create()
@@ -271,12 +271,11 @@ class HubRepository:
 
     def publish(self, receipts: Mapping[str, bytes], files: Mapping[str, bytes]) -> None:
         """Make uploaded files visible, all at once, in one commit (see `BatchingLocation`)."""
-        small = {name: self._addition(name, data, None) for name, data in files.items()}
+        small = {
+            name: file_addition(self.repo_path(name), data, None) for name, data in files.items()
+        }
         large = {n: uploaded_addition(self.repo_path(n), text) for n, text in receipts.items()}
         self._add({**small, **large})
-
-    def _addition(self, name: str, data: Path | bytes, checksum: str | None) -> CommitOperationAdd:
-        return file_addition(self.repo_path(name), data, checksum)
 
     def _add(self, additions: Mapping[str, CommitOperationAdd]) -> None:
         """Add files in one commit, and check what the Hub then lists."""

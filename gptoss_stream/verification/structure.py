@@ -12,9 +12,8 @@ from ..adapters import recorded_adapters
 from ..checkpoint.metadata import CheckpointInfo
 from ..model.pruning import ResolvedPruning
 from ..model.selection import Selection
-from ..planning.model_card import CARD_NAME
 from ..planning.options import DEFAULT_FORMAT
-from ..planning.output_files import output_files
+from ..planning.output_files import determined_files
 from ..planning.plan import Plan
 from ..storage.location import Location
 from ..tensors.dtypes import KEEP, OUTPUT_DTYPES, DType
@@ -155,11 +154,12 @@ def _compare_index(output: StoredOutput) -> Iterator[Difference]:
 
 
 def _compare_small_files(output: StoredOutput, plan: Plan) -> Iterator[Difference]:
-    """Compare the configuration and the files that are copied from the source."""
+    """Compare the configuration and the files that are copied from the source.
+
+    Not the model card: users edit it, and it says whether the source was on the Hub.
+    """
     location = output.location
-    for name, data in output_files(plan).items():
-        if name == CARD_NAME and (location.has(name) or name not in output.recorded_files):
-            continue  # users write their own, and earlier versions wrote none
+    for name, data in determined_files(plan).items():
         expected = data if isinstance(data, bytes) else b"".join(data.chunks())
         found = read_file(location, name, max(_MAX_FILE_NBYTES, len(expected)))
         if isinstance(found, Difference):

@@ -83,7 +83,7 @@ def _write_missing(
         missing = [shard for shard in shards if shard not in finished]
         fingerprint_ = fingerprint(run.state)
         written = executor.find_written(missing, partial_folder, fingerprint_)
-        resumed = run.resumption(shards, finished, written)
+        resumed = Resumption.of(shards, finished, run.begun_nbytes, written)
         check_space(run.path, _space_needed(missing) - written)
         executor.setup(run.work)
         on_start(resumed)

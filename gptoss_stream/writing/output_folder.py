@@ -26,7 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from .._utils.regular_file import NotRegularError, open_regular
+from ..checkpoint.source_card import CARD_NAME
 from ..errors import OutputError
+from ..planning.model_card import is_unedited
 from .durable_files import write_durably
 from .encoding_report import LOSSES_SUFFIX, losses_as_text
 from .run_state import RECORD_NAME, RUN_NAME, WORK_NAME, fingerprint, parse_state
@@ -117,6 +119,14 @@ class OutputFolder:
             self.checksums[name] = summary.sha256
             text = f"{summary.sha256}\n".encode()
             write_durably(self.work / f"{name}.sha256", text, partial_folder)
+
+    def others_card(self) -> bytes | None:
+        """Return the model card in the folder if its users wrote or edited it; it is kept."""
+        try:
+            card = (self.path / CARD_NAME).read_bytes()
+        except FileNotFoundError:
+            return None
+        return None if is_unedited(card) else card
 
     @contextmanager
     def worker_folder(self) -> Iterator[Path]:

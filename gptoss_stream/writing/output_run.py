@@ -11,8 +11,8 @@ from typing import Any
 
 from .._utils import strict_json
 from ..checkpoint.auxiliary_files import CopiedFile
+from ..checkpoint.source_card import CARD_NAME
 from ..errors import OutputError
-from ..planning.shards import PlannedShard
 from ..tensors.mxfp4_encoder import EncodingLoss
 from ..tensors.safetensors_header import INDEX_NAME
 from .checksums import CHECKSUMS_NAME, build_checksums, parse_checksums
@@ -27,7 +27,7 @@ from .encoding_report import (
 )
 from .folder_lock import LOCK_NAME, FolderLock
 from .output_folder import OutputFolder
-from .output_spec import OutputSpec, Resumption
+from .output_spec import OutputSpec
 from .receipts import RECEIPT_SUFFIX
 from .run_state import RECORD_NAME, refuse_foreign_files, refuse_other_run
 from .shard_file import sync_folder
@@ -60,7 +60,8 @@ class OutputRun(OutputFolder):
         ]
         self._known_losses: dict[str, EncodingLoss] = {}
         self._partial_folder = self.work
-        self._begun_nbytes = 0
+        self.begun_nbytes = 0
+        """Bytes of unfinished shards that an interrupted run has left, once the folder is locked."""
         self._lock = FolderLock(path)
 
     @contextmanager
@@ -147,25 +148,8 @@ class OutputRun(OutputFolder):
         is_task = partial_folder != self.work
         names = (LOCK_NAME, self.run_file.name, ".sha256", LOSSES_SUFFIX, RECEIPT_SUFFIX)
         kept = () if is_task else names
-        self._begun_nbytes = clear_leftovers(partial_folder, kept)
+        self.begun_nbytes = clear_leftovers(partial_folder, kept)
         self._read_checksums()
-
-    def resumption(
-        self,
-        shards: Sequence[PlannedShard],
-        finished: Sequence[PlannedShard],
-        written_nbytes: int,
-    ) -> Resumption:
-        """Return what this run finds of an interrupted one.
-
-        Args:
-            shards: The shards that it is to write.
-            finished: Those that are finished.
-            written_nbytes: The bytes of others that are written and can be used.
-        """
-        nbytes = sum(shard.nbytes for shard in finished)
-        lost = max(0, self._begun_nbytes - written_nbytes)
-        return Resumption(len(shards), len(finished), nbytes, written_nbytes, lost)
 
     def _delete(self, names: Sequence[str]) -> None:
         """Delete the files of a run.
@@ -173,7 +157,8 @@ class OutputRun(OutputFolder):
         The index goes first: without it nothing looks finished. The record of which files are the
         tool's goes last, so that a deletion that was interrupted can be repeated.
         """
-        order = sorted({*names} - {INDEX_NAME, RECORD_NAME})
+        others_card = [] if self.others_card() is None else [CARD_NAME]
+        order = sorted({*names} - {INDEX_NAME, RECORD_NAME, *others_card})
         (self.path / INDEX_NAME).unlink(missing_ok=True)
         # Before any shard: a worker of that run can then no longer commit one.
         with suppress(FileNotFoundError):
@@ -221,11 +206,19 @@ class OutputRun(OutputFolder):
         for name in (INDEX_NAME, RECORD_NAME):  # of a finished run that has lost a file
             (self.path / name).unlink(missing_ok=True)
         for name, data in self._auxiliary_files.items():
-            self._write_with_checksum(name, data)
+            if name != CARD_NAME or (card := self.others_card()) is None:
+                self._write_with_checksum(name, data)
+            else:
+                self.checksums[name] = hashlib.sha256(card).hexdigest()
         self._lock.release_turn()
+
+    def replace_card(self, card: bytes) -> None:
+        """Finish with another model card than the planned one."""
+        self._write_with_checksum(CARD_NAME, card)
 
     def clear(self) -> None:
         """Delete all files of the run: they were uploaded."""
+        (self.path / CARD_NAME).unlink(missing_ok=True)  # also one of the location's users
         self._delete(self.state["files"])
 
     def before_commit(self, name: str, summary: ShardSummary) -> None:

@@ -31,6 +31,26 @@ class Resumption:
     lost_nbytes: int
     """What was written of other shards and is made again."""
 
+    @classmethod
+    def of(
+        cls,
+        shards: Sequence[PlannedShard],
+        finished: Sequence[PlannedShard],
+        begun_nbytes: int,
+        written_nbytes: int,
+    ) -> Resumption:
+        """Return what a run finds.
+
+        Args:
+            shards: The shards that it is to write.
+            finished: Those that are finished.
+            begun_nbytes: The bytes that were written of others.
+            written_nbytes: The bytes of these that can be used.
+        """
+        nbytes = sum(shard.nbytes for shard in finished)
+        lost = max(0, begun_nbytes - written_nbytes)
+        return cls(len(shards), len(finished), nbytes, written_nbytes, lost)
+
     @property
     def nbytes(self) -> int:
         """What is not written again."""

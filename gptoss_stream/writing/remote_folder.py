@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from .._utils import strict_json
+from ..checkpoint.source_card import CARD_NAME
 from ..errors import CheckpointError, GptOssStreamError, MachineError, OutputError
+from ..planning.model_card import is_unedited
 from ..storage.location import BatchingLocation, FileInfo, WritableLocation
 from ..tensors.safetensors_header import INDEX_NAME
 from .checksums import CHECKSUMS_NAME, parse_checksums
@@ -205,12 +207,16 @@ class RemoteFolder:
     def _delete(self, names: list[str]) -> None:
         """Delete the files of a run: the index first, so that nothing looks finished; last the
         record of which files are the tool's."""
-        others = sorted(
-            {*names, *self._work_files(_CHECKSUM_SUFFIX, LOSSES_SUFFIX)} - {INDEX_NAME, RECORD_NAME}
-        )
+        kept = {INDEX_NAME, RECORD_NAME, *([] if self.others_card() is None else [CARD_NAME])}
+        others = sorted({*names, *self._work_files(_CHECKSUM_SUFFIX, LOSSES_SUFFIX)} - kept)
         for some in ([INDEX_NAME], others, [RECORD_NAME, RUN_NAME]):
             self.location.delete(some)
         self._files, self._checksums = {}, {}
+
+    def others_card(self) -> bytes | None:
+        """Return the model card in the location if its users wrote or edited it; it is kept."""
+        card = self.location.read(CARD_NAME) if CARD_NAME in self._files else None
+        return None if card is None or is_unedited(card) else card
 
     def _work_files(self, *suffixes: str) -> list[str]:
         """Return the files that hold what is known of shards during the run."""

@@ -152,7 +152,7 @@ class _RemoteOutput:
         staged = [shard for shard in left if run.is_finished(shard.name, shard.nbytes)]
         missing = [shard for shard in left if shard not in staged]
         written = self.executor.find_written(missing, partial_folder, fingerprint(run.state))
-        resumed = run.resumption(shards, finished, written)
+        resumed = Resumption.of(shards, finished, run.begun_nbytes, written)
         self.needed = staging_nbytes(missing, self.max_staged) if self.executor.in_process else 0
         check_space(run.path, self.needed)
         self.executor.setup(None)
@@ -259,6 +259,8 @@ class _RemoteOutput:
         if self.spec.encoding is not None:
             run.keep_report(self.remote.read_report() or b"{}")  # of a run that has lost a file
             losses = {**self.remote.read_losses(), **run.losses()}
+        if (card := self.remote.others_card()) is not None:
+            run.replace_card(card)
         run.finish(self.spec.index, {}, losses)
         small = [*self.spec.auxiliary_files, REPORT_NAME, CHECKSUMS_NAME, RECORD_NAME, INDEX_NAME]
         files = {name: run.path / name for name in small if name in run.state["files"]}

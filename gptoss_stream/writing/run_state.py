@@ -17,6 +17,7 @@ from typing import Any
 from .._utils import strict_json
 from .._utils.messages import listed
 from ..checkpoint.small_files import RECORD_NAME
+from ..checkpoint.source_card import CARD_NAME
 from ..errors import OutputError
 from ..storage.location import Location
 from ..tensors.safetensors_header import INDEX_NAME
@@ -86,7 +87,7 @@ def fingerprint(state: Mapping[str, Any]) -> str:
 
 
 def refuse_foreign_files(where: str, found: Iterable[str], state: Mapping[str, Any] | None) -> None:
-    """Refuse an output with files that no run of this tool wrote.
+    """Refuse an output with files that no run of this tool wrote, but for a model card.
 
     Args:
         where: What messages call the output.
@@ -97,7 +98,7 @@ def refuse_foreign_files(where: str, found: Iterable[str], state: Mapping[str, A
         OutputError: Naming the foreign files.
     """
     files = state["files"] if state else ()
-    own = {WORK_NAME, *(str(name).split("/")[0] for name in files)}
+    own = {WORK_NAME, CARD_NAME, *(str(name).split("/")[0] for name in files)}
     foreign = sorted({name.split("/")[0] for name in found} - own)
     if foreign:
         raise OutputError(

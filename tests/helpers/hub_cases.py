@@ -45,9 +45,10 @@ AUXILIARY_FILES = {
 
 
 def finished(output: Path) -> dict[str, str]:
-    """Return the finished files of an output, without the record."""
+    """Return the finished files of an output, without those that say where the source was."""
     found = digests(output)
-    return {n: d for n, d in found.items() if n != RECORD and not n.startswith(f"{WORK_NAME}/")}
+    others = (RECORD, "README.md")
+    return {n: d for n, d in found.items() if n not in others and not n.startswith(f"{WORK_NAME}/")}
 
 
 def assert_nothing_wrong(output: Path, whole: Mapping[str, str]) -> None:

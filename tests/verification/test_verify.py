@@ -236,10 +236,11 @@ def test_every_damage_to_files_is_found(damage, kind, copy, capsys):
 
 
 def test_every_missing_file_is_reported(small):
-    """Except for the record: the options in it are the defaults here."""
+    """Except for the record, since the options in it are the defaults here, and the model card,
+    which its users edit."""
     source, output = small
     for file in sorted(output.iterdir()):
-        if file.name != "gptoss_stream.json":
+        if file.name not in ("gptoss_stream.json", "README.md"):
             data = file.read_bytes()
             file.unlink()
             differences = gptoss_stream.verify(source, output).differences

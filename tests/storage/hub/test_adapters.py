@@ -45,7 +45,7 @@ def test_a_resumed_run_reads_the_adapter_that_it_began_with(
         {"adapter": f"hf://{ADAPTER}@{began}", "revision": "main", "scale": 1.0}
     ]
     card = (tmp_path / "out/README.md").read_text()
-    assert f'base_model:\n- "{NAME}"\n- "{ADAPTER}"\n' in card
+    assert f'base_model:\n- "{NAME}"\n- "{ADAPTER}"\nbase_model_relation: "merge"\n' in card
     assert f"| adapter | [{ADAPTER}](https://huggingface.co/{ADAPTER}) | {began} | 1 |" in card
     local = tmp_path / "local"
     gptoss_stream.convert(released, local, adapters=adapters[0], max_shard_size=SIZE[1])

@@ -76,7 +76,7 @@ def test_foreign_files_are_kept(hub, convert, released, whole):
     # A folder beside them is ours.
     assert convert(NAME, f"hf://{OUT}/converted").returncode == 0
     found = {n.removeprefix("converted/"): d for n, d in contents(hub).items()}
-    assert found.keys() - whole(released).keys() == {"weights.bin", RECORD}
+    assert found.keys() - whole(released).keys() == {"weights.bin", RECORD, "README.md"}
     assert found.items() >= whole(released).items()
 
 

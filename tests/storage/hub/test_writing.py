@@ -6,7 +6,6 @@ import json
 
 import pytest
 from hub_cases import (
-    ADDED_BY_HUB,
     NAME,
     OUT,
     PUT,
@@ -37,7 +36,9 @@ def test_a_repository_is_created_and_filled(part_nbytes, hub, cli, released, who
     assert first == ({f"{WORK_NAME}/run.json"}, set())
     weights = [name for name in whole(released) if name.endswith(".safetensors")]
     assert sorted(shards, key=str) == [({name}, set()) for name in sorted(weights)]
-    assert last[0] == {RECORD, *whole(released)} - {n for added, _ in shards for n in added}
+    assert last[0] == {RECORD, "README.md", *whole(released)} - {
+        n for added, _ in shards for n in added
+    }
     assert INDEX_NAME in last[0]
     assert cleared == (set(), {f"{WORK_NAME}/run.json"})
     assert hub.bytes_received == sum(c.nbytes for n, c in hub.files(OUT).items() if "model-" in n)
@@ -55,12 +56,10 @@ def test_from_repository_to_repository(hub, convert, released, whole, tmp_path):
     done = convert(NAME, f"hf://{OUT}", "--checksums", "--token", TOKEN)
     assert done.returncode == 0, done.stderr
     checksums = bytes(hub.files(OUT)["SHA256SUMS"].read(0, 10**6)).decode()
-    found = {
-        path: content.sha256 for path, content in hub.files(OUT).items() if path not in ADDED_BY_HUB
-    }
-    del found["SHA256SUMS"]
+    found = {path: content.sha256 for path, content in hub.files(OUT).items()}
+    del found["SHA256SUMS"], found[".gitattributes"]
     assert dict(reversed(line.split("  ")) for line in checksums.splitlines()) == found
-    assert found == whole(released) | {RECORD: found[RECORD]}
+    assert found == whole(released) | {n: found[n] for n in (RECORD, "README.md")}
     assert staged(tmp_path) == []
     for content in hub.files(OUT).values():
         assert TOKEN.encode() not in bytes(content.read(0, content.nbytes))
