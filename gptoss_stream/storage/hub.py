@@ -271,11 +271,9 @@ class HubRepository:
 
     def publish(self, receipts: Mapping[str, bytes], files: Mapping[str, bytes]) -> None:
         """Make uploaded files visible, all at once, in one commit (see `BatchingLocation`)."""
-        small = {
-            name: file_addition(self.repo_path(name), data, None) for name, data in files.items()
-        }
-        large = {n: uploaded_addition(self.repo_path(n), text) for n, text in receipts.items()}
-        self._add({**small, **large})
+        additions = {n: file_addition(self.repo_path(n), files[n], None) for n in files}
+        additions |= {n: uploaded_addition(self.repo_path(n), receipts[n]) for n in receipts}
+        self._add(additions)
 
     def _add(self, additions: Mapping[str, CommitOperationAdd]) -> None:
         """Add files in one commit, and check what the Hub then lists."""

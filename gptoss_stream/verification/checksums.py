@@ -9,6 +9,7 @@ from contextlib import closing
 from functools import partial
 
 from .._utils.thread_pool import Buffer, run_steps
+from ..checkpoint.source_card import CARD_NAME
 from ..errors import CheckpointError, OutputError
 from ..storage.location import FileInfo, Location
 from ..writing.checksums import CHECKSUMS_NAME, parse_checksums
@@ -25,7 +26,7 @@ def read_checksums(location: Location) -> tuple[dict[str, str], list[Difference]
     """Read SHA256SUMS.
 
     Returns:
-        The checksums by file name, and what is wrong with SHA256SUMS.
+        The checksums by file name, without that of the model card, which users edit; and what is wrong with SHA256SUMS.
 
     Raises:
         OutputError: If the output has no SHA256SUMS.
@@ -40,7 +41,8 @@ def read_checksums(location: Location) -> tuple[dict[str, str], list[Difference]
     if isinstance(data, Difference):
         return {}, [data]
     try:
-        return parse_checksums(data), []
+        found = parse_checksums(data)
+        return {name: found[name] for name in found if name != CARD_NAME}, []
     except ValueError as error:
         return {}, [
             Difference("checksum", CHECKSUMS_NAME, "", str(error), "a checksum on each line")

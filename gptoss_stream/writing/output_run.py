@@ -61,7 +61,7 @@ class OutputRun(OutputFolder):
         self._known_losses: dict[str, EncodingLoss] = {}
         self._partial_folder = self.work
         self.begun_nbytes = 0
-        """Bytes of unfinished shards that an interrupted run has left, once the folder is locked."""
+        """Bytes of unfinished shards that an interrupted run has left; set by `locked`."""
         self._lock = FolderLock(path)
 
     @contextmanager
