@@ -182,13 +182,17 @@ class _RemoteOutput:
             if summary.losses:
                 self.remote.losses[name] = losses_as_text(summary.losses)
 
+        def report(nbytes: int) -> None:
+            run.check_lock()
+            on_progress(nbytes)
+
         with Uploads(self.remote, run.path, self.max_staged, run.checksums.get) as uploads:
             for shard in staged:
                 on_progress(shard.nbytes)
                 uploads.add_finished(shard.name)
-            callbacks = Callbacks(on_progress, before_commit=before_commit)
+            callbacks = Callbacks(report, before_commit=before_commit)
             if self.executor.in_process:
-                callbacks = Callbacks(on_progress, uploads.start, before_commit, uploads.add)
+                callbacks = Callbacks(report, uploads.start, before_commit, uploads.add)
             self.executor.write_shards(
                 missing,
                 run.path,
