@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,24 @@ def several(checkpoints, tmp_path) -> Path:
     """A tiny checkpoint of four shards that the test may damage."""
     source = checkpoints(layers=2, max_shard_size="200KB")
     return Path(shutil.copytree(source, tmp_path / "source"))
+
+
+@pytest.fixture(scope="session")
+def flock_library(tmp_path_factory):
+    """A function from an error, or 0 for success, to a library for LD_PRELOAD in which `flock`
+    always ends so."""
+    compiler = shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("needs gcc")
+    folder = tmp_path_factory.mktemp("flock")
+
+    def library(error: str) -> str:
+        path = folder / f"{error}.so"
+        if not path.exists():
+            result = f"errno = {error}; return {error} ? -1 : 0;"
+            code = f"#include <errno.h>\nint flock(int file, int operation) {{ {result} }}\n"
+            command = [compiler, "-shared", "-fPIC", "-x", "c", "-", "-o", str(path)]
+            subprocess.run(command, input=code, text=True, check=True)
+        return str(path)
+
+    return library

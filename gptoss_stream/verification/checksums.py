@@ -26,7 +26,8 @@ def read_checksums(location: Location) -> tuple[dict[str, str], list[Difference]
     """Read SHA256SUMS.
 
     Returns:
-        The checksums by file name, without that of the model card, which users edit; and what is wrong with SHA256SUMS.
+        The checksums by file name, without that of the model card, which users edit; and what is
+        wrong with SHA256SUMS.
 
     Raises:
         OutputError: If the output has no SHA256SUMS.

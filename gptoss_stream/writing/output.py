@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import Event
 
 from .._utils.failures import machine_error
 from ..checkpoint.auxiliary_files import CopiedFile
@@ -96,11 +97,18 @@ def _write_missing(
                 run.check_run(fingerprint_)
             run.before_commit(name, summary)
 
+        def report(nbytes: int) -> None:
+            run.check_lock()
+            on_progress(nbytes)
+
+        def before_start(name: str, stop: Event) -> None:
+            run.check_lock()
+
         executor.write_shards(
             missing,
             run.path,
             partial_folder,
-            Callbacks(on_progress, before_commit=before_commit),
+            Callbacks(report, before_start, before_commit),
             run=fingerprint_,
             checksums=spec.checksums,
         )

@@ -25,7 +25,7 @@ from .encoding_report import (
     parse_report,
     reported_losses,
 )
-from .folder_lock import LOCK_NAME, FolderLock
+from .folder_lock import FolderLock, is_lock
 from .output_folder import OutputFolder
 from .output_spec import OutputSpec
 from .receipts import RECEIPT_SUFFIX
@@ -84,12 +84,9 @@ class OutputRun(OutputFolder):
         if not self.work.exists():
             self._refuse_foreign()
         may_delete = not self.work.exists()
-        self._lock.acquire(shared=task is not None)
+        self._lock.acquire(task)
         partial_folder = self.work if task is None else self.work / task
         try:
-            if task is not None:
-                self._lock.acquire_task(task)
-                self._lock.acquire_turn()
             self._refuse_foreign()
             self._prepare(overwrite, partial_folder)
             may_delete = True
@@ -97,18 +94,31 @@ class OutputRun(OutputFolder):
                 partial_folder.mkdir(exist_ok=True)
                 self._partial_folder = partial_folder
             yield partial_folder
+        except OSError:  # which may only follow from this:
+            with suppress(OSError):
+                self._lock.check()
+            raise
         finally:
-            self._lock.release_turn()
-            if self._lock.is_task:
-                with suppress(OSError):
-                    clear_leftovers(partial_folder)
-                    partial_folder.rmdir()  # unless a part of a shard is kept
-            if may_delete and self._is_unused(task):
-                self._remove_work()
-                if not existed:
-                    with suppress(OSError):  # something else is in it: then it stays
-                        self.path.rmdir()
-            self._lock.release()
+            try:
+                if self._lock.is_held():  # otherwise all of it is another run's
+                    self._clean_up(task, partial_folder, may_delete, existed)
+            finally:
+                self._lock.release()
+
+    def _clean_up(
+        self, task: str | None, partial_folder: Path, may_delete: bool, existed: bool
+    ) -> None:
+        """Delete what a run leaves that has ended, or was refused."""
+        self._lock.release_turn()
+        if task is not None:
+            with suppress(OSError):
+                clear_leftovers(partial_folder)
+                partial_folder.rmdir()  # unless a part of a shard is kept
+        if may_delete and self._is_unused(task):
+            self._lock.remove_work()
+            if not existed:
+                with suppress(OSError):  # something else is in it: then it stays
+                    self.path.rmdir()
 
     def _is_unused(self, task: str | None) -> bool:
         """Return whether no run is unfinished in the folder and no other task is active."""
@@ -144,12 +154,16 @@ class OutputRun(OutputFolder):
             unfinished = self.run_file.exists()
             refuse_other_run(str(self.path), found, self.state, unfinished=unfinished)
             self.state = dict(found)
-        # Other files of a task's run may belong to tasks that are running.
-        is_task = partial_folder != self.work
-        names = (LOCK_NAME, self.run_file.name, ".sha256", LOSSES_SUFFIX, RECEIPT_SUFFIX)
-        kept = () if is_task else names
-        self.begun_nbytes = clear_leftovers(partial_folder, kept)
+        is_task = partial_folder != self.work  # other tasks may be running
+        self.begun_nbytes = clear_leftovers(
+            partial_folder, lambda name: not is_task and self._is_kept(name)
+        )
         self._read_checksums()
+
+    def _is_kept(self, name: str) -> bool:
+        """Return whether a file of the work folder is not a leftover."""
+        is_known = name.endswith((".sha256", LOSSES_SUFFIX, RECEIPT_SUFFIX))
+        return is_known or name == self.run_file.name or is_lock(name)
 
     def _delete(self, names: Sequence[str]) -> None:
         """Delete the files of a run.
@@ -164,24 +178,13 @@ class OutputRun(OutputFolder):
         with suppress(FileNotFoundError):
             self.run_file.replace(self.path / RECORD_NAME)
         for file in self.work.iterdir():
-            if file.name != LOCK_NAME:
+            if not is_lock(file.name):
                 remove(file)
         for name in (*order, RECORD_NAME):
             (self.path / name).unlink(missing_ok=True)
         for folder in {Path(name).parent for name in names} - {Path()}:
             with suppress(OSError):  # something else may be in it
                 (self.path / folder).rmdir()
-        sync_folder(self.path)
-
-    def _remove_work(self) -> None:
-        """Delete the work folder, the lock last: until then the folder is locked."""
-        with suppress(FileNotFoundError):
-            for file in sorted(self.work.iterdir(), key=lambda file: file.name == LOCK_NAME):
-                remove(file)
-        try:
-            self.work.rmdir()
-        except OSError:
-            return  # another run may have begun in it, now that it could
         sync_folder(self.path)
 
     def _read_checksums(self) -> None:
@@ -221,8 +224,13 @@ class OutputRun(OutputFolder):
         (self.path / CARD_NAME).unlink(missing_ok=True)  # also one of the location's users
         self._delete(self.state["files"])
 
+    def check_lock(self) -> None:
+        """Refuse to go on if another run took the folder over while this one was suspended."""
+        self._lock.check(if_silent=True)
+
     def before_commit(self, name: str, summary: ShardSummary) -> None:
-        """Keep what is known of a shard (see `Callbacks.before_commit`)."""
+        """Keep what is known of a shard, if the run still has its folder."""
+        self._lock.check()
         self.save_summary(name, summary, self._partial_folder)
 
     def losses(self) -> dict[str, bytes]:
@@ -272,6 +280,7 @@ class OutputRun(OutputFolder):
             self._lock.acquire_turn()
             self._read_checksums()
         try:
+            self._lock.check()
             if self.is_complete:  # finished by another task
                 return True
             if not all(self.is_finished(name, nbytes) for name, nbytes in sizes.items()):
@@ -297,4 +306,5 @@ class OutputRun(OutputFolder):
         self.checksums[name] = self._write(target, data)
 
     def _write(self, target: Path, data: bytes | CopiedFile) -> str:
+        self.check_lock()
         return write_durably(target, data, self._partial_folder)

@@ -191,6 +191,10 @@ class _RemoteOutput:
             if summary.losses:
                 self.remote.losses[name] = losses_as_text(summary.losses)
 
+        def report(nbytes: int) -> None:
+            run.check_lock()
+            on_progress(nbytes)
+
         seconds = _SECONDS_OF_A_TASK * self.task.count if self.task else 0.0
         with Uploads(
             self.remote,
@@ -203,9 +207,9 @@ class _RemoteOutput:
             for shard in staged:
                 on_progress(shard.nbytes)
                 uploading.add_finished(shard.name)
-            callbacks = Callbacks(on_progress, before_commit=before_commit)
+            callbacks = Callbacks(report, before_commit=before_commit)
             if self.executor.in_process:
-                callbacks = Callbacks(on_progress, uploading.start, before_commit, uploading.add)
+                callbacks = Callbacks(report, uploading.start, before_commit, uploading.add)
             self.executor.write_shards(
                 missing,
                 run.path,

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,12 +117,12 @@ class ShardJournal:
         self._file.unlink(missing_ok=True)
 
 
-def clear_leftovers(folder: Path, keep: tuple[str, ...] = ()) -> int:
+def clear_leftovers(folder: Path, is_kept: Callable[[str], bool] = lambda name: False) -> int:
     """Delete what interrupted runs have left in a folder, other than shards with a journal.
 
     Args:
         folder: The folder, which need not exist.
-        keep: Endings of names of other files to keep.
+        is_kept: Returns whether another file is kept, by its name.
 
     Returns:
         The bytes of the unfinished shards that were there, with a journal or without.
@@ -140,7 +140,7 @@ def clear_leftovers(folder: Path, keep: tuple[str, ...] = ()) -> int:
     )
     for name in names:
         is_part = name.startswith(journaled) and not name.endswith(".partial")
-        if not is_part and not name.endswith(keep):
+        if not is_part and not is_kept(name):
             remove(folder / name)
     return nbytes
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import resource
 import shutil
@@ -111,6 +112,19 @@ def assert_resumes(source: Path, output: Path, whole: dict[str, str], *options: 
     done = run(convert_command(source, output, *options))
     assert done.returncode == 0, done.stderr
     assert digests(output) == whole
+
+
+def assert_one_wrote(ends, output: Path, whole: dict[str, str]) -> None:
+    """Assert that of several runs with --json into one folder, one wrote all shards, and the others
+    were refused or found the output complete."""
+    reports = [json.loads(end.stdout) for end in ends if end.returncode == 0]
+    written = [report["bytes_out"] - report["bytes_resumed"] for report in reports]
+    for end in ends:
+        if end.returncode != 0:
+            assert_clean_error(end, 2)
+            assert "another run" in end.stderr
+    assert digests(output) == whole
+    assert sum(written) == sum(file.stat().st_size for file in output.glob("*.safetensors"))
 
 
 def limit_file_size(nbytes: int) -> Callable[[], None]:

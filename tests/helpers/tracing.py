@@ -24,6 +24,8 @@ CALLS = (
 )
 """Calls that change a folder, or report errors of earlier changes. `?` marks those that not every
 machine has."""
+RANDOM_NAMES = re.compile(r"\.guard-\w")
+"""In names that are others in each run. Calls on these files alone are left out."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,10 @@ def parse(log: Iterable[str], folder: Path) -> list[Call]:
         name = re.match(r"(\w+)\(", text)
         if name and within.search(text):
             arguments = text.partition(") = ")[0]  # the result names an opened file again
-            paths = tuple(path or "." for path in within.findall(arguments))
-            calls.append(Call(thread, name[1], paths, begin, end))
+            found = [path or "." for path in within.findall(arguments)]
+            paths = tuple(path for path in found if not RANDOM_NAMES.search(path))
+            if paths:
+                calls.append(Call(thread, name[1], paths, begin, end))
     return calls
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -22,6 +21,7 @@ from runs import (
     Conversion,
     assert_clean_error,
     assert_nothing_half_written,
+    assert_one_wrote,
     catches,
     digests,
     finish,
@@ -300,19 +300,6 @@ def test_a_second_signal_does_not_wait(strace, small, tmp_path):
     small.assert_sound(output)
 
 
-def assert_one_wrote(ends, output: Path, conversion: Conversion) -> None:
-    """Assert that of several runs with --json into one folder, one wrote all shards, and the others
-    were refused or found the output complete."""
-    reports = [json.loads(end.stdout) for end in ends if end.returncode == 0]
-    written = [report["bytes_out"] - report["bytes_resumed"] for report in reports]
-    for end in ends:
-        if end.returncode != 0:
-            assert_clean_error(end, 2)
-            assert "another run" in end.stderr
-    assert digests(output) == conversion.whole
-    assert sum(written) == sum(file.stat().st_size for file in output.glob("*.safetensors"))
-
-
 @pytest.mark.parametrize("races", [5, pytest.param(50, marks=slow)])
 def test_races_for_one_output(races, small, tmp_path):
     """Of several runs that start at nearly the same time, one writes the output undisturbed."""
@@ -325,7 +312,7 @@ def test_races_for_one_output(races, small, tmp_path):
                 processes.append(stack.enter_context(small.running(output, "--json")))
                 time.sleep(random.choice((0, random.uniform(0, 1.2 * small.seconds))))
             ends = [finish(process, 30) for process in processes]
-        assert_one_wrote(ends, output, small)
+        assert_one_wrote(ends, output, small.whole)
         shutil.rmtree(output)
 
 
@@ -348,7 +335,7 @@ def test_a_run_beside_a_stopped_one(which, small, calls, tmp_path):
             first.send_signal(signal.SIGCONT)
             ends = [finish(first, 60), second]
         print(point, *calls[point - 1].paths, *((end.returncode, end.stderr) for end in ends))
-        assert_one_wrote(ends, output, small)
+        assert_one_wrote(ends, output, small.whole)
         shutil.rmtree(output)
 
 

@@ -170,9 +170,9 @@ OPTIONS = {
 
 
 def contents(run: Interrupted) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the checksums of all files of both folders, except the lock, which changes."""
-    output = digests(run.output)
-    output.pop(f"{WORK_NAME}/lock")
+    """Return the checksums of all files of both folders, except lock and guard, which change."""
+    changing = (f"{WORK_NAME}/lock", f"{WORK_NAME}/run.guard")
+    output = {name: digest for name, digest in digests(run.output).items() if name not in changing}
     return digests(run.source), output
 
 
