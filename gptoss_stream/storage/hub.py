@@ -19,9 +19,17 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from ..errors import CheckpointError, MachineError, OptionError, OutputError
 from .byte_ranges import TIMEOUT
-from .hub_file import HubFile, cached_folder
+from .hub_commits import known_commit, known_files, remember
+from .hub_file import Address, HubFile, cached_folder
 from .hub_names import parse_name
-from .hub_requests import NotFoundError, output_errors, retry, source_errors, without_progress_bars
+from .hub_requests import (
+    NotFoundError,
+    output_errors,
+    resolve,
+    retry,
+    source_errors,
+    without_progress_bars,
+)
 from .local_folder import LocalFolder
 from .location import FileInfo, read_whole
 from .retries import FEW_TRIES
@@ -47,7 +55,8 @@ class HubRepository:
         self.token = token
         self._download = download
         self._api = huggingface_hub.HfApi(token=token, library_name="gptoss_stream")
-        self._files: dict[str, FileInfo] = {}
+        self._files: Mapping[str, FileInfo] = {}
+        self._addresses: dict[str, Address] = {}
         self._exists = False
         self._is_reachable = False
 
@@ -81,21 +90,15 @@ class HubRepository:
         if constants.HF_HUB_OFFLINE:
             return cached_folder(repo, revision, folder)
         location = cls(repo, None, folder, token, download)
-        with source_errors(f"hf://{repo}"):
-            info = retry(
-                lambda: location._api.repo_info(repo, revision=revision, timeout=TIMEOUT),
-                f"hf://{repo}",
-                tries=FEW_TRIES,
-            )
-        location.commit = info.sha
         location.revision = revision or constants.DEFAULT_REVISION
-        if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)):
-            raise CheckpointError(
-                f"hf://{repo}: the server names no commit, so that files of two states could be "
-                "mixed; use --download from the Hub itself"
-            )
-        with source_errors(str(location)):
-            location._files = dict(location.listing())
+        commit = known_commit(repo, location.revision) or resolve(location._api, repo, revision)
+        location.commit = commit
+        known = known_files(repo, commit, folder)
+        if known is None:
+            with source_errors(str(location)):
+                known = dict(location.listing())
+            remember(repo, commit, folder, known)
+        location._files = known
         return location
 
     @classmethod
@@ -145,7 +148,8 @@ class HubRepository:
         """Open a file (see `Location.open`)."""
         if name not in self._files:
             raise CheckpointError(f"{self.display_path(name)}: there is no such file")
-        return HubFile(self, self._files[name])
+        address = self._addresses.setdefault(name, Address())
+        return HubFile(self, self._files[name], address)
 
     def pinned_to(self, state: Mapping[str, Any] | None) -> HubRepository | LocalFolder:
         """Return the repository at the commit that an unfinished run began to read."""

@@ -17,7 +17,7 @@ from ..errors import OutputError
 from ..tensors.mxfp4_encoder import EncodingLoss
 from ..tensors.safetensors_header import INDEX_NAME
 from .checksums import CHECKSUMS_NAME, build_checksums, parse_checksums
-from .durable_files import remove, write_durably
+from .durable_files import copied_checksum, remove, write_durably
 from .encoding_report import (
     LOSSES_SUFFIX,
     REPORT_NAME,
@@ -194,20 +194,32 @@ class OutputRun(OutputFolder):
             (self.path / name).is_file() for name in self.state["files"]
         )
 
-    def begin(self) -> None:
-        """Write the state and the auxiliary files; other tasks may then begin."""
+    def begin(self, *, auxiliary: bool = True) -> None:
+        """Write the state and the auxiliary files; other tasks may then begin.
+
+        Args:
+            auxiliary: Whether to write the auxiliary files, or leave them to
+                `write_auxiliary_files`.
+        """
         if not self.run_file.exists():
             self._write(self.run_file, strict_json.dumps(self.state))
         with suppress(FileNotFoundError):
             self.keep_report((self.path / REPORT_NAME).read_bytes())
         for name in (INDEX_NAME, RECORD_NAME):  # of a finished run that has lost a file
             (self.path / name).unlink(missing_ok=True)
-        for name, data in self._auxiliary_files.items():
-            if name != CARD_NAME or (card := self.others_card()) is None:
-                self._write_with_checksum(name, data)
-            else:
-                self.checksums[name] = hashlib.sha256(card).hexdigest()
+        if auxiliary:
+            self.write_auxiliary_files()
         self._lock.release_turn()
+
+    def write_auxiliary_files(self) -> None:
+        """Write the auxiliary files, but for a remote one that another task has copied."""
+        for name, data in self._auxiliary_files.items():
+            if name == CARD_NAME and (card := self.others_card()) is not None:
+                self.checksums[name] = hashlib.sha256(card).hexdigest()
+            elif self._lock.is_task and (known := copied_checksum(self.path / name, data)):
+                self.checksums[name] = known
+            else:
+                self._write_with_checksum(name, data)
 
     def replace_card(self, card: bytes) -> None:
         """Finish with another model card than the planned one."""
