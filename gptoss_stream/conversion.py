@@ -23,6 +23,7 @@ from .planning.output_files import output_files
 from .planning.plan import Plan, plan_conversion, read_adapters, read_reference
 from .planning.run_identity import encoding_identity, run_identity
 from .planning.shards import DEFAULT_SHARD_SIZE
+from .storage.hub_commits import remember_listings, remember_run
 from .storage.local_folder import LocalFolder
 from .storage.location import Location, LocationLike, WritableLocation
 from .storage.open_location import open_location, open_writable_location
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from .writing.executor import Executor
     from .writing.output_spec import OutputResult, OutputSpec, Resumption
 
-__all__ = ["convert"]
+__all__ = ["convert", "join_array"]
 
 
 def convert(
@@ -132,9 +133,10 @@ def convert(
     if array_task is not None and client is not None:
         raise OptionError(f"{array_task} is for runs without a scheduler; give only one of them")
     target = _open_target(output)
-    location = open_location(source)
     state = None if overwrite else _unfinished_state(target)
-    location = location.pinned_to(state)
+    if array_task is not None:
+        remember_listings((state or {}).get("listings"))
+    location = open_location(source).pinned_to(state)
     options = replace(options, adapters=open_adapters(options.adapters, state))
     source_model = read_source(read_metadata(location), source_format)
     plan = plan_conversion(source_model, options, read_reference(base), read_adapters(options))
@@ -187,6 +189,17 @@ def _open_target(
     if not isinstance(output, (str, os.PathLike)):
         return output
     return open_writable_location(output) or user_path(output)
+
+
+def join_array(output: str | WritableLocation) -> None:
+    """Read the commits that the other array tasks of this process's run read, if any has begun.
+
+    Each then need not ask the Hub for them. Not done for outputs on the Hub: it would take more
+    requests than it saves.
+    """
+    target = _open_target(output)
+    if isinstance(target, Path) or not target.identity.startswith("hf://"):
+        remember_run(_unfinished_state(target) or {})
 
 
 def _unfinished_state(target: Path | WritableLocation) -> Mapping[str, Any] | None:

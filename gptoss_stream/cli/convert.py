@@ -90,13 +90,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _convert(arguments: argparse.Namespace, task: tuple[int, int] | None) -> Report:
     """Convert SOURCE to OUTPUT and print messages on the way."""
-    from ..conversion import convert
+    from ..conversion import convert, join_array
 
     with (
         dask_client(arguments, task) as client,
         progress_bar(arguments.quiet) as (start_bar, on_progress),
     ):
         output = open_output(arguments)
+        if task is not None:
+            join_array(output or arguments.output)
         source = open_source(arguments, is_token_for_other=output is not None)
 
         def on_plan(plan: Plan) -> None:

@@ -21,6 +21,7 @@ from ..planning.plan import Plan, plan_conversion, read_adapters, read_reference
 from ..planning.plan_readers import open_plan_readers
 from ..planning.run_identity import run_identity
 from ..planning.shards import PlannedShard
+from ..storage.hub_commits import remember_listings
 from ..storage.location import WritableLocation
 from ..storage.open_location import open_location, open_writable_location
 from ..writing.disk_space import check_space, disk_full_error, is_disk_full
@@ -69,6 +70,7 @@ def open_task(spec: TaskSpec) -> _OpenedTask:
                 f"gptoss_stream {__version__} is installed here, and {spec.version} runs the "
                 "conversion; install the same version everywhere"
             )
+        remember_listings(spec.identity.get("listings"))  # fewer requests to the Hub
         info = read_metadata(open_location(spec.source))
         plan = plan_conversion(
             read_source(info, spec.options.source_format),
@@ -77,7 +79,7 @@ def open_task(spec: TaskSpec) -> _OpenedTask:
             read_adapters(spec.options),
         )
         # The revision that a user named may have moved on since it was resolved to a commit.
-        ignored = {"source", "source_revision", "reference", "adapters"}
+        ignored = {"source", "source_revision", "reference", "adapters", "listings"}
         expected, found = (
             {key: value for key, value in json.loads(json.dumps(identity)).items()
              if key not in ignored}

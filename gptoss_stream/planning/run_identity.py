@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import __version__
 from ..checkpoint.metadata import CheckpointInfo
+from ..storage.hub_commits import listings_of
 from .plan import Plan
 
 __all__ = ["encoding_identity", "run_identity"]
@@ -40,6 +41,7 @@ def run_identity(plan: Plan) -> dict[str, Any]:
         **_encoding(plan),
         **_merge(plan),
         "unused": list(plan.unmapped),
+        **_listings(plan),
         "plan": _digest(
             *(
                 f"{raw.shard} {raw.name} {raw.dtype.code} {raw.shape} {raw.offset}\n".encode()
@@ -74,6 +76,14 @@ def _merge(plan: Plan) -> dict[str, Any]:
         return {}
     rounding = {"merge_like_peft": True} if plan.merge.like_peft else {}
     return {"adapters": plan.merge.sources(), "merged": plan.merge.identity(), **rounding}
+
+
+def _listings(plan: Plan) -> dict[str, Any]:
+    """Return the files of the commits of the Hub that are read, for other processes of the run."""
+    infos = [plan.info, *([plan.reference] if plan.reference else [])]
+    infos += [] if plan.merge is None else plan.merge.infos
+    found = listings_of(info.location.identity for info in infos)
+    return {"listings": found} if found else {}
 
 
 def _files(info: CheckpointInfo) -> dict[str, list[Any]]:

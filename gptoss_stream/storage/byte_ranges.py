@@ -67,6 +67,7 @@ class _Range:
     where: str
     """The name of the file in messages."""
     etag: str | None
+    etags: dict[str, str] | None
 
     @property
     def is_whole(self) -> bool:
@@ -82,6 +83,7 @@ def read_range(
     where: str,
     stop: threading.Event,
     etag: str | None = None,
+    etags: dict[str, str] | None = None,
 ) -> None:
     """Fill memory with bytes of a file.
 
@@ -94,6 +96,8 @@ def read_range(
         where: The name of the file in messages.
         stop: Ends the read with an error when it is set.
         etag: The ETag that each reply must have, if any.
+        etags: The ETag that each reply from an address must have, by address; the first reply from
+            another address is added.
 
     Raises:
         CheckpointError: If the file is missing, cannot be accessed, or has changed.
@@ -103,7 +107,7 @@ def read_range(
     done = 0
     renew = False
     while done < len(out):
-        requested = _Range(begin + done, len(out) - done, total, where, etag)
+        requested = _Range(begin + done, len(out) - done, total, where, etag, etags)
         try:
             for nbytes in _try(link(renew), out[done:], requested):
                 done += nbytes
@@ -134,6 +138,7 @@ def _try(link: DownloadLink, out: memoryview, requested: _Range) -> Iterator[int
             _refuse_downgrade(link.url, str(reply.url), requested.where)
             _check_status(reply, link, requested)
             _check_headers(reply, requested)
+            _check_etag(reply.headers.get("ETag"), link, requested)
             done = 0
             for chunk in reply.iter_raw(_CHUNK_NBYTES):
                 if done + len(chunk) > len(out):
@@ -176,9 +181,6 @@ def _check_headers(reply: Any, requested: _Range) -> None:
     coding = reply.headers.get("Content-Encoding", "identity")
     if coding != "identity":
         raise _FailedTry(f"the server sent the bytes with the coding {coding[:20]!r}")
-    found = reply.headers.get("ETag")
-    if requested.etag is not None and found is not None and found != requested.etag:
-        raise changed(requested.where)
     length = reply.headers.get("Content-Length")
     if length is not None and length != str(requested.nbytes):
         if requested.is_whole:
@@ -194,6 +196,15 @@ def _check_headers(reply: Any, requested: _Range) -> None:
     begin, last = requested.begin, requested.begin + requested.nbytes - 1
     if (int(match[1]), int(match[2])) != (begin, last):
         raise _FailedTry(f"the server sends bytes {match[1]}-{match[2]} for {begin}-{last}")
+
+
+def _check_etag(found: str | None, link: DownloadLink, requested: _Range) -> None:
+    """Check that a reply is of the same file as others are."""
+    expected = requested.etag
+    if found is not None and requested.etags is not None:
+        expected = requested.etags.setdefault(link.url, found)
+    if expected is not None and found is not None and found != expected:
+        raise changed(requested.where)
 
 
 def _refuse_downgrade(requested: str, got: str, where: str) -> None:

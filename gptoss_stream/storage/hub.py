@@ -20,9 +20,10 @@ from huggingface_hub.errors import EntryNotFoundError
 from ..errors import CheckpointError, OptionError, OutputError
 from .byte_ranges import TIMEOUT
 from .hub_additions import check_listed, file_addition, make_receipt, uploaded_addition
-from .hub_file import HubFile, cached_folder
+from .hub_commits import known_commit, known_files, remember
+from .hub_file import Address, HubFile, cached_folder
 from .hub_names import parse_name
-from .hub_requests import NotFoundError, output_errors, retry, source_errors, without_progress_bars
+from .hub_requests import NotFoundError, resolve, retry, source_errors, uploading
 from .local_folder import LocalFolder
 from .location import FileInfo, read_whole
 from .retries import FEW_TRIES
@@ -49,7 +50,8 @@ class HubRepository:
         self.token = token
         self._download = download
         self._api = huggingface_hub.HfApi(token=token, library_name="gptoss_stream")
-        self._files: dict[str, FileInfo] = {}
+        self._files: Mapping[str, FileInfo] = {}
+        self._addresses: dict[str, Address] = {}
         self._exists = False
         self._is_reachable = False
 
@@ -83,21 +85,15 @@ class HubRepository:
         if constants.HF_HUB_OFFLINE:
             return cached_folder(repo, revision, folder)
         location = cls(repo, None, folder, token, download)
-        with source_errors(f"hf://{repo}"):
-            info = retry(
-                lambda: location._api.repo_info(repo, revision=revision, timeout=TIMEOUT),
-                f"hf://{repo}",
-                tries=FEW_TRIES,
-            )
-        location.commit = info.sha
         location.revision = revision or constants.DEFAULT_REVISION
-        if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)):
-            raise CheckpointError(
-                f"hf://{repo}: the server names no commit, so that files of two states could be "
-                "mixed; use --download from the Hub itself"
-            )
-        with source_errors(str(location)):
-            location._files = dict(location.listing())
+        commit = known_commit(repo, location.revision) or resolve(location._api, repo, revision)
+        location.commit = commit
+        known = known_files(repo, commit, folder)
+        if known is None:
+            with source_errors(str(location)):
+                known = dict(location.listing())
+            remember(repo, commit, folder, known)
+        location._files = known
         return location
 
     @classmethod
@@ -148,7 +144,8 @@ class HubRepository:
         """Open a file (see `Location.open`)."""
         if name not in self._files:
             raise CheckpointError(f"{self.display_path(name)}: there is no such file")
-        return HubFile(self, self._files[name])
+        address = self._addresses.setdefault(name, Address())
+        return HubFile(self, self._files[name], address)
 
     def pinned_to(self, state: Mapping[str, Any] | None) -> HubRepository | LocalFolder:
         """Return the repository at the commit that an unfinished run began to read."""
@@ -259,7 +256,7 @@ class HubRepository:
         """Upload a file, which is not visible before `publish` (see `BatchingLocation`)."""
         addition = file_addition(self.repo_path(name), file, checksum)
         where = self.display_path(name)
-        with output_errors(str(self)), without_progress_bars():
+        with uploading(str(self)):
             self._create()
             retry(lambda: self._api.preupload_lfs_files(self.repo, [addition]), where)
         if not addition._is_uploaded:
@@ -299,7 +296,7 @@ class HubRepository:
             if left := operations():
                 self._api.create_commit(self.repo, left, commit_message=message[:200])
 
-        with output_errors(str(self)), without_progress_bars():
+        with uploading(str(self)):
             self._create()
             retry(commit, str(self))
 

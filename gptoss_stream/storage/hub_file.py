@@ -24,32 +24,54 @@ if TYPE_CHECKING:
 __all__ = ["HubFile", "cached_folder"]
 
 
+class Address:
+    """From where a file can be downloaded at the moment, for all who have it open."""
+
+    def __init__(self) -> None:
+        self.link: DownloadLink | None = None
+        self.linking = threading.Lock()
+        self.etags: dict[str, str] = {}
+        """The ETag of the first reply from each link."""
+
+
 class HubFile:
     """An open file of a repository (see `File`), read from the Hub's cache or by range."""
 
-    def __init__(self, location: HubRepository, info: FileInfo) -> None:
+    def __init__(self, location: HubRepository, info: FileInfo, address: Address) -> None:
         self._location = location
         self.info = info
-        self._link: DownloadLink | None = None
-        self._linking = threading.Lock()
+        self._address = address
         self._cached: LocalFile | None = None
+        self._opening = threading.Lock()
         self._has_searched_cache = False
-        self._needs_check = False
 
     def read_into(self, out: memoryview, begin: int, stop: threading.Event) -> None:
         """Fill memory with the file's bytes; check the checksum if that is the whole file."""
         if not self._has_searched_cache:
-            with self._linking:
+            with self._opening:
                 self._cached = self._cached or self._open_cached()
                 self._has_searched_cache = True
         if self._cached is not None:
             self._cached.read_into(out, begin, stop)
             return
         where = self._location.display_path(self.info.name)
-        self._needs_check = True
-        read_range(self._get_link, out, begin, self.info.nbytes, where, stop)
-        if len(out) == self.info.nbytes and not _has_checksum(out, self.info):
+        is_whole = len(out) == self.info.nbytes
+        if is_whole and self.info.sha256 is None:
+            self._read_small(out, where, stop)
+        else:
+            etags = self._address.etags
+            read_range(self._get_link, out, begin, self.info.nbytes, where, stop, etags=etags)
+        if is_whole and not _has_checksum(out, self.info):
             raise changed(where)
+
+    def _read_small(self, out: memoryview, where: str, stop: threading.Event) -> None:
+        """Read a whole file that the Hub sends itself, without a request for its address."""
+        link = DownloadLink(self._url, self._headers())
+        try:
+            read_range(lambda renew: link, out, 0, len(out), where, stop)
+        except CheckpointError:
+            self._resolve()  # says why the Hub refuses it
+            raise
 
     def _open_cached(self) -> LocalFile | None:
         """Open the file in huggingface_hub's cache, if it is complete."""
@@ -70,17 +92,11 @@ class HubFile:
     def _resolve(self) -> DownloadLink:
         """Request the file's address; raise `CheckpointError` if the file has changed."""
         location, info = self._location, self.info
-        url = huggingface_hub.hf_hub_url(
-            location.repo,
-            location.repo_path(info.name),
-            revision=location.commit,
-            endpoint=constants.ENDPOINT,
-        )
         where = location.display_path(info.name)
         with source_errors(where):
             found = retry(
                 lambda: huggingface_hub.get_hf_file_metadata(
-                    url, token=location.token, timeout=TIMEOUT
+                    self._url, token=location.token, timeout=TIMEOUT
                 ),
                 where,
             )
@@ -98,27 +114,45 @@ class HubFile:
         home, target = origin(constants.ENDPOINT), origin(found.location)
         if home[0] == "https" and target[0] != "https":
             raise MachineError(f"{where}: the Hub redirects from https to an unprotected address")
-        headers = huggingface_hub.utils.build_hf_headers(
-            token=location.token, library_name="gptoss_stream"
-        )
+        headers = self._headers()
         if target != home:
             headers = {k: v for k, v in headers.items() if k.lower() != "authorization"}
         return DownloadLink(found.location, headers, is_signed=target != home)
 
+    @property
+    def _url(self) -> str:
+        """The file's address at the Hub."""
+        return huggingface_hub.hf_hub_url(
+            self._location.repo,
+            self._location.repo_path(self.info.name),
+            revision=self._location.commit,
+            endpoint=constants.ENDPOINT,
+        )
+
+    def _headers(self) -> dict[str, str]:
+        """Return the headers of requests to the Hub."""
+        return huggingface_hub.utils.build_hf_headers(
+            token=self._location.token, library_name="gptoss_stream"
+        )
+
     def _get_link(self, renew: bool) -> DownloadLink:
         """Return the file's address, a new one if `renew` is set."""
-        used = self._link
-        with self._linking:
+        address = self._address
+        used = address.link
+        with address.linking:
             # Another thread may have renewed it meanwhile.
-            if self._link is None or (renew and self._link is used):
-                self._link = self._resolve()
-            return self._link
+            if address.link is None or (renew and address.link is used):
+                address.link = self._resolve()
+            return address.link
 
     def check_unchanged(self) -> None:
-        """Check with the Hub that the file is unchanged, if it was read since the last check."""
-        if self._needs_check:
-            self._needs_check = False
-            self._resolve()
+        """Check nothing more: a file of a commit cannot change.
+
+        The Hub has named its commit, size and checksum with each address, and all replies from an
+        address had the same ETag.
+        """
+        if self._cached is not None:
+            self._cached.check_unchanged()
 
     def close(self) -> None:
         """Close the cached file, if there is one."""

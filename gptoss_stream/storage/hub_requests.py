@@ -21,11 +21,19 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import CheckpointError, GptOssStreamError, MachineError, OutputError
-from .byte_ranges import transport_errors
+from .byte_ranges import TIMEOUT, transport_errors
 from .location import NEVER_STOP
 from .retries import FEW_TRIES, TRIES, RetryPolicy, retry_after
 
-__all__ = ["NotFoundError", "output_errors", "retry", "source_errors", "without_progress_bars"]
+__all__ = [
+    "NotFoundError",
+    "output_errors",
+    "resolve",
+    "retry",
+    "source_errors",
+    "uploading",
+    "without_progress_bars",
+]
 
 _T = TypeVar("_T")
 
@@ -111,6 +119,26 @@ def retry(call: Callable[[], _T], where: str, tries: int = TRIES) -> _T:
             retries.wait(failure, tries=FEW_TRIES)
 
 
+def resolve(api: huggingface_hub.HfApi, repo: str, revision: str | None) -> str:
+    """Request the commit that a revision of a repository is now; None is the branch main.
+
+    Raises:
+        CheckpointError: If it does not exist, or the server names no commit.
+        MachineError: If the Hub cannot be reached.
+    """
+    where = f"hf://{repo}"
+    with source_errors(where):
+        info = retry(
+            lambda: api.repo_info(repo, revision=revision, timeout=TIMEOUT), where, tries=FEW_TRIES
+        )
+    if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)):
+        raise CheckpointError(
+            f"{where}: the server names no commit, so that files of two states could be mixed; use "
+            "--download from the Hub itself"
+        )
+    return str(info.sha)
+
+
 def _limit_timeouts() -> None:
     """Limit the time that huggingface_hub's session waits, which is unlimited by default."""
     session = huggingface_hub.get_session()
@@ -184,3 +212,10 @@ def without_progress_bars() -> Iterator[None]:
     finally:
         if not were_off:
             utils.enable_progress_bars()
+
+
+@contextmanager
+def uploading(where: str) -> Iterator[None]:
+    """Raise what the Hub refuses as errors of the output, and show no progress bar."""
+    with output_errors(where), without_progress_bars():
+        yield

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import suppress
+from email.utils import parsedate_to_datetime
 
 from ..errors import GptOssStreamError
 
@@ -50,17 +53,26 @@ class RetryPolicy:
         if self._failures >= min(self._tries, tries or self._tries):
             raise error
         delay = min(FIRST_DELAY * 2 ** (self._failures - 1), _MAX_DELAY)
+        # Spread, so that processes that were refused at once do not come back at once.
         jittered = delay * random.uniform(0.5, 1.0)
-        if self._stop.wait(jittered if seconds is None else min(seconds, _MAX_RETRY_AFTER)):
+        if seconds is not None:  # never earlier than asked
+            asked = min(seconds, _MAX_RETRY_AFTER)
+            jittered = asked + random.uniform(0, delay + 0.2 * asked)
+        if self._stop.wait(jittered):
             raise error
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """Return the seconds that a reply asks to wait.
 
-    Reads `Retry-After`, or the Hub's `RateLimit: …;r=0;t=55`.
+    Reads `Retry-After`, which is seconds or a date, or the Hub's `RateLimit: …;r=0;t=55`.
     """
-    with suppress(KeyError, ValueError):
-        return max(0.0, float(headers["Retry-After"]))
+    asked = headers.get("Retry-After", "")
+    with suppress(ValueError):
+        seconds = float(asked)
+        return max(0.0, seconds) if math.isfinite(seconds) else None
+    with suppress(ValueError, TypeError, OverflowError):
+        date = parsedate_to_datetime(asked)
+        return max(0.0, date.timestamp() - time.time())
     match = re.search(r"\bt=(\d+)", headers.get("RateLimit", ""))
     return float(match[1]) if match else None

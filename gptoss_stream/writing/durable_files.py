@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 from ..checkpoint.auxiliary_files import CopiedFile
 from .shard_file import sync_folder
 
-__all__ = ["remove", "write_durably"]
+__all__ = ["copied_checksum", "remove", "write_durably"]
 
 
 def write_durably(target: Path, data: bytes | CopiedFile, partial_folder: Path) -> str:
@@ -35,6 +36,20 @@ def write_durably(target: Path, data: bytes | CopiedFile, partial_folder: Path) 
     os.rename(partial, target)
     sync_folder(target.parent)
     return digest.hexdigest()
+
+
+def copied_checksum(target: Path, data: bytes | CopiedFile) -> str | None:
+    """Return the SHA-256 of a copy of a remote file, or None if there is none.
+
+    So a file that was copied is not requested again.
+    """
+    if isinstance(data, bytes) or data.location.is_local or not target.is_file():
+        return None
+    with closing(data.location.open(data.name)) as file:
+        info = file.info
+    digest = hashlib.sha256(target.read_bytes()).hexdigest()
+    is_copy = target.stat().st_size == info.nbytes and info.sha256 in (None, digest)
+    return digest if is_copy else None
 
 
 def remove(path: Path) -> None:

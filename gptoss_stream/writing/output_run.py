@@ -16,7 +16,8 @@ from ..errors import OutputError
 from ..tensors.mxfp4_encoder import EncodingLoss
 from ..tensors.safetensors_header import INDEX_NAME
 from .checksums import CHECKSUMS_NAME, build_checksums, parse_checksums
-from .durable_files import remove, write_durably
+from .deletion import delete_run
+from .durable_files import copied_checksum, write_durably
 from .encoding_report import (
     LOSSES_SUFFIX,
     REPORT_NAME,
@@ -166,26 +167,9 @@ class OutputRun(OutputFolder):
         return is_known or name == self.run_file.name or is_lock(name)
 
     def _delete(self, names: Sequence[str]) -> None:
-        """Delete the files of a run.
-
-        The index goes first: without it nothing looks finished. The record of which files are the
-        tool's goes last, so that a deletion that was interrupted can be repeated.
-        """
+        """Delete the files of a run, but for a model card of the folder's users."""
         others_card = [] if self.others_card() is None else [CARD_NAME]
-        order = sorted({*names} - {INDEX_NAME, RECORD_NAME, *others_card})
-        (self.path / INDEX_NAME).unlink(missing_ok=True)
-        # Before any shard: a worker of that run can then no longer commit one.
-        with suppress(FileNotFoundError):
-            self.run_file.replace(self.path / RECORD_NAME)
-        for file in self.work.iterdir():
-            if not is_lock(file.name):
-                remove(file)
-        for name in (*order, RECORD_NAME):
-            (self.path / name).unlink(missing_ok=True)
-        for folder in {Path(name).parent for name in names} - {Path()}:
-            with suppress(OSError):  # something else may be in it
-                (self.path / folder).rmdir()
-        sync_folder(self.path)
+        delete_run(self.path, {*names} - {*others_card}, is_kept=is_lock)
 
     def _read_checksums(self) -> None:
         with suppress(FileNotFoundError, ValueError):  # such shards are written again
@@ -200,20 +184,32 @@ class OutputRun(OutputFolder):
             (self.path / name).is_file() for name in self.state["files"]
         )
 
-    def begin(self) -> None:
-        """Write the state and the auxiliary files; other tasks may then begin."""
+    def begin(self, *, auxiliary: bool = True) -> None:
+        """Write the state and the auxiliary files; other tasks may then begin.
+
+        Args:
+            auxiliary: Whether to write the auxiliary files, or leave them to
+                `write_auxiliary_files`.
+        """
         if not self.run_file.exists():
             self._write(self.run_file, strict_json.dumps(self.state))
         with suppress(FileNotFoundError):
             self.keep_report((self.path / REPORT_NAME).read_bytes())
         for name in (INDEX_NAME, RECORD_NAME):  # of a finished run that has lost a file
             (self.path / name).unlink(missing_ok=True)
-        for name, data in self._auxiliary_files.items():
-            if name != CARD_NAME or (card := self.others_card()) is None:
-                self._write_with_checksum(name, data)
-            else:
-                self.checksums[name] = hashlib.sha256(card).hexdigest()
+        if auxiliary:
+            self.write_auxiliary_files()
         self._lock.release_turn()
+
+    def write_auxiliary_files(self) -> None:
+        """Write the auxiliary files, but for a remote one that another task has copied."""
+        for name, data in self._auxiliary_files.items():
+            if name == CARD_NAME and (card := self.others_card()) is not None:
+                self.checksums[name] = hashlib.sha256(card).hexdigest()
+            elif self._lock.is_task and (known := copied_checksum(self.path / name, data)):
+                self.checksums[name] = known
+            else:
+                self._write_with_checksum(name, data)
 
     def replace_card(self, card: bytes) -> None:
         """Finish with another model card than the planned one."""

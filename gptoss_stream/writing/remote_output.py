@@ -160,7 +160,7 @@ class _RemoteOutput:
         is_complete = not left and remote.is_complete(run.state)
         if not is_complete:
             remote.begin(run.state)
-            run.begin()
+            run.begin(auxiliary=self.task is None)  # of tasks, only the last needs them
             self._write_shards(staged, missing, partial_folder, on_progress)
             is_complete = self._is_complete()
         if is_complete and not remote.is_complete(run.state):
@@ -263,6 +263,8 @@ class _RemoteOutput:
         if self.spec.encoding is not None:
             run.keep_report(self.remote.read_report() or b"{}")  # of a run that has lost a file
             losses = {**self.remote.read_losses(), **run.losses()}
+        if self.task is not None:
+            run.write_auxiliary_files()
         if (card := self.remote.others_card()) is not None:
             run.replace_card(card)
         run.finish(self.spec.index, {}, losses)

@@ -3,7 +3,8 @@
 While a run is unfinished its output holds the state as `.gptoss_stream/run.json`, afterwards as the
 record `gptoss_stream.json`. A state is a JSON object: the run's identity (`planning.run_identity`),
 whether checksums are written, and `files`, the names of all files that the run writes. The keys
-`source`, `reference` and `adapters`, and keys that follow from others, are only for users to read.
+`source`, `reference`, `adapters`, `listings`, and keys that follow from others, identify no
+run.
 """
 
 from __future__ import annotations
@@ -38,7 +39,12 @@ __all__ = [
 WORK_NAME = ".gptoss_stream"
 RUN_NAME = f"{WORK_NAME}/run.json"
 _DERIVED = ("plan", "files", "unused")  # named only if nothing else differs
-_FOR_USERS = ("source", "reference", "adapters")  # the same files under another path are the same
+_FOR_USERS = (
+    "source",
+    "reference",
+    "adapters",
+    "listings",
+)  # the same files under another path are the same
 
 
 def holds_run(location: Location) -> bool:

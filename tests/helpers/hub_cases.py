@@ -86,7 +86,7 @@ def named(name: str) -> str:
 OF_LATER_DATA = (21, "cdn GET /lfs/REPO/")
 
 
-OF_LATER_ADDRESSES = (16, "hub HEAD /REPO/resolve/")
+OF_LATER_ADDRESSES = (2, "hub HEAD /REPO/resolve/")
 
 
 LASTING = {
@@ -112,6 +112,12 @@ LASTING = {
         "the Hub cannot be reached",
     ),
     "a page for an address": (Fault("html"), OF_LATER_ADDRESSES, 3, "not one of the Hub"),
+    "another ETag of the data": (
+        Fault("wrong_etag"),
+        OF_LATER_DATA,
+        2,
+        "it changed while it was being read",
+    ),
     "no commit": (Fault("no_commit_header"), OF_LATER_ADDRESSES, 3, "it names no commit"),
     "another checksum": (
         Fault("wrong_etag"),

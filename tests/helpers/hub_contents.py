@@ -29,7 +29,7 @@ KINDS = {
     "gzip": "the body with Content-Encoding: gzip, even if not accepted",
     "slow": "send (of a PUT: receive) `value` bytes per second",
     "stall": "half of the body, then nothing for `value` seconds, then the other half",
-    "wrong_etag": "resolve: another X-Linked-Etag and ETag",
+    "wrong_etag": "resolve and data: another X-Linked-Etag and ETag",
     "wrong_size": "resolve: another X-Linked-Size, and Content-Length of a HEAD",
     "no_commit_header": "resolve: no X-Repo-Commit",
 }

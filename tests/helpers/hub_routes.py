@@ -99,7 +99,8 @@ class Handler(BaseHandler):
         content = self.hub.repos[name].objects[oid]
         if isinstance(content, ForgottenContent):
             raise Refusal(410, "it was not kept")
-        self._reply_file(content, {"ETag": f'"{oid}"'})
+        etag = oid[::-1] if self.kind == "wrong_etag" else oid
+        self._reply_file(content, {"ETag": f'"{etag}"'})
 
     # --- writing -------------------------------------------------------------------------------
 

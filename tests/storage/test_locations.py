@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from email.utils import formatdate
 
 import pytest
 
@@ -116,9 +118,29 @@ def test_a_stop_ends_the_waiting():
     [
         ({"Retry-After": "7"}, 7.0),
         ({"RateLimit": '"resolvers";r=0;t=55'}, 55.0),
-        ({"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}, None),
+        ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0.0),
+        ({"Retry-After": "Wed, 21 Foo 2015"}, None),
+        ({"Retry-After": "nan"}, None),
         ({}, None),
     ],
 )
 def test_retry_after(headers, seconds):
     assert retries.retry_after(headers) == seconds
+
+
+def test_a_date_to_retry_after():
+    date = formatdate(time.time() + 1800, usegmt=True)
+    assert 1700 < (retries.retry_after({"Retry-After": date}) or 0) <= 1800
+
+
+@pytest.mark.parametrize(("asked", "least"), [(0.0, 0.0), (20.0, 20.0), (3600.0, 3600.0)])
+def test_waits_are_spread_and_never_shorter_than_asked(asked, least, monkeypatch):
+    """Processes that were refused at the same time do not come back at the same time."""
+    stop, waits = threading.Event(), []
+    monkeypatch.setattr(stop, "wait", lambda seconds: waits.append(seconds))
+    policy = retries.RetryPolicy(stop, tries=100)
+    for _ in range(50):
+        policy.wait(MachineError("busy"), seconds=asked)
+        policy.progress()
+    assert least <= min(waits) < max(waits) <= least * 1.2 + retries.FIRST_DELAY
+    assert len(set(waits)) == 50
