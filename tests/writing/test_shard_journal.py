@@ -102,7 +102,7 @@ def test_a_kill_after_any_chunk(source, to, options, checkpoints, tmp_path, writ
     assert run_in_process(*command).returncode == 0
     whole, chunks = digests(tmp_path / "out"), sorted(written)
     assert chunks == [*range(0, chunks[-1] + 1, CHUNK)]
-    for number in {2, 3, len(chunks) // 2, len(chunks) * 3 // 4, len(chunks) - 1, len(chunks)}:
+    for number in {2, len(chunks) * 2 // 3, len(chunks)}:
         shutil.rmtree(tmp_path / "out")
         killed_at(number, *command)
         written.clear()
@@ -112,7 +112,7 @@ def test_a_kill_after_any_chunk(source, to, options, checkpoints, tmp_path, writ
         assert digests(tmp_path / "out") == whole
 
 
-@pytest.mark.parametrize("kills", [12, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [6, pytest.param(200, marks=pytest.mark.slow)])
 def test_kills_of_several_threads(kills, checkpoints, tmp_path, written):
     """Also of runs that resume: half of them, at least, find a part of a shard that is written."""
     random, out = Random(kills), tmp_path / "out"

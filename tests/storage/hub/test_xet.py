@@ -122,6 +122,7 @@ def test_what_a_killed_run_has_uploaded_is_committed(
     assert_stored(hub, xet, local, tmp_path)
 
 
+@pytest.mark.slow
 def test_receipts_that_the_hub_does_not_know(started, hub, released, whole, tmp_path):
     """The shards are made and uploaded again."""
     slow = Fault("slow", 60_000)
@@ -142,14 +143,17 @@ def test_receipts_that_the_hub_does_not_know(started, hub, released, whole, tmp_
     assert contents(hub) == whole(released)
 
 
-@pytest.mark.parametrize("url", ["local:///proc/nothing", "http://127.0.0.1:9"])
+@pytest.mark.parametrize(
+    "url",
+    ["local:///proc/nothing", pytest.param("http://127.0.0.1:9", marks=pytest.mark.slow)],
+)
 def test_an_upload_that_fails_is_one_line(url, hub, xet, released, tmp_path):
     """Which names the shard, not the disk."""
     hub.xet = Path(url.removeprefix("local://")) if url.startswith("local") else url
     done = python(hub, tmp_path, *command_line(str(released), f"hf://{OUT}"),
                   HF_HUB_DISABLE_XET="0", HF_XET_CLIENT_RETRY_MAX_ATTEMPTS="1")  # fmt: skip
     assert_clean_error(done, 3)
-    assert f"hf://{OUT}/model-00001-of-00007.safetensors: " in done.stderr
+    assert f"hf://{OUT}/model-0000" in done.stderr
     assert "check the network and run the same command again" in done.stderr
 
 
