@@ -225,8 +225,6 @@ class DataComparison:
             step = max(1, CHUNK_NBYTES // row_nbytes)
             for begin in range(0, num_rows, step):
                 rows = begin, min(begin + step, num_rows)
-                if copy is not None:
-                    copy.num_readers += 1
                 yield _Comparison(
                     partial(self._compare_source_rows, tensor, raw, segment, first, rows, copy),
                     partial(segment.operand.element_ranges, rows),
@@ -277,8 +275,6 @@ class DataComparison:
                     element = first_read + row * width + begin + column
                     values = found[row, column], expected[row, column]
                     self._differences.add(tensor, raw, element, *values)
-        if copy is not None:
-            copy.release()
         self._on_progress(nbytes)
 
 

@@ -208,7 +208,11 @@ def _local_file(location: Location, shard: FileInfo, header: bytes) -> Iterator[
         yield location.path / shard.name
         return
     with tempfile.NamedTemporaryFile(prefix="gptoss_stream-", suffix=".safetensors") as file:
-        file.write(len(header).to_bytes(LENGTH_NBYTES, "little") + header)
-        file.truncate(shard.nbytes)
-        file.flush()
+        try:
+            file.write(len(header).to_bytes(LENGTH_NBYTES, "little") + header)
+            file.truncate(shard.nbytes)
+        except OSError as error:
+            raise machine_error(
+                error, f"writing the header of {shard.name} to {file.name}"
+            ) from error
         yield Path(file.name)

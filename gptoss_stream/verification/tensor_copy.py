@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .._utils.failures import machine_error
 from .._utils.temporary_file import TemporaryFile, unnamed_file
 from .._utils.thread_pool import Buffer
 from ..checkpoint.reader import ElementRange, Reader
@@ -40,8 +41,6 @@ class TensorCopy:
             ElementRange(raw, first, min(count, total - first)) for first in range(0, total, count)
         ]
         """What is to be copied, each by one call of `copy`."""
-        self.num_readers = 0
-        """How many calls of `release` there will be."""
         self._raw = raw
         self._folder = folder
         self._stop = stop
@@ -51,11 +50,20 @@ class TensorCopy:
         self._is_complete = threading.Event()
 
     def copy(self, chunk: ElementRange, reader: Reader) -> None:
-        """Copy a chunk."""
-        with self._lock:
-            file = self._file = self._file or unnamed_file(self._folder)
+        """Copy a chunk.
+
+        Raises:
+            CheckpointError: If the output changes meanwhile.
+            MachineError: If reading or writing fails.
+        """
         with reader.read(self._raw, chunk.first, (chunk.count,)) as data:
-            file.write(np.ascontiguousarray(data).view(np.uint8), chunk.first * data.itemsize)
+            try:
+                with self._lock:
+                    file = self._file = self._file or unnamed_file(self._folder)
+                file.write(data.view(np.uint8), chunk.first * data.itemsize)
+            except OSError as error:
+                doing = f"copying {self._raw.name} to a temporary file in {self._folder}"
+                raise machine_error(error, doing) from error
         with self._lock:
             self._chunks_left -= 1
             if not self._chunks_left:
@@ -71,14 +79,6 @@ class TensorCopy:
         array = np.empty(shape, STORAGE[tensor.dtype])
         self._file.read([array.reshape(-1).view(np.uint8).data], first * tensor.dtype.itemsize)
         yield array
-
-    def release(self) -> None:
-        """Delete the file if this was the last of `num_readers`."""
-        with self._lock:
-            self.num_readers -= 1
-            is_last = not self.num_readers
-        if is_last:
-            self.close()
 
     def close(self) -> None:
         """Delete the file."""

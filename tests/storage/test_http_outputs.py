@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
+import tempfile
 
 import huggingface_hub.constants
 import pytest
-from loopback import FileServer, status
+from loopback import FileServer, Reply, status
 from outputs import same_bits
 from remote_outputs import (
     DAMAGES,
@@ -21,9 +23,11 @@ from remote_outputs import (
 from runs import INDEX_NAME, assert_clean_error, run_in_process
 
 import gptoss_stream
+from gptoss_stream.checkpoint.metadata import read_metadata
 from gptoss_stream.checkpoint.remote_reader import BUDGET_NBYTES, RemoteReader
 from gptoss_stream.errors import MachineError, OutputError
 from gptoss_stream.storage import retries
+from gptoss_stream.storage.local_folder import LocalFolder
 
 
 @pytest.fixture(autouse=True)
@@ -166,8 +170,38 @@ def test_a_server_that_cannot_be_reached(pair, copy):
         gptoss_stream.verify_checksums(server.url)
 
 
+def test_a_server_that_fails_while_a_transposition_is_copied(pair, copy, small_blocks):
+    """The threads that wait for the copy end too."""
+    info = read_metadata(LocalFolder(copy))
+    raw = info.tensors["unembed.W_U"]
+
+    def deny(request, answer):
+        last = int(request.headers.get("range", "0-0").rpartition("-")[2])
+        is_of_end = request.name == raw.shard and last + 1 == raw.offset + raw.nbytes
+        return Reply(403) if is_of_end else answer(request)
+
+    with FileServer(copy) as server:
+        server.spoil("GET .*safetensors$", deny)
+        done = run_in_process("verify", pair[0], server.url, "--quiet", "--workers", "6")
+    assert_clean_error(done, 2)
+    assert "no access (403)" in done.stderr
+
+
+def test_no_room_for_temporary_files(pair):
+    """The message says where they are."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with FileServer(pair[1]) as server:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        try:
+            done = run_in_process("verify", pair[0], server.url, "--quiet")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert_clean_error(done, 3)
+    assert "writing the header of model" in done.stderr
+    assert tempfile.gettempdir() in done.stderr
+
+
 def test_a_server_that_fails_later(pair, copy, small_blocks):
-    """Also while a transposition is copied: no thread waits for ever."""
     num_headers = 2 * len(list(copy.glob("*.safetensors")))
     for skip in (0, 3, 20):
         with FileServer(copy) as server:
