@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .._utils.messages import counted, listed
+from .._utils.platforms import platform_note
 
 if TYPE_CHECKING:
     from ..model.config import ModelConfig
@@ -22,6 +24,7 @@ __all__ = [
     "print_json",
     "print_message",
     "print_narrowed",
+    "print_platform_note",
     "print_tensors",
     "print_warnings",
 ]
@@ -30,6 +33,13 @@ __all__ = [
 def print_message(message: str) -> None:
     """Print a message as one line to stderr; line breaks in it become spaces."""
     print("gptoss_stream: " + " ".join(message.splitlines()), file=sys.stderr)
+
+
+def print_platform_note(arguments: argparse.Namespace) -> None:
+    """Print what writing on this system lacks, to stderr, unless --quiet is given."""
+    note = platform_note()
+    if note is not None and not arguments.quiet:
+        print_message(f"note: {note}")
 
 
 def print_warnings(plan: Plan) -> None:
