@@ -6,6 +6,8 @@ import os
 import stat
 from pathlib import Path
 
+from .platforms import refuse_windows
+
 __all__ = ["NotRegularError", "open_regular"]
 
 
@@ -22,7 +24,9 @@ def open_regular(file: Path) -> int:
     Raises:
         NotRegularError: If it is not a regular file.
         OSError: If opening fails.
+        MachineError: Under Windows.
     """
+    refuse_windows()
     if not stat.S_ISREG(os.stat(file).st_mode):
         raise NotRegularError(f"{file}: not a regular file")
     # It may have been replaced since: open without blocking, and check again.

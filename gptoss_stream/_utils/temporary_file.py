@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from .platforms import read_at
+
 __all__ = ["TemporaryFile", "scratch_folder", "unnamed_file"]
 
 _MAX_VIEWS = 1024  # that one preadv call fills (IOV_MAX)
@@ -42,7 +44,7 @@ class TemporaryFile:
     def read(self, views: list[memoryview], offset: int) -> None:
         """Fill views, one after another, with the bytes from an offset on."""
         while views:
-            count = os.preadv(self._descriptor, views[:_MAX_VIEWS], offset)
+            count = read_at(self._descriptor, views[:_MAX_VIEWS], offset)
             if count == 0:
                 raise OSError("the spill file is shorter than what was written to it")
             offset += count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .._utils.messages import counted, listed
+from .._utils.platforms import platform_note
 
 if TYPE_CHECKING:
     from ..model.config import ModelConfig
@@ -23,6 +25,7 @@ __all__ = [
     "print_json",
     "print_message",
     "print_narrowed",
+    "print_platform_note",
     "print_tensors",
     "print_warnings",
     "show_warnings",
@@ -45,6 +48,13 @@ class _MessageHandler(logging.Handler):
 def show_warnings() -> None:
     """Print what the library warns of, such as long waits."""
     logging.getLogger("gptoss_stream").handlers = [_MessageHandler(logging.WARNING)]
+
+
+def print_platform_note(arguments: argparse.Namespace) -> None:
+    """Print what writing on this system lacks, to stderr, unless --quiet is given."""
+    note = platform_note()
+    if note is not None and not arguments.quiet:
+        print_message(f"note: {note}")
 
 
 def print_warnings(plan: Plan) -> None:

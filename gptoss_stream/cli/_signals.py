@@ -32,7 +32,7 @@ def _raise_exception(number: int, frame: FrameType | None) -> None:
 
     importlib runs weak reference callbacks, in which Python ignores exceptions.
     """
-    if _is_importing(frame):
+    if _is_importing(frame) and hasattr(signal, "SIGALRM"):
         signal.signal(signal.SIGALRM, lambda _, later: _raise_exception(number, later))
         signal.setitimer(signal.ITIMER_REAL, _RETRY_SECONDS)
         return

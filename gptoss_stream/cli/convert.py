@@ -30,6 +30,7 @@ from ._printing import (
     print_json,
     print_message,
     print_narrowed,
+    print_platform_note,
     print_warnings,
 )
 from ._progress import progress_bar
@@ -79,6 +80,7 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; return the exit code."""
+    print_platform_note(arguments)
     task = array_task(arguments)
     report = _convert(arguments, task)
     if arguments.json:

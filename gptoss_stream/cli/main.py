@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from .._utils.failures import machine_error
+from .._utils.platforms import refuse_windows
 from ..errors import GptOssStreamError, MachineError
 from . import convert, export, formats, inspect, plan, show, synth, verify
 from ._parser import Parser
@@ -24,6 +25,7 @@ from ._signals import Terminated, install_signal_handlers, reset_signal_handlers
 
 __all__ = ["main"]
 
+_BROKEN_PIPE = 141  # 128 + SIGPIPE, which Windows does not have
 _COMMANDS = (convert, plan, inspect, show, export, verify, synth, formats)
 
 
@@ -47,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # a path may contain any bytes
         arguments = _parser().parse_args(argv)
+        refuse_windows()
         code: int = arguments.run(arguments)
         sys.stdout.flush()
         return code
@@ -55,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except BrokenPipeError:
         sys.stdout = None  # otherwise Python tries to flush it at exit and prints an error
-        return 128 + signal.SIGPIPE
+        return _BROKEN_PIPE
     except MemoryError:
         print_message("error: out of memory; free some memory or use fewer --workers")
         return MachineError.exit_code

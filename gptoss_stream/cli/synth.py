@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import OptionError
 from ._options import add_max_shard_size, add_overwrite, add_quiet, add_workers
 from ._parser import Commands
+from ._printing import print_platform_note
 from ._progress import progress_bar
 
 __all__ = ["add_parser", "run"]
@@ -89,6 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..random_checkpoint import DEFAULT_FORMAT
     from ..synthesis import synth, synth_adapter
 
+    print_platform_note(arguments)
     own = _own_options(arguments)
     dimensions = {name.replace("-", "_") for name in _DIMENSIONS}
     own |= {name: getattr(arguments, name) for name in (*_SHARED, *dimensions)}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import mmap
 import os
+import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .._utils.failures import machine_error
+from .._utils.platforms import read_at
 from .._utils.regular_file import NotRegularError, open_regular
 from ..errors import CheckpointError
 from .location import FileInfo, changed
@@ -18,7 +20,7 @@ __all__ = ["LocalFile", "LocalFolder"]
 
 # Without a reservation of swap space: Linux would refuse a private map that is larger than memory,
 # though hardly any of it is written to. (MAP_NORESERVE, which `mmap` lacks before Python 3.13.)
-_NORESERVE = 0x4000 if os.uname().sysname == "Linux" else 0
+_NORESERVE = 0x4000 if sys.platform == "linux" else 0
 
 
 class LocalFolder:
@@ -117,7 +119,7 @@ class LocalFile:
         """Fill memory with the file's bytes (see `File.read_into`)."""
         try:
             while out:
-                count = os.preadv(self._descriptor, [out], begin)
+                count = read_at(self._descriptor, [out], begin)
                 if count == 0:
                     raise changed(str(self._path))
                 out, begin = out[count:], begin + count

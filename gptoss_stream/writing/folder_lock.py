@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from .._utils.platforms import refuse_windows
 from ..errors import OutputError
 from .durable_files import remove
 from .guard_file import GuardFile, GuardHolder, is_guard
@@ -68,6 +69,7 @@ class FolderLock:
         Raises:
             OutputError: If another run holds the folder, or the task is running.
         """
+        refuse_windows()
         deadline = time.monotonic() + _ENDING_SECONDS
         while True:
             self._create_folders()

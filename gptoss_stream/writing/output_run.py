@@ -89,6 +89,7 @@ class OutputRun(OutputFolder):
         partial_folder = self.work if task is None else self.work / task
         try:
             self._refuse_foreign()
+            self.check_lock()
             self._prepare(overwrite, partial_folder)
             may_delete = True
             if task is not None:
@@ -195,6 +196,7 @@ class OutputRun(OutputFolder):
             self._write(self.run_file, strict_json.dumps(self.state))
         with suppress(FileNotFoundError):
             self.keep_report((self.path / REPORT_NAME).read_bytes())
+        self.check_lock()
         for name in (INDEX_NAME, RECORD_NAME):  # of a finished run that has lost a file
             (self.path / name).unlink(missing_ok=True)
         if auxiliary:
@@ -290,6 +292,7 @@ class OutputRun(OutputFolder):
                 self._write(self.path / CHECKSUMS_NAME, build_checksums(known))
             if self._has_index:
                 self._write(self.path / INDEX_NAME, index)
+            self.check_lock()
             self.run_file.unlink()
             sync_folder(self.work)
             return True
