@@ -19,7 +19,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from ..errors import CheckpointError, OptionError, OutputError
 from .byte_ranges import TIMEOUT
-from .hub_additions import check_listed, file_addition, make_receipt, uploaded_addition
+from .hub_additions import check_listed, check_sent, file_addition, make_receipt, uploaded_addition
 from .hub_commits import known_commit, known_files, remember
 from .hub_file import Address, HubFile, cached_folder
 from .hub_names import parse_name
@@ -27,7 +27,7 @@ from .hub_requests import NotFoundError, resolve, retry, source_errors, uploadin
 from .local_folder import LocalFolder
 from .location import FileInfo, read_whole
 from .retries import FEW_TRIES
-from .xet import bound_memory
+from .xet import bound_memory, send_large_file, uses_xet
 
 __all__ = ["HubRepository"]
 
@@ -254,16 +254,18 @@ class HubRepository:
 
     def upload(self, name: str, file: Path, checksum: str) -> bytes:
         """Upload a file, which is not visible before `publish` (see `BatchingLocation`)."""
-        addition = file_addition(self.repo_path(name), file, checksum)
         where = self.display_path(name)
+        # hf_xet computes the checksum of what it sends; LFS needs it before.
+        addition = file_addition(self.repo_path(name), file, None if uses_xet() else checksum)
         with uploading(str(self)):
             self._create()
-            retry(lambda: self._api.preupload_lfs_files(self.repo, [addition]), where)
+            retry(lambda: send_large_file(self._api, self.repo, addition), where)
         if not addition._is_uploaded:
             raise OutputError(
                 f"{where}: the Hub does not take it as a large file; remove what .gitattributes "
                 "and .gitignore of the repository say of .safetensors"
             )
+        check_sent(addition, file, checksum)
         return make_receipt(addition)
 
     def publish(self, receipts: Mapping[str, bytes], files: Mapping[str, bytes]) -> None:

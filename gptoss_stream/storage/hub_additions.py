@@ -12,7 +12,7 @@ from .._utils import strict_json
 from ..errors import MachineError
 from .location import FileInfo
 
-__all__ = ["check_listed", "file_addition", "make_receipt", "uploaded_addition"]
+__all__ = ["check_listed", "check_sent", "file_addition", "make_receipt", "uploaded_addition"]
 
 
 def file_addition(path: str, data: Path | bytes, checksum: str | None) -> CommitOperationAdd:
@@ -27,6 +27,19 @@ def file_addition(path: str, data: Path | bytes, checksum: str | None) -> Commit
     if checksum is not None:
         addition.upload_info.sha256 = bytes.fromhex(checksum)
     return addition
+
+
+def check_sent(addition: CommitOperationAdd, file: Path, checksum: str) -> None:
+    """Check that what was uploaded of a file is what was written to it.
+
+    Raises:
+        MachineError: If it is not.
+    """
+    if addition.upload_info.sha256.hex() != checksum:
+        raise MachineError(
+            f"{file}: it is not what was written to it; check the disk, delete the folder "
+            f"{file.parent} and run the same command again"
+        )
 
 
 def make_receipt(addition: CommitOperationAdd) -> bytes:

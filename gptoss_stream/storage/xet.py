@@ -6,9 +6,13 @@ Source of the names: hf_xet 1.8. They are read when hf_xet is first imported.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
-__all__ = ["bound_memory"]
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+__all__ = ["bound_memory", "send_large_file", "uses_xet"]
 
 _BOUNDS = {
     "HF_XET_CLIENT_AC_INITIAL_UPLOAD_CONCURRENCY": "1",
@@ -24,3 +28,27 @@ def bound_memory() -> None:
     if not any(name in os.environ for name in _OF_USERS):
         for name, value in _BOUNDS.items():
             os.environ.setdefault(name, value)
+
+
+def uses_xet() -> bool:
+    """Return whether huggingface_hub uploads large files by hf_xet."""
+    return not constants.HF_HUB_DISABLE_XET and importlib.util.find_spec("hf_xet") is not None
+
+
+def send_large_file(api: HfApi, repo: str, addition: CommitOperationAdd) -> None:
+    """Upload a large file, without a commit; raise what the Hub refuses as huggingface_hub does.
+
+    hf_xet raises a ConnectionError for every answer. The Hub is asked again for what it was.
+
+    Args:
+        api: The client, with the token to use.
+        repo: The repository.
+        addition: The file.
+    """
+    try:
+        api.preupload_lfs_files(repo, [addition])
+    except ConnectionError:
+        url = f"{constants.ENDPOINT}/api/models/{repo}/xet-write-token/{constants.DEFAULT_REVISION}"
+        headers = build_hf_headers(token=api.token, library_name="gptoss_stream")
+        hf_raise_for_status(get_session().get(url, headers=headers))
+        raise

@@ -179,3 +179,29 @@ print(*(os.environ.get(name) for name in names))
         [sys.executable, "-c", code], capture_output=True, text=True, env=variables | given
     )
     assert done.stdout.strip() == expected, done.stderr
+
+
+@pytest.mark.parametrize(("status", "word"), [(403, "no access (403)"), (401, "no access (401)")])
+def test_what_the_hub_refuses_to_hf_xet(status, word, hub, xet, released, tmp_path):
+    """hf_xet calls it a connection error; the message says what it is."""
+    hub.faults.append(lambda r: Fault("status", status) if "xet-write-token" in r.path else None)
+    words = command_line(str(released), f"hf://{OUT}")
+    done = python(hub, tmp_path, *words, HF_HUB_DISABLE_XET="0")
+    assert_clean_error(done, 2)
+    assert word in done.stderr
+
+
+def test_a_staged_shard_that_has_changed_is_not_committed(hub, xet, released, whole, tmp_path):
+    """hf_xet computes the checksum of what it reads from the disk."""
+    hub.faults.append(lambda r: Fault("status", 403) if "xet-write-token" in r.path else None)
+    words = command_line(str(released), f"hf://{OUT}")
+    assert python(hub, tmp_path, *words, HF_HUB_DISABLE_XET="0").returncode == 2
+    hub.faults.clear()
+    shard = next((tmp_path / "cache").glob("gptoss_stream/*/*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    done = python(hub, tmp_path, *words, HF_HUB_DISABLE_XET="0")
+    assert_clean_error(done, 3)
+    assert "it is not what was written to it" in done.stderr
+    assert shard.name not in contents(hub)
