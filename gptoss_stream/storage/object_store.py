@@ -33,6 +33,16 @@ from .retries import FEW_TRIES
 __all__ = ["ObjectStore"]
 
 _MAX_PARTS = 3  # uploaded at the same time
+_S3 = {"chunksize": PART_NBYTES, "max_concurrency": _MAX_PARTS}
+_GCS = {"chunksize": PART_NBYTES}
+_AZURE = {"max_concurrency": _MAX_PARTS}
+_PUT_OPTIONS: Mapping[str, Mapping[str, int]] = {
+    **dict.fromkeys(("s3", "s3a"), _S3),
+    **dict.fromkeys(("gs", "gcs"), _GCS),
+    **dict.fromkeys(("abfs", "abfss", "az"), _AZURE),
+}
+"""What bounds the memory of an upload. By default s3fs holds ten parts of 50 MiB, each of them
+twice, gcsfs four of 50 MiB, and adlfs so many of 4 MiB that a shard of 2 GB takes 2 GB."""
 _READ_BACK_NBYTES = 16 << 20
 _ATOMIC = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "memory"}
 """Protocols by which a file appears only when it is complete."""
@@ -192,11 +202,8 @@ class ObjectStore:
             self._fs.makedirs(self._fs._parent(path), exist_ok=True)
         if isinstance(data, bytes):
             self._fs.pipe_file(path, data)
-        elif self._protocol in ("s3", "s3a"):
-            # By default s3fs would hold ten parts of 50 MiB in memory, each of them twice.
-            self._fs.put_file(str(data), path, chunksize=PART_NBYTES, max_concurrency=_MAX_PARTS)
         else:
-            self._fs.put_file(str(data), path)
+            self._fs.put_file(str(data), path, **_PUT_OPTIONS.get(self._protocol, {}))
         if path != final:
             self._fs.mv(path, final)
         has_arrived = False
