@@ -216,16 +216,27 @@ def _unfinished_state(target: Path | WritableLocation) -> Mapping[str, Any] | No
 
 def _refuse_overlap(what: str, source: Location, target: Path | WritableLocation) -> None:
     """Refuse an output that is what it is made of, or of which one is inside the other."""
-    if not isinstance(source, LocalFolder) or not isinstance(target, Path):
+    one, other = _folder(source), _folder(target)
+    if one is None or other is None:
         return
-    # Not Path.resolve: before Python 3.13 a loop of links is a RuntimeError there.
-    one, other = (Path(os.path.realpath(path)) for path in (source.path, target))
     for inner, outer in ((one, other), (other, one)):
         if any(_is_same(folder, outer) for folder in (inner, *inner.parents)):
             raise OutputError(
                 f"{target}: output and {what} ({source}) are the same folder, or one is inside "
                 "the other; name another output"
             )
+
+
+def _folder(location: Location | Path) -> Path | None:
+    """Return the path of a local folder, also of one that is named by a URL."""
+    path = location.path if isinstance(location, LocalFolder) else location
+    if not isinstance(path, Path):
+        protocol, _, name = path.identity.partition("://")
+        if protocol not in ("file", "local"):
+            return None
+        path = Path(name)
+    # Not Path.resolve: before Python 3.13 a loop of links is a RuntimeError there.
+    return Path(os.path.realpath(path))
 
 
 def _is_same(one: Path, other: Path) -> bool:

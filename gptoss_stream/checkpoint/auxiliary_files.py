@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 
-from ..storage.location import NEVER_STOP, Location, changed
+from ..storage.location import NEVER_STOP, File, FileInfo, Location, changed
 
 __all__ = ["CopiedFile", "find_auxiliary_files"]
 
@@ -36,15 +36,17 @@ class CopiedFile:
 
     location: Location
     name: str
+    info: FileInfo | None = None
+    """What it was when it was found; None if any version of it will do."""
 
     def chunks(self) -> Iterator[bytes]:
         """Yield the file's bytes, at most 4 MiB at a time.
 
         Raises:
-            CheckpointError: If the file changes meanwhile, or its checksum is wrong.
+            CheckpointError: If the file has changed or changes, or its checksum is wrong.
         """
         digest = hashlib.sha256()
-        with closing(self.location.open(self.name)) as file:
+        with closing(self._open()) as file:
             for begin in range(0, file.info.nbytes, _BLOCK_NBYTES):
                 block = bytearray(min(_BLOCK_NBYTES, file.info.nbytes - begin))
                 file.read_into(memoryview(block), begin, NEVER_STOP)
@@ -58,17 +60,23 @@ class CopiedFile:
         """Check that the file can be opened.
 
         Raises:
-            CheckpointError: If it does not exist any more.
+            CheckpointError: If it does not exist any more, or has changed.
             MachineError: If opening fails.
         """
-        self.location.open(self.name).close()
+        self._open().close()
+
+    def _open(self) -> File:
+        file = self.location.open(self.name)
+        if self.info is not None and file.info != self.info:
+            file.close()
+            raise changed(self.location.display_path(self.name))
+        return file
 
 
 def find_auxiliary_files(location: Location) -> Iterator[CopiedFile]:
     """Yield the auxiliary files of a checkpoint that exist."""
-    for name in _NAMES:
-        if location.has(name):
-            yield CopiedFile(location, name)
-    for name in location.names(_TEMPLATES):
-        if name.endswith(".jinja"):
-            yield CopiedFile(location, f"{_TEMPLATES}/{name}")
+    found = [name for name in _NAMES if location.has(name)]
+    found += [f"{_TEMPLATES}/{n}" for n in location.names(_TEMPLATES) if n.endswith(".jinja")]
+    for name in found:
+        with closing(location.open(name)) as file:
+            yield CopiedFile(location, name, file.info)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .. import __version__
+from ..checkpoint.auxiliary_files import find_auxiliary_files
 from ..checkpoint.metadata import CheckpointInfo
 from ..storage.hub_commits import listings_of
 from .plan import Plan
@@ -30,6 +31,7 @@ def run_identity(plan: Plan) -> dict[str, Any]:
         "source": location.identity,
         **({"source_revision": location.revision} if location.revision else {}),
         "source_files": _files(plan.info),
+        "copied_files": _copied_files(plan),
         "source_config": _digest(json.dumps(plan.info.configs, sort_keys=True).encode()),
         "source_format": plan.source_format,
         "format": plan.to,
@@ -89,6 +91,15 @@ def _listings(plan: Plan) -> dict[str, Any]:
 def _files(info: CheckpointInfo) -> dict[str, list[Any]]:
     """Return the size and the version of each shard of a checkpoint."""
     return {shard.name: [shard.nbytes, shard.version] for shard in info.shards}
+
+
+def _copied_files(plan: Plan) -> dict[str, list[Any]]:
+    """Return the size and the version of each file that is copied from the source."""
+    return {
+        file.name: [file.info.nbytes, file.info.version]
+        for file in find_auxiliary_files(plan.info.location)
+        if file.info is not None
+    }
 
 
 def _digest(*texts: bytes) -> str:

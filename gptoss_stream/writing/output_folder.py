@@ -2,7 +2,7 @@
 
 While a run is unfinished the folder holds `.gptoss_stream/`:
 
-    lock, turn    see `folder_lock`
+    lock, turn    see `folder_lock`; each has a *.guard (`guard_file`)
     run.json      the state of the run: tool version, source files, options, planned files
     *.sha256      the checksum of a shard, written before the shard gets its name
     *.mxfp4.json  what encoding a shard to MXFP4 has lost, likewise

@@ -30,6 +30,8 @@ from runs import (
     seconds_of_writing,
 )
 
+import gptoss_stream
+
 SHARD = "model.safetensors"
 INDEXED = "model-00001-of-00001.safetensors"
 
@@ -119,6 +121,10 @@ def link(source: Path) -> Path:
     return source.parent / "link"
 
 
+def url(folder: Path) -> str:
+    return f"file://{folder}"
+
+
 ALIASES: dict[str, Callable[[Path], Path | str]] = {
     "the same folder": lambda source: source,
     "a folder inside": lambda source: source / "out",
@@ -130,6 +136,9 @@ ALIASES: dict[str, Callable[[Path], Path | str]] = {
     "a slash at the end": lambda source: f"{source}/",
     "two dots": lambda source: f"{source}/../{source.name}",
     "a relative path": lambda source: os.path.relpath(source, ROOT),
+    "a URL": url,
+    "a URL of a folder inside": lambda source: url(source / "out"),
+    "a URL of a link": lambda source: url(link(source)),
     "in the home folder": lambda source: f"~/{source.name}",
 }
 
@@ -156,6 +165,36 @@ def assert_refused_before_any_write(source: Path, output: Path | str) -> None:
 def test_an_output_that_is_the_source_by_another_name(alias, tiny):
     """It is refused before anything is written, even with --overwrite."""
     assert_refused_before_any_write(tiny, alias(tiny))
+
+
+MOUNTED = {
+    "the same folder": ("source", "."),
+    "a folder inside, which does not exist yet": ("source", "a/b"),
+    "the folder around": (".", "."),
+}
+
+
+@pytest.mark.parametrize("what", ["source", "reference", "adapter"])
+@pytest.mark.parametrize(("bound", "output"), MOUNTED.values(), ids=MOUNTED.keys())
+def test_an_output_that_is_mounted_at_another_place(bound, output, what, checkpoints, tmp_path):
+    """Only device and inode show that it is what is read."""
+    (tmp_path / "home").mkdir()
+    source = tmp_path / "home/source"
+    if what == "adapter":
+        gptoss_stream.synth_adapter(source, layers=2)
+    else:
+        shutil.copytree(checkpoints(layers=2), source)
+    options = () if what == "source" else (f"--{what}", str(source))
+    if what == "reference":
+        options = (*options, "--to", "hf-mxfp4")
+    read = source if what == "source" else checkpoints(layers=2, format="hf")
+    with mounted(tmp_path / "mounted", "--bind", str(tmp_path / "home" / bound)) as there:
+        before = digests(tmp_path)
+        done = run(convert_command(read, there / output, "--overwrite", *options))
+        assert_clean_error(done, 2)
+        assert f"output and {what} (" in done.stderr
+        assert "are the same folder, or one is inside the other" in done.stderr
+        assert digests(tmp_path) == before
 
 
 @pytest.mark.parametrize(

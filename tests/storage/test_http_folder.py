@@ -264,6 +264,23 @@ def test_a_file_that_changes_during_the_run(server, hasty, whole, tmp_path):
     assert "differs in source_files" in done.stderr
 
 
+def test_a_tokenizer_that_changes_before_a_run_resumes(server, hasty, tmp_path):
+    tokenizer = server.folder / "tokenizer.json"
+    tokenizer.write_text("{}")
+    server.spoil(LATER, status(404), skip=2)
+    assert_clean_error(convert(server.url, tmp_path / "out"), 2)
+    found = without_record(tmp_path / "out")
+    server.mend()
+    tokenizer.write_text("[]")
+    done = convert(server.url, tmp_path / "out")
+    assert_clean_error(done, 2)
+    assert "an unfinished run that differs in copied_files (tokenizer.json)" in done.stderr
+    assert "tokenizer.json" in found
+    assert {n: found[n] for n in found if "/" not in n} == {
+        n: digest for n, digest in without_record(tmp_path / "out").items() if "/" not in n
+    }
+
+
 @pytest.mark.parametrize("header", ["ETag", "Last-Modified"])
 def test_a_file_that_has_changed_after_it_was_read(server, hasty, whole, tmp_path, header):
     """The version is requested again before a shard gets its final name."""

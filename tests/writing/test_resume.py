@@ -149,6 +149,23 @@ SOURCES = {
     "another value in config.json": (config(rope_theta=10_000), "config"),
     "a value of config.json that is not converted": (config(note="another"), "config"),
     "other weights according to config.json": (config(attention_bias=False), "differs in"),
+    "a changed tokenizer file": (
+        text("tokenizer.json", b'{"version": "2"}'),
+        "copied_files (tokenizer.json)",
+    ),
+    "a tokenizer file of the same size": (
+        text("tokenizer.json", b"[]"),
+        "copied_files (tokenizer.json)",
+    ),
+    "a new tokenizer file": (
+        text("tokenizer_config.json", b"{}"),
+        "copied_files (tokenizer_config.json)",
+    ),
+    "a missing tokenizer file": (gone("tokenizer.json"), "copied_files (tokenizer.json)"),
+    "a new chat template": (
+        text("chat_template.jinja", b"{{ messages }}"),
+        "copied_files (chat_template.jinja)",
+    ),
     "one shard less": (gone(INDEX, LAST), "tensors missing that config.json calls for"),
 }
 OPTIONS = {
@@ -315,6 +332,20 @@ def test_a_source_through_a_link_is_resumed(run, tmp_path, monkeypatch):
     assert digests(run.output) == whole(run)
 
 
+def test_a_copied_file_that_changes_before_it_is_copied(run):
+    """It is not what the state of the run says: no other run could be refused for it."""
+    shutil.rmtree(run.output)
+
+    def change(plan) -> None:
+        (run.source / "tokenizer.json").write_text('{"version": "2"}')
+
+    with pytest.raises(gptoss_stream.CheckpointError, match=r"tokenizer.json: it changed while"):
+        gptoss_stream.convert(*run, max_shard_size="150KB", on_plan=change)
+    assert not list(run.output.glob("*.safetensors"))
+    assert not (run.output / "tokenizer.json").exists()
+    assert_refused(run, [], "copied_files (tokenizer.json)", "unfinished run")
+
+
 def reformatted(name: str) -> Damage:
     """Write a JSON file with the same value in other bytes."""
     return lambda folder: edit_json(folder / name, lambda value: None)
@@ -322,10 +353,6 @@ def reformatted(name: str) -> Damage:
 
 # It is not specified whether these count as a change.
 EITHER = {
-    "a changed tokenizer file": text("tokenizer.json", b'{"version": "2"}'),
-    "a new tokenizer file": text("tokenizer_config.json", b"{}"),
-    "a missing tokenizer file": gone("tokenizer.json"),
-    "a new chat template": text("chat_template.jinja", b"{{ messages }}"),
     "an index in other bytes": reformatted(INDEX),
     "a configuration in other bytes": reformatted(CONFIG),
     "no index": gone(INDEX),
