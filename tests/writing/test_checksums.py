@@ -81,7 +81,7 @@ def test_an_interrupted_run_keeps_the_checksums_of_finished_shards(
 def test_verify_checksums_reports_every_change(with_checksums, tmp_path, capsys):
     assert main(["verify", "--checksums", str(with_checksums)]) == 0
     assert "equal" in capsys.readouterr().out
-    for name in sorted(digests(with_checksums)):
+    for name in sorted(digests(with_checksums).keys() - {"README.md"}):  # which users edit
         copy = shutil.copytree(with_checksums, tmp_path / "copy")
         data = bytearray((copy / name).read_bytes())
         data[len(data) // 2] ^= 4
