@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub import CommitOperationAdd, constants
+from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError
 
 from ..errors import CheckpointError, OptionError, OutputError
@@ -274,7 +274,7 @@ class HubRepository:
         additions |= {n: uploaded_addition(self.repo_path(n), receipts[n]) for n in receipts}
         self._add(additions)
 
-    def _add(self, additions: Mapping[str, CommitOperationAdd]) -> None:
+    def _add(self, additions: Mapping[str, huggingface_hub.CommitOperationAdd]) -> None:
         """Add files in one commit, and check what the Hub then lists."""
         self._commit(lambda: [*additions.values()], f"Add {', '.join(additions)}")
         check_listed(additions, self.listing(), self.display_path)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from huggingface_hub import CommitOperationAdd
+import huggingface_hub
 
 from .._utils import strict_json
 from ..errors import MachineError
 from .location import FileInfo
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd
 
 __all__ = ["check_listed", "check_sent", "file_addition", "make_receipt", "uploaded_addition"]
 
@@ -23,7 +27,9 @@ def file_addition(path: str, data: Path | bytes, checksum: str | None) -> Commit
         data: A local file, or bytes.
         checksum: Its SHA-256, if it is known; then the file need not be read for it.
     """
-    addition = CommitOperationAdd(path, data if isinstance(data, bytes) else str(data))
+    addition = huggingface_hub.CommitOperationAdd(
+        path, data if isinstance(data, bytes) else str(data)
+    )
     if checksum is not None:
         addition.upload_info.sha256 = bytes.fromhex(checksum)
     return addition

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import TYPE_CHECKING
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session
+from huggingface_hub import constants, get_session
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd, HfApi
 
 __all__ = ["bound_memory", "send_large_file", "uses_xet"]
 
