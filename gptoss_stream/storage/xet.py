@@ -10,8 +10,7 @@ import importlib.util
 import os
 from typing import TYPE_CHECKING
 
-from huggingface_hub import constants, get_session
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+from huggingface_hub import constants
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -49,6 +48,8 @@ def send_large_file(api: HfApi, repo: str, addition: CommitOperationAdd) -> None
         repo: The repository.
         addition: The file.
     """
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
     try:
         api.preupload_lfs_files(repo, [addition])
     except ConnectionError:
