@@ -14,9 +14,8 @@ from runs import digests, time_limit
 
 from gptoss_stream import convert
 from gptoss_stream.errors import MachineError
-from gptoss_stream.planning.array_task import ArrayTask
 from gptoss_stream.writing.remote_folder import RemoteFolder
-from gptoss_stream.writing.uploads import Uploads, commit_interval
+from gptoss_stream.writing.uploads import Uploads
 
 NEVER_STOP = threading.Event()
 
@@ -65,14 +64,6 @@ def test_files_are_uploaded_in_order_with_their_checksums_and_deleted(tmp_path):
     assert remote.uploaded == requested == names
     assert {n: d.decode() for n, d in remote.files.items()} == {n: n for n in names}
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(("number", "seconds"), [(None, 60), (1, 60), (2, 60), (10, 300)])
-def test_all_array_tasks_together_keep_the_limit_of_commits(number, seconds):
-    """The Hub allows 128 an hour."""
-    task = None if number is None else ArrayTask(0, number)
-    assert commit_interval(task) == seconds
-    assert (number or 1) * 3600 / seconds <= 120
 
 
 @pytest.mark.parametrize("max_staged", [1, 2, 5])
