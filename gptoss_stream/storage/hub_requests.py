@@ -27,12 +27,10 @@ from .retries import FEW_TRIES, TRIES, RetryPolicy, retry_after
 
 __all__ = [
     "NotFoundError",
-    "output_errors",
     "resolve",
     "retry",
     "source_errors",
     "uploading",
-    "without_progress_bars",
 ]
 
 _T = TypeVar("_T")
@@ -98,9 +96,7 @@ def retry(call: Callable[[], _T], where: str, tries: int = TRIES) -> _T:
                 seconds = retry_after(refusal.response.headers)
                 if seconds is not None and seconds >= _SAID_SECONDS:
                     _log.warning(
-                        "%s: the Hub allows no more requests for %d s; waiting",
-                        where,
-                        seconds,
+                        "%s: the Hub allows no more requests for %d s; waiting", where, seconds
                     )
                 retries.wait(failure, seconds)
                 continue
@@ -154,9 +150,9 @@ def source_errors(where: str) -> Iterator[None]:
 
 
 @contextmanager
-def output_errors(where: str) -> Iterator[None]:
-    """Raise what the Hub refuses as errors of the output."""
-    with _errors_as(where, OutputError, OutputError):
+def uploading(where: str) -> Iterator[None]:
+    """Raise what the Hub refuses as errors of the output, and show no progress bar."""
+    with _errors_as(where, OutputError, OutputError), _without_progress_bars():
         yield
 
 
@@ -202,7 +198,7 @@ def _errors_as(
 
 
 @contextmanager
-def without_progress_bars() -> Iterator[None]:
+def _without_progress_bars() -> Iterator[None]:
     """Switch off huggingface_hub's progress bars, which would overwrite ours on the terminal."""
     utils = huggingface_hub.utils
     were_off = utils.are_progress_bars_disabled()
@@ -212,10 +208,3 @@ def without_progress_bars() -> Iterator[None]:
     finally:
         if not were_off:
             utils.enable_progress_bars()
-
-
-@contextmanager
-def uploading(where: str) -> Iterator[None]:
-    """Raise what the Hub refuses as errors of the output, and show no progress bar."""
-    with output_errors(where), without_progress_bars():
-        yield

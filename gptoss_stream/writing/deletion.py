@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
 from ..tensors.safetensors_header import INDEX_NAME
 from .durable_files import remove
+from .folder_lock import is_lock
 from .run_state import RECORD_NAME, RUN_NAME, WORK_NAME
 from .shard_file import sync_folder
 
 __all__ = ["delete_run"]
 
 
-def delete_run(folder: Path, names: Collection[str], is_kept: Callable[[str], bool]) -> None:
-    """Delete the files of a run.
+def delete_run(folder: Path, names: Collection[str]) -> None:
+    """Delete the files of a run, but for the locks of its folder.
 
     The index goes first: without it nothing looks finished. The record of which files are the
     tool's goes last, so that a deletion that was interrupted can be repeated.
@@ -23,14 +24,13 @@ def delete_run(folder: Path, names: Collection[str], is_kept: Callable[[str], bo
     Args:
         folder: The output folder.
         names: The files of the run.
-        is_kept: Returns whether a file of the work folder is kept, by its name.
     """
     (folder / INDEX_NAME).unlink(missing_ok=True)
     # Before any shard: a worker of that run can then no longer commit one.
     with suppress(FileNotFoundError):
         (folder / RUN_NAME).replace(folder / RECORD_NAME)
     for file in (folder / WORK_NAME).iterdir():
-        if not is_kept(file.name):
+        if not is_lock(file.name):
             remove(file)
     for name in (*sorted({*names} - {INDEX_NAME, RECORD_NAME}), RECORD_NAME):
         (folder / name).unlink(missing_ok=True)

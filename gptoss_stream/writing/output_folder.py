@@ -8,6 +8,7 @@ While a run is unfinished the folder holds `.gptoss_stream/`:
     *.mxfp4.json  what encoding a shard to MXFP4 has lost, likewise
     *.safetensors shards that are being written, and their spill files
     *.journal     how much of such a shard is on the disk (see `shard_journal`)
+    *.receipt     of a shard that is uploaded and not visible yet (see `receipts`)
     task-*        the same of one array task
     worker-*      the same of a worker
 

@@ -170,7 +170,7 @@ class OutputRun(OutputFolder):
     def _delete(self, names: Sequence[str]) -> None:
         """Delete the files of a run, but for a model card of the folder's users."""
         others_card = [] if self.others_card() is None else [CARD_NAME]
-        delete_run(self.path, {*names} - {*others_card}, is_kept=is_lock)
+        delete_run(self.path, {*names} - {*others_card})
 
     def _read_checksums(self) -> None:
         with suppress(FileNotFoundError, ValueError):  # such shards are written again

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from .._utils.buffers import ALIGNMENT
+from .._utils.platforms import read_at
 
 __all__ = ["ShardFile", "sync_folder"]
 
@@ -114,7 +115,7 @@ class ShardFile:
         while done < len(chunk):
             direct = self._direct
             try:
-                count = os.preadv(self._descriptor, [chunk.data[done:]], offset + done)
+                count = read_at(self._descriptor, [chunk.data[done:]], offset + done)
             except OSError as error:
                 if error.errno != errno.EINVAL or not direct:
                     raise

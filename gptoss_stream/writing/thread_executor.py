@@ -10,6 +10,7 @@ written depend on the plan alone.
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -76,7 +77,8 @@ class ThreadExecutor:
         self._low_memory = low_memory
         self._chunk_nbytes = chunk_nbytes or executor.CHUNK_NBYTES
         self._journals: dict[str, ShardJournal] = {}
-        self._written: dict[str, WrittenPart] = {}
+        self._written: defaultdict[str, WrittenPart] = defaultdict(WrittenPart)
+        """What an interrupted run has written, by the shards' names."""
 
     @property
     def peak_rss(self) -> int:
@@ -133,7 +135,7 @@ class ThreadExecutor:
         """
         steps: list[_PlannedStep] = []
         for shard in shards:
-            written = self._written_of(shard)
+            written = self._written[shard.name].nbytes
             # What is written is read again for its checksum alone.
             starts = range(0 if self._checksums else written, shard.nbytes, self._chunk_nbytes)
             chunks = [_PlannedStep(shard, start) for start in starts]
@@ -149,7 +151,7 @@ class ThreadExecutor:
     def _ranges_read(self, number: int) -> Iterator[ElementRange]:
         """Yield what a step reads of the source."""
         shard, start, segment = self._order[number]
-        if segment is None and start < self._written_of(shard):
+        if segment is None and start < self._written[shard.name].nbytes:
             return
         if segment is not None:
             block = SpilledTranspose.blocks_of(segment, self._chunk_nbytes)[start]
@@ -175,14 +177,12 @@ class ThreadExecutor:
                     self._folder / shard.name,
                     shard.nbytes,
                     partial(_check_header, shard),
-                    existing=self._written_of(shard) > 0,
+                    existing=self._written[shard.name].nbytes > 0,
                 )
-            make = self._write_chunk if start >= self._written_of(shard) else self._read_chunk
+            make = (
+                self._write_chunk if start >= self._written[shard.name].nbytes else self._read_chunk
+            )
             yield partial(self._run_step, number, partial(make, progress, progress.file, start))
-
-    def _written_of(self, shard: PlannedShard) -> int:
-        """Return the bytes of a shard that an interrupted run has written."""
-        return self._written.get(shard.name, WrittenPart()).nbytes
 
     def _begin(self, shard: PlannedShard) -> ShardInProgress:
         progress = ShardInProgress(
@@ -190,7 +190,7 @@ class ThreadExecutor:
             self._chunk_nbytes,
             self._partial_folder,
             checksum=self._checksums,
-            written=self._written.get(shard.name, WrittenPart()),
+            written=self._written[shard.name],
             journal=self._journals.get(shard.name),
         )
         self._in_progress[shard.name] = progress

@@ -13,9 +13,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
 from gptoss_stream.cli.main import main
 
@@ -237,6 +238,16 @@ class Conversion:
         finally:
             process.kill()
             process.communicate()
+
+    def race(self, output: Path, random: Random) -> list[subprocess.CompletedProcess[str]]:
+        """Start several runs with --json into one folder at nearly the same time; return how each
+        ended."""
+        with ExitStack() as stack:
+            processes = []
+            for _ in range(random.randint(2, 4)):
+                processes.append(stack.enter_context(self.running(output, "--json")))
+                time.sleep(random.choice((0, random.uniform(0, 1.2 * self.seconds))))
+            return [finish(process, 30) for process in processes]
 
     def assert_sound(self, output: Path) -> None:
         """Assert what must hold after any end of a run: no partial file has a final name, the same

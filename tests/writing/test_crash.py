@@ -7,7 +7,6 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import ExitStack
 from itertools import product
 from math import inf
 from pathlib import Path
@@ -306,13 +305,7 @@ def test_races_for_one_output(races, small, tmp_path):
     random = Random(races)
     for number in range(races):
         output = tmp_path / f"{number}"
-        with ExitStack() as stack:
-            processes = []
-            for _ in range(random.randint(2, 4)):
-                processes.append(stack.enter_context(small.running(output, "--json")))
-                time.sleep(random.choice((0, random.uniform(0, 1.2 * small.seconds))))
-            ends = [finish(process, 30) for process in processes]
-        assert_one_wrote(ends, output, small.whole)
+        assert_one_wrote(small.race(output, random), output, small.whole)
         shutil.rmtree(output)
 
 

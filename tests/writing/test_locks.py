@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from random import Random
 
@@ -78,13 +77,7 @@ def test_races_for_one_output(races, flock, small, tmp_path):
     random = Random(races)
     for number in range(races):
         output = tmp_path / f"{number}"
-        with ExitStack() as stack:
-            processes = []
-            for _ in range(random.randint(2, 4)):
-                processes.append(stack.enter_context(small.running(output, "--json")))
-                time.sleep(random.choice((0, random.uniform(0, 1.2 * small.seconds))))
-            ends = [finish(process, 30) for process in processes]
-        assert_one_wrote(ends, output, small.whole)
+        assert_one_wrote(small.race(output, random), output, small.whole)
 
 
 @pytest.mark.parametrize("flock", LYING, indirect=True)
