@@ -35,7 +35,7 @@ from gptoss_stream.errors import MachineError, OutputError
 from gptoss_stream.planning.options import ConversionOptions
 from gptoss_stream.planning.run_identity import run_identity
 from gptoss_stream.storage.open_location import open_writable_location
-from gptoss_stream.writing import output_run
+from gptoss_stream.writing import deletion
 from gptoss_stream.writing.folder_lock import FolderLock
 from gptoss_stream.writing.output import write_output
 from gptoss_stream.writing.remote_folder import RemoteFolder
@@ -332,12 +332,12 @@ def test_a_worker_of_a_replaced_run_writes_no_file(source, checkpoints, tmp_path
 
     def late(file):
         monkeypatch.setattr(ShardFile, "commit", commit)
-        monkeypatch.setattr(output_run, "remove", slowly)
+        monkeypatch.setattr(deletion, "remove", slowly)
         began.set()
         assert deleting.wait(20)
         commit(file)
 
-    remove, began, deleting = output_run.remove, threading.Event(), threading.Event()
+    remove, began, deleting = deletion.remove, threading.Event(), threading.Event()
 
     def slowly(path):
         deleting.set()
