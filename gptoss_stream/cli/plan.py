@@ -113,6 +113,7 @@ def _resources(
     planned: Plan, output: WritableLocation | None, workers: int, arguments: argparse.Namespace
 ) -> _Resources:
     """Return what the conversion needs, on the disk of a local OUTPUT or of the staging folder."""
+    from ..storage.open_location import upload_nbytes
     from ..writing.disk_space import free_nbytes
     from ..writing.executor import memory_nbytes
     from ..writing.remote_output import staging_folder, staging_nbytes
@@ -127,6 +128,7 @@ def _resources(
     memory = memory_nbytes(
         workers,
         is_local=is_local,
+        upload_nbytes=0 if output is None else upload_nbytes(arguments.output),
         has_reference=planned.reference is not None,
         has_adapters=planned.merge is not None,
     )

@@ -21,7 +21,6 @@ from .._utils.failures import missing_package
 from ..errors import MachineError, OptionError
 from ..planning.shards import PlannedShard, write_nbytes
 from ..writing.executor import Callbacks
-from ..writing.shard_summary import ShardSummary
 from .dask_client import CONNECTION_ERRORS, scheduler_errors, scheduler_lost
 from .dask_worker import RESOURCE, stuck_tasks, write_shard_on_worker
 from .task_spec import ShardResult, TaskSpec
@@ -196,7 +195,9 @@ class DaskExecutor:
         except CONNECTION_ERRORS:
             self._events.put(future)  # its worker died; Dask runs the task again
             return
-        callbacks.before_commit(shard.shard.name, ShardSummary(result.sha256))
+        callbacks.before_commit(shard.shard.name, result.summary)
+        if result.receipt is not None:
+            callbacks.on_upload(shard.shard.name, result.receipt)
         self.peak_rss = max(self.peak_rss, result.peak_rss)
         callbacks.on_progress(shard.shard.nbytes - shard.nbytes_done)
         del in_flight[shard.shard.name]

@@ -12,6 +12,7 @@ from typing import Any
 
 from .. import __version__
 from ..planning.options import ConversionOptions
+from ..writing.shard_summary import ShardSummary
 
 __all__ = ["ShardResult", "TaskSpec"]
 
@@ -40,7 +41,9 @@ class TaskSpec:
 class ShardResult:
     """What came of writing a shard."""
 
-    sha256: str | None
-    """The shard's checksum, if the run computes them."""
+    summary: ShardSummary
+    """What is known of the shard."""
+    receipt: bytes | None
+    """If the shard is uploaded and not visible yet: for `RemoteFolder.publish`."""
     peak_rss: int
     """The peak resident memory of the process, in bytes."""

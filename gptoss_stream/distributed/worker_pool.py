@@ -14,6 +14,7 @@ from .. import __version__
 from .._utils.failures import missing_package
 from .._utils.thread_pool import count_workers
 from ..errors import MachineError, OptionError
+from ..storage.open_location import upload_nbytes
 from ..writing.executor import memory_nbytes
 from .dask_client import first_line, scheduler_errors
 from .dask_worker import check_access, installed_version, register_worker
@@ -99,10 +100,13 @@ class WorkerPool:
             threading.Thread(target=self._register_one, args=(address,), daemon=True).start()
 
     def _register_one(self, address: str) -> None:
-        is_local = "://" not in self.spec.source
+        is_local = not any("://" in name for name in (self.spec.source, self.spec.output))
         need = (
             memory_nbytes(
-                self.spec.threads, is_local=is_local, has_adapters=bool(self.spec.options.adapters)
+                self.spec.threads,
+                is_local=is_local,
+                upload_nbytes=upload_nbytes(self.spec.output),
+                has_adapters=bool(self.spec.options.adapters),
             )
             + _DASK_NBYTES
         )

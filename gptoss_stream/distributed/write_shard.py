@@ -126,14 +126,17 @@ def write_shard(
     folder = staging if task.location else Path(spec.output)
     try:
         if task.location is None:
-            sha256 = _write_local(task, shard, run, on_progress)
+            checksum, receipt = _write_local(task, shard, run, on_progress), None
+            summary = ShardSummary(checksum)
         else:
-            sha256 = _write_remote(task, task.location, shard, run, staging, on_progress, on_upload)
+            summary, receipt = _write_remote(
+                task, task.location, shard, run, staging, on_progress, on_upload
+            )
     except OSError as error:
         if is_disk_full(error):
             raise disk_full_error(error, folder, staging_nbytes([shard], 1)) from error
         raise machine_error(error, f"writing {name} in {folder}") from error
-    return ShardResult(sha256, peak_rss_nbytes())
+    return ShardResult(summary, receipt, peak_rss_nbytes())
 
 
 def _write_local(
@@ -162,17 +165,22 @@ def _write_remote(
     staging: Path,
     on_progress: Callable[[int], None],
     on_upload: Callable[[], None],
-) -> str | None:
-    """Write a shard to a folder of this process, and upload it; returns its checksum."""
+) -> tuple[ShardSummary, bytes | None]:
+    """Write a shard to a folder of this process, and upload it.
+
+    Returns:
+        What is known of the shard, and its receipt unless it is visible (`RemoteFolder.upload`).
+    """
     remote = RemoteFolder(location, checksums=task.spec.checksums)
     remote.join(run)
     if remote.is_finished(shard.name, shard.nbytes):
-        return remote.checksum(shard.name)
-    checksums: dict[str, str] = {}
+        return ShardSummary(remote.checksum(shard.name)), None
+    written = ShardSummary()
 
     def before_commit(name: str, summary: ShardSummary) -> None:
+        nonlocal written
         remote.check_run()
-        checksums[name] = summary.sha256 or ""
+        written = summary
         if summary.losses:
             remote.losses[name] = losses_as_text(summary.losses)
 
@@ -186,9 +194,10 @@ def _write_remote(
         callbacks = Callbacks(on_progress, before_commit=before_commit)
         _write(task, shard, folder, partial_folder, callbacks, checksums=True)
         on_upload()
-        remote.put({shard.name: folder / shard.name}, checksums)
-        remote.confirm_upload(shard.name)
-    return checksums[shard.name]
+        receipt = remote.upload(shard.name, folder / shard.name, written.sha256)
+        if receipt is None:
+            remote.confirm_upload(shard.name)
+    return written, receipt
 
 
 def _write(

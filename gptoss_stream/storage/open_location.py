@@ -18,6 +18,7 @@ __all__ = [
     "local_path",
     "open_location",
     "open_writable_location",
+    "upload_nbytes",
 ]
 
 _REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -114,6 +115,15 @@ def open_writable_location(
     from .object_store import ObjectStore
 
     return ObjectStore(os.fspath(name))
+
+
+def upload_nbytes(name: str | os.PathLike[str]) -> int:
+    """Return the bytes of memory that uploading to a location takes beyond its files' blocks."""
+    if not is_repository(name):
+        return 0
+    from .xet import XET_NBYTES, uses_xet
+
+    return XET_NBYTES if uses_xet() else 0
 
 
 def is_repository(name: str | os.PathLike[str]) -> bool:

@@ -1,7 +1,8 @@
 """Bounds the memory of `hf_xet`, by which huggingface_hub uploads.
 
-hf_xet keeps up to 128 MiB for each upload of a block that is under way, and runs up to 64 of them.
-Source of the names: hf_xet 1.8. They are read when hf_xet is first imported.
+hf_xet keeps up to 128 MiB for each upload of a block that is under way, and runs up to 64 of them;
+each of its threads keeps more. Source of the names: hf_xet 1.8, and the documentation of Tokio's
+runtime. They are read when hf_xet is first imported.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from huggingface_hub import constants
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
 
-__all__ = ["bound_memory", "send_large_file", "uses_xet"]
+__all__ = ["XET_NBYTES", "bound_memory", "send_large_file", "uses_xet"]
+
+XET_NBYTES = 300_000_000
+"""Memory that hf_xet takes within these bounds, its code included."""
 
 _BOUNDS = {
     "HF_XET_CLIENT_AC_INITIAL_UPLOAD_CONCURRENCY": "1",
     "HF_XET_CLIENT_AC_MAX_UPLOAD_CONCURRENCY": "2",
     "HF_XET_DATA_MAX_CONCURRENT_FILE_INGESTION": "1",
+    "TOKIO_WORKER_THREADS": "1",
 }
 _OF_USERS = ("HF_XET_HIGH_PERFORMANCE", "HF_XET_FIXED_UPLOAD_CONCURRENCY")
 """Settings that say how many uploads are under way: then none is changed."""

@@ -32,6 +32,7 @@ def memory_nbytes(
     threads: int,
     *,
     is_local: bool = True,
+    upload_nbytes: int = 0,
     has_reference: bool = False,
     has_adapters: bool = False,
 ) -> int:
@@ -40,6 +41,7 @@ def memory_nbytes(
     Args:
         threads: Threads that convert.
         is_local: Whether source and output are local; a remote source is read ahead.
+        upload_nbytes: What the client that uploads takes (`open_location.upload_nbytes`).
         has_reference: Whether blocks of a reference are kept.
         has_adapters: Whether adapters are merged.
 
@@ -47,7 +49,7 @@ def memory_nbytes(
         An upper estimate in bytes.
     """
     per_thread = CHUNK_NBYTES + _THREAD_NBYTES + (_REFERENCE_NBYTES if has_reference else 0)
-    nbytes = _INTERPRETER_NBYTES + threads * per_thread
+    nbytes = _INTERPRETER_NBYTES + threads * per_thread + upload_nbytes
     if has_adapters:
         nbytes += _ADAPTERS_NBYTES + threads * _MERGING_NBYTES
     return nbytes if is_local else nbytes + _REMOTE_NBYTES
@@ -70,6 +72,9 @@ class Callbacks:
     its final name when the call returns."""
     on_shard_finished: Callable[[str], None] = lambda name: None
     """Called with the name of a shard that is finished."""
+    on_upload: Callable[[str, bytes], None] = lambda name, receipt: None
+    """Called with the name and the receipt (`RemoteFolder.upload`) of a shard that another process
+    has uploaded and that is not visible yet."""
 
 
 class Executor(Protocol):

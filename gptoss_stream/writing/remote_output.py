@@ -207,7 +207,9 @@ class _RemoteOutput:
             for shard in staged:
                 on_progress(shard.nbytes)
                 uploading.add_finished(shard.name)
-            callbacks = Callbacks(report, before_commit=before_commit)
+            callbacks = Callbacks(
+                report, before_commit=before_commit, on_upload=uploading.add_uploaded
+            )
             if self.executor.in_process:
                 callbacks = Callbacks(report, uploading.start, before_commit, uploading.add)
             self.executor.write_shards(

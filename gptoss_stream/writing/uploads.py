@@ -104,6 +104,14 @@ class Uploads:
             self._num_staged += 1
         self.add(name)
 
+    def add_uploaded(self, name: str, receipt: bytes) -> None:
+        """Publish a file that another process has uploaded."""
+        self._keep_receipt(name, receipt)
+        with self._changed:
+            self._raise_error()
+            self._receipts[name] = receipt
+            self._changed.notify_all()
+
     def finish(self) -> None:
         """Wait until every file has arrived and is visible."""
         with self._changed:

@@ -5,8 +5,19 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hub_cases import AUXILIARY_FILES, NAME, NOW, SIZE, assert_nothing_wrong, python
-from runs import INDEX_NAME
+from hub_cases import (
+    AUXILIARY_FILES,
+    NAME,
+    NOW,
+    OUT,
+    SIZE,
+    assert_nothing_wrong,
+    commits,
+    contents,
+    finished,
+    python,
+)
+from runs import INDEX_NAME, run_in_process
 from stand_in_hub import Fault, every
 
 TASKS = 10
@@ -16,11 +27,11 @@ CARD = "README.md"
 
 def asked(hub) -> Counter[str]:
     """Return how often the Hub itself, not its CDN, was asked for a commit, a listing, the address
-    of a file, or a file."""
+    of a file, or a file of the source."""
     found: Counter[str] = Counter()
     for request in hub.requests:
         path = request.path.partition("?")[0]
-        if request.origin == "cdn" or "agent-harnesses" in path:  # huggingface_hub's own question
+        if request.origin == "cdn" or NAME not in path:
             continue
         kind = "listing" if "/tree/" in path else "commit" if path.startswith("/api") else ""
         found[kind or f"{request.method} {path.partition('/resolve/')[2].partition('/')[2]}"] += 1
@@ -79,12 +90,19 @@ def test_a_damaged_listing_is_not_believed(hub, cli, released, whole, tmp_path):
     assert_nothing_wrong(tmp_path / "out", whole(released))
 
 
-def test_workers_are_told(hub, released, whole, tmp_path):
-    """Only the client resolves the branch and lists the commit."""
-    hub.add_folder(NAME, released)
-    command = ("-m", "gptoss_stream", "convert", NAME, "out", *SIZE, "--quiet")
+def test_workers_are_told(hub, checkpoints, tmp_path):
+    """Only the client resolves the branch, lists the commit, and commits what workers upload,
+    several shards at once, with what encoding them has lost."""
+    source = checkpoints(layers=2, format="hf")
+    hub.add_folder(NAME, source)
+    options = ("--to", "hf-mxfp4", "--mxfp4-rule", "ocp", *SIZE, "--quiet")
+    local = tmp_path / "local"
+    assert run_in_process("convert", source, local, *options).returncode == 0
+    command = ("-m", "gptoss_stream", "convert", NAME, f"hf://{OUT}", *options)
     done = python(hub, tmp_path, *command, "--scheduler", "local:2")
     assert done.returncode == 0, done.stderr
-    assert_nothing_wrong(tmp_path / "out", whole(released))
-    expected = {"commit": 1, "listing": 1, **of_files(released, 3), **COPIED, f"GET {CARD}": 1}
-    assert asked(hub) == expected
+    assert contents(hub) == finished(local)
+    copied = {"GET generation_config.json": 1}
+    assert asked(hub) == {"commit": 1, "listing": 1, **of_files(source, 3), **copied}
+    shards = [added for added, _ in commits(hub) if any("safetensors" in n for n in added)]
+    assert len(shards) <= 4 < len([*local.glob("*.safetensors")])
