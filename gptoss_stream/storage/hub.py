@@ -135,10 +135,8 @@ class HubRepository:
 
     def names(self, folder: str = "") -> list[str]:
         """Return the names of the files in it or in a folder of it, sorted."""
-        parent = PurePosixPath(folder)
-        return sorted(
-            path.name for path in map(PurePosixPath, self._files) if path.parent == parent
-        )
+        paths = map(PurePosixPath, self._files)
+        return sorted(path.name for path in paths if path.parent == PurePosixPath(folder))
 
     def open(self, name: str) -> HubFile:
         """Open a file (see `Location.open`)."""
@@ -300,7 +298,10 @@ class HubRepository:
 
         with uploading(str(self)):
             self._create()
-            retry(commit, str(self))
+            try:
+                retry(commit, str(self))
+            except EntryNotFoundError:  # another process has just deleted one of the files
+                retry(commit, str(self))
 
     def _create(self) -> None:
         """Create the repository, as a private one, if it does not exist."""

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import huggingface_hub
 from huggingface_hub.errors import (
+    BadRequestError,
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
@@ -22,7 +23,7 @@ from huggingface_hub.errors import (
 
 from ..errors import CheckpointError, GptOssStreamError, MachineError, OutputError
 from .byte_ranges import TIMEOUT, transport_errors
-from .location import NEVER_STOP
+from .location import NEVER_STOP, LostUploadError
 from .retries import FEW_TRIES, TRIES, RetryPolicy, retry_after
 
 __all__ = [
@@ -153,7 +154,10 @@ def source_errors(where: str) -> Iterator[None]:
 def uploading(where: str) -> Iterator[None]:
     """Raise what the Hub refuses as errors of the output, and show no progress bar."""
     with _errors_as(where, OutputError, OutputError), _without_progress_bars():
-        yield
+        try:
+            yield
+        except BadRequestError as error:  # to a commit of an upload that it does not know
+            raise LostUploadError(f"{where}: the Hub answers 400{_reason(error)}") from None
 
 
 @contextmanager
@@ -183,8 +187,9 @@ def _errors_as(
     except OfflineModeIsEnabled:
         raise kind(f"{where}: HF_HUB_OFFLINE is set; unset it") from None
     except HfHubHTTPError as error:
-        status = error.response.status_code
-        if status in (401, 403):
+        code = error.response.status_code
+        status = f"{code}{_reason(error)}"
+        if code in (401, 403):
             raise kind(
                 f"{where}: no access ({status}); log in with `hf auth login`, or give another "
                 "--token"
@@ -195,6 +200,12 @@ def _errors_as(
             f"{where}: the server's answer is not one of the Hub ({type(error).__name__}); check "
             "HF_ENDPOINT and the network"
         ) from None
+
+
+def _reason(error: HfHubHTTPError) -> str:
+    """Return what the Hub says about an error, to follow its status; empty if it says nothing."""
+    text = " ".join((error.server_message or "").split())
+    return f": {_without_queries(text)[:300]}" if text.isprintable() and text else ""
 
 
 @contextmanager

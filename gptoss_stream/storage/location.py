@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, OutputError
 
 __all__ = [
     "NEVER_STOP",
@@ -22,6 +22,7 @@ __all__ = [
     "FileInfo",
     "Location",
     "LocationLike",
+    "LostUploadError",
     "WritableLocation",
     "changed",
     "read_whole",
@@ -155,6 +156,10 @@ class WritableLocation(Location, Protocol):
         """Delete files; files that do not exist are ignored."""
 
 
+class LostUploadError(OutputError):
+    """A file that was uploaded and not published is not there any more."""
+
+
 @runtime_checkable
 class BatchingLocation(WritableLocation, Protocol):
     """A location that limits how often files may be made visible, but not how often uploaded."""
@@ -179,7 +184,7 @@ class BatchingLocation(WritableLocation, Protocol):
             files: The small files, by name.
 
         Raises:
-            OutputError: If an uploaded file is not there any more.
+            LostUploadError: If an uploaded file is not there any more.
         """
 
 

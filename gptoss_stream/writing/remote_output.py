@@ -20,7 +20,7 @@ from .._utils.paths import user_path
 from ..errors import OptionError, OutputError
 from ..planning.array_task import ArrayTask
 from ..planning.shards import PlannedShard
-from ..storage.location import WritableLocation
+from ..storage.location import LostUploadError, WritableLocation
 from ..tensors.safetensors_header import INDEX_NAME
 from . import uploads
 from .checksums import CHECKSUMS_NAME
@@ -235,7 +235,7 @@ class _RemoteOutput:
             try:
                 self.remote.publish(receipts, self.run.checksums)
                 self.remote.refresh()
-            except (OutputError, ValueError, KeyError):  # lost there, or damaged here
+            except (LostUploadError, ValueError, KeyError):  # lost there, or damaged here
                 receipts = {}
         kept.clear()
         return bool(receipts)

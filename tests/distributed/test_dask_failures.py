@@ -249,7 +249,7 @@ def test_several_threads_write_one_shard_at_once(source, whole, tmp_path):
                 written = write_shard(
                     spec, fingerprint(state), name, tmp_path, lambda n: None, lambda: None
                 )
-                assert written.sha256 == whole[name]
+                assert written.summary.sha256 == whole[name]
             except BaseException as error:
                 errors.append(error)
 

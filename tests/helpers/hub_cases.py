@@ -59,13 +59,13 @@ def assert_nothing_wrong(output: Path, whole: Mapping[str, str]) -> None:
         assert found == whole
 
 
-def python(hub: StandInHub, home: Path, *words: str, **more: str):
+def python(hub: StandInHub, home: Path, *words: str, seconds: float = 60, **more: str):
     """Run a command in a new interpreter, for what it reads at its start."""
     return subprocess.run(
         [sys.executable, *words],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=seconds,
         cwd=home,
         env=environment(hub.endpoint, home, **more),
     )

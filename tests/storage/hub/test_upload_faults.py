@@ -10,6 +10,7 @@ from hub_cases import (
     COMMIT,
     OUT,
     PUT,
+    SIZE,
     UPLOAD_FAULTS,
     assert_no_secret,
     contents,
@@ -17,7 +18,7 @@ from hub_cases import (
     shards,
     staged,
 )
-from hub_runs import after
+from hub_runs import after, wait_for
 from runs import INDEX_NAME, WORK_NAME, assert_clean_error
 from stand_in_hub import Fault, first
 
@@ -100,3 +101,40 @@ def test_a_wait_that_the_hub_asks_for_is_said(hub, convert, released, whole):
     line = f"gptoss_stream: hf://{OUT}: the Hub allows no more requests for 31 s; waiting\n"
     assert done.stderr == line
     assert contents(hub) == whole(released)
+
+
+def test_a_refusal_keeps_what_is_uploaded_and_says_why(hub, begin, convert, released, whole):
+    """Also if it is the first request of the next run that is refused."""
+    slow = Fault("slow", 60_000)
+    hub.faults.append(lambda r: slow if r.method == "PUT" and len(hub.uploads) > 3 else None)
+    run = begin("convert", released, f"hf://{OUT}", "--workers=1", *SIZE, PUBLISH_SECONDS="60")
+    wait_for(lambda: len(hub.uploads) > 3)
+    run.kill()
+    full = {"X-Error-Message": "Private repository storage limit reached"}
+    hub.faults[:] = [after(0, Fault("status", 403, full), COMMIT)]
+    done = convert(released, f"hf://{OUT}")
+    assert_clean_error(done, 2)
+    assert "(403: Private repository storage limit reached)" in done.stderr
+    hub.faults.clear()
+    hub.reset_counts()
+    assert convert(released, f"hf://{OUT}").returncode == 0
+    assert contents(hub) == whole(released)
+    assert requested(hub).count("cdn PUT") <= len(shards(hub)) - 2
+
+
+def test_files_that_another_task_deletes_first(hub, convert, released, whole):
+    deleted = []
+
+    def delete(request):
+        repo = hub.repos.get(OUT)
+        files = repo.commits[repo.branches["main"]] if repo else {}
+        if request.method == "POST" and "/commit/" in request.path and INDEX_NAME in files:
+            left = {n: entry for n, entry in files.items() if not n.endswith(".sha256")}
+            deleted.append(len(files) - len(left))
+            repo.commit("main", left)
+
+    hub.faults.append(delete)
+    done = convert(released, f"hf://{OUT}", "--checksums")
+    assert done.returncode == 0, done.stderr
+    assert deleted[0] > 0
+    assert contents(hub) == whole(released, "--checksums")

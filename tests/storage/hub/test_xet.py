@@ -11,10 +11,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from hub_cases import NAME, OUT, SIZE, commits, contents, python, requested
+from hub_cases import NAME, OUT, SIZE, commits, contents, python, requested, shards
 from hub_runs import environment, wait_for
 from runs import assert_clean_error, run_in_process
 from stand_in_hub import Fault
+
+from gptoss_stream import synth
 
 hf_xet = pytest.importorskip("hf_xet")
 
@@ -123,6 +125,29 @@ def test_what_a_killed_run_has_uploaded_is_committed(
 
 
 @pytest.mark.slow
+def test_memory_at_real_size(hub, xet, tmp_path):
+    """From repository to repository, 2 layers of the 20b's shapes in shards of 1 GB."""
+    source = synth(tmp_path / "source", "20b", layers=2)
+    hub.add_folder(NAME, source)
+    words = (
+        "-m",
+        "gptoss_stream",
+        "convert",
+        NAME,
+        f"hf://{OUT}",
+        "--to",
+        "hf",
+        "--quiet",
+        "--json",
+    )
+    done = python(hub, tmp_path, *words, "--max-shard-size", "1GB", seconds=500,
+                  HF_HUB_DISABLE_XET="0")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert sum(shards(hub).values()) > 5_000_000_000
+    assert json.loads(done.stdout)["peak_rss"] < 600_000_000
+
+
+@pytest.mark.slow
 def test_receipts_that_the_hub_does_not_know(started, hub, released, whole, tmp_path):
     """The shards are made and uploaded again."""
     slow = Fault("slow", 60_000)
@@ -171,7 +196,7 @@ def test_settings_of_the_user_count(given, expected):
 import os
 import gptoss_stream
 gptoss_stream.open_writable_location("hf://user/name")
-names = "HF_XET_CLIENT_AC_MAX_UPLOAD_CONCURRENCY", "HF_XET_DATA_MAX_CONCURRENT_FILE_INGESTION"
+names = "HF_XET_CLIENT_AC_MAX_UPLOAD_CONCURRENCY", "TOKIO_WORKER_THREADS"
 print(*(os.environ.get(name) for name in names))
 """
     variables = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
