@@ -160,11 +160,11 @@ class ShardInProgress:
             self._written = WrittenPart(written, losses)
             return written >= self.shard.nbytes
 
-    def save(self, check_unchanged: Callable[[], None]) -> None:
+    def save(self, check: Callable[[], None]) -> None:
         """Write the journal, if that has not been done for some time.
 
         Args:
-            check_unchanged: Raises an error if the source has changed.
+            check: Raises an error if the source has changed or the folder is another run's.
         """
         if self._journal is None or self.file is None or not self._saving.acquire(blocking=False):
             return
@@ -174,10 +174,10 @@ class ShardInProgress:
             with self._counting:
                 written = self._written
             if self._saved_nbytes < written.nbytes < self.shard.nbytes:
-                check_unchanged()
                 for scales in {*self._scales.values()}:
                     scales.sync()
                 self.file.sync()
+                check()
                 self._journal.write(written)
                 self._saved_nbytes = written.nbytes
             self._saved_at = time.monotonic()

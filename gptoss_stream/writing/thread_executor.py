@@ -245,7 +245,12 @@ class ThreadExecutor:
         if progress.end_chunk(begin):
             self._commit(progress, file)
         else:
-            progress.save(self._reader.check_unchanged)
+            progress.save(self._check)
+
+    def _check(self) -> None:
+        """Raise an error if the source has changed, or the run is to end."""
+        self._reader.check_unchanged()
+        self._callbacks.on_progress(0)
 
     def _commit(self, progress: ShardInProgress, file: ShardFile) -> None:
         if self._stop.is_set():

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 from random import Random
+from threading import Event
 
 import pytest
 from runs import (
@@ -26,9 +27,14 @@ from runs import (
     digests,
     finish,
     run,
+    run_in_process,
     stamps,
     wait_until,
 )
+
+from gptoss_stream.errors import OutputError
+from gptoss_stream.writing.output_run import OutputRun
+from gptoss_stream.writing.shard_file import ShardFile
 
 GUARD = f"{WORK_NAME}/run.guard"
 FLOCKS = ["works", "0", "ENOSYS", "EOPNOTSUPP", "ENOLCK"]
@@ -227,6 +233,34 @@ def test_a_run_wakes_up_while_another_has_its_folder(flock, large, tmp_path):
     assert second.returncode in (0, 3), second.stderr
     assert_nothing_half_written(output, large.whole)
     large.assert_sound(output)
+
+
+def test_a_run_that_lost_its_folder_deletes_only_its_own_partial_file(tmp_path):
+    partial = tmp_path / "partial"
+    file = ShardFile(partial, tmp_path / "final", 4096)
+    partial.unlink()
+    partial.write_bytes(b"another run's")
+    file.close(keep=False)
+    assert partial.read_bytes() == b"another run's"
+    ShardFile(partial, tmp_path / "final", 4096).close(keep=False)
+    assert not partial.exists()
+
+
+def test_a_run_that_lost_its_folder_writes_no_journal(checkpoints, tmp_path, monkeypatch):
+    """What it has written is in a file that the other run has deleted."""
+    source, taken = checkpoints(layers=2), Event()
+
+    def check(run):
+        if taken.is_set():
+            raise OutputError("another run took it over")
+
+    monkeypatch.setattr("gptoss_stream.writing.executor.CHUNK_NBYTES", 1 << 14)
+    monkeypatch.setattr("gptoss_stream.writing.shard_in_progress.JOURNAL_SECONDS", 0)
+    monkeypatch.setattr(ShardFile, "sync", lambda file: taken.set())
+    monkeypatch.setattr(OutputRun, "check_lock", check)
+    done = run_in_process("convert", source, tmp_path / "out", "--workers=1")
+    assert (done.returncode, taken.is_set()) == (2, True)
+    assert not [*tmp_path.rglob("*.journal")]
 
 
 # --- the guard alone ----------------------------------------------------------------------------
