@@ -171,7 +171,7 @@ def test_power_losses_within_a_shard(count, change, source, whole, tmp_path):
 def test_without_a_sync_before_the_journal_power_losses_cause_failures(source, whole, tmp_path):
     """The control: what a journal says is then not on the disk."""
     with pytest.raises(AssertionError, match="safetensors"):
-        survive_power_losses(source, whole, tmp_path, 20, change=JOURNALED + NOT_SYNCED)
+        survive_power_losses(source, whole, tmp_path, 100, change=JOURNALED + NOT_SYNCED)
 
 
 @pytest.mark.parametrize("change", ["", "; os.O_DIRECT = 0"], ids=["direct", "buffered"])
