@@ -105,10 +105,10 @@ def test_a_wait_that_the_hub_asks_for_is_said(hub, convert, released, whole):
 
 def test_a_refusal_keeps_what_is_uploaded_and_says_why(hub, begin, convert, released, whole):
     """Also if it is the first request of the next run that is refused."""
-    slow = Fault("slow", 60_000)
-    hub.faults.append(lambda r: slow if r.method == "PUT" and len(hub.uploads) > 3 else None)
+    slow, some = Fault("slow", 60_000), len(hub.uploads) + 3
+    hub.faults.append(lambda r: slow if r.method == "PUT" and len(hub.uploads) > some else None)
     run = begin("convert", released, f"hf://{OUT}", "--workers=1", *SIZE, PUBLISH_SECONDS="60")
-    wait_for(lambda: len(hub.uploads) > 3)
+    wait_for(lambda: len(hub.uploads) > some)
     run.kill()
     full = {"X-Error-Message": "Private repository storage limit reached"}
     hub.faults[:] = [after(0, Fault("status", 403, full), COMMIT)]

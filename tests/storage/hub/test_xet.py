@@ -150,8 +150,8 @@ def test_memory_at_real_size(hub, xet, tmp_path):
 @pytest.mark.slow
 def test_receipts_that_the_hub_does_not_know(started, hub, released, whole, tmp_path):
     """The shards are made and uploaded again."""
-    slow = Fault("slow", 60_000)
-    hub.faults.append(lambda r: slow if r.method == "PUT" and len(hub.uploads) > 3 else None)
+    slow, some = Fault("slow", 60_000), len(hub.uploads) + 3
+    hub.faults.append(lambda r: slow if r.method == "PUT" and len(hub.uploads) > some else None)
     command = [sys.executable, *command_line(str(released), f"hf://{OUT}", "--workers=1")]
     run = started(command, tmp_path, environment(hub.endpoint, tmp_path))
     work = tmp_path / "cache/gptoss_stream"
