@@ -1,4 +1,4 @@
-"""A format is added by one file, as the README shows, and is then read and written."""
+"""A format is added by one file, as CONTRIBUTING.md shows, and is then read and written."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 import gptoss_stream
 from gptoss_stream.errors import CheckpointError, OptionError
 
-README = (ROOT / "README.md").read_text()
-(HALVES,) = re.findall(r"<!-- format -->\n```python\n(.*?)```\n<!-- end -->", README, re.DOTALL)
+GUIDE = (ROOT / "CONTRIBUTING.md").read_text()
+(HALVES,) = re.findall(r"<!-- format -->\n```python\n(.*?)```\n<!-- end -->", GUIDE, re.DOTALL)
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def add_format(tmp_path, monkeypatch):
 
 @pytest.fixture
 def halves(add_format):
-    """Return the name of the format that the README adds."""
+    """Return the name of the format that CONTRIBUTING.md adds."""
     return add_format("halves", HALVES)
 
 
@@ -64,7 +64,7 @@ def as_halves(tensors):
 
 
 @pytest.mark.parametrize("other", gptoss_stream.formats.names())
-def test_a_format_is_added_as_the_readme_says(other, halves, checkpoints, tmp_path):
+def test_a_format_is_added_as_contributing_says(other, halves, checkpoints, tmp_path):
     """It is converted from and to all others."""
     assert halves in gptoss_stream.formats.names()
     source = checkpoints(format=other)
