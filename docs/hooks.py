@@ -26,7 +26,7 @@ AXES = {
     "k": ("nk", "key/value heads", "num_key_value_heads"),
     "h": ("hd", "size of a head", "head_dim"),
 }
-"""Each axis of the model: its symbol in `inspect --json`, what it is, and its name in config.json."""
+"""Each axis of the model: its symbol in `inspect --json`, its meaning, its name in config.json."""
 
 SYMBOLS = {axis: symbol for axis, (symbol, _, _) in AXES.items()} | {"t": "2"}
 

@@ -1,7 +1,7 @@
 """The code blocks of the documentation, with the comment that stands before a block.
 
-A block of `sh` or `python` without a comment runs in the tests. The comment of another says why not,
-or which test runs it.
+A block of `sh` or `python` without a comment runs in the tests. The comment of another says why
+not, or which test runs it.
 """
 
 from __future__ import annotations
