@@ -55,7 +55,7 @@ def literals() -> list[str]:
                 parts = [p.value if isinstance(p, ast.Constant) else "…" for p in node.values]
                 found.append("".join(parts))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(re.sub(r"%[sd]", "…", node.value))
+                found.append(re.sub(r"%[sd]|\{\w+\}", "…", node.value))
     return found
 
 
