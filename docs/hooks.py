@@ -94,15 +94,17 @@ def _split(row: Row) -> tuple[str, list[str]]:
 
 def api() -> str:
     """Return directives of mkdocstrings for all public names, by kind."""
-    kinds: dict[str, list[str]] = {"Functions": [], "Classes": [], "Errors": []}
+    kinds: dict[str, list[str]] = {"Functions": [], "Classes": [], "Types": [], "Errors": []}
     for name in gptoss_stream.__all__:
         value = getattr(gptoss_stream, name)
-        if inspect.isclass(value):
-            kind = "Errors" if issubclass(value, Exception) else "Classes"
-        elif inspect.isfunction(value):
+        if inspect.isfunction(value):
             kind = "Functions"
-        else:
+        elif inspect.isclass(value):
+            kind = "Errors" if issubclass(value, Exception) else "Classes"
+        elif inspect.ismodule(value) or name == "__version__":
             continue
+        else:
+            kind = "Types"
         kinds[kind].append(f"::: gptoss_stream.{name}\n")
     return "\n".join(line for kind, names in kinds.items() for line in (f"## {kind}\n", *names))
 
