@@ -190,6 +190,11 @@ class FolderLock:
     def _own_guard(self) -> GuardFile:
         return self._task_guard or self._run_guard
 
+    @property
+    def may_be_shared(self) -> bool:
+        """Whether a run that was only silent may wake up and write to files that it has open."""
+        return self._own_guard.may_be_shared
+
     def is_held(self) -> bool:
         """Return whether this process still holds the folder."""
         return self._own_guard.is_held()

@@ -26,6 +26,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from .process_identity import ProcessIdentity
+
 __all__ = ["GuardFile", "GuardHolder", "is_guard"]
 
 _HEARTBEAT_SECONDS = 10.0
@@ -40,44 +42,10 @@ def is_guard(name: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Process:
-    """A process, as other processes can recognise it."""
-
-    token: str
-    host: str
-    pid: int
-    started: str
-    """When it began, in the kernel's clock; empty where the system does not say."""
-    kernel: str
-    """Identifies a boot of a machine."""
-    pid_space: str
-    """Identifies the container, or whatever else has process ids of its own."""
-    device: int
-    """The mount of the folder, within a kernel."""
-    since: str
-    is_task: bool
-
-    @classmethod
-    def this(cls, folder: Path, *, is_task: bool) -> _Process:
-        """Return this process, with a new token."""
-        return cls(
-            token=os.urandom(12).hex(),
-            host=os.uname().nodename,
-            pid=os.getpid(),
-            started=_state_and_start(os.getpid())[1],
-            kernel=_kernel(),
-            pid_space=_pid_space(),
-            device=os.stat(folder).st_dev,
-            since=time.strftime("%Y-%m-%d %H:%M:%S %z"),
-            is_task=is_task,
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class GuardHolder:
     """A process that holds a guard, or died when it did."""
 
-    process: _Process
+    process: ProcessIdentity
     path: Path
     """Its file."""
     heartbeat: float
@@ -92,7 +60,7 @@ class GuardHolder:
 
     def __str__(self) -> str:
         process = self.process
-        if (process.kernel, process.pid_space) == (_kernel(), _pid_space()):
+        if process.is_local:
             return f"process {process.pid}"
         return f"process {process.pid} on host {process.host}, since {process.since}"
 
@@ -116,6 +84,8 @@ class GuardFile:
         self._token: str | None = None
         self._path: Path | None = None
         self._renewed = -math.inf
+        self.may_be_shared = False
+        """Whether the last holder may only have been silent, and may wake up and write."""
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -129,7 +99,7 @@ class GuardFile:
         Returns:
             Who holds it, if that is another process.
         """
-        process = _Process.this(self._folder, is_task=is_task)
+        process = ProcessIdentity.this(self._folder, is_task=is_task)
         text = json.dumps(asdict(process)).encode()
         candidate = self._root.with_name(f"{self._root.name}-{process.token}.new")
         try:
@@ -155,12 +125,13 @@ class GuardFile:
         finally:
             candidate.unlink(missing_ok=True)
         self._token, self._path, self._renewed = process.token, path, time.time()
+        self.may_be_shared = bool(chain) and self._lives(chain[-1].process, process) is None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True)
         self._thread.start()
         return None
 
-    def _succeeds(self, chain: list[GuardHolder], process: _Process, now: float) -> bool:
+    def _succeeds(self, chain: list[GuardHolder], process: ProcessIdentity, now: float) -> bool:
         """Return whether the file that was just created is the last of the chain.
 
         The chain may have ended, or its holder have woken up, since it was judged.
@@ -171,18 +142,21 @@ class GuardFile:
             return False
         return not chain or self._alive(found[-2], process, now) is None
 
-    def _alive(self, holder: GuardHolder, own: _Process, now: float) -> GuardHolder | None:
+    def _alive(self, holder: GuardHolder, own: ProcessIdentity, now: float) -> GuardHolder | None:
         """Return a holder unless it is dead."""
-        process = holder.process
-        if process.kernel == own.kernel:
-            if process.device == own.device and self._flock_excludes():
-                return None
-            if process.pid_space == own.pid_space:
-                is_running = _is_running(process)
-                if is_running is not None:
-                    return holder if is_running else None
+        lives = self._lives(holder.process, own)
+        if lives is not None:
+            return holder if lives else None
         left = holder.heartbeat + _STALE_SECONDS - now
         return replace(holder, stale_in=math.ceil(left)) if left > 0 else None
+
+    def _lives(self, process: ProcessIdentity, own: ProcessIdentity) -> bool | None:
+        """Return whether a holder's process runs; None if that is not known."""
+        if process.kernel != own.kernel:
+            return None
+        if process.device == own.device and self._flock_excludes():
+            return False
+        return process.is_running if process.pid_space == own.pid_space else None
 
     def _path_after(self, chain: list[GuardHolder]) -> Path:
         if not chain:
@@ -210,6 +184,7 @@ class GuardFile:
                 os.utime(self._path)  # first: who takes it over looks at this last
                 holder = self.holder()
         if holder is None or holder.process.token != self._token:
+            self._renewed = -math.inf
             return False
         self._renewed = now
         return True
@@ -263,47 +238,11 @@ def _read(path: Path) -> GuardHolder:
         status = os.fstat(file.fileno())
         text = file.read()
     try:
-        process = _Process(**json.loads(text))
+        process = ProcessIdentity(**json.loads(text))
         if not re.fullmatch("[0-9a-f]+", process.token) or not process.pid > 0:
             raise ValueError("not written by this tool")
     except (ValueError, TypeError):
-        process = _Process(f"{status.st_ino:x}", "unknown", 0, "", "", "", 0, "unknown", False)
+        process = ProcessIdentity(
+            f"{status.st_ino:x}", "unknown", 0, "", "", "", 0, "unknown", False
+        )
     return GuardHolder(process, path, status.st_mtime)
-
-
-def _is_running(process: _Process) -> bool | None:
-    """Return whether a process with an id of this system runs; None if that is not known."""
-    try:
-        with suppress(PermissionError):  # it is another user's
-            os.kill(process.pid, 0)
-    except ProcessLookupError:
-        return False
-    state, started = _state_and_start(process.pid)
-    if not started or not process.started:
-        return None  # it may be another process with the same id
-    return started == process.started and state not in "ZX"
-
-
-def _state_and_start(pid: int) -> tuple[str, str]:
-    """Return the state of a process, and when it began; empty where the system does not say."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-        return fields[0], fields[19]
-    except (OSError, IndexError):
-        return "", ""
-
-
-def _kernel() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        import uuid
-
-        return f"{uuid.getnode():x}"  # a random number, equal to no other, if there is no address
-
-
-def _pid_space() -> str:
-    try:
-        return str(Path("/proc/self/ns/pid").readlink())
-    except OSError:
-        return ""

@@ -158,7 +158,9 @@ class OutputRun(OutputFolder):
             self.state = dict(found)
         is_task = partial_folder != self.work  # other tasks may be running
         self.begun_nbytes = clear_leftovers(
-            partial_folder, lambda name: not is_task and self._is_kept(name)
+            partial_folder,
+            lambda name: not is_task and self._is_kept(name),
+            keep_parts=not self._lock.may_be_shared,
         )
         self._read_checksums()
 

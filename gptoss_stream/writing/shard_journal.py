@@ -7,11 +7,13 @@ in the same folder. It is a JSON object:
     header   the SHA-256 of the shard's header
     chunk    the bytes of a chunk
     written  the bytes of the shard, from its beginning, that are on the disk
+    inodes   the inode of the shard's file, and of each spill file of scales that is needed
     losses   what encoding these bytes to MXFP4 has lost (`encoding_report`)
     sha256   the SHA-256 of all this
 
 Data are synced before a journal says that they are written, so that it is right after a power loss
-too. A journal that is damaged, or of another run, is not believed.
+too. A journal that is damaged, of another run, or beside other files than those that it was written
+for (such as copies, which may be older) is not believed.
 """
 
 from __future__ import annotations
@@ -72,6 +74,7 @@ class ShardJournal:
         """Say that a part of the shard is on the disk, durably."""
         losses = {name: asdict(loss) for name, loss in part.losses.items()}
         content = {**self._identity, "written": part.nbytes, "losses": losses}
+        content["inodes"] = [file.lstat().st_ino for file, _ in self._files(part.nbytes)]
         text = strict_json.dumps({**content, "sha256": _digest(content)})
         write_durably(self._file, text, self._folder)
 
@@ -86,23 +89,28 @@ class ShardJournal:
             if digest != _digest(content):
                 return WrittenPart()
             part = WrittenPart(content.pop("written"), read_losses(content.pop("losses")))
-            return part if content == self._identity and self._has(part.nbytes) else WrittenPart()
+            has = self._has(part.nbytes, content.pop("inodes"))
+            return part if has and content == self._identity else WrittenPart()
         except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
             return WrittenPart()
 
-    def _has(self, written: int) -> bool:
-        """Return whether the files have what the journal says."""
+    def _files(self, written: int) -> list[tuple[Path, int]]:
+        """Return the files that are needed to go on, and how many bytes each has at least."""
         shard = self._shard
-        if not 0 < written < shard.nbytes or written % self._chunk_nbytes:
-            return False
-        if not _is_own_file(self._folder / shard.name, written):
-            return False
+        files = [(self._folder / shard.name, written)]
         for number, (blocks, scales) in enumerate(shard.encoded_pairs()):
-            first, end = shard.begin_of(blocks), shard.begin_of(scales) + scales.nbytes
-            file = scales_file(self._folder, shard, number)
-            if first < written < end and not _is_own_file(file, scales.nbytes):
-                return False
-        return True
+            if shard.begin_of(blocks) < written < shard.begin_of(scales) + scales.nbytes:
+                files.append((scales_file(self._folder, shard, number), scales.nbytes))
+        return files
+
+    def _has(self, written: int, inodes: list[int]) -> bool:
+        """Return whether the files are those of the journal and have what it says."""
+        if not 0 < written < self._shard.nbytes or written % self._chunk_nbytes:
+            return False
+        files = self._files(written)
+        return all(_is_own_file(*file) for file in files) and inodes == [
+            file.lstat().st_ino for file, _ in files
+        ]
 
     def clear(self) -> None:
         """Delete what was written of the shard, the journal first."""
@@ -117,12 +125,16 @@ class ShardJournal:
         self._file.unlink(missing_ok=True)
 
 
-def clear_leftovers(folder: Path, is_kept: Callable[[str], bool] = lambda name: False) -> int:
+def clear_leftovers(
+    folder: Path, is_kept: Callable[[str], bool] = lambda name: False, *, keep_parts: bool = True
+) -> int:
     """Delete what interrupted runs have left in a folder, other than shards with a journal.
 
     Args:
         folder: The folder, which need not exist.
         is_kept: Returns whether another file is kept, by its name.
+        keep_parts: Whether to keep shards with a journal. A process that has one open could still
+            write to it.
 
     Returns:
         The bytes of the unfinished shards that were there, with a journal or without.
@@ -139,7 +151,7 @@ def clear_leftovers(folder: Path, is_kept: Callable[[str], bool] = lambda name: 
         if stat.S_ISREG((status := (folder / name).lstat()).st_mode)
     )
     for name in names:
-        is_part = name.startswith(journaled) and not name.endswith(".partial")
+        is_part = keep_parts and name.startswith(journaled) and not name.endswith(".partial")
         if not is_part and not is_kept(name):
             remove(folder / name)
     return nbytes

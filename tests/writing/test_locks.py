@@ -164,8 +164,8 @@ def test_a_damaged_guard(text, large, tmp_path):
 
 ON_HOST = """
 import sys
-from gptoss_stream.writing import guard_file
-guard_file._kernel = lambda: sys.argv[1]
+from gptoss_stream.writing import guard_file, process_identity
+process_identity.kernel = lambda: sys.argv[1]
 guard_file._STALE_SECONDS, guard_file._HEARTBEAT_SECONDS = 1.0, 0.1
 from gptoss_stream.cli.main import main
 sys.exit(main(sys.argv[2:]))
