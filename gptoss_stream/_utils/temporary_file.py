@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,16 @@ import numpy as np
 
 from .platforms import read_at
 
-__all__ = ["TemporaryFile", "scratch_folder", "unnamed_file"]
+__all__ = [
+    "TemporaryFile",
+    "delete_own",
+    "file_identity",
+    "is_leftover",
+    "scratch_folder",
+    "unnamed_file",
+]
+
+_PREFIX = ".gptoss_stream-"
 
 _MAX_VIEWS = 1024  # that one preadv call fills (IOV_MAX)
 
@@ -20,14 +30,18 @@ class TemporaryFile:
     """A file that is written and read at offsets, from any thread, and deleted when it is closed.
 
     Args:
-        path: Where to create it.
+        path: Where to create it; None if it has no name.
         existing: Whether it exists, with contents to keep.
+        descriptor: Of the file without a name.
     """
 
-    def __init__(self, path: Path, *, existing: bool = False) -> None:
+    def __init__(self, path: Path | None, *, existing: bool = False, descriptor: int = -1) -> None:
         self._path = path
-        create = getattr(os, "O_NOFOLLOW", 0) if existing else os.O_CREAT | os.O_TRUNC
-        self._descriptor = os.open(path, os.O_RDWR | create | getattr(os, "O_CLOEXEC", 0), 0o600)
+        if path is not None:
+            create = getattr(os, "O_NOFOLLOW", 0) if existing else os.O_CREAT | os.O_TRUNC
+            flags = os.O_RDWR | create | getattr(os, "O_CLOEXEC", 0)
+            descriptor = os.open(path, flags, 0o600)
+        self._descriptor = descriptor
 
     def advise(self, offset: int, nbytes: int, advice: str) -> None:
         """Give the system advice on some bytes, such as POSIX_FADV_RANDOM, where it takes any."""
@@ -67,19 +81,38 @@ class TemporaryFile:
     def close(self, *, keep: bool = False) -> None:
         """Close the file, and delete it unless it is to be kept."""
         if self._descriptor >= 0:
+            identity = file_identity(os.fstat(self._descriptor))
             os.close(self._descriptor)
             self._descriptor = -1
-            if not keep:
-                self._path.unlink(missing_ok=True)
+            if not keep and self._path is not None:
+                delete_own(self._path, identity)
+
+
+def file_identity(status: os.stat_result) -> tuple[int, int]:
+    """Return what tells a file from others."""
+    return status.st_dev, status.st_ino
+
+
+def delete_own(path: Path, identity: tuple[int, int]) -> None:
+    """Delete a file unless another process has made another one of the same name."""
+    with suppress(FileNotFoundError):
+        if file_identity(os.lstat(path)) == identity:
+            path.unlink()
 
 
 def unnamed_file(folder: Path) -> TemporaryFile:
     """Create a file without a name, which is gone even if the process is killed."""
-    descriptor, name = tempfile.mkstemp(dir=folder, prefix=".gptoss_stream-")
-    os.close(descriptor)
-    file = TemporaryFile(Path(name))
-    Path(name).unlink()
-    return file
+    try:
+        return TemporaryFile(None, descriptor=os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600))
+    except (AttributeError, OSError):  # not every system and file system has that
+        descriptor, name = tempfile.mkstemp(dir=folder, prefix=_PREFIX)
+        Path(name).unlink()
+        return TemporaryFile(None, descriptor=descriptor)
+
+
+def is_leftover(name: str) -> bool:
+    """Return whether a file has the name of one that was to have none, and is empty."""
+    return name.startswith(_PREFIX)
 
 
 def scratch_folder(path: Path) -> Path:

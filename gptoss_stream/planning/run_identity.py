@@ -5,15 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import closing
 from typing import Any
 
 from .. import __version__
 from ..checkpoint.auxiliary_files import find_auxiliary_files
 from ..checkpoint.metadata import CheckpointInfo
 from ..storage.hub_commits import listings_of
+from ..storage.location import NEVER_STOP, FileInfo, Location
 from .plan import Plan
 
 __all__ = ["encoding_identity", "run_identity"]
+
+_NUM_SAMPLES = 16
+_SAMPLE_NBYTES = 1024
 
 
 def run_identity(plan: Plan) -> dict[str, Any]:
@@ -89,8 +94,27 @@ def _listings(plan: Plan) -> dict[str, Any]:
 
 
 def _files(info: CheckpointInfo) -> dict[str, list[Any]]:
-    """Return the size and the version of each shard of a checkpoint."""
-    return {shard.name: [shard.nbytes, shard.version] for shard in info.shards}
+    """Return size and version of each shard of a checkpoint, and samples of a local one."""
+    return {
+        shard.name: [shard.nbytes, shard.version, *_samples(info.location, shard)]
+        for shard in info.shards
+    }
+
+
+def _samples(location: Location, shard: FileInfo) -> list[str]:
+    """Return a hash of bytes throughout a local file.
+
+    Its version is its time, which some archives and package managers set to the same for all files.
+    """
+    if not location.is_local:
+        return []
+    digest, sample = hashlib.sha256(), bytearray(min(_SAMPLE_NBYTES, shard.nbytes))
+    with closing(location.open(shard.name)) as file:
+        for number in range(_NUM_SAMPLES):
+            begin = (shard.nbytes - len(sample)) * number // (_NUM_SAMPLES - 1)
+            file.read_into(memoryview(sample), begin, NEVER_STOP)
+            digest.update(sample)
+    return [digest.hexdigest()]
 
 
 def _copied_files(plan: Plan) -> dict[str, list[Any]]:

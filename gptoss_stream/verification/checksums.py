@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
 
@@ -50,14 +50,25 @@ def read_checksums(location: Location) -> tuple[dict[str, str], list[Difference]
         ]
 
 
-def compare_file_names(location: Location, checksums: Mapping[str, str]) -> Iterator[Difference]:
-    """Yield files of SHA256SUMS that are missing, and shards that are not in it."""
+def compare_file_names(
+    location: Location, checksums: Mapping[str, str], recorded: Iterable[object]
+) -> Iterator[Difference]:
+    """Yield files of SHA256SUMS that are missing, and files that are not in it.
+
+    Args:
+        location: The output.
+        checksums: The checksums by file name.
+        recorded: The files that the record names.
+    """
     for name in checksums:
         if not location.has(name):
             yield Difference("missing", name)
     for shard in shard_names(location):
         if shard not in checksums:
             yield Difference("unexpected", shard)
+    for file in recorded:
+        if file not in checksums and file not in (CARD_NAME, CHECKSUMS_NAME):
+            yield Difference("checksum", CHECKSUMS_NAME, "", "none", f"a line for {file}")
 
 
 def describe_files(

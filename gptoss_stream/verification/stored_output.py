@@ -33,6 +33,7 @@ __all__ = [
     "parse",
     "read_file",
     "read_output",
+    "recorded_files",
     "shard_names",
 ]
 
@@ -58,7 +59,7 @@ class StoredOutput:
     @property
     def recorded_files(self) -> list[object]:
         """The files that its record names, as far as that is valid."""
-        return _files(parse(self.record))
+        return recorded_files(parse(self.record))
 
 
 @contextmanager
@@ -170,12 +171,12 @@ def read_output(location: Location) -> tuple[StoredOutput, list[Difference]]:
 
 def _named(record: Any, index: Any) -> Iterator[object]:
     """Yield the files that a record and an index name, as far as they are valid."""
-    yield from _files(record)
+    yield from recorded_files(record)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     yield from weight_map.values() if isinstance(weight_map, dict) else ()
 
 
-def _files(record: Any) -> list[object]:
+def recorded_files(record: Any) -> list[object]:
     """Return the files that a record names, as far as it is valid."""
     files = record.get("files") if isinstance(record, dict) else None
     return files if isinstance(files, list) else []

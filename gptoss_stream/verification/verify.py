@@ -31,7 +31,14 @@ from ..writing.run_state import RECORD_NAME
 from .checksums import compare_checksums, compare_file_names, describe_files, read_checksums
 from .data import DataComparison
 from .differences import Difference, Verification
-from .stored_output import as_output_errors, open_output, read_file, read_output
+from .stored_output import (
+    as_output_errors,
+    open_output,
+    parse,
+    read_file,
+    read_output,
+    recorded_files,
+)
 from .structure import compare_record, compare_structure, is_comparable, recorded_options
 
 __all__ = ["verify", "verify_checksums"]
@@ -230,7 +237,9 @@ def verify_checksums(
     location = open_output(output)
     try:
         checksums, differences = read_checksums(location)
-        differences += compare_file_names(location, checksums)
+        record = read_file(location, RECORD_NAME)
+        recorded = recorded_files(parse(record)) if checksums else []
+        differences += compare_file_names(location, checksums, recorded)
         files, unreadable = describe_files(location, checksums)
         nbytes = sum(file.nbytes for file in files)
         if on_start is not None:
@@ -238,7 +247,7 @@ def verify_checksums(
         with as_output_errors():
             differences += compare_checksums(location, files, checksums, on_progress or _ignore)
         differences += unreadable
-        differences += compare_record(location, read_file(location, RECORD_NAME))
+        differences += compare_record(location, record)
     except OSError as error:
         raise machine_error(error, f"verifying {location}") from error
     return Verification(

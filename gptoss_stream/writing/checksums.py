@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["CHECKSUMS_NAME", "RunningChecksum", "build_checksums", "parse_checksums"]
+__all__ = [
+    "CHECKSUMS_NAME",
+    "RunningChecksum",
+    "build_checksums",
+    "parse_checksum",
+    "parse_checksums",
+]
 
 CHECKSUMS_NAME = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64})  ([^\0\\]+)")
@@ -57,6 +63,12 @@ class RunningChecksum:
 def build_checksums(checksums: Mapping[str, str]) -> bytes:
     """Return the text of a checksum file, from file names and hexadecimal checksums."""
     return "".join(f"{checksums[name]}  {name}\n" for name in sorted(checksums)).encode()
+
+
+def parse_checksum(data: bytes) -> str | None:
+    """Return the checksum that is all of a small file; None for a damaged one."""
+    match = re.fullmatch(rb"([0-9a-f]{64})\n", data)
+    return match[1].decode() if match else None
 
 
 def parse_checksums(data: bytes) -> dict[str, str]:

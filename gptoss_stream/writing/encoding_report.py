@@ -77,15 +77,15 @@ def build_report(
         expected: The names of all tensors of blocks that are encoded.
     """
     expected = set(expected)
-    losses = {name: losses[name] for name in losses if name in expected}
+    tensors = {name: _as_dict(losses[name]) for name in sorted(losses) if name in expected}
     total = EncodingLoss()
-    for loss in losses.values():
-        total.add(loss)
+    for tensor in tensors.values():
+        total.add(_as_loss(tensor))  # as rounded, so that a report can be made again from a report
     return {
         **encoding,
         "total": _as_dict(total),
-        "tensors": {name: _as_dict(losses[name]) for name in sorted(losses)},
-        "unknown": sorted(expected - losses.keys()),
+        "tensors": tensors,
+        "unknown": sorted(expected - tensors.keys()),
     }
 
 

@@ -27,9 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from .._utils.regular_file import NotRegularError, open_regular
+from .._utils.temporary_file import is_leftover
 from ..checkpoint.source_card import CARD_NAME
 from ..errors import OutputError
 from ..planning.model_card import is_unedited
+from .checksums import parse_checksum
 from .durable_files import write_durably
 from .encoding_report import LOSSES_SUFFIX, losses_as_text
 from .run_state import RECORD_NAME, RUN_NAME, WORK_NAME, fingerprint, parse_state
@@ -108,7 +110,9 @@ class OutputFolder:
         """Return the SHA-256 of a finished shard, if it is known."""
         if name not in self.checksums:
             with suppress(FileNotFoundError):
-                self.checksums[name] = (self.work / f"{name}.sha256").read_text().strip()
+                found = parse_checksum((self.work / f"{name}.sha256").read_bytes())
+                if found is not None:  # otherwise the shard is written again
+                    self.checksums[name] = found
         return self.checksums.get(name)
 
     def save_summary(self, name: str, summary: ShardSummary, partial_folder: Path) -> None:
@@ -120,6 +124,17 @@ class OutputFolder:
             self.checksums[name] = summary.sha256
             text = f"{summary.sha256}\n".encode()
             write_durably(self.work / f"{name}.sha256", text, partial_folder)
+
+    def losses(self) -> dict[str, bytes]:
+        """Return what encoding each shard has lost, as texts by the shards' names."""
+        files = self.work.glob(f"*{LOSSES_SUFFIX}")
+        return {file.name.removesuffix(LOSSES_SUFFIX): file.read_bytes() for file in files}
+
+    def delete_leftovers(self) -> None:
+        """Delete files that a process was killed before it could take their names away."""
+        for file in self.path.iterdir():
+            if is_leftover(file.name):
+                file.unlink(missing_ok=True)
 
     def others_card(self) -> bytes | None:
         """Return the model card in the folder if its users wrote or edited it; it is kept."""

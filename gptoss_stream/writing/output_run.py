@@ -90,6 +90,7 @@ class OutputRun(OutputFolder):
         try:
             self._refuse_foreign()
             self.check_lock()
+            self.delete_leftovers()
             self._prepare(overwrite, partial_folder)
             may_delete = True
             if task is not None:
@@ -178,7 +179,7 @@ class OutputRun(OutputFolder):
         with suppress(FileNotFoundError, ValueError):  # such shards are written again
             self.checksums = parse_checksums((self.path / CHECKSUMS_NAME).read_bytes())
         for file in self.work.glob("*.sha256"):
-            self.checksums[file.stem] = file.read_text().strip()
+            self.checksum(file.stem)
 
     @property
     def is_complete(self) -> bool:
@@ -232,11 +233,6 @@ class OutputRun(OutputFolder):
         """Keep what is known of a shard, if the run still has its folder."""
         self._lock.check()
         self.save_summary(name, summary, self._partial_folder)
-
-    def losses(self) -> dict[str, bytes]:
-        """Return what encoding each shard has lost, as texts by the shards' names."""
-        files = self.work.glob(f"*{LOSSES_SUFFIX}")
-        return {file.name.removesuffix(LOSSES_SUFFIX): file.read_bytes() for file in files}
 
     def keep_report(self, text: bytes) -> None:
         """Keep what a report says of shards that are not written again."""

@@ -1,11 +1,12 @@
 """Receipts of shards that are uploaded and not visible yet (see `BatchingLocation`).
 
 They are kept in the work folder of the staging folder, so that a run that is killed before it
-publishes the shards need not upload them again.
+publishes the shards need not upload them again. Before each stands its SHA-256.
 """
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from .durable_files import write_durably
@@ -27,14 +28,23 @@ class Receipts:
 
     def keep(self, name: str, receipt: bytes) -> None:
         """Keep the receipt of a shard, durably."""
-        write_durably(self._folder / f"{name}{RECEIPT_SUFFIX}", receipt, self._folder)
+        text = f"{_digest(receipt)}\n".encode() + receipt
+        write_durably(self._folder / f"{name}{RECEIPT_SUFFIX}", text, self._folder)
 
     def read(self) -> dict[str, bytes]:
-        """Return all receipts, by the shards' names."""
-        files = self._folder.glob(f"*{RECEIPT_SUFFIX}")
-        return {file.name.removesuffix(RECEIPT_SUFFIX): file.read_bytes() for file in files}
+        """Return all receipts but damaged ones, by the shards' names."""
+        found = {}
+        for file in self._folder.glob(f"*{RECEIPT_SUFFIX}"):
+            digest, _, receipt = file.read_bytes().partition(b"\n")
+            if digest == _digest(receipt).encode():
+                found[file.name.removesuffix(RECEIPT_SUFFIX)] = receipt
+        return found
 
     def clear(self) -> None:
         """Delete all receipts."""
         for file in self._folder.glob(f"*{RECEIPT_SUFFIX}"):
             file.unlink()
+
+
+def _digest(receipt: bytes) -> str:
+    return hashlib.sha256(receipt).hexdigest()

@@ -18,7 +18,7 @@ from ..errors import CheckpointError, GptOssStreamError, MachineError, OutputErr
 from ..planning.model_card import is_unedited
 from ..storage.location import BatchingLocation, FileInfo, WritableLocation
 from ..tensors.safetensors_header import INDEX_NAME
-from .checksums import CHECKSUMS_NAME, parse_checksums
+from .checksums import CHECKSUMS_NAME, parse_checksum, parse_checksums
 from .encoding_report import LOSSES_SUFFIX, REPORT_NAME
 from .run_state import (
     RECORD_NAME,
@@ -93,13 +93,14 @@ class RemoteFolder:
             if shard in self._checksums:
                 continue
             try:
-                text = self.location.read(name).decode(errors="replace")
+                checksum = parse_checksum(self.location.read(name))
             except (CheckpointError, OutputError):
                 if name in self.location.listing():
                     raise
                 self.refresh()  # another task has just finished and deleted it
                 return
-            self._checksums[shard] = text.strip()
+            if checksum is not None:  # otherwise the shard is written again
+                self._checksums[shard] = checksum
         if self._has_checksums and CHECKSUMS_NAME in self._files:  # of a finished run
             with suppress(ValueError):
                 found = parse_checksums(self.location.read(CHECKSUMS_NAME))
@@ -244,7 +245,8 @@ class RemoteFolder:
             return False
         if self._has_checksums and sha256 is None and self.checksum(name) is None:
             return False
-        return sha256 is None or found.sha256 in (None, sha256)
+        known = {found.sha256, sha256, self._checksums.get(name)} - {None}
+        return len(known) <= 1  # otherwise somebody has replaced it
 
     def is_complete(self, state: Mapping[str, Any]) -> bool:
         """Return whether the run was finished and all its files still exist."""

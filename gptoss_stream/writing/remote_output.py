@@ -17,6 +17,7 @@ from typing import Any
 
 from .._utils.failures import machine_error
 from .._utils.paths import user_path
+from ..checkpoint.source_card import CARD_NAME
 from ..errors import OptionError, OutputError
 from ..planning.array_task import ArrayTask
 from ..planning.shards import PlannedShard
@@ -235,7 +236,7 @@ class _RemoteOutput:
             try:
                 self.remote.publish(receipts, self.run.checksums)
                 self.remote.refresh()
-            except (LostUploadError, ValueError, KeyError):  # lost there, or damaged here
+            except LostUploadError:
                 receipts = {}
         kept.clear()
         return bool(receipts)
@@ -268,10 +269,12 @@ class _RemoteOutput:
         if self.task is not None:
             run.write_auxiliary_files()
         if (card := self.remote.others_card()) is not None:
-            run.replace_card(card)
+            run.replace_card(card)  # for its checksum
         run.finish(self.spec.index, {}, losses)
         small = [*self.spec.auxiliary_files, REPORT_NAME, CHECKSUMS_NAME, RECORD_NAME, INDEX_NAME]
         files = {name: run.path / name for name in small if name in run.state["files"]}
+        if card is not None:
+            del files[CARD_NAME]
         self.remote.finish(files, {n: s for n, s in run.checksums.items() if n in files})
 
     def _uploaded(self) -> set[str]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from .._utils import strict_json
 from .._utils.messages import listed
+from .._utils.temporary_file import is_leftover
 from ..checkpoint.small_files import RECORD_NAME
 from ..checkpoint.source_card import CARD_NAME
 from ..errors import OutputError
@@ -105,7 +106,8 @@ def refuse_foreign_files(where: str, found: Iterable[str], state: Mapping[str, A
     """
     files = state["files"] if state else ()
     own = {WORK_NAME, CARD_NAME, *(str(name).split("/")[0] for name in files)}
-    foreign = sorted({name.split("/")[0] for name in found} - own)
+    names = {name.split("/")[0] for name in found if not is_leftover(name)}
+    foreign = sorted(names - own)
     if foreign:
         raise OutputError(
             f"{where}: it holds files that are not this tool's ({listed(foreign)}); "

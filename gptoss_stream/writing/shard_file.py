@@ -11,13 +11,13 @@ import errno
 import os
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from .._utils.buffers import ALIGNMENT
 from .._utils.platforms import read_at
+from .._utils.temporary_file import delete_own, file_identity
 
 __all__ = ["ShardFile", "sync_folder"]
 
@@ -64,7 +64,7 @@ class ShardFile:
         self._flushing = threading.Lock()
         self._direct = getattr(os, "O_DIRECT", 0)
         self._descriptor = self._open(existing)
-        self._identity = _identity(os.fstat(self._descriptor))
+        self._identity = file_identity(os.fstat(self._descriptor))
 
     def _open(self, existing: bool) -> int:
         flags = os.O_RDWR | getattr(os, "O_CLOEXEC", 0)
@@ -166,14 +166,5 @@ class ShardFile:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-        if keep:
-            return
-        with suppress(FileNotFoundError):
-            # Another run that took the folder over may have made a file of its own.
-            if _identity(os.lstat(self._partial)) == self._identity:
-                self._partial.unlink()
-
-
-def _identity(status: os.stat_result) -> tuple[int, int]:
-    """Return what tells a file from others."""
-    return status.st_dev, status.st_ino
+        if not keep:
+            delete_own(self._partial, self._identity)

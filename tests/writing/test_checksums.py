@@ -108,6 +108,17 @@ def test_an_invalid_checksum_file_is_reported(with_checksums, tmp_path, capsys):
     assert "expected a checksum on each line" in capsys.readouterr().out
 
 
+def test_a_checksum_file_without_a_line(with_checksums, tmp_path):
+    """Whatever has been done to that file is not known then."""
+    lines = (with_checksums / CHECKSUMS).read_text().splitlines(keepends=True)
+    for number, line in enumerate(lines):
+        name = line.split("  ")[1].strip()
+        copy = shutil.copytree(with_checksums, tmp_path / f"copy-{number}")
+        (copy / CHECKSUMS).write_text("".join(lines[:number] + lines[number + 1 :]))
+        found = gptoss_stream.verify_checksums(copy)
+        assert found.equal == (name == "README.md")  # which users edit
+
+
 def test_a_shard_without_a_checksum_is_unexpected(with_checksums, tmp_path):
     copy = shutil.copytree(with_checksums, tmp_path / "copy")
     shutil.copy(min(copy.glob("*.safetensors")), copy / "model-00009-of-00009.safetensors")

@@ -212,6 +212,19 @@ def test_a_finished_output_that_lost_a_file_keeps_its_report(trained, options, w
     assert report.mxfp4["tensors"] == whole[1]["tensors"]
 
 
+def test_a_report_is_made_again_from_a_report(checkpoints, tmp_path):
+    """Bit for bit: its sums are those of the rounded values."""
+    shape = {"layers": 2, "experts": 3, "hidden_size": 96, "intermediate_size": 160}
+    heads = {"head_dim": 16, "num_attention_heads": 6, "num_key_value_heads": 2}
+    source = checkpoints(format="hf", vocab_size=130, **shape, **heads)
+    command = ("convert", source, tmp_path / "out", "--to", "hf-mxfp4", "--max-shard-size", SIZE)
+    assert run_in_process(*command, "--checksums").returncode == 0
+    whole = digests(tmp_path / "out")
+    (tmp_path / "out/model.safetensors.index.json").unlink()
+    assert run_in_process(*command, "--checksums").returncode == 0
+    assert digests(tmp_path / "out") == whole
+
+
 @pytest.mark.parametrize(
     "text", ["", "[]", "[1]", "{}", '{"tensors": 3}', '{"tensors": {"a": {"blocks": "x"}}}']
 )

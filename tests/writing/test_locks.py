@@ -32,6 +32,7 @@ from runs import (
     wait_until,
 )
 
+import gptoss_stream
 from gptoss_stream.errors import OutputError
 from gptoss_stream.writing.output_run import OutputRun
 from gptoss_stream.writing.shard_file import ShardFile
@@ -233,6 +234,47 @@ def test_a_run_wakes_up_while_another_has_its_folder(flock, large, tmp_path):
     assert second.returncode in (0, 3), second.stderr
     assert_nothing_half_written(output, large.whole)
     large.assert_sound(output)
+
+
+LATE = """
+import os, signal, time
+from gptoss_stream.writing import executor, shard_in_progress
+from gptoss_stream.writing.shard_file import ShardFile
+executor.CHUNK_NBYTES, shard_in_progress.JOURNAL_SECONDS = 1 << 14, 0
+write = ShardFile.write
+def late(file, chunk, offset):
+    if offset + len(chunk) >= file._nbytes and sys.argv[1] == "A":
+        os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(0.2)
+    write(file, chunk, offset)
+ShardFile.write = late
+"""
+
+
+@pytest.mark.parametrize("flock", LYING[:1], indirect=True)
+def test_a_run_wakes_up_in_its_last_write(flock, checkpoints, tmp_path):
+    """Which is padded to whole pages, and would make the finished shard too long. The other run has
+    begun a file of its own."""
+    output, pipe = tmp_path / "out", subprocess.PIPE
+    command = ["", "", "", "convert", str(checkpoints(layers=2)), str(output), "--workers=1"]
+    code = ON_HOST.replace("from gptoss_stream.cli", LATE + "from gptoss_stream.cli")
+    first, second = ([sys.executable, "-c", code, name, *command[3:]] for name in "AB")
+    process = subprocess.Popen(first, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
+    try:
+        stopped = Path(f"/proc/{process.pid}/stat")
+        wait_until(lambda: stopped.read_text().rpartition(") ")[2][0] == "T", process)
+        time.sleep(1.2)
+        done = run(second)
+        assert done.returncode == 0, done.stderr
+        found = digests(output)
+        process.send_signal(signal.SIGCONT)
+        ended = finish(process, 60)
+    finally:
+        process.kill()
+        process.communicate()
+    assert_clean_error(ended, 2)
+    assert digests(output) == found
+    assert gptoss_stream.verify(checkpoints(layers=2), output).equal
 
 
 def test_a_run_that_lost_its_folder_deletes_only_its_own_partial_file(tmp_path):

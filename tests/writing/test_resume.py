@@ -104,6 +104,13 @@ def later(folder: Path) -> None:
     os.utime(folder / SHARD, ns=(after, after))
 
 
+def other_weights(folder: Path) -> None:
+    data = bytearray((folder / SHARD).read_bytes())
+    begin = 8 + int.from_bytes(data[:8], "little")
+    data[begin:] = bytes(byte ^ 1 for byte in data[begin:])
+    (folder / SHARD).write_bytes(data)
+
+
 def swapped(header: bytes) -> bytes:
     """Swap the names of two tensors of one shape; the header keeps its length."""
     one, other = b"0.self_attn.k_proj", b"0.self_attn.v_proj"
@@ -144,6 +151,7 @@ SOURCES = {
         "source_files",
     ),
     "another header of a shard": (at_the_same_time(header_text(swapped)), "differs in"),
+    "other weights at the same time": (at_the_same_time(other_weights), "source_files"),
     "another name of a shard": (rename_shard, "source_files"),
     "one shard more": (add_shard, "source_files"),
     "another value in config.json": (config(rope_theta=10_000), "config"),

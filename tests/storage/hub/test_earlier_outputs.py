@@ -114,3 +114,18 @@ def test_deleted_shards_are_written_again(hub, convert, released, whole):
     assert convert(released, f"hf://{OUT}").returncode == 0
     assert contents(hub) == whole(released)
     assert requested(hub).count("cdn PUT") <= 1
+
+
+def test_a_shard_that_somebody_replaced_is_written_again(hub, convert, released, whole):
+    """Also by another machine: its checksum is in the repository."""
+    hub.faults.append(after(2, Fault("status", 403), PUT))
+    assert convert(released, f"hf://{OUT}", "--checksums").returncode == 2
+    hub.faults.clear()
+    name = min(shards(hub))
+    content = hub.files(OUT)[name]
+    data = bytearray(content.read(0, content.nbytes))
+    data[-1] ^= 1
+    hub.add_repo(OUT, {**hub.files(OUT), name: bytes(data)})
+    done = convert(released, f"hf://{OUT}", "--checksums", machine="another")
+    assert done.returncode == 0, done.stderr
+    assert contents(hub) == whole(released, "--checksums")

@@ -52,6 +52,16 @@ def test_a_repositorys_own_card_is_kept(hub, convert, released):
     assert text_of(hub) == "# Mine"
 
 
+def test_a_card_that_is_no_text_is_kept(hub, convert, released):
+    """It is not sent again: the client would refuse it."""
+    card = "# Mine".encode("utf-16")
+    hub.add_repo(OUT, {CARD: card})
+    done = convert(released, f"hf://{OUT}", "--checksums")
+    assert done.returncode == 0, done.stderr
+    content = hub.files(OUT)[CARD]
+    assert bytes(content.read(0, content.nbytes)) == card
+
+
 def test_an_unedited_card_is_replaced(hub, convert, released):
     assert convert(released, f"hf://{OUT}").returncode == 0
     assert card_of(hub).data.library_name == "transformer-lens"

@@ -107,7 +107,7 @@ def test_what_a_killed_run_has_uploaded_is_committed(
 
     def has_receipts() -> bool:
         found = [*(tmp_path / "cache").glob("gptoss_stream/*/.gptoss_stream/*.receipt")]
-        receipts[:] = [json.loads(file.read_bytes()) for file in found]
+        receipts[:] = [json.loads(file.read_bytes().partition(b"\n")[2]) for file in found]
         return len(receipts) >= 2
 
     wait_for(has_receipts)
