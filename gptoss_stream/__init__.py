@@ -37,7 +37,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names for type checkers
     from . import formats as formats
-    from .adapters.adapter import Adapter as Adapter
+    from .adapters.adapter import (
+        Adapter as Adapter,
+        AdapterLike as AdapterLike,
+    )
     from .checkpoint.metadata import CheckpointInfo as CheckpointInfo
     from .conversion import convert as convert
     from .errors import (
@@ -59,9 +62,12 @@ if TYPE_CHECKING:  # the same names for type checkers
         open_state_dict as open_state_dict,
     )
     from .model.config import ModelConfig as ModelConfig
+    from .model.numbers import NumbersLike as NumbersLike
+    from .model.pruning import ExpertsLike as ExpertsLike
     from .model.selection import (
         ResolvedSelection as ResolvedSelection,
         Selection as Selection,
+        SelectionLike as SelectionLike,
     )
     from .planning.plan import (
         Plan as Plan,
@@ -83,7 +89,10 @@ if TYPE_CHECKING:  # the same names for type checkers
         synth as synth,
         synth_adapter as synth_adapter,
     )
-    from .tensors.dtypes import DType as DType
+    from .tensors.dtypes import (
+        DType as DType,
+        DTypeLike as DTypeLike,
+    )
     from .tensors.raw_tensor import RawTensor as RawTensor
     from .transforms.output_tensor import OutputTensor as OutputTensor
     from .verification.compare import compare as compare
@@ -108,12 +117,15 @@ __version__ = "0.1.0"
 # usage errors come at once.
 _MODULES = {
     "Adapter": "adapters.adapter",
+    "AdapterLike": "adapters.adapter",
     "CheckpointError": "errors",
     "CheckpointInfo": "checkpoint.metadata",
     "Comparison": "verification.relations",
     "ConfigError": "errors",
     "DType": "tensors.dtypes",
+    "DTypeLike": "tensors.dtypes",
     "Difference": "verification.differences",
+    "ExpertsLike": "model.pruning",
     "File": "storage.location",
     "FileInfo": "storage.location",
     "GptOssStreamError": "errors",
@@ -123,6 +135,7 @@ _MODULES = {
     "MachineError": "errors",
     "MissingPackageError": "errors",
     "ModelConfig": "model.config",
+    "NumbersLike": "model.numbers",
     "OptionError": "errors",
     "OutputError": "errors",
     "OutputTensor": "transforms.output_tensor",
@@ -134,6 +147,7 @@ _MODULES = {
     "ResolvedSelection": "model.selection",
     "Resumption": "writing.output_spec",
     "Selection": "model.selection",
+    "SelectionLike": "model.selection",
     "StateDict": "loading.state_dict",
     "TensorError": "errors",
     "TensorSlice": "loading.state_dict",

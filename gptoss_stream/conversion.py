@@ -6,17 +6,22 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._utils.arguments import whole_number
 from ._utils.memory import peak_rss_nbytes
+from ._utils.messages import short_repr
 from ._utils.paths import user_path
+from ._utils.progress import OnProgress, OnStart, check_callbacks, progress_callbacks
 from .adapters import AdapterLike, as_adapters, check_values, open_adapters
 from .checkpoint.metadata import read_metadata
 from .errors import OptionError, OutputError
 from .formats import read_source
-from .model.pruning import ExpertsByLayer, Pruning
-from .model.selection import Selection
+from .model.numbers import NumbersLike
+from .model.pruning import ExpertsLike, Pruning
+from .model.selection import SelectionLike
 from .planning.array_task import ArrayTask
 from .planning.options import DEFAULT_FORMAT, ConversionOptions
 from .planning.output_files import output_files
@@ -27,6 +32,8 @@ from .storage.hub_commits import remember_listings, remember_run
 from .storage.local_folder import LocalFolder
 from .storage.location import Location, LocationLike, WritableLocation
 from .storage.open_location import open_location, open_writable_location
+from .storage.overlap import refuse_overlap
+from .tensors.dtypes import DTypeLike
 from .writing.report import Report, make_report
 from .writing.run_state import RUN_NAME, parse_state
 
@@ -45,9 +52,9 @@ def convert(
     *,
     to: str = DEFAULT_FORMAT,
     source_format: str | None = None,
-    dtype: str | None = None,
+    dtype: DTypeLike | None = None,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
-    selection: Selection | None = None,
+    selection: SelectionLike | None = None,
     workers: int | None = None,
     overwrite: bool = False,
     checksums: bool = False,
@@ -57,14 +64,15 @@ def convert(
     task: tuple[int, int] | None = None,
     mxfp4_rule: str | None = None,
     reference: LocationLike | None = None,
-    keep_layers: str | None = None,
-    keep_experts: str | ExpertsByLayer | None = None,
-    adapters: AdapterLike | Sequence[AdapterLike] = (),
+    keep_layers: NumbersLike | None = None,
+    keep_experts: ExpertsLike | None = None,
+    adapters: AdapterLike | Sequence[AdapterLike] | None = (),
     merge_like_peft: bool = False,
     on_plan: Callable[[Plan], None] | None = None,
     on_resume: Callable[[Resumption], None] | None = None,
-    on_start: Callable[[int, int], None] | None = None,
-    on_progress: Callable[[int], None] | None = None,
+    on_start: OnStart | None = None,
+    on_progress: OnProgress | None = None,
+    progress: bool = False,
 ) -> Report:
     """Convert a checkpoint to another format, or to other shards or another dtype.
 
@@ -102,7 +110,8 @@ def convert(
         on_resume: Called with what an interrupted run has written, if it has written anything.
         on_start: Called with the bytes to write (by this task), and how many of them were written
             before.
-        on_progress: Called with bytes written since the last call, from any thread.
+        on_progress: Called with the bytes written since the last call, from any thread.
+        progress: Whether to show a progress bar.
 
     Returns:
         What was done.
@@ -128,8 +137,12 @@ def convert(
         to, source_format, dtype, max_shard_size, selection, mxfp4_rule, base_name,
         Pruning.of(keep_layers, keep_experts), as_adapters(adapters), merge_like_peft,
     )  # fmt: skip
+    check_callbacks(
+        on_plan=on_plan, on_resume=on_resume, on_start=on_start, on_progress=on_progress
+    )
     threads = count_workers(workers)
-    array_task = None if task is None else ArrayTask(*task)
+    array_task = ArrayTask.of(task)
+    max_staged = whole_number(max_staged, "max_staged", 1)
     if array_task is not None and client is not None:
         raise OptionError(f"{array_task} is for runs without a scheduler; give only one of them")
     target = _open_target(output)
@@ -140,28 +153,19 @@ def convert(
     options = replace(options, adapters=open_adapters(options.adapters, state))
     source_model = read_source(read_metadata(location), source_format)
     plan = plan_conversion(source_model, options, read_reference(base), read_adapters(options))
-    _refuse_overlap("source", location, target)
-    if base is not None:
-        _refuse_overlap("reference", base, target)
-    for adapter in () if plan.merge is None else plan.merge.infos:
-        _refuse_overlap("adapter", adapter.location, target)
+    adapter = [] if plan.merge is None else [info.location for info in plan.merge.infos]
+    refuse_overlap(target, source=[location], reference=[base] if base else [], adapter=adapter)
     identity = run_identity(plan)
     spec = OutputSpec(
         identity, plan.shards, output_files(plan), checksums, encoding_identity(identity)
     )
     low_memory = is_memory_low(plan.spill_nbytes)
-
-    def start(total: int, found: Resumption) -> None:
-        if on_plan is not None:
-            on_plan(plan)
-        if on_resume is not None and found.nbytes + found.lost_nbytes:
-            on_resume(found)
-        if on_start is not None:
-            on_start(total, found.nbytes)
-
     ahead = 0 if low_memory else threads
     scratch = target if isinstance(target, Path) else staging_folder(target, staging, array_task)
-    with open_plan_readers(plan, scratch, ahead) as reader:
+    with (
+        open_plan_readers(plan, scratch, ahead) as reader,
+        progress_callbacks("converting", progress, on_start, on_progress) as (start, advance),
+    ):
         if plan.merge is not None:
             check_values(plan.merge, reader)
         executor: Executor = ThreadExecutor(reader, threads, low_memory=low_memory)
@@ -175,18 +179,36 @@ def convert(
             staging=staging,
             max_staged=max_staged,
             task=array_task,
-            on_start=start,
-            on_progress=on_progress,
+            on_start=partial(_announce, plan, on_plan, on_resume, start),
+            on_progress=advance,
         )
     peak_rss = max(executor.peak_rss, peak_rss_nbytes())
     return make_report(plan, str(target), result, time.perf_counter() - started, peak_rss)
+
+
+def _announce(
+    plan: Plan,
+    on_plan: Callable[[Plan], None] | None,
+    on_resume: Callable[[Resumption], None] | None,
+    on_start: OnStart,
+    total: int,
+    found: Resumption,
+) -> None:
+    """Report what is planned and what an earlier run has written, before the first shard."""
+    if on_plan is not None:
+        on_plan(plan)
+    if on_resume is not None and found.nbytes + found.lost_nbytes:
+        on_resume(found)
+    on_start(total, found.nbytes)
 
 
 def _open_target(
     output: str | os.PathLike[str] | WritableLocation,
 ) -> Path | WritableLocation:
     """Return the folder or the remote location to write to."""
-    if not isinstance(output, (str, os.PathLike)):
+    if isinstance(output, LocalFolder):
+        return output.path
+    if isinstance(output, WritableLocation):
         return output
     return open_writable_location(output) or user_path(output)
 
@@ -214,38 +236,6 @@ def _unfinished_state(target: Path | WritableLocation) -> Mapping[str, Any] | No
         return None  # no run, or a damaged one, which is refused when the folder is locked
 
 
-def _refuse_overlap(what: str, source: Location, target: Path | WritableLocation) -> None:
-    """Refuse an output that is what it is made of, or of which one is inside the other."""
-    one, other = _folder(source), _folder(target)
-    if one is None or other is None:
-        return
-    for inner, outer in ((one, other), (other, one)):
-        if any(_is_same(folder, outer) for folder in (inner, *inner.parents)):
-            raise OutputError(
-                f"{target}: output and {what} ({source}) are the same folder, or one is inside "
-                "the other; name another output"
-            )
-
-
-def _folder(location: Location | Path) -> Path | None:
-    """Return the path of a local folder, also of one that is named by a URL."""
-    path = location.path if isinstance(location, LocalFolder) else location
-    if not isinstance(path, Path):
-        protocol, _, name = path.identity.partition("://")
-        if protocol not in ("file", "local"):
-            return None
-        path = Path(name)
-    # Not Path.resolve: before Python 3.13 a loop of links is a RuntimeError there.
-    return Path(os.path.realpath(path))
-
-
-def _is_same(one: Path, other: Path) -> bool:
-    try:
-        return one == other or os.path.samefile(one, other)
-    except OSError:
-        return False
-
-
 def _dask_executor(
     client: distributed.Client,
     source: Location,
@@ -256,6 +246,8 @@ def _dask_executor(
     staging: str | os.PathLike[str] | None,
 ) -> Executor:
     """Return an executor for the workers of a Dask client."""
+    if not hasattr(client, "scheduler_info"):
+        raise OptionError(f"client {short_repr(client)}: it must be a Client of Dask")
     from .distributed.dask_executor import DaskExecutor
     from .distributed.task_spec import TaskSpec
 
@@ -278,7 +270,7 @@ def _write(
     max_staged: int,
     task: ArrayTask | None,
     on_start: Callable[[int, Resumption], None],
-    on_progress: Callable[[int], None] | None,
+    on_progress: OnProgress,
 ) -> OutputResult:
     """Write the output to a folder or to a remote location."""
     from .writing.output import write_output
@@ -290,7 +282,7 @@ def _write(
         "overwrite": overwrite,
         "task": task,
         "on_start": lambda found: on_start(total, found),
-        "on_progress": on_progress or (lambda nbytes: None),
+        "on_progress": on_progress,
     }
     if isinstance(target, Path):
         return write_output(target, spec, executor, **options)

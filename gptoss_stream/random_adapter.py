@@ -7,13 +7,13 @@ Source of names, shapes and configuration: PEFT 0.21, `tuners/lora/config.py`,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 from . import __version__
 from ._utils import strict_json
+from ._utils.arguments import finite_number, texts, whole_number
 from .adapters.adapter_file import CONFIG_NAME, WEIGHTS_NAME
 from .errors import OptionError
 from .formats import hf
@@ -65,12 +65,10 @@ def random_adapter(
         OptionError: For a rank, an alpha, targets or dimensions that cannot be used.
     """
     dimensions, chosen = chosen_dimensions(preset, overrides), _chosen_targets(targets)
-    check_seed(seed)
-    if type(rank) is not int or not 1 <= rank <= _MAX_RANK:
-        raise OptionError(f"rank {rank!r}: it must be an integer in 1 to {_MAX_RANK:,}")
-    alpha = 2 * rank if alpha is None else alpha
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
-        raise OptionError(f"alpha {alpha!r}: it must be a finite number")
+    seed, rank = check_seed(seed), whole_number(rank, "rank")
+    if not 1 <= rank <= _MAX_RANK:
+        raise OptionError(f"rank {rank}: it must be an integer in 1 to {_MAX_RANK:,}")
+    alpha = 2 * rank if alpha is None else finite_number(alpha, "alpha")
     names = [tensor for target in chosen for tensor in TARGETS[target]]
     tensors = sorted(_tensors(dimensions.model(), names, rank), key=lambda tensor: tensor.name)
     # PEFT saves an adapter as one file, however large it is.
@@ -94,8 +92,7 @@ def random_adapter(
 
 def _chosen_targets(targets: str | Sequence[str]) -> list[str]:
     """Return the targets in the order of `TARGETS`, each once."""
-    names = targets.split(",") if isinstance(targets, str) else [*targets]
-    names = [name.strip() for name in names]
+    names = texts(targets, "target", separator=",")
     unknown = [name for name in names if name not in TARGETS]
     if unknown or not names:
         raise OptionError(

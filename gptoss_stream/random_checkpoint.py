@@ -10,13 +10,14 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, formats
 from ._utils import strict_json
+from ._utils.arguments import check_choice, whole_number
 from .checkpoint.reader import Reader
 from .errors import ConfigError, OptionError
 from .formats import hf_mxfp4, table_specs
@@ -130,25 +131,30 @@ def chosen_dimensions(preset: str, overrides: Mapping[str, int | None]) -> Dimen
         overrides: Sizes by name; None leaves that of the preset.
 
     Raises:
-        OptionError: For an unknown preset.
+        OptionError: For an unknown preset or dimension, and a size that is no integer.
     """
-    if preset not in PRESETS:
-        raise OptionError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
-    chosen = {key: value for key, value in overrides.items() if value is not None}
+    check_choice(preset, "preset", PRESETS)
+    for name in overrides:
+        check_choice(name, "dimension", [field.name for field in fields(Dimensions)])
+    chosen = {
+        key: whole_number(value, key) for key, value in overrides.items() if value is not None
+    }
     dimensions = replace(PRESETS[preset], **chosen)
     if dimensions.experts_per_token > dimensions.experts and "experts_per_token" not in chosen:
         dimensions = replace(dimensions, experts_per_token=dimensions.experts)
     return dimensions
 
 
-def check_seed(seed: int) -> None:
-    """Refuse a seed that the generator cannot take.
+def check_seed(seed: int) -> int:
+    """Return a seed that the generator can take.
 
     Raises:
-        OptionError: For such a seed.
+        OptionError: For another one.
     """
-    if not 0 <= seed < 2**64:
-        raise OptionError(f"seed {seed}: it must be in 0 to 2^64 - 1")
+    number = whole_number(seed, "seed")
+    if not 0 <= number < 2**64:
+        raise OptionError(f"seed {number}: it must be in 0 to 2^64 - 1")
+    return number
 
 
 class RandomReader(Reader):
@@ -230,7 +236,7 @@ def random_checkpoint(
         OptionError: For dimensions that no model can have.
     """
     dimensions, target = chosen_dimensions(preset, overrides), formats.load(format)
-    check_seed(seed)
+    seed = check_seed(seed)
     model, limit = dimensions.model(), parse_size(max_shard_size)
     raws = _raws(model)
     tensors = [*output_tensors(hf_mxfp4.TABLE, target.TABLE, model, raws, DType.BF16)]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from ._utils.progress import OnProgress, OnStart, progress_callbacks
 from .planning.shards import DEFAULT_SHARD_SIZE
 from .random_adapter import DEFAULT_RANK, DEFAULT_TARGETS, random_adapter
 from .random_checkpoint import DEFAULT_FORMAT, RandomCheckpoint, random_checkpoint
@@ -23,8 +24,9 @@ def synth(
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     workers: int | None = None,
     overwrite: bool = False,
-    on_start: Callable[[int, int], None] | None = None,
-    on_progress: Callable[[int], None] | None = None,
+    on_start: OnStart | None = None,
+    on_progress: OnProgress | None = None,
+    progress: bool = False,
     **overrides: int | None,
 ) -> Path:
     """Write a random gpt-oss checkpoint to a folder.
@@ -40,7 +42,8 @@ def synth(
         workers: The number of threads, by default one more than there are processors, at most 8.
         overwrite: Whether to delete what an earlier run of this tool wrote to `output`.
         on_start: Called with the bytes to write, and how many of them were finished before.
-        on_progress: Called with bytes written since the last call, from any thread.
+        on_progress: Called with the bytes written since the last call, from any thread.
+        progress: Whether to show a progress bar.
         **overrides: Dimensions that replace those of the preset: layers, experts, hidden_size,
             intermediate_size, num_attention_heads, num_key_value_heads, head_dim, vocab_size,
             experts_per_token, sliding_window, initial_context.
@@ -56,7 +59,8 @@ def synth(
     checkpoint = random_checkpoint(
         preset, format=format, seed=seed, max_shard_size=max_shard_size, **overrides
     )
-    return _write(checkpoint, output, workers, overwrite, on_start, on_progress, is_checkpoint=True)
+    with progress_callbacks("writing", progress, on_start, on_progress) as callbacks:
+        return _write(checkpoint, output, workers, overwrite, callbacks, is_checkpoint=True)
 
 
 def synth_adapter(
@@ -69,8 +73,9 @@ def synth_adapter(
     seed: int = 0,
     workers: int | None = None,
     overwrite: bool = False,
-    on_start: Callable[[int, int], None] | None = None,
-    on_progress: Callable[[int], None] | None = None,
+    on_start: OnStart | None = None,
+    on_progress: OnProgress | None = None,
+    progress: bool = False,
     **overrides: int | None,
 ) -> Path:
     """Write a random LoRA adapter to a folder, in the files that PEFT 0.21 would save.
@@ -90,7 +95,8 @@ def synth_adapter(
         workers: The number of threads, by default one more than there are processors, at most 8.
         overwrite: Whether to delete what an earlier run of this tool wrote to `output`.
         on_start: Called with the bytes to write, and how many of them were finished before.
-        on_progress: Called with bytes written since the last call, from any thread.
+        on_progress: Called with the bytes written since the last call, from any thread.
+        progress: Whether to show a progress bar.
         **overrides: Dimensions that replace those of the preset, as in `synth`.
 
     Returns:
@@ -104,7 +110,8 @@ def synth_adapter(
     adapter = random_adapter(
         preset, rank=rank, alpha=alpha, targets=targets, seed=seed, **overrides
     )
-    return _write(adapter, output, workers, overwrite, on_start, on_progress, is_checkpoint=False)
+    with progress_callbacks("writing", progress, on_start, on_progress) as callbacks:
+        return _write(adapter, output, workers, overwrite, callbacks, is_checkpoint=False)
 
 
 def _write(
@@ -112,8 +119,7 @@ def _write(
     output: str | os.PathLike[str],
     workers: int | None,
     overwrite: bool,
-    on_start: Callable[[int, int], None] | None,
-    on_progress: Callable[[int], None] | None,
+    callbacks: tuple[OnStart, OnProgress],
     *,
     is_checkpoint: bool,
 ) -> Path:
@@ -123,6 +129,7 @@ def _write(
     from .writing.output_spec import OutputSpec
     from .writing.thread_executor import ThreadExecutor
 
+    on_start, on_progress = callbacks
     total = sum(shard.nbytes for shard in made.shards)
     folder = local_path(output)
     write_output(
@@ -130,7 +137,7 @@ def _write(
         OutputSpec(made.identity, made.shards, made.files, has_index=is_checkpoint),
         ThreadExecutor(made.reader, count_workers(workers)),
         overwrite=overwrite,
-        on_start=lambda found: on_start(total, found.nbytes) if on_start is not None else None,
-        on_progress=on_progress or (lambda nbytes: None),
+        on_start=lambda found: on_start(total, found.nbytes),
+        on_progress=on_progress,
     )
     return folder

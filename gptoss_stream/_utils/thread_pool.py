@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from ..errors import OptionError
+from .arguments import whole_number
 from .buffers import aligned_buffer
 from .parallel import num_processors
 
@@ -33,9 +34,10 @@ def count_workers(workers: int | None) -> int:
     """
     if workers is None:
         return min(num_processors() + 1, 8)
-    if not 1 <= workers <= _MAX_WORKERS:
-        raise OptionError(f"{workers} workers: there must be 1 to {_MAX_WORKERS}")
-    return workers
+    number = whole_number(workers, "workers")
+    if not 1 <= number <= _MAX_WORKERS:
+        raise OptionError(f"{number} workers: there must be 1 to {_MAX_WORKERS}")
+    return number
 
 
 def run_steps(

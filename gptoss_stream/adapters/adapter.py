@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
+from .._utils.arguments import check_choice, finite_number
+from .._utils.messages import short_repr
 from ..errors import OptionError
 from ..storage.location import Location, LocationLike
 from ..storage.open_location import open_location
@@ -55,14 +56,13 @@ class Adapter:
     orientation: str | None = None
 
     def __post_init__(self) -> None:
-        if type(self.scale) not in (int, float) or not math.isfinite(self.scale):
-            raise OptionError(f"adapter scale {self.scale!r}: it must be a finite number")
+        object.__setattr__(self, "scale", finite_number(self.scale, "adapter scale"))
         for what, value, choices in (
             ("layout of lora_B", self.b_layout, B_LAYOUTS),
             ("orientation of an adapter", self.orientation, ORIENTATIONS),
         ):
-            if value not in (None, *choices):
-                raise OptionError(f"unknown {what}: {value!r}; choose one of {', '.join(choices)}")
+            if value is not None:
+                check_choice(value, what, choices)
 
     def at(self, location: Location) -> Adapter:
         """Return it with its location opened."""
@@ -84,11 +84,21 @@ AdapterLike: TypeAlias = "LocationLike | Adapter"
 """How callers name an adapter: its location, or an `Adapter`."""
 
 
-def as_adapters(adapters: AdapterLike | Sequence[AdapterLike]) -> tuple[Adapter, ...]:
-    """Return adapters as `Adapter` objects; one alone need not be in a sequence."""
-    if isinstance(adapters, (str, os.PathLike, Adapter, Location)):
-        adapters = (adapters,)
-    return tuple(one if isinstance(one, Adapter) else Adapter(one) for one in adapters)
+def as_adapters(adapters: AdapterLike | Sequence[AdapterLike] | None) -> tuple[Adapter, ...]:
+    """Return adapters as `Adapter` objects; one alone need not be in a sequence, None is none.
+
+    Raises:
+        OptionError: For anything else.
+    """
+    kinds = (str, os.PathLike, Adapter, Location)
+    if adapters is None:
+        return ()
+    found: Any = (adapters,) if isinstance(adapters, kinds) else adapters
+    if not isinstance(found, Sequence) or not all(isinstance(one, kinds) for one in found):
+        raise OptionError(
+            f"adapters {short_repr(adapters)}: give a location, an Adapter, or a list of them"
+        )
+    return tuple(one if isinstance(one, Adapter) else Adapter(one) for one in found)
 
 
 def open_adapters(

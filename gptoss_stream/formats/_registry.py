@@ -7,7 +7,7 @@ import sys
 from importlib import import_module
 from typing import cast
 
-from ..errors import OptionError
+from .._utils.arguments import check_choice
 from ._format import Format
 
 __all__ = ["load", "names"]
@@ -27,7 +27,5 @@ def load(name: str) -> Format:
     Raises:
         OptionError: If there is no such format.
     """
-    known = names()
-    if name not in known:
-        raise OptionError(f"unknown format {name!r}; choose one of {', '.join(known)}")
+    check_choice(name, "format", names())
     return cast(Format, import_module(f"{_PACKAGE}.{name.replace('-', '_')}"))

@@ -10,11 +10,12 @@ from .._utils.messages import listed
 from ..adapters import AdapterLike, as_adapters
 from ..checkpoint.small_files import read_config
 from ..errors import CheckpointError, MissingPackageError
+from ..model.numbers import NumbersLike
 from ..model.pruning import Pruning
 from ..planning.options import ConversionOptions
 from ..storage.location import LocationLike
 from ..storage.open_location import open_location
-from ..tensors.dtypes import torch_name
+from ..tensors.dtypes import DTypeLike, torch_name
 from .checkpoint_model import CheckpointModel, open_checkpoint_model
 
 if TYPE_CHECKING:
@@ -32,11 +33,11 @@ _GENERATION_NAME = "generation_config.json"
 def load_hf_model(
     source: LocationLike,
     *,
-    dtype: str | None = None,
+    dtype: DTypeLike | None = None,
     device: str | torch.device = "cpu",
-    layers: str | None = None,
+    layers: NumbersLike | None = None,
     source_format: str | None = None,
-    adapters: AdapterLike | Sequence[AdapterLike] = (),
+    adapters: AdapterLike | Sequence[AdapterLike] | None = (),
     expert_cache: int | str = 0,
     cache: int | str = 0,
 ) -> GptOssForCausalLM:
@@ -58,7 +59,8 @@ def load_hf_model(
         dtype: A torch name such as "float32"; by default as for `convert`.
         device: Where the model computes. Any device other than the CPU makes copies of the dense
             weights, and experts are copied there when they are used.
-        layers: Use only these layers, such as "0-3,7". The model numbers them from 0.
+        layers: Use only these layers, such as "0-3,7", 5 or range(4). The model
+            numbers them from 0.
         source_format: The format of the source; by default it is detected.
         adapters: LoRA adapters to merge, in order: locations, or `Adapter` objects.
         expert_cache: Memory for decoded experts that are kept for later passes, in bytes or as a

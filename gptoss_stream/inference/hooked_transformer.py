@@ -17,17 +17,19 @@ from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from .._utils.arguments import whole_number
 from .._utils.failures import missing_package
 from .._utils.messages import listed
 from ..adapters import AdapterLike, as_adapters
 from ..checkpoint.small_files import read_config
 from ..errors import MissingPackageError, OutputError
 from ..loading.state_dict import StateDict, open_state_dict
+from ..model.numbers import NumbersLike, parse_numbers
 from ..model.pruning import Pruning
-from ..model.selection import parse_numbers
 from ..planning.options import ConversionOptions
 from ..storage.location import Location, LocationLike
 from ..storage.open_location import open_location
+from ..tensors.dtypes import DTypeLike, dtype_name
 from .checkpoint_model import open_checkpoint_model
 from .tokenizer import load_tokenizer
 
@@ -47,12 +49,12 @@ _LAYER = re.compile(r"blocks\.(\d+)\.")
 def load_hooked_transformer(
     source: LocationLike,
     *,
-    dtype: str | None = None,
+    dtype: DTypeLike | None = None,
     device: str | torch.device = "cpu",
     n_ctx: int | None = None,
-    layers: str | None = None,
+    layers: NumbersLike | None = None,
     source_format: str | None = None,
-    adapters: AdapterLike | Sequence[AdapterLike] = (),
+    adapters: AdapterLike | Sequence[AdapterLike] | None = (),
     expert_cache: int | str = 0,
     cache: int | str = 0,
 ) -> HookedTransformer:
@@ -74,7 +76,8 @@ def load_hooked_transformer(
         device: Any device other than the CPU makes copies of the dense weights, and experts are
             copied there when they are used.
         n_ctx: The longest sequence, in tokens; by default the model's own.
-        layers: Use only these layers, such as "0-3,7". The model numbers them from 0.
+        layers: Use only these layers, such as "0-3,7", 5 or range(4). The model
+            numbers them from 0.
         source_format: The format of the source; by default it is detected.
         adapters: LoRA adapters to merge, in order: locations, or `Adapter` objects.
         expert_cache: Memory for decoded experts that are kept for later passes, in bytes or as a
@@ -92,11 +95,12 @@ def load_hooked_transformer(
     torch, transformer_lens, config_class = _import_packages()
     location = open_location(source)
     merged = as_adapters(adapters)
+    length = None if n_ctx is None else whole_number(n_ctx, "n_ctx", 1)
     experts: ExpertWeights | None = None
     if location.has(_CONFIG_NAME) and not merged:
         state_dict = open_state_dict(location, dtype=dtype, device=device, cache=cache)
         config, chosen = _stored_config(location, layers)
-        config["dtype"] = dtype or config["dtype"]
+        config["dtype"] = dtype_name(dtype) or config["dtype"]
     else:
         options = ConversionOptions(
             "transformer-lens", source_format, dtype, pruning=Pruning.of(layers, None),
@@ -110,7 +114,7 @@ def load_hooked_transformer(
         "dtype": getattr(torch, config["dtype"]),
         "init_weights": False,
         "device": str(device),
-        "n_ctx": n_ctx or config["n_ctx"],
+        "n_ctx": length or config["n_ctx"],
     }
 
     def build(config: dict[str, Any], tokenizer: Any = None) -> Any:
@@ -169,7 +173,7 @@ def _import_packages() -> tuple[Any, Any, Any]:
 
 
 def _stored_config(
-    location: Location, layers: str | None
+    location: Location, layers: NumbersLike | None
 ) -> tuple[dict[str, Any], tuple[int, ...]]:
     """Read the configuration of an output in the format `transformer-lens`.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .._utils.messages import shortened
 from ..errors import OptionError
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ def check_device(device: str | torch.device | None) -> None:
 
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:  # torch raises any of them
+    # torch raises any of them
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise OptionError(f"device {str(device)!r} cannot be used: {reason}") from None
+        name = shortened(" ".join(str(device).split()))
+        raise OptionError(f"device {name!r} cannot be used: {reason}") from None

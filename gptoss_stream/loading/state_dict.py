@@ -25,7 +25,7 @@ from ..planning.options import ConversionOptions
 from ..planning.plan import plan_conversion, read_adapters
 from ..storage.location import LocationLike
 from ..storage.open_location import open_location
-from ..tensors.dtypes import output_dtype, torch_name
+from ..tensors.dtypes import DTypeLike, output_dtype, torch_name
 from .checkpoint_tensors import (
     CheckpointTensors,
     NamedTensor,
@@ -189,10 +189,10 @@ def open_state_dict(
     source: LocationLike,
     *,
     to: str | None = None,
-    dtype: str | None = None,
+    dtype: DTypeLike | None = None,
     device: str | torch.device | None = None,
     source_format: str | None = None,
-    adapters: AdapterLike | Sequence[AdapterLike] = (),
+    adapters: AdapterLike | Sequence[AdapterLike] | None = (),
     cache: int | str = 0,
 ) -> StateDict:
     """Open a checkpoint as a mapping from names to torch tensors; reads headers only.

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, TypeAlias
 
+from .._utils.arguments import whole_number
 from .._utils.messages import listed
 from ..errors import OptionError
 from .config import ModelConfig
-from .selection import numbers_in
+from .numbers import NumbersLike, numbers_in, numbers_text
 
-__all__ = ["ExpertsByLayer", "Pruning", "ResolvedPruning", "prune"]
+__all__ = ["ExpertsLike", "Pruning", "ResolvedPruning", "prune"]
 
-ExpertsByLayer: TypeAlias = "Mapping[int, Sequence[int]]"
-"""Expert numbers by the source's layer number."""
+ExpertsLike: TypeAlias = "NumbersLike | Mapping[int, Iterable[int]]"
+"""How callers name the experts to keep: those of every layer, or by the source's layer number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,28 +33,26 @@ class Pruning:
     experts: str | tuple[tuple[int, tuple[int, ...]], ...] | None = None
 
     @classmethod
-    def of(cls, layers: str | None, experts: str | ExpertsByLayer | None) -> Pruning | None:
+    def of(cls, layers: NumbersLike | None, experts: ExpertsLike | None) -> Pruning | None:
         """Return what to keep; None if that is everything.
 
         Raises:
-            OptionError: If `experts` is not a text, and not lists of numbers by layer.
+            OptionError: If they name no numbers.
         """
-        if layers is None and experts is None:
-            return None
-        if layers is not None and not isinstance(layers, str):
-            raise OptionError('the layers to keep are given as a text, such as "0-5,8"')
-        if experts is None or isinstance(experts, str):
-            return cls(layers, experts)
+        kept = numbers_text(layers, "layer")
+        if not isinstance(experts, Mapping):
+            text = numbers_text(experts, "expert")
+            return None if kept is None and text is None else cls(kept, text)
         try:
-            pairs = tuple((layer, tuple(some)) for layer, some in experts.items())
-        except (TypeError, AttributeError):
-            pairs = ((-1, ()),)
-        numbers = [number for layer, some in pairs for number in (layer, *some)]
-        if any(type(number) is not int or number < 0 for number in numbers):
+            pairs = [
+                (whole_number(layer, "layer", 0), tuple(whole_number(e, "expert", 0) for e in some))
+                for layer, some in experts.items()
+            ]
+        except (TypeError, OptionError):
             raise OptionError(
                 "the experts to keep are given by layer, as numbers from 0 on: {0: [0, 3], …}"
-            )
-        return cls(layers, tuple(sorted(pairs)))
+            ) from None
+        return cls(kept, tuple(sorted(pairs)))
 
     def resolve(self, model: ModelConfig) -> ResolvedPruning:
         """Return what is kept of a model.
@@ -163,7 +162,7 @@ class ResolvedPruning:
         }
 
     @staticmethod
-    def options(record: Mapping[str, Any]) -> tuple[str, ExpertsByLayer]:
+    def options(record: Mapping[str, Any]) -> tuple[str, ExpertsLike]:
         """Return the layers and the experts of `Pruning.of` that `as_dict` describes."""
         experts = {int(layer): some for layer, some in record["experts"].items()}
         return ",".join(map(str, record["layers"])), experts

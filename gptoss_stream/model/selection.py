@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeAlias
 
+from .._utils.arguments import texts
+from .._utils.messages import short_call, short_repr
 from ..errors import OptionError
 from .config import ModelConfig
+from .numbers import NumbersLike, numbers_text, parse_numbers
 from .tensors import ATTENTION_BIASES, EXPERT_TENSORS
 
-__all__ = ["GROUPS", "ResolvedSelection", "Selection", "numbers_in", "parse_numbers"]
+__all__ = [
+    "GROUPS",
+    "ResolvedSelection",
+    "Selection",
+    "SelectionLike",
+]
 
 GROUPS: Mapping[str, frozenset[str]] = {
     "attention": frozenset({"q", "k", "v", "o", "sinks"}) | ATTENTION_BIASES,
@@ -23,36 +30,70 @@ GROUPS: Mapping[str, frozenset[str]] = {
 }
 """The groups of tensors that `Selection.only` names (see `MODEL_TENSORS`)."""
 
-_RANGE = re.compile(r"(-?\d{1,9})(?:-(-?\d{1,9}))?")
-
 
 @dataclass(frozen=True, slots=True)
 class Selection:
     """A choice of output tensors. A tensor must match every field that is given.
 
     Args:
-        layers: Layer numbers such as "0-3,7"; -1 is the last. Tensors of no layer match too.
+        layers: Layer numbers: a text such as "0-3,7", a number, or numbers, such as [0, 2] or
+            range(4); -1 is the last. Tensors of no layer match too.
         experts: Expert numbers, likewise. Tensors of no expert match too.
-        only: Groups of tensors: "attention", "experts", "router", "embeddings", "norms".
+        only: Groups of tensors: "attention", "experts", "router", "embeddings", "norms"; a list, or
+            a text with commas.
         include: Patterns with `*`, `?` and `[…]`, one of which the name of the output tensor
-            must match.
-        exclude: Patterns that it must not match.
+            must match; a list, or one text.
+        exclude: Patterns that it must not match, likewise.
+
+    The attributes have one type each, whatever was given: `layers` and `experts` are a text or
+    None, the others tuples.
+
+    Raises:
+        OptionError: For a value of another type.
     """
 
-    layers: str | None = None
-    experts: str | None = None
-    only: tuple[str, ...] = ()
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
+    layers: NumbersLike | None = None
+    experts: NumbersLike | None = None
+    only: str | Iterable[str] = ()
+    include: str | Iterable[str] = ()
+    exclude: str | Iterable[str] = ()
+
+    def __post_init__(self) -> None:
+        for name, value in {
+            "layers": numbers_text(self.layers, "layer"),
+            "experts": numbers_text(self.experts, "expert"),
+            "only": texts(self.only, "group of tensors", separator=","),
+            "include": texts(self.include, "pattern"),
+            "exclude": texts(self.exclude, "pattern"),
+        }.items():
+            object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return short_call("Selection", {key: v for key, v in given.items() if v not in (None, ())})
 
     @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> Selection:
-        """Return the selection that `ResolvedSelection.as_dict` describes."""
-        fields: dict[str, Any] = {
-            key: ",".join(map(str, value)) if key in ("layers", "experts") else tuple(value)
-            for key, value in record.items()
-        }
-        return cls(**fields)
+    def of(cls, selection: SelectionLike | None) -> Selection:
+        """Return a selection: of everything for None.
+
+        Args:
+            selection: A `Selection`, or its fields by name, as from `ResolvedSelection.as_dict`.
+
+        Raises:
+            OptionError: For anything else.
+        """
+        if isinstance(selection, Selection):
+            return selection
+        if isinstance(selection, ResolvedSelection):
+            selection = selection.as_dict()
+        found: Any = {} if selection is None else selection
+        names = [field.name for field in fields(cls)]
+        if not isinstance(found, Mapping) or not all(name in names for name in found):
+            raise OptionError(
+                f"{short_repr(selection)} is no selection; give a Selection, or a dict with some "
+                f"of {', '.join(names)}"
+            )
+        return cls(**found)
 
     def resolve(self, model: ModelConfig) -> ResolvedSelection:
         """Return the selection with the layer and expert numbers of a model.
@@ -60,15 +101,16 @@ class Selection:
         Raises:
             OptionError: For a number that the model does not have, and an unknown group.
         """
-        for group in self.only:
+        only, include, exclude = map(tuple, (self.only, self.include, self.exclude))
+        for group in only:
             if group not in GROUPS:
                 raise OptionError(f"unknown group {group!r}; choose among {', '.join(GROUPS)}")
         return ResolvedSelection(
             _parse_or_none(self.layers, model.num_layers, "layer"),
             _parse_or_none(self.experts, model.num_experts, "expert"),
-            tuple(sorted(set(self.only))),
-            tuple(self.include),
-            tuple(self.exclude),
+            tuple(sorted(set(only))),
+            include,
+            exclude,
         )
 
 
@@ -81,6 +123,9 @@ class ResolvedSelection:
     only: tuple[str, ...]
     include: tuple[str, ...]
     exclude: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return short_call("ResolvedSelection", self.as_dict())
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields that are given, as JSON types; empty for a selection of everything."""
@@ -105,43 +150,13 @@ class ResolvedSelection:
         )
 
 
+SelectionLike: TypeAlias = "Selection | ResolvedSelection | Mapping[str, Any]"
+"""How callers give a selection: as a `Selection`, or as a dict of its arguments."""
+
+
 def _matches_any(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _parse_or_none(text: str | None, count: int, noun: str) -> tuple[int, ...] | None:
-    return None if text is None else parse_numbers(text, count, noun)
-
-
-def parse_numbers(text: str, count: int, noun: str) -> tuple[int, ...]:
-    """Return the numbers in a text such as "0-3,7", sorted.
-
-    Args:
-        text: Numbers and ranges, separated by commas; -1 is the last.
-        count: The number of layers or experts.
-        noun: "layer" or "expert", for messages.
-
-    Raises:
-        OptionError: For another text, and for numbers beyond the last.
-    """
-    return tuple(sorted(set(numbers_in(text, count, noun))))
-
-
-def numbers_in(text: str, count: int, noun: str) -> list[int]:
-    """Return the numbers in a text as they are written; takes and raises as `parse_numbers`."""
-    numbers: list[int] = []
-    for item in text.split(","):
-        match = _RANGE.fullmatch(item.strip())
-        if match is None:
-            raise OptionError(
-                f"{text!r} names no {noun}s; write them as 0-3,7 or -1 for the last one"
-            )
-        first, last = int(match[1]), int(match[2] or match[1])
-        for number in (first, last):
-            if not -count <= number < count:
-                raise OptionError(f"{noun} {number}: there are {noun}s 0 to {count - 1}")
-        first, last = first % count, last % count
-        if first > last:
-            raise OptionError(f"{item.strip()!r}: the first {noun} comes after the last")
-        numbers += range(first, last + 1)
-    return numbers
+def _parse_or_none(value: NumbersLike | None, count: int, noun: str) -> tuple[int, ...] | None:
+    return None if value is None else parse_numbers(value, count, noun)

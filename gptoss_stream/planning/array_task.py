@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from .._utils.arguments import whole_number
+from .._utils.messages import short_repr
 from ..errors import OptionError
 from .shards import PlannedShard, write_nbytes
 
@@ -32,12 +35,23 @@ class ArrayTask:
     count: int
 
     def __post_init__(self) -> None:
+        for name in ("index", "count"):
+            object.__setattr__(self, name, whole_number(getattr(self, name), f"task {name}"))
         if not 1 <= self.count <= _MAX_TASKS:
             raise OptionError(f"{self.count} tasks: there must be 1 to {_MAX_TASKS}")
         if not 0 <= self.index < self.count:
             raise OptionError(
                 f"task {self.index} of {self.count}: tasks are numbered 0 to {self.count - 1}"
             )
+
+    @classmethod
+    def of(cls, task: Any) -> ArrayTask | None:
+        """Return the task of a pair (index, count); None for none. Raises as the class does."""
+        if task is None:
+            return None
+        if not isinstance(task, Sequence) or len(task) != 2:
+            raise OptionError(f"task {short_repr(task)}: it must be a pair (index, count)")
+        return cls(*task)
 
     def __str__(self) -> str:
         return f"task {self.index} of {self.count}"

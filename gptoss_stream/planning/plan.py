@@ -26,11 +26,12 @@ from ..checkpoint.regrouping_reader import KEPT_TENSORS
 from ..errors import ConfigError, OptionError, TensorError
 from ..formats import SourceModel, check_tensors
 from ..model.config import ModelConfig
-from ..model.pruning import ExpertsByLayer, Pruning, prune
-from ..model.selection import ResolvedSelection, Selection
+from ..model.numbers import NumbersLike
+from ..model.pruning import ExpertsLike, Pruning, prune
+from ..model.selection import ResolvedSelection, Selection, SelectionLike
 from ..storage.location import LocationLike
 from ..storage.open_location import open_location
-from ..tensors.dtypes import KEEP, DType, output_dtype
+from ..tensors.dtypes import KEEP, DType, DTypeLike, dtype_name, output_dtype
 from ..transforms.operands import raw_tensors
 from ..transforms.output_tensor import element_ranges
 from .checks import (
@@ -142,14 +143,14 @@ def plan(
     *,
     to: str = DEFAULT_FORMAT,
     source_format: str | None = None,
-    dtype: str | None = None,
+    dtype: DTypeLike | None = None,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
-    selection: Selection | None = None,
+    selection: SelectionLike | None = None,
     mxfp4_rule: str | None = None,
     reference: LocationLike | None = None,
-    keep_layers: str | None = None,
-    keep_experts: str | ExpertsByLayer | None = None,
-    adapters: AdapterLike | Sequence[AdapterLike] = (),
+    keep_layers: NumbersLike | None = None,
+    keep_experts: ExpertsLike | None = None,
+    adapters: AdapterLike | Sequence[AdapterLike] | None = (),
     merge_like_peft: bool = False,
 ) -> Plan:
     """Plan the conversion of a checkpoint; moves no data.
@@ -220,7 +221,7 @@ def plan_conversion(
     """
     info = source.info
     target, to = formats.load(options.to), options.to
-    dtype = choose_dtype(options.dtype, source.name, to)
+    dtype = choose_dtype(dtype_name(options.dtype), source.name, to)
     pruning = prune(source.model, options.pruning)
     model = source.model if pruning is None else pruning.model(source.model)
     try:
@@ -240,7 +241,7 @@ def plan_conversion(
         left_out |= replaced_tensors(source, merge)
     if pruning is not None:
         left_out |= pruned_tensors(source, pruning)
-    selection = (options.selection or Selection()).resolve(model)
+    selection = Selection.of(options.selection).resolve(model)
     written_dtype = None if dtype == KEEP else output_dtype(dtype)
     every = [
         *output_tensors(

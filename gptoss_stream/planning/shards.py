@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
+from .._utils.messages import short_repr
 from ..errors import OptionError
 from ..tensors.safetensors_header import SINGLE_NAME, build_header
 from ..transforms.operands import spilled_dtype
@@ -139,10 +140,10 @@ def parse_size(size: int | str) -> int:
     Raises:
         OptionError: For another text, and for less than 1 byte.
     """
-    match = _SIZE.fullmatch(str(size).strip())
+    match = _SIZE.fullmatch(str(size).strip()) if not isinstance(size, bool) else None
     nbytes = int(float(match[1]) * _UNITS[match[2].upper()]) if match and len(match[1]) < 20 else 0
     if nbytes < 1:
-        raise OptionError(f"{size!r} is not a size; write it as 5GB or 500MB")
+        raise OptionError(f"{short_repr(size)} is not a size; write it as 5GB or 500MB")
     return nbytes
 
 

@@ -132,6 +132,7 @@ class Location(Protocol):
         """
 
 
+@runtime_checkable
 class WritableLocation(Location, Protocol):
     """A location that files can be written to.
 

@@ -7,7 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from .._utils.paths import user_path
+from .._utils.messages import short_repr
+from .._utils.paths import path_text, user_path
 from ..errors import OptionError
 from .local_folder import LocalFolder
 from .location import Location, LocationLike, WritableLocation
@@ -61,8 +62,15 @@ def open_location(
     """
     if isinstance(name, Location):
         return name
+    text = path_text(name)
+    for option, given in (("revision", revision), ("subfolder", subfolder)):
+        if not isinstance(given, (str, type(None))):
+            raise OptionError(
+                f"{_without_secrets(text)}: the {option} {short_repr(given)} is no text"
+            )
+    if not isinstance(token, (str, bool, type(None))):
+        raise OptionError(f"{_without_secrets(text)}: the token is no text")
     url = _parse_url(name)
-    text = os.fspath(name)
     repository = _repository(name)
     if repository is not None:
         from .hub import HubRepository
@@ -103,6 +111,7 @@ def open_writable_location(
         OptionError: For a name that cannot be used.
         MissingPackageError: If an extra is not installed.
     """
+    path_text(name)
     url = _parse_url(name)
     if url is None:
         return None

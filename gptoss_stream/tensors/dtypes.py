@@ -8,8 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum
 from math import prod
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+from .._utils.messages import short_repr
 from ..errors import OptionError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "BLOCK_NBYTES",
@@ -18,6 +23,8 @@ __all__ = [
     "NUMPY_NAMES",
     "OUTPUT_DTYPES",
     "DType",
+    "DTypeLike",
+    "dtype_name",
     "is_exact",
     "nbytes",
     "output_dtype",
@@ -91,18 +98,44 @@ OUTPUT_DTYPES = {"bfloat16": DType.BF16, "float16": DType.F16, "float32": DType.
 KEEP = "keep"
 """The name that stands for each tensor's dtype in the source."""
 
+DTypeLike: TypeAlias = "str | torch.dtype | DType"
+"""How callers name a dtype: by torch's name or a short one ("bf16", "fp16", "fp32"), or by a dtype
+of torch, or of this package."""
 
-def output_dtype(name: str) -> DType:
-    """Return the dtype for a torch name such as "bfloat16".
+_SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def dtype_name(dtype: DTypeLike | None) -> str | None:
+    """Return the torch name of a dtype; None for None. Does not import torch.
+
+    Whether a text is the name of a dtype is not checked.
 
     Raises:
-        OptionError: For a name that is not in `OUTPUT_DTYPES`.
+        OptionError: For what is neither a text nor a dtype.
     """
-    try:
-        return OUTPUT_DTYPES[name]
-    except KeyError:
-        names = ", ".join(OUTPUT_DTYPES)
-        raise OptionError(f"unknown dtype {name!r}; choose one of {names}") from None
+    if dtype is None:
+        return None
+    if isinstance(dtype, str):
+        return _SHORT_NAMES.get(dtype, dtype)
+    if isinstance(dtype, DType):
+        names = {value: name for name, value in OUTPUT_DTYPES.items()}
+        return names.get(dtype, dtype.code)
+    kind: Any = type(dtype)
+    if (kind.__module__, kind.__name__) == ("torch", "dtype"):
+        return str(dtype).removeprefix("torch.")
+    raise OptionError(f"unknown dtype {short_repr(dtype)}; give a name or a dtype of torch")
+
+
+def output_dtype(dtype: DTypeLike) -> DType:
+    """Return the dtype that can be written, such as that for "bfloat16".
+
+    Raises:
+        OptionError: For another dtype, and for what is no dtype.
+    """
+    name = dtype_name(dtype)
+    if name is None or name not in OUTPUT_DTYPES:
+        raise OptionError(f"unknown dtype {name!r}; choose one of {', '.join(OUTPUT_DTYPES)}")
+    return OUTPUT_DTYPES[name]
 
 
 def torch_name(dtype: DType) -> str:

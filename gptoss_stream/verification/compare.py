@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .._utils.failures import machine_error
+from .._utils.progress import OnProgress, OnStart, check_callbacks, progress_callbacks
 from ..checkpoint.metadata import read_metadata
 from ..checkpoint.open_reader import CheckpointReader, open_reader
 from ..checkpoint.reader import ElementRange, ReadSchedule
@@ -48,6 +49,9 @@ def compare(
     *,
     source_format: str | None = None,
     reference_format: str | None = None,
+    on_start: OnStart | None = None,
+    on_progress: OnProgress | None = None,
+    progress: bool = False,
 ) -> Comparison:
     """Compare a few values of each tensor with a reference that has the same model or a base of it.
 
@@ -60,6 +64,12 @@ def compare(
         reference: The same of the checkpoint to compare with.
         source_format: The format of the source; by default it is detected.
         reference_format: The format of the reference; by default it is detected.
+        on_start: Called with the bytes of the values to compare, as float32, and 0.
+        on_progress: Called with the bytes compared since the last call.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        How each tensor of the source relates to that of the reference.
 
     Raises:
         OptionError: If there is no format of that name, or if the models have different sizes.
@@ -67,14 +77,20 @@ def compare(
         MachineError: If reading fails.
         MissingPackageError: If an optional package is not installed.
     """
+    check_callbacks(on_start=on_start, on_progress=on_progress)
     found, expected = _read(source, source_format), _read(reference, reference_format)
     sizes, notes = _common_sizes(found, expected)
     models = ModelElements(found), ModelElements(expected)
     tasks = [*_tasks(sizes, models)]
     try:
-        with open_reader(found.info) as reader, open_reader(expected.info) as reference_reader:
+        with (
+            open_reader(found.info) as reader,
+            open_reader(expected.info) as reference_reader,
+            progress_callbacks("comparing", progress, on_start, on_progress) as (start, advance),
+        ):
             readers = reader, reference_reader
-            relations = [*_relations(tasks, models, readers)]
+            start(sum(task.nbytes for task in tasks), 0)
+            relations = [*_relations(tasks, models, readers, advance)]
             for one in readers:
                 one.check_unchanged()
     except OSError as error:
@@ -149,6 +165,11 @@ class _Task(NamedTuple):
     arrangements: Mapping[str, Arrangement]
     sizes: Mapping[str, int]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values as float32."""
+        return 4 * len(self.rows)
+
     def elements(self, arrangement: str) -> Elements:
         """Return the elements of the reference that are the values in an arrangement."""
         rows, columns = self.arrangements[arrangement](self.rows, self.columns)
@@ -202,6 +223,7 @@ def _relations(
     tasks: Sequence[_Task],
     models: tuple[ModelElements, ModelElements],
     readers: tuple[CheckpointReader, CheckpointReader],
+    on_progress: OnProgress,
 ) -> Iterator[Relation]:
     """Read and compare each tensor."""
     source, reference = models
@@ -232,6 +254,7 @@ def _relations(
             is_missing = not all(model.stores(task.tensor) for model in models)
             if is_missing and relation.values != "equal":
                 relation = Relation(task.tensor, task.layer, task.expert, "missing")
+            on_progress(task.nbytes)
             yield relation
     finally:
         stop.set()

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..adapters import recorded_adapters
 from ..checkpoint.metadata import CheckpointInfo
+from ..errors import OptionError
 from ..model.pruning import ResolvedPruning
 from ..model.selection import Selection
 from ..planning.options import DEFAULT_FORMAT
@@ -52,7 +53,7 @@ def recorded_options(output: StoredOutput) -> dict[str, Any]:
     try:
         record = parse(output.record)
         to, keeps_dtypes = str(record["format"]), record["dtype"] == KEEP
-        selection = Selection.from_dict(record["selection"])
+        selection = Selection.of(record["selection"])
         encoding = {key: _as_text(record.get(key)) for key in encoding}
         if "pruning" in record:
             kept["keep_layers"], kept["keep_experts"] = ResolvedPruning.options(record["pruning"])
@@ -61,7 +62,7 @@ def recorded_options(output: StoredOutput) -> dict[str, Any]:
                 "adapters": recorded_adapters(record["adapters"], record["merged"]),
                 "merge_like_peft": record.get("merge_like_peft") is True,
             }
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, OptionError):
         pass  # compare_record reports it
     dtype = KEEP if keeps_dtypes else dtype
     return {"to": to, "dtype": dtype, "selection": selection, **encoding, **kept, **merged}

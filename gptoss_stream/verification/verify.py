@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from .._utils.arguments import whole_number
 from .._utils.failures import machine_error
+from .._utils.progress import OnProgress, OnStart, check_callbacks, progress_callbacks
 from .._utils.thread_pool import count_workers, run_steps
 from ..adapters import Adapter, AdapterLike, as_adapters, check_values
 from ..checkpoint.metadata import CheckpointInfo
 from ..checkpoint.open_reader import open_reader
-from ..errors import CheckpointError, OptionError, OutputError
-from ..model.selection import Selection
+from ..errors import CheckpointError, OutputError
+from ..model.selection import SelectionLike
 from ..planning.plan import Plan, plan
 from ..planning.plan_readers import open_plan_readers
 from ..storage.local_folder import LocalFolder
@@ -50,16 +52,17 @@ def verify(
     *,
     to: str | None = None,
     source_format: str | None = None,
-    selection: Selection | None = None,
+    selection: SelectionLike | None = None,
     sample: int | None = None,
     seed: int = 0,
     workers: int | None = None,
     mxfp4_rule: str | None = None,
     reference: LocationLike | None = None,
-    adapters: AdapterLike | Sequence[AdapterLike] = (),
+    adapters: AdapterLike | Sequence[AdapterLike] | None = (),
     merge_like_peft: bool | None = None,
-    on_start: Callable[[int, int], None] | None = None,
-    on_progress: Callable[[int], None] | None = None,
+    on_start: OnStart | None = None,
+    on_progress: OnProgress | None = None,
+    progress: bool = False,
 ) -> Verification:
     """Convert a source again, in bounded memory, and compare every byte with an output.
 
@@ -81,6 +84,7 @@ def verify(
         merge_like_peft: Whether merged values were rounded as PEFT does; by default as recorded.
         on_start: Called with the bytes to compare, and 0.
         on_progress: Called with the bytes compared since the last call, from any thread.
+        progress: Whether to show a progress bar.
 
     Returns:
         The differences and how much was compared. The dtype that the data are compared in is the
@@ -95,14 +99,18 @@ def verify(
         MissingPackageError: If an optional package is not installed.
     """
     threads = count_workers(workers)
+    seed = whole_number(seed, "seed")
+    if sample is not None:
+        sample = whole_number(sample, "sample", 1)
+    check_callbacks(on_start=on_start, on_progress=on_progress)
     location = open_output(output)
     try:
         stored, differences = read_output(location)
         found = stored.info
         options = recorded_options(stored)
-        options["to"] = to or options["to"]
-        options["selection"] = selection or options["selection"]
-        options["mxfp4_rule"] = mxfp4_rule or options["mxfp4_rule"]
+        options["to"] = options["to"] if to is None else to
+        options["selection"] = options["selection"] if selection is None else selection
+        options["mxfp4_rule"] = options["mxfp4_rule"] if mxfp4_rule is None else mxfp4_rule
         if reference is None and options["reference"] is not None:
             reference = _recorded("reference", options["reference"])
         options["reference"] = reference
@@ -121,9 +129,9 @@ def verify(
         if sample is not None:
             tensors = _sample(tensors, sample, seed)
         nbytes = sum(tensor.nbytes for tensor in tensors)
-        if on_start is not None:
-            on_start(nbytes, 0)
-        differences += _compare_data(planned, found, tensors, threads, on_progress)
+        with progress_callbacks("verifying", progress, on_start, on_progress) as (start, advance):
+            start(nbytes, 0)
+            differences += _compare_data(planned, found, tensors, threads, advance)
     except OSError as error:
         raise machine_error(error, f"verifying {location}") from error
     return Verification(
@@ -151,7 +159,7 @@ def _recorded(what: str, name: str) -> Location:
 
 
 def _with_recorded(
-    adapters: AdapterLike | Sequence[AdapterLike], recorded: Sequence[Adapter]
+    adapters: AdapterLike | Sequence[AdapterLike] | None, recorded: Sequence[Adapter]
 ) -> tuple[Adapter, ...]:
     """Return the adapters that are given, or else those of an output's record.
 
@@ -172,8 +180,6 @@ def _with_recorded(
 
 def _sample(tensors: list[OutputTensor], count: int, seed: int) -> list[OutputTensor]:
     """Return a random sample of tensors, in order of their names."""
-    if count < 1:
-        raise OptionError(f"a sample of {count} tensors: there must be at least one")
     chosen = random.Random(seed).sample(tensors, min(count, len(tensors)))
     return sorted(chosen, key=lambda tensor: tensor.name)
 
@@ -183,7 +189,7 @@ def _compare_data(
     output: CheckpointInfo,
     tensors: Iterable[OutputTensor],
     threads: int,
-    on_progress: Callable[[int], None] | None,
+    on_progress: OnProgress,
 ) -> list[Difference]:
     """Compare the data of tensors.
 
@@ -200,7 +206,7 @@ def _compare_data(
         if planned.merge is not None:
             check_values(planned.merge, source_reader)
         with DataComparison(
-            source_reader, output_reader, tensors, output.tensors, on_progress or _ignore, copies
+            source_reader, output_reader, tensors, output.tensors, on_progress, copies
         ) as comparison:
             run_steps(comparison.steps(), threads, CHUNK_NBYTES, comparison.stop)
         source_reader.check_unchanged()
@@ -211,8 +217,9 @@ def _compare_data(
 def verify_checksums(
     output: LocationLike,
     *,
-    on_start: Callable[[int, int], None] | None = None,
-    on_progress: Callable[[int], None] | None = None,
+    on_start: OnStart | None = None,
+    on_progress: OnProgress | None = None,
+    progress: bool = False,
 ) -> Verification:
     """Compare the files of an output with its `SHA256SUMS`, without the source.
 
@@ -224,6 +231,7 @@ def verify_checksums(
         output: An output converted with checksums: a folder, a Hub repository, or a URL.
         on_start: Called with the bytes to compare, and 0.
         on_progress: Called with the bytes compared since the last call, from any thread.
+        progress: Whether to show a progress bar.
 
     Returns:
         The differences and how much was compared.
@@ -234,6 +242,7 @@ def verify_checksums(
         MachineError: If reading fails.
         MissingPackageError: If an optional package is not installed.
     """
+    check_callbacks(on_start=on_start, on_progress=on_progress)
     location = open_output(output)
     try:
         checksums, differences = read_checksums(location)
@@ -242,10 +251,12 @@ def verify_checksums(
         differences += compare_file_names(location, checksums, recorded)
         files, unreadable = describe_files(location, checksums)
         nbytes = sum(file.nbytes for file in files)
-        if on_start is not None:
-            on_start(nbytes, 0)
-        with as_output_errors():
-            differences += compare_checksums(location, files, checksums, on_progress or _ignore)
+        with (
+            as_output_errors(),
+            progress_callbacks("verifying", progress, on_start, on_progress) as (start, advance),
+        ):
+            start(nbytes, 0)
+            differences += compare_checksums(location, files, checksums, advance)
         differences += unreadable
         differences += compare_record(location, record)
     except OSError as error:
@@ -260,7 +271,3 @@ def verify_checksums(
         differences=tuple(differences),
         unread=sum(file.sha256 is not None for file in files),
     )
-
-
-def _ignore(nbytes: int) -> None:
-    """Do nothing; used for a callback that was not given."""

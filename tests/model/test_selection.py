@@ -13,7 +13,7 @@ import gptoss_stream
 from gptoss_stream import Selection
 from gptoss_stream.cli.main import main
 from gptoss_stream.errors import OptionError
-from gptoss_stream.model.selection import parse_numbers
+from gptoss_stream.model.numbers import parse_numbers
 
 
 @pytest.fixture(scope="module")

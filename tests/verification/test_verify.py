@@ -279,7 +279,7 @@ def test_a_folder_without_an_output(checkpoints, tmp_path):
             gptoss_stream.verify(checkpoints(layers=2), output)
 
 
-@pytest.mark.parametrize("selection", ["x", [], 3, {"layers": 1}, {"other": []}])
+@pytest.mark.parametrize("selection", ["x", [], 3, {"layers": 1.5}, {"other": []}])
 def test_a_damaged_record_is_not_used(selection, checkpoints, tmp_path):
     """The defaults are used instead."""
     gptoss_stream.convert(checkpoints(), tmp_path / "out")
