@@ -53,6 +53,7 @@ if TYPE_CHECKING:  # the same names for type checkers
         OptionError as OptionError,
         OutputError as OutputError,
         TensorError as TensorError,
+        VerificationError as VerificationError,
     )
     from .inference.hf_model import load_hf_model as load_hf_model
     from .inference.hooked_transformer import load_hooked_transformer as load_hooked_transformer
@@ -152,6 +153,7 @@ _MODULES = {
     "TensorError": "errors",
     "TensorSlice": "loading.state_dict",
     "Verification": "verification.differences",
+    "VerificationError": "errors",
     "WritableLocation": "storage.location",
     "compare": "verification.compare",
     "convert": "conversion",

@@ -8,6 +8,7 @@
      │  └ TensorError         a tensor is missing, has an unexpected dtype or shape, or a value that
      │                        cannot be converted
      ├ OutputError            the output cannot be used: foreign files, a finished run
+     │  └ VerificationError   it is not what the conversion of its source writes
      ├ MissingPackageError    an optional package is not installed
      └ MachineError           exit code 3: disk full, I/O error, no permission, no connection
 
@@ -26,6 +27,7 @@ __all__ = [
     "OptionError",
     "OutputError",
     "TensorError",
+    "VerificationError",
 ]
 
 
@@ -76,6 +78,13 @@ class OutputError(GptOssStreamError):
 
     It has files of another origin or of another conversion, is in use by another run, or is
     incomplete or damaged. Exit code 2.
+    """
+
+
+class VerificationError(OutputError):
+    """An output is not what the conversion of its source writes, or not as its checksums say.
+
+    Only `Verification.raise_for_differences` raises it. Exit code 2.
     """
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["counted", "listed", "short_call", "short_repr", "shortened", "sized"]
+__all__ = ["counted", "listed", "short_call", "short_repr", "shortened", "sized", "summary"]
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:
@@ -32,6 +32,11 @@ def short_call(name: str, arguments: Mapping[str, Any]) -> str:
     return (
         f"{name}({', '.join(f'{key}={shortened(repr(v), most)}' for key, v in arguments.items())})"
     )
+
+
+def summary(value: object, text: str) -> str:
+    """Return what `repr` shows of an object that no call makes: "<Plan: 12 tensors, …>"."""
+    return f"<{type(value).__name__}: {shortened(text, 170)}>"
 
 
 def counted(number: int, noun: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from .._utils.arguments import check_choice, finite_number
-from .._utils.messages import short_repr
+from .._utils.messages import short_call, short_repr
 from ..errors import OptionError
 from ..storage.location import Location, LocationLike
 from ..storage.open_location import open_location
@@ -63,6 +63,9 @@ class Adapter:
         ):
             if value is not None:
                 check_choice(value, what, choices)
+
+    def __repr__(self) -> str:
+        return short_call("Adapter", {"location": str(self.location), **self.as_dict()})
 
     def at(self, location: Location) -> Adapter:
         """Return it with its location opened."""

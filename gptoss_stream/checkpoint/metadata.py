@@ -12,6 +12,7 @@ from itertools import islice
 from typing import Any
 
 from .._utils.failures import machine_error
+from .._utils.messages import counted, sized, summary
 from ..errors import CheckpointError, ConfigError
 from ..storage.location import NEVER_STOP, FileInfo, Location
 from ..tensors.raw_tensor import RawTensor
@@ -41,6 +42,14 @@ class CheckpointInfo:
     """Its tensors by name."""
     notes: tuple[str, ...] = ()
     """What users should know about how it was read."""
+
+    def __repr__(self) -> str:
+        nbytes = sum(tensor.nbytes for tensor in self.tensors.values())
+        return summary(
+            self,
+            f"{counted(len(self.tensors), 'tensor')}, {sized(nbytes)} in "
+            f"{counted(len(self.shards), 'file')} in {self.location}",
+        )
 
     @property
     def config_name(self) -> str:

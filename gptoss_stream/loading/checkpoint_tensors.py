@@ -63,6 +63,8 @@ class CheckpointTensors:
     location: Location
     entries: Mapping[str, NamedTensor]
     loader: TensorLoader
+    format: str = ""
+    """The format whose names they have; empty for the source's own."""
 
     def slices(self, name: str) -> Iterator[np.ndarray[Any, Any]]:
         """Yield the bytes of a tensor in order, whole elements at a time, in bounded memory.
@@ -129,7 +131,9 @@ def planned_tensors(plan: Plan, cache: int | str = 0) -> CheckpointTensors:
     }
     blocks = _block_cache(plan.info.location, cache)
     open_readers = partial(open_plan_random_access, plan, Path(tempfile.gettempdir()), blocks)
-    return CheckpointTensors(plan.info.location, entries, TensorLoader(plan.info, open_readers))
+    return CheckpointTensors(
+        plan.info.location, entries, TensorLoader(plan.info, open_readers), plan.to
+    )
 
 
 def _block_cache(location: Location, size: int | str) -> BlockCache | None:

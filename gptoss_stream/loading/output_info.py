@@ -9,6 +9,7 @@ from typing import Any
 
 from .._utils import strict_json
 from .._utils.failures import machine_error
+from .._utils.messages import counted, summary
 from ..checkpoint.metadata import read_header
 from ..checkpoint.small_files import read_small_file
 from ..errors import CheckpointError, OutputError
@@ -44,6 +45,13 @@ class OutputInfo:
     """Files that the record names and that do not exist."""
     tensors: Mapping[str, RawTensor]
     """The tensors of the shards that exist, by name."""
+
+    def __repr__(self) -> str:
+        return summary(
+            self,
+            f"{counted(len(self.tensors), 'tensor')}, {self.format}, {self.dtype}, "
+            f"{'complete' if self.complete else 'not complete'}, {self.path}, of {self.source}",
+        )
 
     @property
     def complete(self) -> bool:

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from .. import formats
 from .._utils.failures import missing_package
+from .._utils.messages import counted, listed, sized, summary
 from ..adapters import AdapterLike, as_adapters
 from ..errors import OptionError
 from ..planning.options import ConversionOptions
@@ -26,6 +28,7 @@ from ..planning.plan import plan_conversion, read_adapters
 from ..storage.location import LocationLike
 from ..storage.open_location import open_location
 from ..tensors.dtypes import DTypeLike, output_dtype, torch_name
+from ..tensors.html_table import TensorRow, html_table
 from .checkpoint_tensors import (
     CheckpointTensors,
     NamedTensor,
@@ -62,6 +65,8 @@ class StateDict(Mapping[str, "torch.Tensor"]):
         reopen: Callable[[], StateDict] | None = None,
     ) -> None:
         self.location = tensors.location
+        """Where the checkpoint is."""
+        self._format = tensors.format or "as stored"
         self._entries = tensors.entries
         self._loader = tensors.loader
         self._dtype = dtype
@@ -81,7 +86,28 @@ class StateDict(Mapping[str, "torch.Tensor"]):
         return len(self._entries)
 
     def __repr__(self) -> str:
-        return f"<StateDict of {len(self)} tensors in {self.location}>"
+        return summary(self, self._summary())
+
+    def _repr_html_(self) -> str:
+        """Return a table with a row for each kind of tensor, for notebooks."""
+        return html_table(self._summary(), self._rows())
+
+    def _summary(self) -> str:
+        rows = [*self._rows()]
+        dtypes = listed([*dict.fromkeys(row.dtype for row in rows)])
+        return (
+            f"{counted(len(self), 'tensor')}, {sized(sum(row.nbytes for row in rows))}, {dtypes}, "
+            f"{self._format}, in {self.location}"
+        )
+
+    def _rows(self) -> Iterator[TensorRow]:
+        """Yield each tensor as it is accessed; torch may lack its dtype."""
+        for name, entry in self._entries.items():
+            dtype = entry.dtype
+            if self._dtype is not None and dtype.code.startswith(("F", "BF")):
+                dtype = output_dtype(self._dtype)
+            nbytes = prod(entry.shape) * dtype.bits // 8
+            yield TensorRow(name, dtype.code, entry.shape, nbytes)
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._reopen is None:
@@ -139,6 +165,9 @@ class TensorSlice:
         self._entry = entry
         self._loader = loader
         self._convert = convert
+
+    def __repr__(self) -> str:
+        return summary(self, f"{self._entry.tensor.name}, {self._entry.dtype}, {list(self.shape)}")
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from .._utils.messages import counted, summary
 from ..errors import ConfigError
 from .tensors import ATTENTION_BIASES, MODEL_TENSORS
 
@@ -63,7 +64,7 @@ class ModelConfig:
     sliding_window: int | None
     max_position_embeddings: int
     rope_theta: float
-    rope: Mapping[str, Any] = field(repr=False)
+    rope: Mapping[str, Any]
     """The rotary embedding's settings, named as in Hugging Face's config.json, complete and
     checked. For YaRN: `rope_type`, `factor`, `beta_fast`, `beta_slow`, `truncate`,
     `original_max_position_embeddings`, and where set `attention_factor` or `mscale` with
@@ -108,6 +109,13 @@ class ModelConfig:
             raise ConfigError(
                 f"config.json: {len(self.layer_types)} layer_types for {self.num_layers} layers"
             )
+
+    def __repr__(self) -> str:
+        return summary(
+            self,
+            f"{counted(self.num_layers, 'layer')}, {counted(self.num_experts, 'expert')} "
+            f"({self.experts_per_token} for each token), {self.num_parameters:,} parameters",
+        )
 
     @property
     def dimensions(self) -> dict[str, int]:

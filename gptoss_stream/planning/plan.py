@@ -8,11 +8,11 @@ the first byte is written.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .. import formats
-from .._utils.messages import listed
+from .._utils.messages import counted, listed, sized, summary
 from ..adapters import (
     AdapterFile,
     AdapterLike,
@@ -32,6 +32,7 @@ from ..model.selection import ResolvedSelection, Selection, SelectionLike
 from ..storage.location import LocationLike
 from ..storage.open_location import open_location
 from ..tensors.dtypes import KEEP, DType, DTypeLike, dtype_name, output_dtype
+from ..tensors.html_table import TensorRow, html_table
 from ..transforms.operands import raw_tensors
 from ..transforms.output_tensor import element_ranges
 from .checks import (
@@ -55,7 +56,7 @@ __all__ = ["Plan", "plan", "plan_conversion", "read_adapters", "read_reference"]
 class Plan:
     """Everything that a conversion will write, decided before any data is read."""
 
-    info: CheckpointInfo = field(repr=False)
+    info: CheckpointInfo
     """The source."""
     source_format: str
     detected_by: str
@@ -73,7 +74,7 @@ class Plan:
     selection: ResolvedSelection
     is_partial: bool
     """Whether only some of the model's tensors are written."""
-    shards: tuple[PlannedShard, ...] = field(repr=False)
+    shards: tuple[PlannedShard, ...]
     unmapped: tuple[str, ...]
     """Raw tensors of the source that the output does not use."""
     narrowed: Mapping[str, int]
@@ -84,13 +85,35 @@ class Plan:
     """What users should know about how the source was read."""
     mxfp4_rule: str | None = None
     """The rule by which floats become MXFP4; None if none do."""
-    pruning: Mapping[str, Any] | None = field(default=None, repr=False)
+    pruning: Mapping[str, Any] | None = None
     """The layers of the source that are kept, and the experts of each: {"layers": [0, 3],
     "experts": {"0": [1, 4], "3": [0, 2]}}; None if all are."""
-    merge: Merge | None = field(default=None, repr=False)
+    merge: Merge | None = None
     """The LoRA adapters that are merged; None for none."""
-    reference: CheckpointInfo | None = field(default=None, repr=False)
+    reference: CheckpointInfo | None = None
     """The checkpoint whose MXFP4 blocks are kept where they decode to the source's values."""
+
+    def __repr__(self) -> str:
+        return summary(self, self._summary())
+
+    def _repr_html_(self) -> str:
+        """Return a table with a row for each kind of tensor, for notebooks."""
+        return html_table(
+            self._summary(),
+            (
+                TensorRow(tensor.name, tensor.dtype.code, tensor.shape, tensor.nbytes)
+                for shard in self.shards
+                for tensor in shard.tensors
+            ),
+        )
+
+    def _summary(self) -> str:
+        part = ", part of the model" if self.is_partial else ""
+        return (
+            f"{counted(self.num_tensors, 'tensor')}, {sized(self.nbytes)} in "
+            f"{counted(len(self.shards), 'shard')}, {self.to}, {self.dtype}{part}, "
+            f"from {self.source_format} in {self.info.location}"
+        )
 
     @property
     def num_tensors(self) -> int:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from .._utils.messages import short_repr
+from .._utils.messages import counted, short_repr, sized, summary
 from ..errors import OptionError
 from ..tensors.safetensors_header import SINGLE_NAME, build_header
 from ..transforms.operands import spilled_dtype
@@ -46,12 +46,17 @@ class PlannedShard:
     name: str
     tensors: tuple[OutputTensor, ...]
     """Its tensors in the order of their data."""
-    header: bytes = field(repr=False)
+    header: bytes
     """The safetensors header, with its length field."""
-    offsets: tuple[int, ...] = field(repr=False)
+    offsets: tuple[int, ...]
     """The first byte of each tensor's data in the file."""
     nbytes: int
     """The size of the file."""
+
+    def __repr__(self) -> str:
+        return summary(
+            self, f"{self.name}, {counted(len(self.tensors), 'tensor')}, {sized(self.nbytes)}"
+        )
 
     @property
     def data_nbytes(self) -> int:

@@ -12,7 +12,7 @@ from huggingface_hub.utils import get_session
 
 from ..errors import CheckpointError, MachineError, OptionError
 from .byte_ranges import TIMEOUT, DownloadLink, read_range, transport_errors
-from .location import NEVER_STOP, FileInfo, changed
+from .location import NEVER_STOP, FileInfo, ShownByName, changed
 from .retries import FEW_TRIES, TRIES, RetryPolicy, retry_after
 
 __all__ = ["HttpFolder"]
@@ -20,7 +20,7 @@ __all__ = ["HttpFolder"]
 _SINGLE_SHARD = "model.safetensors"  # a server lists no files: without an index, try this name
 
 
-class HttpFolder:
+class HttpFolder(ShownByName):
     """A folder of an HTTP server (see `Location`).
 
     The query of an address and a login before an @ are sent with each request, but are in no

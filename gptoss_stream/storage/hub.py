@@ -25,7 +25,7 @@ from .hub_file import Address, HubFile, cached_folder
 from .hub_names import parse_name
 from .hub_requests import NotFoundError, resolve, retry, source_errors, uploading
 from .local_folder import LocalFolder
-from .location import FileInfo, read_whole
+from .location import FileInfo, ShownByName, read_whole
 from .retries import FEW_TRIES
 from .xet import bound_memory, send_large_file, uses_xet
 
@@ -34,7 +34,7 @@ __all__ = ["HubRepository"]
 _ADDED_BY_HUB = (".gitattributes", ".gitignore")  # to a new repository
 
 
-class HubRepository:
+class HubRepository(ShownByName):
     """A repository, or a folder of it, at one commit (see `Location`, `WritableLocation`)."""
 
     is_local = False

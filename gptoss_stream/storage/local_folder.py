@@ -14,7 +14,7 @@ from .._utils.failures import machine_error
 from .._utils.platforms import read_at
 from .._utils.regular_file import NotRegularError, open_regular
 from ..errors import CheckpointError
-from .location import FileInfo, changed
+from .location import FileInfo, ShownByName, changed
 
 __all__ = ["LocalFile", "LocalFolder"]
 
@@ -23,7 +23,7 @@ __all__ = ["LocalFile", "LocalFolder"]
 _NORESERVE = 0x4000 if sys.platform == "linux" else 0
 
 
-class LocalFolder:
+class LocalFolder(ShownByName):
     """A local folder (see `Location`). Methods raise `OSError` as the system does."""
 
     revision = None

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+from .._utils.messages import short_call, summary
 from ..errors import CheckpointError, OutputError
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Location",
     "LocationLike",
     "LostUploadError",
+    "ShownByName",
     "WritableLocation",
     "changed",
     "read_whole",
@@ -30,6 +32,13 @@ __all__ = [
 
 NEVER_STOP = threading.Event()
 """An event that is never set, for reads that cannot be stopped."""
+
+
+class ShownByName:
+    """What `repr` shows of a location: its name in messages, which has no secret."""
+
+    def __repr__(self) -> str:
+        return summary(self, str(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +52,9 @@ class FileInfo:
     inode: int = 0
     sha256: str | None = None
     """Its checksum, if the location knows it."""
+
+    def __repr__(self) -> str:
+        return short_call("FileInfo", {"name": self.name, "nbytes": self.nbytes})
 
 
 class File(Protocol):

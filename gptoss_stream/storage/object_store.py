@@ -26,7 +26,7 @@ from ..errors import (
     OutputError,
 )
 from .etags import PART_NBYTES, etag_matches, md5
-from .location import FileInfo, changed
+from .location import FileInfo, ShownByName, changed
 from .object_store_errors import redacted, refused_as, retry
 from .retries import FEW_TRIES
 
@@ -53,7 +53,7 @@ _VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "crc32c", "mtime", "LastM
              "last_modified", "modified", "created")  # fmt: skip
 
 
-class ObjectStore:
+class ObjectStore(ShownByName):
     """A folder of an object store (see `Location` and `WritableLocation`)."""
 
     revision = None

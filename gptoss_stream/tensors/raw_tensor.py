@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+from .._utils.messages import summary
 from .dtypes import DType
 
 __all__ = ["RawTensor", "RegroupedTensor"]
@@ -24,6 +25,9 @@ class RawTensor:
     checkpoint: int = 0
     """Which of the checkpoints that a conversion reads: 0 the source, 1 the reference, others the
     adapters."""
+
+    def __repr__(self) -> str:
+        return summary(self, f"{self.name}, {self.dtype}, {list(self.shape)} in {self.shard}")
 
     @property
     def nbytes(self) -> int:

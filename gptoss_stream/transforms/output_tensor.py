@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
+from .._utils.messages import summary
 from ..checkpoint.reader import ElementRange
 from ..tensors.dtypes import DType, nbytes
 from .operand import Operand
@@ -82,6 +83,9 @@ class OutputTensor:
     origin: Origin = _NO_ORIGIN
     made_with: str = ""
     """Of scales that are encoded, the name of the blocks: both are made in one pass."""
+
+    def __repr__(self) -> str:
+        return summary(self, f"{self.name}, {self.dtype}, {list(self.shape)}")
 
     @property
     def nbytes(self) -> int:

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .._utils.messages import counted, shortened, sized, summary
+from ..errors import VerificationError
+
 __all__ = ["Difference", "Verification"]
 
 
@@ -24,6 +27,9 @@ class Difference:
     index: tuple[int, ...] = ()
     """For a value, the indices of the tensor's first element that differs."""
 
+    def __repr__(self) -> str:
+        return summary(self, str(self))
+
     def __str__(self) -> str:
         where = f" in {self.shard}" if self.shard else ""
         at = f" at {list(self.index)}" if self.index else ""
@@ -34,7 +40,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """The result of `verify` or `verify_checksums`."""
+    """The result of `verify` or `verify_checksums`; true if the output is as expected."""
 
     output: str
     """What was verified: a path or a URL."""
@@ -52,10 +58,32 @@ class Verification:
     unread: int = 0
     """Number of those files that were not read, since the Hub lists their checksums."""
 
+    def __repr__(self) -> str:
+        found = counted(len(self.differences), "difference") if self.differences else "equal"
+        what = counted(self.files, "file") if self.files else counted(self.tensors, "tensor")
+        return summary(self, f"{found}, {what} and {sized(self.nbytes)} compared, {self.output}")
+
+    def __bool__(self) -> bool:
+        return self.equal
+
     @property
     def equal(self) -> bool:
         """Whether there are no differences."""
         return not self.differences
+
+    def raise_for_differences(self) -> None:
+        """Raise an error that names the first differences; do nothing if there are none.
+
+        Raises:
+            VerificationError: If the output is not as expected.
+        """
+        if self.differences:
+            first = [shortened(" ".join(str(one).split()), 150) for one in self.differences[:3]]
+            more = "; …" if len(self.differences) > len(first) else ""
+            raise VerificationError(
+                f"{self.output}: {counted(len(self.differences), 'difference')}: "
+                f"{'; '.join(first)}{more}"
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """Return the result as JSON types."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from .._utils.messages import summary
 
 __all__ = ["Comparison", "Relation"]
 
@@ -66,6 +69,12 @@ class Comparison:
     """What was not compared because only one of the two models has it."""
     relations: tuple[Relation, ...]
     """Every compared tensor, layer by layer."""
+
+    def __repr__(self) -> str:
+        counts = Counter(relation.values for relation in self.relations)
+        found = [f"{count:,} {values}" for values, count in counts.items()]
+        found += [f"{tensor} {how}" for tensor, how in self.rearranged.items()]
+        return summary(self, f"{', '.join(found)}; {self.source} with {self.reference}")
 
     @property
     def rearranged(self) -> Mapping[str, str]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .._utils.messages import counted, sized, summary
 from ..planning.plan import Plan
 from .output_spec import OutputResult
 
@@ -46,6 +47,16 @@ class Report:
     mxfp4: Mapping[str, Any] | None
     """What encoding to MXFP4 lost, in all and by tensor; None if nothing was encoded, or the output
     is not complete. The same is in the output's mxfp4_encoding.json."""
+
+    def __repr__(self) -> str:
+        part = ", part of the model" if self.partial else ""
+        state = "" if self.complete else ", not complete yet"
+        return summary(
+            self,
+            f"{counted(self.tensors, 'tensor')}, {sized(self.bytes_out)} in "
+            f"{counted(len(self.shards), 'shard')}, {self.format}, {self.dtype}{part}{state}, "
+            f"in {self.seconds:.1f} s, {self.output}",
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as JSON types."""
