@@ -27,12 +27,14 @@ Name sources and outputs beyond paths and URLs:
     open_location, open_writable_location, formats.names()
 
 Sources and outputs are local folders, repositories of the Hugging Face Hub, object stores and
-(sources only) HTTP servers. Every error that a user can cause is a `GptOssStreamError`.
+(sources only) HTTP servers. Every error that a user can cause is a `GptOssStreamError`. Runs are
+logged by `logging`, as "gptoss_stream".
 """
 
 from __future__ import annotations
 
 from importlib import import_module
+from logging import NullHandler, getLogger
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names for type checkers
@@ -113,6 +115,8 @@ if TYPE_CHECKING:  # the same names for type checkers
     from .writing.report import Report as Report
 
 __version__ = "0.1.0"
+
+getLogger(__name__).addHandler(NullHandler())  # who uses the library decides what is shown
 
 # The module of each public name. It is imported when the name is first used, so that `--help` and
 # usage errors come at once.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from .writing.output_spec import OutputResult, OutputSpec, Resumption
 
 __all__ = ["convert", "join_array"]
+
+_log = logging.getLogger(__name__)
 
 
 def convert(
@@ -179,7 +182,7 @@ def convert(
             staging=staging,
             max_staged=max_staged,
             task=array_task,
-            on_start=partial(_announce, plan, on_plan, on_resume, start),
+            on_start=partial(_announce, plan, str(target), on_plan, on_resume, start),
             on_progress=advance,
         )
     peak_rss = max(executor.peak_rss, peak_rss_nbytes())
@@ -188,6 +191,7 @@ def convert(
 
 def _announce(
     plan: Plan,
+    output: str,
     on_plan: Callable[[Plan], None] | None,
     on_resume: Callable[[Resumption], None] | None,
     on_start: OnStart,
@@ -195,10 +199,14 @@ def _announce(
     found: Resumption,
 ) -> None:
     """Report what is planned and what an earlier run has written, before the first shard."""
+    _log.info("converting to %s: %s", output, plan.summary)
     if on_plan is not None:
         on_plan(plan)
-    if on_resume is not None and found.nbytes + found.lost_nbytes:
-        on_resume(found)
+    if found.nbytes + found.lost_nbytes:
+        counts = found.finished_shards, found.total_shards
+        _log.info("resuming %s: %d of %d shards are finished", output, *counts)
+        if on_resume is not None:
+            on_resume(found)
     on_start(total, found.nbytes)
 
 

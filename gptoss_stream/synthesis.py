@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ._utils.messages import sized
 from ._utils.progress import OnProgress, OnStart, progress_callbacks
 from .planning.shards import DEFAULT_SHARD_SIZE
 from .random_adapter import DEFAULT_RANK, DEFAULT_TARGETS, random_adapter
@@ -13,6 +15,8 @@ from .random_checkpoint import DEFAULT_FORMAT, RandomCheckpoint, random_checkpoi
 from .storage.open_location import local_path
 
 __all__ = ["synth", "synth_adapter"]
+
+_log = logging.getLogger(__name__)
 
 
 def synth(
@@ -132,6 +136,7 @@ def _write(
     on_start, on_progress = callbacks
     total = sum(shard.nbytes for shard in made.shards)
     folder = local_path(output)
+    _log.info("writing random tensors to %s: %s", folder, sized(total))
     write_output(
         folder,
         OutputSpec(made.identity, made.shards, made.files, has_index=is_checkpoint),

@@ -12,7 +12,11 @@ import json
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-__all__ = ["dumps", "loads"]
+__all__ = ["SCHEMA", "dumps", "loads"]
+
+SCHEMA = 1
+"""The version of what this tool's own JSON files and reports look like, as their key `schema`. A
+file without the key is of version 1."""
 
 
 def dumps(value: Mapping[str, Any]) -> bytes:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._utils.messages import counted, listed
 from .._utils.platforms import platform_note
+from .._utils.strict_json import SCHEMA
 
 if TYPE_CHECKING:
     from ..model.config import ModelConfig
@@ -72,7 +73,7 @@ def print_warnings(plan: Plan) -> None:
 
 def print_json(value: Mapping[str, Any]) -> None:
     """Print an object as JSON to stdout."""
-    print(json.dumps(value, indent=2))
+    print(json.dumps({"schema": SCHEMA, **value}, indent=2))
 
 
 def print_narrowed(narrowed: Mapping[str, int]) -> None:

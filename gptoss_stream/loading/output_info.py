@@ -15,7 +15,7 @@ from ..checkpoint.small_files import read_small_file
 from ..errors import CheckpointError, OutputError
 from ..storage.location import Location
 from ..tensors.raw_tensor import RawTensor
-from ..writing.run_state import RECORD_NAME, RUN_NAME
+from ..writing.run_state import RECORD_NAME, RUN_NAME, check_schema
 
 __all__ = ["OutputInfo", "read_output_info"]
 
@@ -61,6 +61,7 @@ class OutputInfo:
     def as_dict(self) -> dict[str, Any]:
         """Return the description as JSON types, with each tensor's dtype, shape and shard."""
         return {
+            "schema": strict_json.SCHEMA,
             **asdict(self),
             "adapters": list(self.adapters),
             "missing": list(self.missing),
@@ -94,6 +95,7 @@ def read_output_info(location: Location) -> OutputInfo | None:
             record = strict_json.loads(data)
             if "source_format" not in record:
                 return None  # a random checkpoint from synth has a record too
+            check_schema(record, location.display_path(name))
             return _from_record(location, record, is_finished=name == RECORD_NAME)
         except (ValueError, TypeError, KeyError):
             raise OutputError(

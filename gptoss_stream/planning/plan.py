@@ -34,7 +34,6 @@ from ..storage.open_location import open_location
 from ..tensors.dtypes import KEEP, DType, DTypeLike, dtype_name, output_dtype
 from ..tensors.html_table import TensorRow, html_table
 from ..transforms.operands import raw_tensors
-from ..transforms.output_tensor import element_ranges
 from .checks import (
     choose_dtype,
     choose_quantization,
@@ -48,6 +47,7 @@ from .mapping import output_tensors
 from .options import DEFAULT_FORMAT, ConversionOptions
 from .precision import count_narrowed, main_dtype
 from .shards import DEFAULT_SHARD_SIZE, PlannedShard, parse_size, plan_shards, spill_nbytes
+from .source_bytes import source_nbytes
 
 __all__ = ["Plan", "plan", "plan_conversion", "read_adapters", "read_reference"]
 
@@ -94,12 +94,12 @@ class Plan:
     """The checkpoint whose MXFP4 blocks are kept where they decode to the source's values."""
 
     def __repr__(self) -> str:
-        return summary(self, self._summary())
+        return summary(self, self.summary)
 
     def _repr_html_(self) -> str:
         """Return a table with a row for each kind of tensor, for notebooks."""
         return html_table(
-            self._summary(),
+            self.summary,
             (
                 TensorRow(tensor.name, tensor.dtype.code, tensor.shape, tensor.nbytes)
                 for shard in self.shards
@@ -107,7 +107,9 @@ class Plan:
             ),
         )
 
-    def _summary(self) -> str:
+    @property
+    def summary(self) -> str:
+        """What is written and of what, in a line."""
         part = ", part of the model" if self.is_partial else ""
         return (
             f"{counted(self.num_tensors, 'tensor')}, {sized(self.nbytes)} in "
@@ -133,32 +135,13 @@ class Plan:
     @property
     def source_nbytes(self) -> int:
         """Bytes that are read of the source, each counted once."""
-        ranges: dict[str, list[tuple[int, int]]] = {}
-        itemsizes = {}
-        for shard in self.shards:
-            for tensor in shard.tensors:
-                for found in element_ranges(tensor, 0, tensor.nbytes):
-                    if found.raw.checkpoint:
-                        continue
-                    itemsizes[found.raw.name] = found.raw.dtype.itemsize
-                    of_tensor = ranges.setdefault(found.raw.name, [])
-                    of_tensor.append((found.first, found.first + found.count))
-        return sum(itemsizes[name] * _union_length(some) for name, some in ranges.items())
+        return source_nbytes(self.shards)
 
     @property
     def spill_nbytes(self) -> int:
         """Bytes of disk space that spill files need in addition to the output."""
         regrouped = 0 if self.merge is None else KEPT_TENSORS * self.merge.regrouped_nbytes
         return spill_nbytes(self.shards) + regrouped
-
-
-def _union_length(ranges: list[tuple[int, int]]) -> int:
-    """Return the number of elements in ranges [begin, end), each counted once."""
-    length, reached = 0, 0
-    for begin, end in sorted(ranges):
-        length += max(0, end - max(begin, reached))
-        reached = max(reached, end)
-    return length
 
 
 def plan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import re
@@ -15,8 +16,11 @@ from ..errors import GptOssStreamError
 
 __all__ = ["FEW_TRIES", "TRIES", "RetryPolicy", "retry_after"]
 
+_log = logging.getLogger(__name__)
+
 FIRST_DELAY = 0.5  # seconds, doubled after each failure
 _MAX_DELAY = 30.0
+_LOGGED_SECONDS = 5.0  # longer waits are logged
 _MAX_RETRY_AFTER = 4000.0  # seconds that a server may ask for: the Hub counts commits by the hour
 TRIES = 8  # without any progress
 FEW_TRIES = 3  # for what is probably a permanent error, such as a mistyped address
@@ -58,6 +62,8 @@ class RetryPolicy:
         if seconds is not None:  # never earlier than asked
             asked = min(seconds, _MAX_RETRY_AFTER)
             jittered = asked + random.uniform(0, delay + 0.2 * asked)
+        if seconds is None and jittered >= _LOGGED_SECONDS:
+            _log.warning("%s; trying again in %d s", error, jittered)
         if self._stop.wait(jittered):
             raise error
 

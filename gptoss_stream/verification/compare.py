@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -30,6 +31,8 @@ from .elements import Array, Elements, ModelElements
 from .relations import Comparison, Relation
 
 __all__ = ["compare"]
+
+_log = logging.getLogger(__name__)
 
 _LENGTH = 16
 """Rows and columns of a block of values that is compared."""
@@ -88,6 +91,7 @@ def compare(
             open_reader(expected.info) as reference_reader,
             progress_callbacks("comparing", progress, on_start, on_progress) as (start, advance),
         ):
+            _log.info("comparing %s with %s", found.info.location, expected.info.location)
             readers = reader, reference_reader
             start(sum(task.nbytes for task in tasks), 0)
             relations = [*_relations(tasks, models, readers, advance)]

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .._utils.messages import counted, shortened, sized, summary
+from .._utils.strict_json import SCHEMA
 from ..errors import VerificationError
 
 __all__ = ["Difference", "Verification"]
@@ -87,4 +88,4 @@ class Verification:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the result as JSON types."""
-        return {**asdict(self), "equal": self.equal}
+        return {"schema": SCHEMA, **asdict(self), "equal": self.equal}

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .._utils.messages import summary
+from .._utils.strict_json import SCHEMA
 
 __all__ = ["Comparison", "Relation"]
 
@@ -94,4 +95,4 @@ class Comparison:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the result as JSON types."""
-        return {**asdict(self), "rearranged": dict(self.rearranged)}
+        return {"schema": SCHEMA, **asdict(self), "rearranged": dict(self.rearranged)}

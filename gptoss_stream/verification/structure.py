@@ -22,7 +22,7 @@ from ..tensors.raw_tensor import RawTensor
 from ..tensors.safetensors_header import INDEX_NAME, build_index
 from ..transforms.output_tensor import OutputTensor
 from ..writing.encoding_report import REPORT_NAME
-from ..writing.run_state import RECORD_NAME, WORK_NAME, holds_run
+from ..writing.run_state import RECORD_NAME, WORK_NAME, check_schema, holds_run
 from .differences import Difference
 from .stored_output import StoredOutput, parse, read_file
 
@@ -44,6 +44,9 @@ def recorded_options(output: StoredOutput) -> dict[str, Any]:
         `to`, `dtype`, `selection`, `mxfp4_rule`, `reference`, `keep_layers`, `keep_experts`,
         `adapters` and `merge_like_peft`, from the output's record. Without a valid record they are
         the defaults, but `dtype` follows from the tensors.
+
+    Raises:
+        OutputError: If another version wrote a record that this one cannot read.
     """
     dtype, keeps_dtypes = _dtype_of_tensors(output.info)
     to, selection = DEFAULT_FORMAT, Selection()
@@ -52,6 +55,7 @@ def recorded_options(output: StoredOutput) -> dict[str, Any]:
     merged: dict[str, Any] = {"adapters": (), "merge_like_peft": False}
     try:
         record = parse(output.record)
+        check_schema(record, output.location.display_path(RECORD_NAME))
         to, keeps_dtypes = str(record["format"]), record["dtype"] == KEEP
         selection = Selection.of(record["selection"])
         encoding = {key: _as_text(record.get(key)) for key in encoding}

@@ -7,6 +7,7 @@ True
 
 from __future__ import annotations
 
+import logging
 import random
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from .._utils.arguments import whole_number
 from .._utils.failures import machine_error
+from .._utils.messages import counted, sized
 from .._utils.progress import OnProgress, OnStart, check_callbacks, progress_callbacks
 from .._utils.thread_pool import count_workers, run_steps
 from ..adapters import Adapter, AdapterLike, as_adapters, check_values
@@ -44,6 +46,8 @@ from .stored_output import (
 from .structure import compare_record, compare_structure, is_comparable, recorded_options
 
 __all__ = ["verify", "verify_checksums"]
+
+_log = logging.getLogger(__name__)
 
 
 def verify(
@@ -130,6 +134,9 @@ def verify(
             tensors = _sample(tensors, sample, seed)
         nbytes = sum(tensor.nbytes for tensor in tensors)
         with progress_callbacks("verifying", progress, on_start, on_progress) as (start, advance):
+            _log.info(
+                "verifying %s: %s, %s", location, counted(len(tensors), "tensor"), sized(nbytes)
+            )
             start(nbytes, 0)
             differences += _compare_data(planned, found, tensors, threads, advance)
     except OSError as error:
@@ -255,6 +262,7 @@ def verify_checksums(
             as_output_errors(),
             progress_callbacks("verifying", progress, on_start, on_progress) as (start, advance),
         ):
+            _log.info("verifying %s: %s, %s", location, counted(len(files), "file"), sized(nbytes))
             start(nbytes, 0)
             differences += compare_checksums(location, files, checksums, advance)
         differences += unreadable

@@ -34,13 +34,17 @@ Losses = Mapping[str, EncodingLoss]
 
 def losses_as_text(losses: Losses) -> bytes:
     """Return what the tensors of a shard have lost as the text of a file."""
-    return strict_json.dumps({name: asdict(loss) for name, loss in losses.items()})
+    found = {name: asdict(loss) for name, loss in losses.items()}
+    return strict_json.dumps({"schema": strict_json.SCHEMA, "losses": found})
 
 
 def parse_losses(text: bytes) -> dict[str, EncodingLoss]:
     """Return what `losses_as_text` has written; nothing for a damaged text."""
     try:
-        return read_losses(strict_json.loads(text))
+        found = strict_json.loads(text)
+        if found.pop("schema", strict_json.SCHEMA) != strict_json.SCHEMA:
+            return {}
+        return read_losses(found.get("losses", found))  # earlier versions wrote them alone
     except (ValueError, TypeError, AttributeError):
         return {}
 
@@ -82,6 +86,7 @@ def build_report(
     for tensor in tensors.values():
         total.add(_as_loss(tensor))  # as rounded, so that a report can be made again from a report
     return {
+        "schema": strict_json.SCHEMA,
         **encoding,
         "total": _as_dict(total),
         "tensors": tensors,
@@ -90,11 +95,12 @@ def build_report(
 
 
 def parse_report(text: bytes) -> dict[str, Any] | None:
-    """Return the report that is in a file, or None for a damaged text."""
+    """Return the report that is in a file, or None for a damaged text or another schema."""
     try:
         report = strict_json.loads(text)
         losses = [_as_loss(tensor) for tensor in (report["total"], *report["tensors"].values())]
         is_valid = all(map(_is_valid, losses)) and isinstance(report["rule"], str)
+        is_valid = is_valid and report.get("schema", strict_json.SCHEMA) == strict_json.SCHEMA
         return report if is_valid and isinstance(report["unknown"], list) else None
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         return None

@@ -19,6 +19,7 @@ done. The record `gptoss_stream.json` then says what the folder is and which fil
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -38,6 +39,8 @@ from .run_state import RECORD_NAME, RUN_NAME, WORK_NAME, fingerprint, parse_stat
 from .shard_summary import ShardSummary
 
 __all__ = ["OutputFolder"]
+
+_log = logging.getLogger(__name__)
 
 _MAX_STATE_NBYTES = 50_000_000
 
@@ -124,6 +127,7 @@ class OutputFolder:
             self.checksums[name] = summary.sha256
             text = f"{summary.sha256}\n".encode()
             write_durably(self.work / f"{name}.sha256", text, partial_folder)
+        _log.info("%s: shard %s is written", self.path, name)
 
     def losses(self) -> dict[str, bytes]:
         """Return what encoding each shard has lost, as texts by the shards' names."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .._utils.strict_json import SCHEMA
 from ..checkpoint.auxiliary_files import CopiedFile
 from ..planning.shards import PlannedShard
 from ..tensors.safetensors_header import INDEX_NAME, build_index
@@ -87,7 +88,7 @@ class OutputSpec:
         checksums = [CHECKSUMS_NAME] if self.checksums else []
         index = [INDEX_NAME] if self.has_index else []
         files = [*names, *report, *checksums, RECORD_NAME, *index]
-        return {**self.identity, "checksums": self.checksums, "files": files}
+        return {"schema": SCHEMA, **self.identity, "checksums": self.checksums, "files": files}
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .._utils.messages import counted, sized, summary
+from .._utils.strict_json import SCHEMA
 from ..planning.plan import Plan
 from .output_spec import OutputResult
 
@@ -60,7 +61,7 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as JSON types."""
-        return asdict(self)
+        return {"schema": SCHEMA, **asdict(self)}
 
 
 def make_report(

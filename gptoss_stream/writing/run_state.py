@@ -3,8 +3,8 @@
 While a run is unfinished its output holds the state as `.gptoss_stream/run.json`, afterwards as the
 record `gptoss_stream.json`. A state is a JSON object: the run's identity (`planning.run_identity`),
 whether checksums are written, and `files`, the names of all files that the run writes. The keys
-`source`, `reference`, `adapters`, `listings`, and keys that follow from others, identify no
-run.
+`schema` (see `strict_json.SCHEMA`), `source`, `reference`, `adapters`, `listings`, and keys that
+follow from others, identify no run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from .._utils import strict_json
-from .._utils.messages import listed
+from .._utils.messages import listed, short_repr
 from .._utils.temporary_file import is_leftover
 from ..checkpoint.small_files import RECORD_NAME
 from ..checkpoint.source_card import CARD_NAME
@@ -28,6 +28,7 @@ __all__ = [
     "RECORD_NAME",
     "RUN_NAME",
     "WORK_NAME",
+    "check_schema",
     "differences",
     "fingerprint",
     "holds_run",
@@ -40,7 +41,8 @@ __all__ = [
 WORK_NAME = ".gptoss_stream"
 RUN_NAME = f"{WORK_NAME}/run.json"
 _DERIVED = ("plan", "files", "unused")  # named only if nothing else differs
-_FOR_USERS = (
+_IDENTIFY_NOTHING = (
+    "schema",
     "source",
     "reference",
     "adapters",
@@ -65,6 +67,24 @@ def refuse_unfinished(location: Location) -> None:
         raise OutputError(f"{location}: an unfinished conversion; run the same convert again")
 
 
+def check_schema(record: Mapping[str, Any], where: str) -> None:
+    """Refuse a file of another version of this tool that this one cannot read.
+
+    Args:
+        record: What is in it. Versions that wrote no `schema` are read.
+        where: What messages call the file.
+
+    Raises:
+        OutputError: For another `schema`.
+    """
+    found = record.get("schema", strict_json.SCHEMA)
+    if found != strict_json.SCHEMA:
+        raise OutputError(
+            f"{where}: written by another version of gptoss_stream (schema {short_repr(found)}, "
+            f"this version reads {strict_json.SCHEMA}); use that version, or name another output"
+        )
+
+
 def parse_state(data: bytes, where: str) -> dict[str, Any]:
     """Parse the text of a state.
 
@@ -73,7 +93,7 @@ def parse_state(data: bytes, where: str) -> dict[str, Any]:
         where: What messages call the file.
 
     Raises:
-        OutputError: If it names no files, or files outside the output.
+        OutputError: If it names no files, or files outside the output, or has another schema.
     """
     try:
         state = strict_json.loads(data)
@@ -85,6 +105,7 @@ def parse_state(data: bytes, where: str) -> dict[str, Any]:
             f"{where}: damaged, so that it is not clear which files are the tool's; "
             "delete the folder yourself or name another output"
         ) from None
+    check_schema(state, where)
     return dict(state)
 
 
@@ -143,8 +164,8 @@ def differences(found: Mapping[str, Any], state: Mapping[str, Any]) -> Iterator[
     """Yield what differs between the state that was found and that of this run, with both values
     where they are short."""
     differing = [key for key in {**state, **found} if found.get(key) != state.get(key)]
-    causes = [key for key in differing if key not in (*_FOR_USERS, *_DERIVED)]
-    for key in causes or [key for key in differing if key not in _FOR_USERS]:
+    causes = [key for key in differing if key not in (*_IDENTIFY_NOTHING, *_DERIVED)]
+    for key in causes or [key for key in differing if key not in _IDENTIFY_NOTHING]:
         old, new = found.get(key), state.get(key)
         if isinstance(old, dict) or isinstance(new, dict):
             yield f"{key} ({listed(_differing_names(old, new))})"

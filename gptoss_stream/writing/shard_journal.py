@@ -9,6 +9,7 @@ in the same folder. It is a JSON object:
     written  the bytes of the shard, from its beginning, that are on the disk
     inodes   the inode of the shard's file, and of each spill file of scales that is needed
     losses   what encoding these bytes to MXFP4 has lost (`encoding_report`)
+    schema   the version of the journal (`strict_json.SCHEMA`)
     sha256   the SHA-256 of all this
 
 Data are synced before a journal says that they are written, so that it is right after a power loss
@@ -73,7 +74,8 @@ class ShardJournal:
     def write(self, part: WrittenPart) -> None:
         """Say that a part of the shard is on the disk, durably."""
         losses = {name: asdict(loss) for name, loss in part.losses.items()}
-        content = {**self._identity, "written": part.nbytes, "losses": losses}
+        content: dict[str, Any] = {"schema": strict_json.SCHEMA, **self._identity}
+        content |= {"written": part.nbytes, "losses": losses}
         content["inodes"] = [file.lstat().st_ino for file, _ in self._files(part.nbytes)]
         text = strict_json.dumps({**content, "sha256": _digest(content)})
         write_durably(self._file, text, self._folder)
@@ -87,6 +89,8 @@ class ShardJournal:
                 content = strict_json.loads(opened.read(_MAX_NBYTES))
             digest = content.pop("sha256")
             if digest != _digest(content):
+                return WrittenPart()
+            if content.pop("schema", strict_json.SCHEMA) != strict_json.SCHEMA:
                 return WrittenPart()
             part = WrittenPart(content.pop("written"), read_losses(content.pop("losses")))
             has = self._has(part.nbytes, content.pop("inodes"))

@@ -245,6 +245,7 @@ def test_a_source_at_another_path_is_resumed(run):
 STATES = {
     "of another version": (lambda s: s.update(version="0.0.1"), "version"),
     "of another tool": (lambda s: s.update(tool="another"), "tool"),
+    "of another schema": (lambda s: s.update(schema=2), "schema 2"),
     "of another format": (lambda s: s.update(source_format="another"), "source_format"),
     "without its source": (lambda s: s.pop("source_files"), "source_files"),
     "without its files": (lambda s: s.pop("files"), "damaged"),
