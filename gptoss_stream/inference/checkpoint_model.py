@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from .. import formats
@@ -16,7 +18,9 @@ from ..planning.plan import Plan, plan_conversion, read_adapters
 from ..planning.shards import parse_size_or_zero
 from ..storage.location import Location
 from ..tensors import compiled
+from ..tensors.dtypes import dtype_name, torch_name
 from ..transforms.output_tensor import OutputTensor
+from .one_dtype import one_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +69,9 @@ def open_checkpoint_model(
     source = formats.read_source(read_finished(location), options.source_format)
     adapters = read_adapters(options)
     plan = plan_conversion(source, options, None, adapters)
+    dtype, is_one_of_several = one_dtype(location, _floats(plan), dtype_name(options.dtype))
+    if is_one_of_several:
+        plan = plan_conversion(source, replace(options, dtype=dtype), None, adapters)
     planned = planned_tensors(plan, cache)
     tensors = StateDict(planned, None, device)
     if all(tensors.is_mapped(tensor.name) for tensor in _matrices(plan)):
@@ -81,6 +88,13 @@ def open_checkpoint_model(
     loader = planned_tensors(by_expert, cache).loader
     experts = ExpertWeights(_matrices(by_expert), loader, cache_nbytes, dense)
     return CheckpointModel(plan, tensors, experts)
+
+
+def _floats(plan: Plan) -> Iterator[tuple[str, int]]:
+    """Yield the dtype and the number of elements of each tensor of a plan."""
+    for shard in plan.shards:
+        for tensor in shard.tensors:
+            yield torch_name(tensor.dtype), prod(tensor.shape)
 
 
 def _matrices(plan: Plan) -> list[OutputTensor]:

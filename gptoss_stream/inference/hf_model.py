@@ -123,6 +123,10 @@ def _set_weights(model: Any, opened: CheckpointModel) -> None:
     tensors = opened.tensors
     if opened.experts is not None:
         from .hf_experts import HfExperts
+        from .unsaved_matrix import refuse_saving
+
+        # It would write config.json before it asks for the state dict, which refuses too.
+        model.save_pretrained = refuse_saving
 
         for number, layer in enumerate(model.model.layers):
             layer.mlp.experts = HfExperts(layer.mlp.experts, opened.experts, number)

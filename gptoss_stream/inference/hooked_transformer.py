@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from .._utils.arguments import whole_number
@@ -23,14 +24,16 @@ from .._utils.messages import listed
 from ..adapters import AdapterLike, as_adapters
 from ..checkpoint.small_files import read_config
 from ..errors import MissingPackageError, OutputError
+from ..formats import transformer_lens
 from ..loading.state_dict import StateDict, open_state_dict
 from ..model.numbers import NumbersLike, parse_numbers
 from ..model.pruning import Pruning
 from ..planning.options import ConversionOptions
 from ..storage.location import Location, LocationLike
 from ..storage.open_location import open_location
-from ..tensors.dtypes import DTypeLike, dtype_name
+from ..tensors.dtypes import KEEP, DTypeLike, dtype_name
 from .checkpoint_model import open_checkpoint_model
+from .one_dtype import one_dtype
 from .tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -43,6 +46,7 @@ __all__ = ["load_hooked_transformer"]
 
 
 _CONFIG_NAME = "tl_config.json"
+_BUFFERS = {name.rpartition(".")[2] for name in transformer_lens.IGNORED}
 _LAYER = re.compile(r"blocks\.(\d+)\.")
 
 
@@ -92,15 +96,15 @@ def load_hooked_transformer(
         MachineError: If reading fails.
         MissingPackageError: If TransformerLens 3.9 is not installed.
     """
-    torch, transformer_lens, config_class = _import_packages()
+    torch, library, config_class = _import_packages()
     location = open_location(source)
     merged = as_adapters(adapters)
     length = None if n_ctx is None else whole_number(n_ctx, "n_ctx", 1)
     experts: ExpertWeights | None = None
     if location.has(_CONFIG_NAME) and not merged:
-        state_dict = open_state_dict(location, dtype=dtype, device=device, cache=cache)
+        state_dict, stored_dtype = _open_stored(location, dtype_name(dtype), device, cache)
         config, chosen = _stored_config(location, layers)
-        config["dtype"] = dtype_name(dtype) or config["dtype"]
+        config["dtype"] = stored_dtype
     else:
         options = ConversionOptions(
             "transformer-lens", source_format, dtype, pruning=Pruning.of(layers, None),
@@ -120,7 +124,7 @@ def load_hooked_transformer(
     def build(config: dict[str, Any], tokenizer: Any = None) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # 4.0 will have no such class
-            return transformer_lens.HookedTransformer(
+            return library.HookedTransformer(
                 config_class(**config), tokenizer, move_to_device=False
             )
 
@@ -170,6 +174,31 @@ def _import_packages() -> tuple[Any, Any, Any]:
             f"wrong: {advice}"
         )
     return torch, transformer_lens, config_class
+
+
+def _open_stored(
+    location: Location, dtype: str | None, device: str | torch.device, cache: int | str
+) -> tuple[StateDict, str]:
+    """Open an output in the format `transformer-lens`, as tensors of one dtype.
+
+    Returns:
+        The tensors, and their dtype, a torch name: the configuration may name another one.
+    """
+    cast = None if dtype == KEEP else dtype
+    state_dict = open_state_dict(location, dtype=cast, device=device, cache=cache)
+    if cast is None:
+        names = [name for name in state_dict if name.rpartition(".")[2] not in _BUFFERS]
+        dtypes = {name: state_dict.dtype(name) for name in names}
+        floats = [
+            (str(dtypes[name]).removeprefix("torch."), prod(state_dict.shape(name)))
+            for name in names
+            if dtypes[name].is_floating_point
+        ]
+        cast, is_one_of_several = one_dtype(location, floats, dtype)
+        if is_one_of_several:
+            state_dict.close()
+            state_dict = open_state_dict(location, dtype=cast, device=device, cache=cache)
+    return state_dict, cast
 
 
 def _stored_config(
