@@ -70,7 +70,8 @@ class HookedExpert(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the outputs [tokens, d_model] for inputs [tokens, d_model]."""
-        bias = torch.stack([self.W_gate.bias, self.W_in.bias], dim=1).flatten()
+        with torch.autocast(x.device.type, enabled=False):  # to float16 it cannot stack bfloat16
+            bias = torch.stack([self.W_gate.bias, self.W_in.bias], dim=1).flatten()
         gate_up = self._gate_up.multiply(x, bias)
         gate, up = self.hook_gate(gate_up[:, ::2]), self.hook_pre(gate_up[:, 1::2])
         activated = self.hook_post(activate(gate, up, _ALPHA, _LIMIT))
