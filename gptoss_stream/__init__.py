@@ -26,6 +26,10 @@ Name sources and outputs beyond paths and URLs:
 
     open_location, open_writable_location, formats.names()
 
+Arguments are taken as you have them: layers and experts as texts, numbers or ranges
+(`NumbersLike`, `ExpertsLike`), dtypes by name or as torch has them (`DTypeLike`), selections as
+dicts (`SelectionLike`), locations as paths, URLs or repositories (`LocationLike`, `AdapterLike`).
+
 Sources and outputs are local folders, repositories of the Hugging Face Hub, object stores and
 (sources only) HTTP servers. Every error that a user can cause is a `GptOssStreamError`. Runs are
 logged by `logging`, as "gptoss_stream".

@@ -87,9 +87,9 @@ def convert(
         output: A folder, or a URL or repository (see `open_writable_location`).
         to: The format to write (see `formats.names`).
         source_format: The format to read; by default it is detected.
-        dtype: bfloat16, float16, float32 or "keep" (see `plan`).
+        dtype: bfloat16, float16, float32 or "keep" (see `plan`), also as a dtype of torch.
         max_shard_size: In bytes, or a text such as "5GB" (decimal units).
-        selection: Which tensors to write; all by default.
+        selection: Which tensors to write, also as a dict (see `plan`); all by default.
         workers: The number of threads, by default one more than there are processors, at most 8.
             It changes speed and memory, never the bytes that are written.
         overwrite: Whether to delete what an earlier run of this tool wrote to `output`.
@@ -105,7 +105,7 @@ def convert(
         mxfp4_rule: How floats become MXFP4: "openai" (the default), "modelopt", "ocp" or "even".
         reference: A checkpoint in MXFP4, such as openai/gpt-oss-20b. Its blocks are kept where they
             decode to the source's values, so that what was not trained keeps its bytes.
-        keep_layers: The layers of which a smaller model is made, such as "0-5"; all by default.
+        keep_layers: The layers of which a smaller model is made (see `plan`); all by default.
         keep_experts: The experts of which a smaller model is made (see `plan`); all by default.
         adapters: LoRA adapters to merge, in order: locations, or `Adapter` objects that say more.
         merge_like_peft: Whether merged values are rounded as PEFT does, instead of once.

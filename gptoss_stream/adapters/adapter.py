@@ -68,7 +68,7 @@ class Adapter:
         return short_call("Adapter", {"location": str(self.location), **self.as_dict()})
 
     def at(self, location: Location) -> Adapter:
-        """Return it with its location opened."""
+        """Return it with another location, such as its own one opened."""
         return replace(self, location=location)
 
     def by_name(self) -> Adapter:

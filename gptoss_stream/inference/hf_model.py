@@ -56,7 +56,8 @@ def load_hf_model(
 
     Args:
         source: A local folder, a repository of the Hub, or a URL (see `open_location`).
-        dtype: A torch name such as "float32"; by default as for `convert`.
+        dtype: Such as "float32" or torch.float32 (see `DTypeLike`); by default as for `convert`.
+            All tensors have one: that of most elements, if the checkpoint stores several.
         device: Where the model computes. Any device other than the CPU makes copies of the dense
             weights, and experts are copied there when they are used.
         layers: Use only these layers, such as "0-3,7", 5 or range(4). The model
@@ -67,6 +68,9 @@ def load_hf_model(
             text such as "2GB"; those used longest ago go first. By default none are kept.
         cache: Disk space for what is read of a remote source, in bytes or as a text (see
             `open_state_dict`). By default nothing is kept on the disk.
+
+    Returns:
+        The model, in evaluation mode.
 
     Raises:
         CheckpointError: If the source cannot be used.

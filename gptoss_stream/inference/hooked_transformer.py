@@ -75,8 +75,9 @@ def load_hooked_transformer(
     Args:
         source: A local folder, a repository of the Hub, or a URL (see `open_location`). If it
             contains a tokenizer, the model has it.
-        dtype: A torch name such as "float32"; by default as for `convert`. Makes copies of the
-            weights that are stored in another dtype.
+        dtype: Such as "float32" or torch.float32 (see `DTypeLike`); by default as for `convert`.
+            All tensors have one: that of most elements, if the checkpoint stores several. Makes
+            copies of the weights that are stored in another dtype.
         device: Any device other than the CPU makes copies of the dense weights, and experts are
             copied there when they are used.
         n_ctx: The longest sequence, in tokens; by default the model's own.
@@ -88,6 +89,9 @@ def load_hooked_transformer(
             text such as "2GB"; those used longest ago go first. By default none are kept.
         cache: Disk space for what is read of a remote source, in bytes or as a text (see
             `open_state_dict`). By default nothing is kept on the disk.
+
+    Returns:
+        The model, in evaluation mode, with its tokenizer if the source has one.
 
     Raises:
         CheckpointError: If the source cannot be used.

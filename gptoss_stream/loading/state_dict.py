@@ -234,8 +234,9 @@ def open_state_dict(
         to: The format (see `formats.names`) whose names and tensors the mapping has, with the
             values that `convert` would write. By default the mapping has the tensors that the
             source stores, under their names.
-        dtype: A torch name such as "float32". With `to`, as for `convert`. Without `to`, floats are
-            converted when they are accessed, and MXFP4 blocks and scales stay uint8.
+        dtype: Such as "float32" or torch.float32 (see `DTypeLike`). With `to`, as for `convert`.
+            Without `to`, floats are converted when they are accessed, and MXFP4 blocks and scales
+            stay uint8.
         device: Copy each tensor to this device when it is accessed. By default, and on the CPU,
             tensors are not copied.
         source_format: With `to`, the format of the source; by default it is detected.
@@ -243,6 +244,9 @@ def open_state_dict(
         cache: Disk space for what is read of a remote source, in bytes or as a text such as "4GB".
             Processes share it, in `~/.cache/gptoss_stream/blocks`; what was used longest ago goes
             first. By default nothing is kept on the disk, and 64 MB in memory.
+
+    Returns:
+        The mapping.
 
     Raises:
         CheckpointError: If the source cannot be used.

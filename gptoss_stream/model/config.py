@@ -51,28 +51,44 @@ class ModelConfig:
     """
 
     num_layers: int
+    """The layers."""
     num_experts: int
+    """The experts of each layer."""
     experts_per_token: int
+    """How many of them the router picks for a token."""
     vocab_size: int
+    """The rows of the embedding, which may be more than the tokenizer has tokens."""
     hidden_size: int
+    """The width of the residual stream."""
     intermediate_size: int
+    """The width of an expert: the rows of gate, and of up."""
     num_heads: int
+    """The attention heads, for queries."""
     num_kv_heads: int
+    """The heads for keys and values, each of which several attention heads share."""
     head_dim: int
+    """The width of a head."""
     layer_types: tuple[str, ...]
     """One of `LAYER_KINDS` for each layer."""
     sliding_window: int | None
+    """The tokens that layers of the kind "sliding_attention" see; None for all."""
     max_position_embeddings: int
+    """The longest sequence, in tokens."""
     rope_theta: float
+    """The base of the rotary embedding's frequencies."""
     rope: Mapping[str, Any]
     """The rotary embedding's settings, named as in Hugging Face's config.json, complete and
     checked. For YaRN: `rope_type`, `factor`, `beta_fast`, `beta_slow`, `truncate`,
     `original_max_position_embeddings`, and where set `attention_factor` or `mscale` with
     `mscale_all_dim`."""
     rms_norm_eps: float = 1e-5
+    """What is added to the mean square in a norm."""
     swiglu_limit: float = 7.0
+    """What gate (from above) and up (from both sides) are clamped to."""
     swiglu_alpha: float = 1.702
+    """The factor within the sigmoid of gate."""
     hidden_act: str = "silu"
+    """The activation as configurations name it."""
     attention_bias: bool = True
     """Whether the attention has biases."""
     tied_embeddings: bool = False

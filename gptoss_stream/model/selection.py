@@ -119,10 +119,15 @@ class ResolvedSelection:
     """A `Selection` with the layer and expert numbers of one model; None for all of them."""
 
     layers: tuple[int, ...] | None
+    """The layers' numbers, sorted."""
     experts: tuple[int, ...] | None
+    """The experts' numbers, sorted."""
     only: tuple[str, ...]
+    """Groups of tensors (see `Selection`); empty for all."""
     include: tuple[str, ...]
+    """Patterns one of which a name must match; empty for all names."""
     exclude: tuple[str, ...]
+    """Patterns that a name must not match."""
 
     def __repr__(self) -> str:
         return short_call("ResolvedSelection", self.as_dict())

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from .. import formats
+from .._utils.messages import listed
 from ..adapters import Merge
 from ..checkpoint.metadata import CheckpointInfo
 from ..checkpoint.zero_check import is_zero
@@ -30,6 +31,7 @@ __all__ = [
     "refuse_cut_stacks",
     "refuse_unmappable",
     "replaced_tensors",
+    "smaller_model_notes",
     "unmapped_tensors",
 ]
 
@@ -244,3 +246,18 @@ def refuse_cut_stacks(
                 f"format {to} stacks the experts in one tensor ({tensor.name}), in which "
                 "some would lose their numbers; take all experts, or another format"
             )
+
+
+def smaller_model_notes(source: SourceModel, model: ModelConfig) -> Iterator[str]:
+    """Yield what users should know about a smaller model; nothing about the whole one."""
+    if model.experts_per_token < source.model.experts_per_token:
+        yield (
+            f"each token went to {source.model.experts_per_token} experts and goes to "
+            f"{model.experts_per_token}, as many as are kept"
+        )
+    stale = [] if model is source.model else formats.stale_entries(source.info.config, model)
+    if stale:
+        yield (
+            f"the configuration is written without {listed(stale)}, which may be about single "
+            "layers or experts of the source"
+        )

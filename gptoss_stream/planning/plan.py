@@ -7,12 +7,12 @@ the first byte is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from .. import formats
-from .._utils.messages import counted, listed, sized, summary
+from .._utils.messages import counted, sized, summary
 from ..adapters import (
     AdapterFile,
     AdapterLike,
@@ -41,6 +41,7 @@ from .checks import (
     refuse_cut_stacks,
     refuse_unmappable,
     replaced_tensors,
+    smaller_model_notes,
     unmapped_tensors,
 )
 from .mapping import output_tensors
@@ -59,6 +60,7 @@ class Plan:
     info: CheckpointInfo
     """The source."""
     source_format: str
+    """The format that is read."""
     detected_by: str
     """Why the source is of that format."""
     model: ModelConfig
@@ -72,9 +74,11 @@ class Plan:
     max_shard_size: int
     """The most bytes of tensor data in a shard."""
     selection: ResolvedSelection
+    """Which tensors are written."""
     is_partial: bool
     """Whether only some of the model's tensors are written."""
     shards: tuple[PlannedShard, ...]
+    """The files of the output that hold tensors, in order."""
     unmapped: tuple[str, ...]
     """Raw tensors of the source that the output does not use."""
     narrowed: Mapping[str, int]
@@ -165,18 +169,23 @@ def plan(
         source: A local folder, a repository of the Hub, or a URL (see `open_location`).
         to: The format to write (see `formats.names`).
         source_format: The format to read; by default it is detected.
-        dtype: A torch name (bfloat16, float16, float32), or "keep" for the source's own. By
+        dtype: bfloat16, float16 or float32 (see `DTypeLike`), or "keep" for the source's own. By
             default "keep" from a format to itself and from `transformer-lens`, else bfloat16.
         max_shard_size: In bytes, or a text such as "5GB" (decimal units).
-        selection: Which tensors of the output; all by default.
+        selection: Which tensors of the output, as a `Selection` or a dict of its arguments; all by
+            default.
         mxfp4_rule: How floats become MXFP4: "openai" (the default), "modelopt", "ocp" or "even".
         reference: A checkpoint in MXFP4, such as openai/gpt-oss-20b. Its blocks are kept where they
             decode to the source's values.
-        keep_layers: The layers of which a smaller model is made, such as "0-5"; all by default.
+        keep_layers: The layers of which a smaller model is made, such as "0-5", [0, 5] or range(6);
+            all by default.
         keep_experts: The experts of each layer of which a smaller model is made, such as
-            "0,3,7-12", or lists of as many numbers by layer; all by default.
+            "0,3,7-12", likewise, or as many numbers by layer; all by default.
         adapters: LoRA adapters to merge, in order: locations, or `Adapter` objects that say more.
         merge_like_peft: Whether merged values are rounded as PEFT does, instead of once.
+
+    Returns:
+        The plan.
 
     Raises:
         OptionError: For an argument that cannot be used, and if the format cannot be written.
@@ -284,24 +293,9 @@ def plan_conversion(
         unmapped=unmapped_tensors(source, used, left_out),
         narrowed=count_narrowed(tensors),
         warning=formats.warning(target) if to != source.name else "",
-        notes=(*source.notes, *_notes(source, model)),
+        notes=(*source.notes, *smaller_model_notes(source, model)),
         pruning=None if pruning is None else pruning.as_dict(),
         merge=merge,
         mxfp4_rule=None if quantization is None else quantization.rule,
         reference=None if quantization is None or reference is None else reference.info,
     )
-
-
-def _notes(source: SourceModel, model: ModelConfig) -> Iterator[str]:
-    """Yield what users should know about a smaller model; nothing about the whole one."""
-    if model.experts_per_token < source.model.experts_per_token:
-        yield (
-            f"each token went to {source.model.experts_per_token} experts and goes to "
-            f"{model.experts_per_token}, as many as are kept"
-        )
-    stale = [] if model is source.model else formats.stale_entries(source.info.config, model)
-    if stale:
-        yield (
-            f"the configuration is written without {listed(stale)}, which may be about single "
-            "layers or experts of the source"
-        )

@@ -44,6 +44,7 @@ class PlannedShard:
     """A file of the output."""
 
     name: str
+    """The file's name."""
     tensors: tuple[OutputTensor, ...]
     """Its tensors in the order of their data."""
     header: bytes

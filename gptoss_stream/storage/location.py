@@ -46,10 +46,13 @@ class FileInfo:
     """A file of a location: its name, its size, and what shows whether it has changed."""
 
     name: str
+    """Its name in the location, with / between folders."""
     nbytes: int
+    """Its size in bytes."""
     version: int | str
     """The time of its last change in ns, or a server's identifier: an ETag, a hash."""
     inode: int = 0
+    """Of a local file, its number in the file system."""
     sha256: str | None = None
     """Its checksum, if the location knows it."""
 
@@ -123,6 +126,12 @@ class Location(Protocol):
     def open(self, name: str) -> File:
         """Open a file.
 
+        Args:
+            name: Its name.
+
+        Returns:
+            The open file, which the caller closes.
+
         Raises:
             CheckpointError: If it does not exist.
             MachineError: If opening fails.
@@ -155,7 +164,7 @@ class WritableLocation(Location, Protocol):
         """Return all files in the location and its folders, as they are now, by name."""
 
     def read(self, name: str) -> bytes:
-        """Read a small file."""
+        """Return the bytes of a small file."""
 
     def put(self, files: Mapping[str, Path | bytes], checksums: Mapping[str, str]) -> None:
         """Write files in order, each completely or not at all, and check what has arrived.

@@ -54,6 +54,9 @@ def open_location(
         download: Whether to download a repository's files to the Hub's cache instead of reading
             byte ranges.
 
+    Returns:
+        The location. Whether there is anything is found out when it is read.
+
     Raises:
         OptionError: For a name or an option that cannot be used.
         CheckpointError: If the location does not exist or cannot be accessed.

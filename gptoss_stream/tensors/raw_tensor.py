@@ -16,8 +16,11 @@ class RawTensor:
     """The name, dtype, shape and bytes of a tensor in a safetensors file."""
 
     name: str
+    """Its name in the file."""
     dtype: DType
+    """Its dtype as it is stored."""
     shape: tuple[int, ...]
+    """Its shape as it is stored."""
     shard: str
     """The name of the safetensors file."""
     offset: int

@@ -77,10 +77,15 @@ class OutputTensor:
     """A tensor to be written."""
 
     name: str
+    """Its name in the output."""
     dtype: DType
+    """Its dtype in the output; U8 for MXFP4 blocks and scales."""
     shape: tuple[int, ...]
+    """Its shape in the output."""
     segments: tuple[Segment, ...]
+    """What it is made of, one after another along the first axis."""
     origin: Origin = _NO_ORIGIN
+    """The model tensor that it holds."""
     made_with: str = ""
     """Of scales that are encoded, the name of the blocks: both are made in one pass."""
 

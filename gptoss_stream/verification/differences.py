@@ -24,7 +24,9 @@ class Difference:
     shard: str = ""
     """The shard of a tensor; empty for a file."""
     found: Any = None
+    """What the output has: a number, a dtype's code, a shape or a text; None for nothing."""
     expected: Any = None
+    """What was expected, likewise."""
     index: tuple[int, ...] = ()
     """For a value, the indices of the tensor's first element that differs."""
 
@@ -56,6 +58,7 @@ class Verification:
     nbytes: int
     """Bytes that were compared."""
     differences: tuple[Difference, ...]
+    """What is not as expected; of a tensor's data the first element that differs."""
     unread: int = 0
     """Number of those files that were not read, since the Hub lists their checksums."""
 

@@ -57,9 +57,13 @@ class Comparison:
     """The result of `compare`."""
 
     source: str
+    """What was compared: a path or a URL."""
     source_format: str
+    """Its format."""
     reference: str
+    """What it was compared with: a path or a URL."""
     reference_format: str
+    """Its format."""
     layers: int
     """The number of layers that were compared, from the first on."""
     experts: tuple[int, ...]

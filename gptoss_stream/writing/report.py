@@ -19,13 +19,17 @@ class Report:
     """What a conversion did. Sizes are in bytes."""
 
     output: str
+    """Where it was written: a path or a URL."""
     format: str
+    """The format that was written."""
     dtype: str
+    """The dtype of dense tensors, a torch name or "keep"."""
     partial: bool
     """Whether only some of the model's tensors were written."""
     complete: bool
     """Whether the output is complete; it is not before the last of several array tasks ends."""
     tensors: int
+    """The number of tensors of the whole output."""
     bytes_in: int
     """Bytes of the source that the whole output takes."""
     bytes_out: int
@@ -33,6 +37,7 @@ class Report:
     bytes_resumed: int
     """Bytes of shards (of this array task) that were finished before."""
     seconds: float
+    """How long the run took."""
     peak_rss: int
     """The largest peak resident memory of all processes."""
     shards: dict[str, int]
