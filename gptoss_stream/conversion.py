@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from ._utils.paths import user_path
 from ._utils.progress import OnProgress, OnStart, check_callbacks, progress_callbacks
 from .adapters import AdapterLike, as_adapters, check_values, open_adapters
 from .checkpoint.metadata import read_metadata
-from .errors import OptionError, OutputError
+from .errors import OptionError
 from .formats import read_source
 from .model.numbers import NumbersLike
 from .model.pruning import ExpertsLike, Pruning
@@ -30,13 +30,12 @@ from .planning.plan import Plan, plan_conversion, read_adapters, read_reference
 from .planning.run_identity import encoding_identity, run_identity
 from .planning.shards import DEFAULT_SHARD_SIZE
 from .storage.hub_commits import remember_listings, remember_run
-from .storage.local_folder import LocalFolder
 from .storage.location import Location, LocationLike, WritableLocation
-from .storage.open_location import open_location, open_writable_location
+from .storage.open_location import open_location
 from .storage.overlap import refuse_overlap
 from .tensors.dtypes import DTypeLike
 from .writing.report import Report, make_report
-from .writing.run_state import RUN_NAME, parse_state
+from .writing.target import open_target, unfinished_state
 
 if TYPE_CHECKING:
     import distributed
@@ -73,8 +72,8 @@ def convert(
     merge_like_peft: bool = False,
     on_plan: Callable[[Plan], None] | None = None,
     on_resume: Callable[[Resumption], None] | None = None,
-    on_start: OnStart | None = None,
-    on_progress: OnProgress | None = None,
+    on_start: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int], None] | None = None,
     progress: bool = False,
 ) -> Report:
     """Convert a checkpoint to another format, or to other shards or another dtype.
@@ -145,11 +144,11 @@ def convert(
     )
     threads = count_workers(workers)
     array_task = ArrayTask.of(task)
-    max_staged = whole_number(max_staged, "max_staged", 1)
+    max_staged = whole_number(max_staged, "max_staged")
     if array_task is not None and client is not None:
         raise OptionError(f"{array_task} is for runs without a scheduler; give only one of them")
-    target = _open_target(output)
-    state = None if overwrite else _unfinished_state(target)
+    target = open_target(output)
+    state = None if overwrite else unfinished_state(target)
     if array_task is not None:
         remember_listings((state or {}).get("listings"))
     location = open_location(source).pinned_to(state)
@@ -210,38 +209,15 @@ def _announce(
     on_start(total, found.nbytes)
 
 
-def _open_target(
-    output: str | os.PathLike[str] | WritableLocation,
-) -> Path | WritableLocation:
-    """Return the folder or the remote location to write to."""
-    if isinstance(output, LocalFolder):
-        return output.path
-    if isinstance(output, WritableLocation):
-        return output
-    return open_writable_location(output) or user_path(output)
-
-
 def join_array(output: str | WritableLocation) -> None:
     """Read the commits that the other array tasks of this process's run read, if any has begun.
 
     Each then need not ask the Hub for them. Not done for outputs on the Hub: it would take more
     requests than it saves.
     """
-    target = _open_target(output)
+    target = open_target(output)
     if isinstance(target, Path) or not target.identity.startswith("hf://"):
-        remember_run(_unfinished_state(target) or {})
-
-
-def _unfinished_state(target: Path | WritableLocation) -> Mapping[str, Any] | None:
-    """Return the state of the unfinished run in the output, if there is one."""
-    if not isinstance(target, Path):
-        from .writing.remote_folder import RemoteFolder
-
-        return RemoteFolder(target).read_unfinished_state()
-    try:
-        return parse_state((target / RUN_NAME).read_bytes(), str(target / RUN_NAME))
-    except (OSError, OutputError):
-        return None  # no run, or a damaged one, which is refused when the folder is locked
+        remember_run(unfinished_state(target) or {})
 
 
 def _dask_executor(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ._utils.messages import sized
@@ -28,8 +28,8 @@ def synth(
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     workers: int | None = None,
     overwrite: bool = False,
-    on_start: OnStart | None = None,
-    on_progress: OnProgress | None = None,
+    on_start: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int], None] | None = None,
     progress: bool = False,
     **overrides: int | None,
 ) -> Path:
@@ -77,8 +77,8 @@ def synth_adapter(
     seed: int = 0,
     workers: int | None = None,
     overwrite: bool = False,
-    on_start: OnStart | None = None,
-    on_progress: OnProgress | None = None,
+    on_start: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int], None] | None = None,
     progress: bool = False,
     **overrides: int | None,
 ) -> Path:

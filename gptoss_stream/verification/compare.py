@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from .._utils.failures import machine_error
-from .._utils.progress import OnProgress, OnStart, check_callbacks, progress_callbacks
+from .._utils.progress import OnProgress, check_callbacks, progress_callbacks
 from ..checkpoint.metadata import read_metadata
 from ..checkpoint.open_reader import CheckpointReader, open_reader
 from ..checkpoint.reader import ElementRange, ReadSchedule
@@ -52,8 +52,8 @@ def compare(
     *,
     source_format: str | None = None,
     reference_format: str | None = None,
-    on_start: OnStart | None = None,
-    on_progress: OnProgress | None = None,
+    on_start: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int], None] | None = None,
     progress: bool = False,
 ) -> Comparison:
     """Compare a few values of each tensor with a reference that has the same model or a base of it.

@@ -10,14 +10,14 @@ from __future__ import annotations
 import logging
 import random
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from .._utils.arguments import whole_number
 from .._utils.failures import machine_error
 from .._utils.messages import counted, sized
-from .._utils.progress import OnProgress, OnStart, check_callbacks, progress_callbacks
+from .._utils.progress import OnProgress, check_callbacks, progress_callbacks
 from .._utils.thread_pool import count_workers, run_steps
 from ..adapters import Adapter, AdapterLike, as_adapters, check_values
 from ..checkpoint.metadata import CheckpointInfo
@@ -64,8 +64,8 @@ def verify(
     reference: LocationLike | None = None,
     adapters: AdapterLike | Sequence[AdapterLike] | None = (),
     merge_like_peft: bool | None = None,
-    on_start: OnStart | None = None,
-    on_progress: OnProgress | None = None,
+    on_start: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int], None] | None = None,
     progress: bool = False,
 ) -> Verification:
     """Convert a source again, in bounded memory, and compare every byte with an output.
@@ -224,8 +224,8 @@ def _compare_data(
 def verify_checksums(
     output: LocationLike,
     *,
-    on_start: OnStart | None = None,
-    on_progress: OnProgress | None = None,
+    on_start: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int], None] | None = None,
     progress: bool = False,
 ) -> Verification:
     """Compare the files of an output with its `SHA256SUMS`, without the source.
