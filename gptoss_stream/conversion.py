@@ -74,6 +74,7 @@ def convert(
     on_resume: Callable[[Resumption], None] | None = None,
     on_start: Callable[[int, int], None] | None = None,
     on_progress: Callable[[int], None] | None = None,
+    on_shard: Callable[[int, int], None] | None = None,
     progress: bool = False,
 ) -> Report:
     """Convert a checkpoint to another format, or to other shards or another dtype.
@@ -113,6 +114,8 @@ def convert(
         on_start: Called with the bytes to write (by this task), and how many of them were written
             before.
         on_progress: Called with the bytes written since the last call, from any thread.
+        on_shard: Called with the number of finished shards and of all (of this task), when writing
+            starts and after each shard, from any thread.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -134,14 +137,15 @@ def convert(
 
     started = time.perf_counter()
     base = None if reference is None else open_location(reference)
-    base_name = None if base is None else base.identity
     options = ConversionOptions(
-        to, source_format, dtype, max_shard_size, selection, mxfp4_rule, base_name,
-        Pruning.of(keep_layers, keep_experts), as_adapters(adapters), merge_like_peft,
+        to, source_format, dtype, max_shard_size, selection, mxfp4_rule,
+        None if base is None else base.identity, Pruning.of(keep_layers, keep_experts),
+        as_adapters(adapters), merge_like_peft,
     )  # fmt: skip
     check_callbacks(
-        on_plan=on_plan, on_resume=on_resume, on_start=on_start, on_progress=on_progress
-    )
+        on_plan=on_plan, on_resume=on_resume, on_start=on_start, on_progress=on_progress,
+        on_shard=on_shard,
+    )  # fmt: skip
     threads = count_workers(workers)
     array_task = ArrayTask.of(task)
     max_staged = whole_number(max_staged, "max_staged")
@@ -162,10 +166,9 @@ def convert(
         identity, plan.shards, output_files(plan), checksums, encoding_identity(identity)
     )
     low_memory = is_memory_low(plan.spill_nbytes)
-    ahead = 0 if low_memory else threads
     scratch = target if isinstance(target, Path) else staging_folder(target, staging, array_task)
     with (
-        open_plan_readers(plan, scratch, ahead) as reader,
+        open_plan_readers(plan, scratch, 0 if low_memory else threads) as reader,
         progress_callbacks("converting", progress, on_start, on_progress) as (start, advance),
     ):
         if plan.merge is not None:
@@ -183,6 +186,7 @@ def convert(
             task=array_task,
             on_start=partial(_announce, plan, str(target), on_plan, on_resume, start),
             on_progress=advance,
+            on_shard=on_shard,
         )
     peak_rss = max(executor.peak_rss, peak_rss_nbytes())
     return make_report(plan, str(target), result, time.perf_counter() - started, peak_rss)
@@ -255,6 +259,7 @@ def _write(
     task: ArrayTask | None,
     on_start: Callable[[int, Resumption], None],
     on_progress: OnProgress,
+    on_shard: Callable[[int, int], None] | None,
 ) -> OutputResult:
     """Write the output to a folder or to a remote location."""
     from .writing.output import write_output
@@ -267,6 +272,7 @@ def _write(
         "task": task,
         "on_start": lambda found: on_start(total, found),
         "on_progress": on_progress,
+        "on_shard": on_shard or (lambda finished, total: None),
     }
     if isinstance(target, Path):
         return write_output(target, spec, executor, **options)

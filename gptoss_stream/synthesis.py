@@ -30,6 +30,7 @@ def synth(
     overwrite: bool = False,
     on_start: Callable[[int, int], None] | None = None,
     on_progress: Callable[[int], None] | None = None,
+    on_shard: Callable[[int, int], None] | None = None,
     progress: bool = False,
     **overrides: int | None,
 ) -> Path:
@@ -47,6 +48,7 @@ def synth(
         overwrite: Whether to delete what an earlier run of this tool wrote to `output`.
         on_start: Called with the bytes to write, and how many of them were finished before.
         on_progress: Called with the bytes written since the last call, from any thread.
+        on_shard: Called with the number of finished shards and of all (see `convert`).
         progress: Whether to show a progress bar.
         **overrides: Dimensions that replace those of the preset: layers, experts, hidden_size,
             intermediate_size, num_attention_heads, num_key_value_heads, head_dim, vocab_size,
@@ -64,7 +66,7 @@ def synth(
         preset, format=format, seed=seed, max_shard_size=max_shard_size, **overrides
     )
     with progress_callbacks("writing", progress, on_start, on_progress) as callbacks:
-        return _write(checkpoint, output, workers, overwrite, callbacks, is_checkpoint=True)
+        return _write(checkpoint, output, workers, overwrite, callbacks, on_shard, is_checkpoint=True)
 
 
 def synth_adapter(
@@ -79,6 +81,7 @@ def synth_adapter(
     overwrite: bool = False,
     on_start: Callable[[int, int], None] | None = None,
     on_progress: Callable[[int], None] | None = None,
+    on_shard: Callable[[int, int], None] | None = None,
     progress: bool = False,
     **overrides: int | None,
 ) -> Path:
@@ -100,6 +103,7 @@ def synth_adapter(
         overwrite: Whether to delete what an earlier run of this tool wrote to `output`.
         on_start: Called with the bytes to write, and how many of them were finished before.
         on_progress: Called with the bytes written since the last call, from any thread.
+        on_shard: Called with the number of finished shards and of all (see `convert`).
         progress: Whether to show a progress bar.
         **overrides: Dimensions that replace those of the preset, as in `synth`.
 
@@ -115,7 +119,7 @@ def synth_adapter(
         preset, rank=rank, alpha=alpha, targets=targets, seed=seed, **overrides
     )
     with progress_callbacks("writing", progress, on_start, on_progress) as callbacks:
-        return _write(adapter, output, workers, overwrite, callbacks, is_checkpoint=False)
+        return _write(adapter, output, workers, overwrite, callbacks, on_shard, is_checkpoint=False)
 
 
 def _write(
@@ -124,6 +128,7 @@ def _write(
     workers: int | None,
     overwrite: bool,
     callbacks: tuple[OnStart, OnProgress],
+    on_shard: Callable[[int, int], None] | None,
     *,
     is_checkpoint: bool,
 ) -> Path:
@@ -144,5 +149,6 @@ def _write(
         overwrite=overwrite,
         on_start=lambda found: on_start(total, found.nbytes),
         on_progress=on_progress,
+        on_shard=on_shard or (lambda finished, total: None),
     )
     return folder

@@ -201,6 +201,7 @@ class DaskExecutor:
         self.peak_rss = max(self.peak_rss, result.peak_rss)
         callbacks.on_progress(shard.shard.nbytes - shard.nbytes_done)
         del in_flight[shard.shard.name]
+        callbacks.on_shard_finished(shard.shard.name)
         self._client.cancel([other for other in shard.futures if other is not future], force=True)
 
     def _restart_stuck(self, in_flight: Mapping[str, _InFlightShard]) -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Protocol
 
 from ..planning.shards import PlannedShard
 from .shard_summary import ShardSummary
 
-__all__ = ["CHUNK_NBYTES", "Callbacks", "Executor", "memory_nbytes"]
+__all__ = ["CHUNK_NBYTES", "Callbacks", "Executor", "count_shards", "memory_nbytes"]
 
 CHUNK_NBYTES = 8 << 20
 """Bytes of a shard that a thread converts and writes at a time."""
@@ -75,6 +76,21 @@ class Callbacks:
     on_upload: Callable[[str, bytes], None] = lambda name, receipt: None
     """Called with the name and the receipt (`RemoteFolder.upload`) of a shard that another process
     has uploaded and that is not visible yet."""
+
+
+def count_shards(
+    on_shard: Callable[[int, int], None], finished: int, total: int
+) -> Callable[[str], None]:
+    """Report how many shards are finished; return an `on_shard_finished` that goes on counting.
+
+    Args:
+        on_shard: Called with the number of finished shards and of all, now and later.
+        finished: The shards that are finished.
+        total: The shards of the run, or of the array task.
+    """
+    on_shard(finished, total)
+    numbers = count(finished + 1)
+    return lambda name: on_shard(next(numbers), total)
 
 
 class Executor(Protocol):

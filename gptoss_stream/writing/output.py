@@ -17,7 +17,7 @@ from ..errors import OptionError, OutputError
 from ..planning.array_task import ArrayTask
 from ..planning.shards import PlannedShard, spill_nbytes
 from .disk_space import check_space, disk_full_error, is_disk_full, size_on_disk
-from .executor import Callbacks, Executor
+from .executor import Callbacks, Executor, count_shards
 from .output_run import OutputRun
 from .output_spec import OutputResult, OutputSpec, Resumption
 from .run_state import fingerprint
@@ -34,6 +34,7 @@ def write_output(
     overwrite: bool,
     on_start: Callable[[Resumption], None],
     on_progress: Callable[[int], None],
+    on_shard: Callable[[int, int], None] = lambda finished, total: None,
     task: ArrayTask | None = None,
 ) -> OutputResult:
     """Write an output, or the shards of one array task, to a local folder.
@@ -45,6 +46,8 @@ def write_output(
         overwrite: Whether to delete what an earlier run wrote.
         on_start: Called with what an interrupted run has written of this task's shards.
         on_progress: Called with bytes written since the last call, from any thread.
+        on_shard: Called with the number of finished shards and of all (of this task), when writing
+            starts and after each shard, from any thread.
         task: The array task, if the run is divided into tasks.
 
     Raises:
@@ -60,7 +63,7 @@ def write_output(
         for data in spec.auxiliary_files.values():
             if isinstance(data, CopiedFile):
                 data.check()
-        return _write_missing(run, spec, executor, overwrite, on_start, on_progress, task)
+        return _write_missing(run, spec, executor, overwrite, on_start, on_progress, on_shard, task)
     except OSError as error:
         if is_disk_full(error):
             left = [s for s in spec.shards if not run.is_finished(s.name, s.nbytes)]
@@ -75,6 +78,7 @@ def _write_missing(
     overwrite: bool,
     on_start: Callable[[Resumption], None],
     on_progress: Callable[[int], None],
+    on_shard: Callable[[int, int], None],
     task: ArrayTask | None,
 ) -> OutputResult:
     """Lock the folder, write the shards that are missing, and finish."""
@@ -91,6 +95,7 @@ def _write_missing(
         if not missing and run.is_complete:
             return OutputResult(resumed.nbytes, is_complete=True, encoding=run.encoding_report())
         run.begin()
+        count = count_shards(on_shard, len(finished), len(shards))
 
         def before_commit(name: str, summary: ShardSummary) -> None:
             if task is not None:  # another run may have replaced this one
@@ -108,7 +113,7 @@ def _write_missing(
             missing,
             run.path,
             partial_folder,
-            Callbacks(report, before_start, before_commit),
+            Callbacks(report, before_start, before_commit, count),
             run=fingerprint_,
             checksums=spec.checksums,
         )

@@ -27,7 +27,7 @@ from . import uploads
 from .checksums import CHECKSUMS_NAME
 from .disk_space import check_space, disk_full_error, is_disk_full
 from .encoding_report import REPORT_NAME, losses_as_text, parse_report
-from .executor import Callbacks, Executor
+from .executor import Callbacks, Executor, count_shards
 from .output import refuse_overwriting_task
 from .output_run import OutputRun
 from .output_spec import OutputResult, OutputSpec, Resumption
@@ -79,6 +79,7 @@ def write_remote_output(
     overwrite: bool,
     on_start: Callable[[Resumption], None],
     on_progress: Callable[[int], None],
+    on_shard: Callable[[int, int], None] = lambda finished, total: None,
     task: ArrayTask | None = None,
 ) -> OutputResult:
     """Write an output, or the shards of one array task, to a remote location.
@@ -92,6 +93,7 @@ def write_remote_output(
         overwrite: Whether to delete what an earlier run wrote.
         on_start: Called with what an interrupted run has written of this task's shards.
         on_progress: Called with bytes written since the last call, from any thread.
+        on_shard: Called with the number of written shards and of all (see `write_output`).
         task: The array task, if the run is divided into tasks.
 
     Raises:
@@ -104,7 +106,7 @@ def write_remote_output(
         raise OptionError(f"{max_staged} staged shards: there must be at least one")
     run = OutputRun(staging, spec)
     remote = RemoteFolder(location, checksums=spec.checksums)
-    output = _RemoteOutput(run, remote, spec, executor, max_staged, task)
+    output = _RemoteOutput(run, remote, spec, executor, max_staged, task, on_shard)
     wait_for_earlier_uploads(location)
     try:
         with run.locked(overwrite=overwrite) as partial_folder:
@@ -130,8 +132,14 @@ class _RemoteOutput:
     executor: Executor
     max_staged: int
     task: ArrayTask | None
+    on_shard: Callable[[int, int], None]
     needed: int = field(default=0, init=False)
     """Bytes of disk space that are still needed."""
+
+    @property
+    def shards(self) -> Sequence[PlannedShard]:
+        """The shards of this run, or of its array task."""
+        return self.task.select(self.spec.shards) if self.task else self.spec.shards
 
     def write(
         self,
@@ -140,8 +148,7 @@ class _RemoteOutput:
         on_progress: Callable[[int], None],
     ) -> OutputResult:
         """Write and upload the shards that are missing, and finish if none is."""
-        run, remote = self.run, self.remote
-        shards = self.task.select(self.spec.shards) if self.task else self.spec.shards
+        run, remote, shards = self.run, self.remote, self.shards
         remote.losses = run.losses()
         uploaded = self._uploaded()
         if self._publish_receipts(uploaded):
@@ -208,11 +215,21 @@ class _RemoteOutput:
             for shard in staged:
                 on_progress(shard.nbytes)
                 uploading.add_finished(shard.name)
+            total = len(self.shards)
+            count = count_shards(self.on_shard, total - len(missing), total)
             callbacks = Callbacks(
-                report, before_commit=before_commit, on_upload=uploading.add_uploaded
+                report,
+                before_commit=before_commit,
+                on_shard_finished=count,
+                on_upload=uploading.add_uploaded,
             )
             if self.executor.in_process:
-                callbacks = Callbacks(report, uploading.start, before_commit, uploading.add)
+
+                def finish(name: str) -> None:
+                    uploading.add(name)
+                    count(name)
+
+                callbacks = Callbacks(report, uploading.start, before_commit, finish)
             self.executor.write_shards(
                 missing,
                 run.path,

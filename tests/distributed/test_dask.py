@@ -71,7 +71,7 @@ def test_local_workers(source, whole, tmp_path):
 
 
 def test_any_client_from_a_program(two, source, whole, tmp_path):
-    reported, started = [], []
+    reported, started, counts = [], [], []
     report = gptoss_stream.convert(
         source,
         tmp_path / "out",
@@ -80,9 +80,12 @@ def test_any_client_from_a_program(two, source, whole, tmp_path):
         client=two.client,
         on_start=lambda total, done: started.append(done),
         on_progress=reported.append,
+        on_shard=lambda finished, total: counts.append((finished, total)),
     )
     assert digests(tmp_path / "out") == whole
     assert started == [0]
+    total = len(report.shards)
+    assert counts == [(finished, total) for finished in range(total + 1)]
     assert sum(reported) == report.bytes_out
     assert min(reported) >= 0
     assert report.complete
