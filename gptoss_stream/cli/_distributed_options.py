@@ -2,44 +2,49 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from ..errors import OptionError
+from ._command import Arguments, Decorator, OptionGroup, combined, option
 from ._printing import print_message
 
-__all__ = ["add_distributed_options", "array_task", "dask_client"]
+__all__ = ["array_task", "dask_client", "distributed_options"]
+
+_GROUP = OptionGroup(
+    "Distributed", "All machines must have access to SOURCE and OUTPUT under the same names."
+)
+
+distributed_options: Decorator = combined(
+    (
+        option(
+            "--scheduler",
+            metavar="ADDRESS",
+            group=_GROUP,
+            help="convert on a Dask cluster: tcp://host:8786, a scheduler file, or local:N for N "
+            "processes on this machine",
+        ),
+        option(
+            "--task-index",
+            type=int,
+            metavar="I",
+            group=_GROUP,
+            help="convert only the shards of array task I, counted from 0",
+        ),
+        option("--num-tasks", type=int, metavar="N", group=_GROUP, help="number of array tasks"),
+        option(
+            "--slurm-array",
+            is_flag=True,
+            group=_GROUP,
+            help="take task index and number of tasks from the SLURM job array",
+        ),
+    )
+)
 
 
-def add_distributed_options(parser: argparse.ArgumentParser) -> None:
-    """Add `--scheduler`, `--task-index`, `--num-tasks` and `--slurm-array`."""
-    group = parser.add_argument_group(
-        "distributed", "All machines must have access to SOURCE and OUTPUT under the same names."
-    )
-    group.add_argument(
-        "--scheduler",
-        metavar="ADDRESS",
-        help="convert on a Dask cluster: tcp://host:8786, a scheduler file, or local:N for N "
-        "processes on this machine",
-    )
-    group.add_argument(
-        "--task-index",
-        type=int,
-        metavar="I",
-        help="convert only the shards of array task I, counted from 0",
-    )
-    group.add_argument("--num-tasks", type=int, metavar="N", help="number of array tasks")
-    group.add_argument(
-        "--slurm-array",
-        action="store_true",
-        help="take task index and number of tasks from the SLURM job array",
-    )
-
-
-def array_task(arguments: argparse.Namespace) -> tuple[int, int] | None:
+def array_task(arguments: Arguments) -> tuple[int, int] | None:
     """Return the array task, as index and number of tasks, or None without one.
 
     Raises:
@@ -82,7 +87,7 @@ def _slurm_array_task() -> tuple[int, int]:
 
 
 @contextmanager
-def dask_client(arguments: argparse.Namespace, task: tuple[int, int] | None) -> Iterator[Any]:
+def dask_client(arguments: Arguments, task: tuple[int, int] | None) -> Iterator[Any]:
     """Yield a client of the Dask cluster of `--scheduler`, or None without that option.
 
     Raises:
@@ -102,13 +107,13 @@ def dask_client(arguments: argparse.Namespace, task: tuple[int, int] | None) -> 
         yield client
 
 
-def _refuse_with_scheduler(arguments: argparse.Namespace, task: tuple[int, int] | None) -> None:
+def _refuse_with_scheduler(arguments: Arguments, task: tuple[int, int] | None) -> None:
     """Refuse options that do not work with `--scheduler`."""
     if task is not None:
         raise OptionError("--scheduler distributes the shards itself; leave out the array task")
-    for option, value, advice in (
+    for name, value, advice in (
         ("--token", arguments.token, "set HF_TOKEN in the workers' environment"),
         ("--download", arguments.download, "each worker reads what it needs"),
     ):
         if value:
-            raise OptionError(f"{option} is not sent to workers; {advice}")
+            raise OptionError(f"{name} is not sent to workers; {advice}")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .._utils.messages import counted, listed
@@ -29,13 +28,31 @@ __all__ = [
     "print_platform_note",
     "print_tensors",
     "print_warnings",
+    "redirect_messages",
     "show_warnings",
 ]
 
 
 def print_message(message: str) -> None:
     """Print a message as one line to stderr; line breaks in it become spaces."""
-    print("gptoss_stream: " + " ".join(message.splitlines()), file=sys.stderr)
+    text = "gptoss_stream: " + " ".join(message.splitlines())
+    if _write is None:
+        print(text, file=sys.stderr)
+    else:
+        _write(text)
+
+
+def redirect_messages(write: Callable[[str], None] | None) -> None:
+    """Have messages written by a function, which keeps them apart from a progress bar.
+
+    Args:
+        write: Writes a line; None for the usual way.
+    """
+    global _write
+    _write = write
+
+
+_write: Callable[[str], None] | None = None
 
 
 class _MessageHandler(logging.Handler):
@@ -46,15 +63,21 @@ class _MessageHandler(logging.Handler):
         print_message(record.getMessage())
 
 
-def show_warnings() -> None:
-    """Print what the library warns of, such as long waits."""
-    logging.getLogger("gptoss_stream").handlers = [_MessageHandler(logging.WARNING)]
+def show_warnings(*, verbose: bool = False) -> None:
+    """Print what the library warns of, such as long waits.
+
+    Args:
+        verbose: Whether to print everything that it logs.
+    """
+    logger = logging.getLogger("gptoss_stream")
+    logger.setLevel(logging.DEBUG if verbose else logging.WARNING)
+    logger.handlers = [_MessageHandler()]
 
 
-def print_platform_note(arguments: argparse.Namespace) -> None:
-    """Print what writing on this system lacks, to stderr, unless --quiet is given."""
+def print_platform_note(*, quiet: bool) -> None:
+    """Print what writing on this system lacks, to stderr, unless `quiet`."""
     note = platform_note()
-    if note is not None and not arguments.quiet:
+    if note is not None and not quiet:
         print_message(f"note: {note}")
 
 

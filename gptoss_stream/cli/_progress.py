@@ -1,38 +1,151 @@
-"""The progress bar."""
+"""Progress of a run: a bar in a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-__all__ = ["progress_bar"]
+from .._utils.messages import sized
+from ._command import Arguments, Decorator, option
+from ._printing import print_message, redirect_messages
+from ._values import PROGRESS
+
+__all__ = ["Progress", "progress_option", "show_progress"]
+
+_LOG_SECONDS = 30.0
+_log = logging.getLogger(__name__)
+
+progress_option: Decorator = option(
+    "--progress",
+    type=PROGRESS,
+    default="auto",
+    metavar="KIND",
+    help="how to show progress: {choices} (default: auto, which is bar in a terminal, and "
+    "otherwise log, a line every 30 seconds)",
+)
+
+
+class Progress:
+    """Callbacks for a function of the library. This class shows nothing.
+
+    Args:
+        phase: What is done, such as "writing".
+    """
+
+    def __init__(self, phase: str) -> None:
+        self._phase = phase
+        self._lock = threading.RLock()
+
+    def start(self, total: int, done: int) -> None:
+        """Begin: see `on_start` of `convert`."""
+
+    def advance(self, nbytes: int) -> None:
+        """Go on: see `on_progress` of `convert`."""
+
+    def count_shard(self, finished: int, total: int) -> None:
+        """Count a shard: see `on_shard` of `convert`."""
+        if finished:
+            _log.info("shard %d of %d is finished", finished, total)
+        with self._lock:
+            self._phase = (
+                f"{self._phase.split(',')[0]}, shard {min(finished + 1, total)} of {total}"
+            )
+
+    def close(self) -> None:
+        """Stop showing anything."""
+
+
+class _Bar(Progress):
+    """A progress bar, and messages above it."""
+
+    _bar: Any = None
+
+    def start(self, total: int, done: int) -> None:
+        """Create the bar."""
+        from tqdm import tqdm
+
+        with self._lock:
+            self.close()
+            self._bar = tqdm(
+                total=total, initial=done, desc=self._phase, unit="B", unit_scale=True,
+                dynamic_ncols=True, leave=False, file=sys.stderr,
+            )  # fmt: skip
+            redirect_messages(lambda text: tqdm.write(text, file=sys.stderr))
+
+    def advance(self, nbytes: int) -> None:
+        """Move the bar."""
+        with self._lock:
+            if self._bar is not None:
+                self._bar.update(nbytes)
+
+    def count_shard(self, finished: int, total: int) -> None:
+        """Show the number of the shard."""
+        super().count_shard(finished, total)
+        with self._lock:
+            if self._bar is not None:
+                self._bar.set_description(self._phase)
+
+    def close(self) -> None:
+        """Clear the bar, also of what the terminal shows for Ctrl-C."""
+        with self._lock:
+            if self._bar is None:
+                return
+            redirect_messages(None)
+            self._bar.close()
+            self._bar = None
+            if sys.stderr.isatty():
+                print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+class _Lines(Progress):
+    """A line every 30 seconds."""
+
+    _total = _done = _done_before = 0
+    _began = _printed = 0.0
+
+    def start(self, total: int, done: int) -> None:
+        """Begin to measure."""
+        self._total, self._done, self._done_before = total, done, done
+        self._began = self._printed = time.monotonic()
+
+    def advance(self, nbytes: int) -> None:
+        """Print a line if the last one is old enough."""
+        with self._lock:
+            self._done += nbytes
+            now = time.monotonic()
+            if now - self._printed < _LOG_SECONDS:
+                return
+            self._printed = now
+            rate = max(1, round((self._done - self._done_before) / max(now - self._began, 1e-3)))
+            left = (self._total - self._done) // rate
+            print_message(
+                f"{self._phase}: {sized(self._done)} of {sized(self._total)} "
+                f"({self._done / max(1, self._total):.0%}), {sized(rate)}/s, "
+                f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+            )
 
 
 @contextmanager
-def progress_bar(quiet: bool) -> Iterator[tuple[Callable[[int, int], None], Callable[[int], None]]]:
-    """Show a progress bar if stderr is a terminal.
+def show_progress(arguments: Arguments, phase: str) -> Iterator[Progress]:
+    """Show the progress of a run as `--progress` and `--quiet` say.
 
     Args:
-        quiet: Whether to show none.
+        arguments: The parsed arguments.
+        phase: What is done, such as "writing".
 
     Yields:
-        `on_start` and `on_progress` for a function of the library. Without a progress bar they do
-        nothing.
+        Callbacks for a function of the library.
     """
-    if quiet or not sys.stderr.isatty():
-        yield (lambda total, done: None), (lambda nbytes: None)
-        return
-    from tqdm import tqdm
-
-    bar = tqdm(unit="B", unit_scale=True, dynamic_ncols=True, leave=False)
-
-    def start(total: int, done: int) -> None:
-        bar.reset(total)
-        bar.initial = bar.n = done
-        bar.refresh()
-
+    kind = "none" if arguments.quiet else arguments.progress
+    if kind == "auto":
+        kind = "bar" if sys.stderr.isatty() else "log"
+    shown = {"bar": _Bar, "log": _Lines, "none": Progress}[kind](phase)
     try:
-        yield start, bar.update
+        yield shown
     finally:
-        bar.close()
+        shown.close()

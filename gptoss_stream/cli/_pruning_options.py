@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
-import argparse
-
 from .._utils import strict_json
 from .._utils.paths import user_path
 from .._utils.regular_file import open_regular
 from ..errors import OptionError
+from ._command import Arguments, Decorator, OptionGroup, combined, option
+from ._values import Numbers
 
-__all__ = ["add_pruning", "parse_keep_experts"]
+__all__ = ["parse_keep_experts", "pruning_options"]
 
 _MAX_NBYTES = 16 << 20
 """The most bytes of a file of experts; 1,024 layers with 1,000 experts each take 5 MB."""
 
+_GROUP = OptionGroup("Pruning", "Makes a smaller model, numbered anew.")
 
-def add_pruning(parser: argparse.ArgumentParser) -> None:
-    """Add `--keep-layers` and `--keep-experts`."""
-    group = parser.add_argument_group("pruning (makes a smaller model, numbered anew)")
-    group.add_argument(
-        "--keep-layers", metavar="LIST", help="layers to keep, such as 0-5 (default: all)"
+pruning_options: Decorator = combined(
+    (
+        option(
+            "--keep-layers",
+            type=Numbers("layer"),
+            metavar="LIST",
+            group=_GROUP,
+            help="layers to keep, such as 0-5 (default: all)",
+        ),
+        option(
+            "--keep-experts",
+            type=Numbers("expert", can_be_file=True),
+            metavar="LIST",
+            group=_GROUP,
+            help="experts to keep in every layer, such as 0,3,7-12; or @FILE, a JSON file with a "
+            "list for each layer of SOURCE, or an object of lists by layer, all of one length",
+        ),
     )
-    group.add_argument(
-        "--keep-experts",
-        metavar="LIST",
-        help="experts to keep in every layer, such as 0,3,7-12; or @FILE, a JSON file with a list "
-        "for each layer of SOURCE, or an object of lists by layer, all of one length",
-    )
+)
 
 
-def parse_keep_experts(arguments: argparse.Namespace) -> str | dict[int, list[int]] | None:
+def parse_keep_experts(arguments: Arguments) -> str | dict[int, list[int]] | None:
     """Return the experts to keep, as `plan` and `convert` take them; reads the file, if it is one.
 
     Raises:

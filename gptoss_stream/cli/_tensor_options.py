@@ -2,51 +2,58 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from .._utils.messages import listed
 from ..errors import CheckpointError, GptOssStreamError, MachineError, OptionError
-from ._adapter_options import add_adapters, open_adapters
-from ._options import add_quiet, add_remote_source, add_source_format, open_source
+from ._adapter_options import adapter_options, named_adapters, open_adapters
+from ._command import Arguments, Decorator, combined, option
+from ._locations import open_source
+from ._options import quiet_option, remote_source_options, source_format_option
 from ._printing import print_message
+from ._values import DTYPES, FORMATS, SIZE_OR_ZERO
 
 if TYPE_CHECKING:
     from ..adapters import AdapterLike
     from ..formats import SourceModel
     from ..loading.checkpoint_tensors import CheckpointTensors
 
-__all__ = ["add_tensor_options", "open_tensors"]
+__all__ = ["open_tensors", "tensor_options"]
 
 
-def add_tensor_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say how tensors are read."""
-    parser.add_argument(
-        "--to",
-        metavar="FORMAT",
-        help="format whose names and tensors NAME is about (default: as SOURCE stores them, or "
-        "else the format that has all of NAME)",
+tensor_options: Decorator = combined(
+    (
+        option(
+            "--to",
+            type=FORMATS,
+            metavar="FORMAT",
+            help="format whose names and tensors NAME is about: {choices} (default: as SOURCE "
+            "stores them, or else the format that has all of NAME)",
+        ),
+        source_format_option,
+        option(
+            "--dtype",
+            type=DTYPES,
+            metavar="DTYPE",
+            help="{choices} (default: as stored, or as convert writes --to)",
+        ),
+        option(
+            "--cache",
+            type=SIZE_OR_ZERO,
+            default="0",
+            metavar="SIZE",
+            help="disk space to keep what is read of a remote SOURCE, such as 4GB (default: 0)",
+        ),
+        quiet_option("results and errors"),
+        adapter_options,
+        remote_source_options(),
     )
-    add_source_format(parser)
-    parser.add_argument(
-        "--dtype",
-        metavar="DTYPE",
-        help="bfloat16, float16 or float32 (default: as stored, or as convert writes --to)",
-    )
-    parser.add_argument(
-        "--cache",
-        default="0",
-        metavar="SIZE",
-        help="disk space to keep what is read of a remote SOURCE, such as 4GB (default: 0)",
-    )
-    add_quiet(parser, "results and errors")
-    add_adapters(parser)
-    add_remote_source(parser)
+)
 
 
-def open_tensors(arguments: argparse.Namespace, names: Sequence[str]) -> CheckpointTensors:
+def open_tensors(arguments: Arguments, names: Sequence[str]) -> CheckpointTensors:
     """Open SOURCE as tensors by name, and check that it has some.
 
     Args:
@@ -60,12 +67,13 @@ def open_tensors(arguments: argparse.Namespace, names: Sequence[str]) -> Checkpo
     from ..loading.checkpoint_tensors import read_finished, stored_tensors
     from ..tensors.dtypes import output_dtype
 
-    adapters = open_adapters(arguments)
+    named = named_adapters(arguments)
+    if named and arguments.to is None:
+        raise OptionError("adapters change the tensors of a format; add --to, such as --to hf")
+    adapters = open_adapters(named, arguments)
     info = read_finished(open_source(arguments))
-    if arguments.to is not None or adapters:
+    if arguments.to is not None:
         to = arguments.to
-        if to is None:
-            raise OptionError("adapters change the tensors of a format; add --to, such as --to hf")
         source = formats.read_source(info, arguments.source_format)
         tensors = _planned(arguments, source, to, adapters)
         _check(tensors, names, f"in the format {to}")
@@ -100,7 +108,7 @@ def open_tensors(arguments: argparse.Namespace, names: Sequence[str]) -> Checkpo
 
 
 def _planned(
-    arguments: argparse.Namespace,
+    arguments: Arguments,
     source: SourceModel,
     to: str,
     adapters: tuple[AdapterLike, ...] = (),

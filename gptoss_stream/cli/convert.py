@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import argparse
+import json
+import logging
 from typing import TYPE_CHECKING
 
 from .._utils.messages import counted, sized
-from ._adapter_options import add_adapters, open_adapters
-from ._distributed_options import add_distributed_options, array_task, dask_client
+from ._adapter_options import adapter_options, named_adapters, open_adapters
+from ._command import Arguments, command, option
+from ._conversion_arguments import conversion_arguments, refuse_swapped
+from ._distributed_options import array_task, dask_client, distributed_options
+from ._locations import open_output, open_reference, open_source
 from ._options import (
-    add_conversion_options,
-    add_json,
-    add_overwrite,
-    add_quiet,
-    add_remote_output,
-    add_remote_source,
-    add_selection,
-    add_source,
-    add_workers,
-    open_output,
-    open_reference,
-    open_source,
-    parse_selection,
+    conversion_options,
+    json_option,
+    output_argument,
+    overwrite_option,
+    quiet_option,
+    remote_output_options,
+    remote_source_options,
+    required_output,
+    selection_options,
+    source_argument,
+    workers_option,
 )
-from ._parser import Commands
 from ._printing import (
     describe_format,
     print_encoding,
@@ -33,54 +34,58 @@ from ._printing import (
     print_platform_note,
     print_warnings,
 )
-from ._progress import progress_bar
-from ._pruning_options import add_pruning, parse_keep_experts
+from ._progress import progress_option, show_progress
+from ._pruning_options import pruning_options
 
 if TYPE_CHECKING:
     from ..planning.plan import Plan
     from ..writing.output_spec import Resumption
     from ..writing.report import Report
 
-__all__ = ["add_parser", "run"]
+__all__ = ["convert"]
+
+_log = logging.getLogger(__name__)
 
 
-def add_parser(commands: Commands) -> None:
-    """Add the command to the command line."""
-    parser = commands.add_parser(
-        "convert",
-        help="convert a checkpoint to another format",
-        description="Convert a checkpoint to another format. To resume an interrupted conversion, "
-        "run the same command again.",
-    )
-    add_source(parser)
-    parser.add_argument(
-        "output",
-        metavar="OUTPUT",
-        help="folder to write (new, empty, or unfinished to resume), or a URL such as "
-        "s3://bucket/folder or hf://user/name",
-    )
-    add_conversion_options(parser)
-    add_workers(parser)
-    add_overwrite(parser)
-    parser.add_argument(
-        "--checksums",
-        action="store_true",
-        help="also write SHA256SUMS, the checksums of all files",
-    )
-    add_quiet(parser)
-    add_json(parser)
-    add_selection(parser)
-    add_adapters(parser)
-    add_pruning(parser)
-    add_remote_source(parser, can_download=True)
-    add_remote_output(parser)
-    add_distributed_options(parser)
-    parser.set_defaults(run=run)
-
-
-def run(arguments: argparse.Namespace) -> int:
+@command(
+    "convert",
+    short_help="convert a checkpoint to another format",
+    description="Convert a checkpoint to another format. To resume an interrupted conversion, run "
+    "the same command again.",
+    examples=(
+        "openai/gpt-oss-20b gpt-oss-20b-tl",
+        "gpt-oss-20b gpt-oss-20b-hf --to hf --dtype bfloat16",
+        "gpt-oss-20b part --layers 0-2,-1 --only attention,router",
+        "gpt-oss-20b merged --to hf-mxfp4 --adapter my-adapter",
+    ),
+)
+@source_argument()
+@output_argument(
+    "folder to write (new, empty, or unfinished to resume), or a URL such as s3://bucket/folder or "
+    "hf://user/name",
+    "OUTPUT",
+)
+@conversion_options
+@workers_option
+@overwrite_option
+@option(
+    "--checksums",
+    is_flag=True,
+    help="also write SHA256SUMS, the checksums of all files",
+)
+@json_option
+@progress_option
+@quiet_option()
+@selection_options()
+@adapter_options
+@pruning_options
+@remote_source_options(can_download=True)
+@remote_output_options
+@distributed_options
+def convert(arguments: Arguments) -> int:
     """Run the command; return the exit code."""
-    print_platform_note(arguments)
+    arguments.output = required_output(arguments)
+    print_platform_note(quiet=arguments.quiet)
     task = array_task(arguments)
     report = _convert(arguments, task)
     if arguments.json:
@@ -90,20 +95,24 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _convert(arguments: argparse.Namespace, task: tuple[int, int] | None) -> Report:
+def _convert(arguments: Arguments, task: tuple[int, int] | None) -> Report:
     """Convert SOURCE to OUTPUT and print messages on the way."""
-    from ..conversion import convert, join_array
+    from .. import conversion
 
-    with (
-        dask_client(arguments, task) as client,
-        progress_bar(arguments.quiet) as (start_bar, on_progress),
-    ):
+    options, adapters = conversion_arguments(arguments), named_adapters(arguments)
+    refuse_swapped(arguments.source, arguments.output)
+    with dask_client(arguments, task) as client, show_progress(arguments, "writing") as progress:
         output = open_output(arguments)
         if task is not None:
-            join_array(output or arguments.output)
+            conversion.join_array(output or arguments.output)
         source = open_source(arguments, is_token_for_other=output is not None)
 
         def on_plan(plan: Plan) -> None:
+            _log.info(
+                "%s (%s) to %s: %d tensors in %d shards",
+                plan.source_format, plan.detected_by, describe_format(plan.to, plan.dtype),
+                plan.num_tensors, len(plan.shards),
+            )  # fmt: skip
             if arguments.quiet:
                 return
             if plan.info.location is not source:
@@ -116,14 +125,10 @@ def _convert(arguments: argparse.Namespace, task: tuple[int, int] | None) -> Rep
             if not arguments.quiet:
                 print_message(_describe_resumption(found))
 
-        return convert(
+        return conversion.convert(
             source,
             output or arguments.output,
-            to=arguments.to,
-            source_format=arguments.source_format,
-            dtype=arguments.dtype,
-            max_shard_size=arguments.max_shard_size,
-            selection=parse_selection(arguments),
+            **options,
             workers=arguments.workers,
             overwrite=arguments.overwrite,
             checksums=arguments.checksums,
@@ -131,16 +136,13 @@ def _convert(arguments: argparse.Namespace, task: tuple[int, int] | None) -> Rep
             max_staged=arguments.max_staged,
             client=client,
             task=task,
-            mxfp4_rule=arguments.mxfp4_rule,
             reference=open_reference(arguments),
-            keep_layers=arguments.keep_layers,
-            keep_experts=parse_keep_experts(arguments),
-            adapters=open_adapters(arguments),
-            merge_like_peft=bool(arguments.merge_like_peft),
+            adapters=open_adapters(adapters, arguments),
             on_plan=on_plan,
             on_resume=on_resume,
-            on_start=start_bar,
-            on_progress=on_progress,
+            on_start=progress.start,
+            on_progress=progress.advance,
+            on_shard=progress.count_shard,
         )
 
 
@@ -176,6 +178,28 @@ def _print_report(report: Report, task: tuple[int, int] | None) -> None:
         # How much of the source an earlier run has read is not known.
         read = "" if report.bytes_resumed else f"read {sized(report.bytes_in)} and "
         print(
-            f"{read}wrote {sized(written)} in {report.seconds:.1f} s "
+            f"{read}wrote {sized(written)} in {_duration(report.seconds)} "
             f"({sized(round(written / report.seconds))}/s), peak memory {sized(report.peak_rss)}"
         )
+    if report.complete:
+        print(f"load it: {_loading(report)}")
+
+
+def _duration(seconds: float) -> str:
+    """Return a duration in words."""
+    if seconds < 1:
+        return f"{max(1, round(seconds * 1000))} ms"
+    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+
+
+def _loading(report: Report) -> str:
+    """Return the Python expression that loads an output."""
+    from .. import formats
+
+    name, module = report.output, formats.load(report.format)
+    if "://" in name and formats.library(module) == "transformers":
+        name = name.removeprefix("hf://")
+    if report.partial or "://" in name:
+        return f"gptoss_stream.open_state_dict({json.dumps(name)})"
+    last = next(x for x in formats.loading(module).splitlines() if x.startswith("model = "))
+    return last.removeprefix("model = ").replace("folder", json.dumps(name, ensure_ascii=False))

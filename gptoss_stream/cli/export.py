@@ -2,45 +2,46 @@
 
 from __future__ import annotations
 
-import argparse
+import click
 
 from .._utils.messages import counted, sized
 from .._utils.paths import user_path
 from ..errors import OptionError
-from ._options import add_source
-from ._parser import Commands
+from ._command import Arguments, argument, command, option
+from ._options import given_output, output_option, source_argument
 from ._printing import print_message
-from ._tensor_options import add_tensor_options, open_tensors
+from ._tensor_options import open_tensors, tensor_options
+from ._values import PATH
 
-__all__ = ["add_parser", "run"]
-
-
-def add_parser(commands: Commands) -> None:
-    """Add the command to the command line."""
-    parser = commands.add_parser(
-        "export",
-        help="write single tensors to a .safetensors or .npy file",
-        description="Write tensors to a file, without converting the checkpoint. For example: "
-        "export gpt-oss-20b blocks.3.attn.W_Q blocks.3.attn.W_O layer3.safetensors",
-    )
-    add_source(parser)
-    parser.add_argument("names", metavar="NAME", nargs="+", help="name of a tensor")
-    parser.add_argument(
-        "file",
-        metavar="FILE",
-        help="file to write: .safetensors, or .npy for one tensor (bfloat16 as float32)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
-    add_tensor_options(parser)
-    parser.set_defaults(run=run)
+__all__ = ["export"]
 
 
-def run(arguments: argparse.Namespace) -> int:
+@command(
+    "export",
+    short_help="write single tensors to a .safetensors or .npy file",
+    description="Write tensors to a file, without converting the checkpoint.",
+    examples=(
+        "gpt-oss-20b blocks.3.attn.W_Q blocks.3.attn.W_O layer3.safetensors",
+        "openai/gpt-oss-20b model.norm.weight -o norm.npy",
+    ),
+)
+@source_argument()
+@argument("names", "name of a tensor", nargs=-1, required=True, type=PATH, metavar="NAME... FILE")
+@output_option("FILE")
+@option("--overwrite", is_flag=True, help="replace FILE if it exists")
+@tensor_options
+def export(arguments: Arguments) -> int:
     """Run the command; return the exit code."""
     from ..export import SUFFIXES, export_tensors
     from ..tensors.dtypes import DType
 
-    file, names = user_path(arguments.file), list(dict.fromkeys(arguments.names))
+    *names, last = arguments.names
+    if arguments.output_option is not None and not last.endswith(SUFFIXES):
+        names, last = [*names, last], None
+    file = user_path(given_output(arguments, last) or "")
+    if not names:
+        raise click.UsageError("NAME or FILE is missing", click.get_current_context())
+    names = list(dict.fromkeys(names))
     if file.suffix not in SUFFIXES:
         raise OptionError(
             f"{file}: the last argument is the file to write, which ends in {' or '.join(SUFFIXES)}"

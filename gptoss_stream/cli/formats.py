@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
-
-from ._options import add_json
-from ._parser import Commands
+from ._command import Arguments, command
+from ._options import json_option
 from ._printing import print_json
 
-__all__ = ["add_parser", "run"]
+__all__ = ["formats"]
 
 
-def add_parser(commands: Commands) -> None:
-    """Add the command to the command line."""
-    parser = commands.add_parser(
-        "formats",
-        help="list the supported formats",
-        description="List the formats that can be read and written.",
-    )
-    add_json(parser)
-    parser.set_defaults(run=run)
-
-
-def run(arguments: argparse.Namespace) -> int:
+@command(
+    "formats",
+    short_help="list the supported formats",
+    description="List the formats that can be read and written.",
+    examples=("", "--json"),
+)
+@json_option
+def formats(arguments: Arguments) -> int:
     """Run the command; return the exit code."""
-    from .. import formats
+    from ..formats import names as format_names
 
-    names = list(formats.names())
+    names = list(format_names())
     if arguments.json:
         print_json({"formats": names})
     else:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import TYPE_CHECKING, Any
 
 from .._utils.messages import counted, listed, sized
 from ._adapter_page import print_adapter
+from ._command import Arguments, command, option
 from ._comparison import print_comparison
-from ._options import add_json, add_remote_source, add_source, add_source_format, open_source
-from ._parser import Commands
+from ._locations import open_source
+from ._options import json_option, remote_source_options, source_argument, source_format_option
 from ._printing import (
     describe_format,
     describe_model,
@@ -17,6 +17,8 @@ from ._printing import (
     print_json,
     print_tensors,
 )
+from ._tensor_kinds import print_kinds
+from ._values import PATH
 
 if TYPE_CHECKING:
     from ..checkpoint.metadata import CheckpointInfo
@@ -24,34 +26,36 @@ if TYPE_CHECKING:
     from ..loading.output_info import OutputInfo
     from ..storage.location import Location
 
-__all__ = ["add_parser", "run"]
+__all__ = ["inspect"]
 
 
-def add_parser(commands: Commands) -> None:
-    """Add the command to the command line."""
-    parser = commands.add_parser(
-        "inspect",
-        help="describe a checkpoint, converted output or adapter, or compare with another",
-        description="Describe a checkpoint or a converted output: its format, model and tensors. "
-        "Describe a LoRA adapter: its kind, rank, targets, layers, and how it is read. "
-        "Or, with --against, compare a few values of each tensor with those of another checkpoint: "
-        "this finds what no shape shows, such as square matrices that are transposed. The exit "
-        "code is 1 if all tensors of a kind are transposed, or have gate and up in another order.",
-    )
-    add_source(parser, "checkpoint, converted output or LoRA adapter")
-    add_source_format(parser)
-    parser.add_argument(
-        "--against",
-        metavar="REFERENCE",
-        help="checkpoint of the same model, or of the model that SOURCE was trained from, in any "
-        "format: a folder, a Hub repository or a URL",
-    )
-    add_json(parser)
-    add_remote_source(parser)
-    parser.set_defaults(run=run)
-
-
-def run(arguments: argparse.Namespace) -> int:
+@command(
+    "inspect",
+    short_help="describe a checkpoint, converted output or adapter, or compare with another",
+    description="Describe a checkpoint or a converted output: its format, model and kinds of "
+    "tensors. Describe a LoRA adapter: its kind, rank, targets, layers, and how it is read. "
+    "Or, with --against, compare a few values of each tensor with those of another checkpoint: "
+    "this finds what no shape shows, such as square matrices that are transposed. The exit "
+    "code is 1 if all tensors of a kind are transposed, or have gate and up in another order.",
+    examples=(
+        "openai/gpt-oss-20b",
+        "gpt-oss-20b-tl --tensors",
+        "fine-tune --against openai/gpt-oss-20b",
+    ),
+)
+@source_argument("checkpoint, converted output or LoRA adapter")
+@source_format_option
+@option("--tensors", is_flag=True, help="list every tensor instead of the kinds of tensors")
+@option(
+    "--against",
+    type=PATH,
+    metavar="REFERENCE",
+    help="checkpoint of the same model, or of the model that SOURCE was trained from, in any "
+    "format: a folder, a Hub repository or a URL",
+)
+@json_option
+@remote_source_options()
+def inspect(arguments: Arguments) -> int:
     """Run the command; return the exit code."""
     if arguments.against is not None:
         return _compare(arguments)
@@ -68,16 +72,16 @@ def run(arguments: argparse.Namespace) -> int:
     elif arguments.json:
         print_json(output.as_dict())
     else:
-        _print_output(output)
+        _print_output(output, arguments)
     return 0
 
 
-def _compare(arguments: argparse.Namespace) -> int:
+def _compare(arguments: Arguments) -> int:
     """Compare SOURCE with REFERENCE; return the exit code, which is 1 for rearranged tensors."""
     from ..storage.open_location import is_repository
     from ..verification.compare import compare
 
-    reference = argparse.Namespace(
+    reference = Arguments(
         **{**vars(arguments), "source": arguments.against, "revision": None, "subfolder": None}
     )
     if not is_repository(arguments.against):
@@ -96,7 +100,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     return 1 if result.rearranged else 0
 
 
-def _inspect_adapter(location: Location, arguments: argparse.Namespace) -> None:
+def _inspect_adapter(location: Location, arguments: Arguments) -> None:
     """Read a LoRA adapter and print what it is."""
     from ..adapters import Adapter, describe, read_adapter
 
@@ -107,7 +111,7 @@ def _inspect_adapter(location: Location, arguments: argparse.Namespace) -> None:
         print_adapter(found)
 
 
-def _inspect_checkpoint(location: Location, arguments: argparse.Namespace) -> None:
+def _inspect_checkpoint(location: Location, arguments: Arguments) -> None:
     """Read the metadata of a checkpoint and print them."""
     from ..checkpoint.metadata import read_metadata
     from ..formats import read_source
@@ -126,7 +130,10 @@ def _inspect_checkpoint(location: Location, arguments: argparse.Namespace) -> No
     )
     for note in source.notes:
         print(f"note: {note}")
-    print_tensors(info.tensors)
+    if arguments.tensors:
+        print_tensors(info.tensors)
+    else:
+        print_kinds(source.info.tensors, source.table)
 
 
 def _checkpoint_as_dict(info: CheckpointInfo, source: SourceModel) -> dict[str, Any]:
@@ -152,8 +159,10 @@ def _checkpoint_as_dict(info: CheckpointInfo, source: SourceModel) -> dict[str, 
     }
 
 
-def _print_output(info: OutputInfo) -> None:
+def _print_output(info: OutputInfo, arguments: Arguments) -> None:
     """Print what a converted output is, where it comes from, and whether it is complete."""
+    from .. import formats
+
     if info.complete:
         state = "complete"
     else:
@@ -172,4 +181,7 @@ def _print_output(info: OutputInfo) -> None:
         f"{counted(len(info.tensors), 'tensor')}, {sized(total)} in "
         f"{counted(len(shards), 'shard')}: {state}"
     )
-    print_tensors(info.tensors)
+    if arguments.tensors:
+        print_tensors(info.tensors)
+    else:
+        print_kinds(info.tensors, formats.load(info.format).TABLE)

@@ -7,26 +7,49 @@ broken pipe; 143 terminated.
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+import click
+from click.shell_completion import shell_complete
 
 from .. import __version__
 from .._utils.failures import machine_error
-from .._utils.platforms import refuse_windows
 from ..errors import GptOssStreamError, MachineError
-from . import convert, export, formats, inspect, plan, show, synth, verify
-from ._parser import Parser
+from ._command import Commands, usage_message
 from ._printing import print_message, show_warnings
 from ._signals import Terminated, install_signal_handlers, reset_signal_handlers
+from .convert import convert
+from .export import export
+from .formats import formats
+from .inspect import inspect
+from .plan import plan
+from .show import show
+from .synth import synth
+from .verify import verify
 
 __all__ = ["main"]
 
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, which Windows does not have
-_COMMANDS = (convert, plan, inspect, show, export, verify, synth, formats)
+_SCRIPT = "gptoss-stream"
+_COMPLETE = "_GPTOSS_STREAM_COMPLETE"
+
+_commands = Commands(
+    "gptoss_stream",
+    {
+        str(command.name): command
+        for command in (convert, plan, inspect, show, export, verify, synth, formats)
+    },
+    help="Convert gpt-oss checkpoints between formats, and read single tensors.",
+    epilog="COMMAND --help describes a command.",
+    subcommand_metavar="COMMAND ...",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+click.version_option(__version__, message="%(version)s", help="print the version")(_commands)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,9 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         show_warnings()
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # a path may contain any bytes
-        arguments = _parser().parse_args(argv)
-        refuse_windows()
-        code: int = arguments.run(arguments)
+        code = _run(sys.argv[1:] if argv is None else [*argv])
         sys.stdout.flush()
         return code
     except GptOssStreamError as error:
@@ -76,22 +97,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         reset_signal_handlers()
 
 
-def _parser() -> argparse.ArgumentParser:
-    """Return the parser of the whole command line.
+def _run(arguments: list[str]) -> int:
+    """Parse the command line and run the command; return the exit code.
 
-    A command's parsed arguments have its function `run` as `run`.
+    Raises:
+        SystemExit: For `--help`, `--version`, usage errors, and the completion of a command line.
     """
-    parser = argparse.ArgumentParser(
-        prog="gptoss_stream",
-        description="Convert gpt-oss checkpoints between formats, and read single tensors.",
-        epilog="'gptoss_stream COMMAND --help' describes a command.",
-    )
-    parser.add_argument(
-        "--version", action="version", version=__version__, help="print the version"
-    )
-    commands = parser.add_subparsers(
-        title="commands", metavar="COMMAND", required=True, parser_class=Parser
-    )
-    for command in _COMMANDS:
-        command.add_parser(commands)
-    return parser
+    name = Path(sys.argv[0]).name
+    program = _SCRIPT if name == _SCRIPT else "python -m gptoss_stream"
+    if _COMPLETE in os.environ:
+        raise SystemExit(shell_complete(_commands, {}, name, _COMPLETE, os.environ[_COMPLETE]))
+    try:
+        with _commands.make_context(program, arguments) as context:
+            code: int = _commands.invoke(context)
+            return code
+    except click.exceptions.Exit as done:
+        sys.stdout.flush()
+        raise SystemExit(done.exit_code) from None
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message(), file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except click.UsageError as error:
+        if error.ctx is not None:
+            print(error.ctx.get_usage(), file=sys.stderr)
+        print_message(f"error: {usage_message(error)}")
+        raise SystemExit(error.exit_code) from None

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._utils.messages import counted, listed, sized
 from .._utils.paths import user_path
-from ._adapter_options import add_adapters, open_adapters
+from ..errors import MachineError
+from ._adapter_options import adapter_options, named_adapters, open_adapters
 from ._adapter_page import describe_adapter
+from ._command import Arguments, command
+from ._conversion_arguments import conversion_arguments, refuse_swapped
+from ._locations import open_output, open_reference, open_source
 from ._options import (
-    add_conversion_options,
-    add_json,
-    add_quiet,
-    add_remote_output,
-    add_remote_source,
-    add_selection,
-    add_source,
-    add_workers,
-    open_output,
-    open_reference,
-    open_source,
-    parse_selection,
+    conversion_options,
+    given_output,
+    json_option,
+    output_argument,
+    quiet_option,
+    remote_output_options,
+    remote_source_options,
+    selection_options,
+    source_argument,
+    workers_option,
 )
-from ._parser import Commands
 from ._printing import (
     describe_format,
     describe_model,
@@ -32,14 +33,14 @@ from ._printing import (
     print_narrowed,
     print_warnings,
 )
-from ._pruning_options import add_pruning, parse_keep_experts
+from ._pruning_options import pruning_options
 
 if TYPE_CHECKING:
     from ..planning.plan import Plan
     from ..planning.shards import PlannedShard
     from ..storage.location import WritableLocation
 
-__all__ = ["add_parser", "run"]
+__all__ = ["plan"]
 
 
 class _Resources(NamedTuple):
@@ -49,70 +50,66 @@ class _Resources(NamedTuple):
     disk_free: int
     memory: int
 
-
-def add_parser(commands: Commands) -> None:
-    """Add the command to the command line."""
-    parser = commands.add_parser(
-        "plan",
-        help="show what convert would write",
-        description="Show what convert would write with the same options, and how much disk and "
-        "memory it needs. Only headers and configuration are read.",
-    )
-    add_source(parser)
-    parser.add_argument(
-        "output",
-        metavar="OUTPUT",
-        nargs="?",
-        default=".",
-        help="where convert would write (default: the current folder)",
-    )
-    add_conversion_options(parser)
-    add_workers(parser)
-    add_quiet(parser, "the plan and errors")
-    add_json(parser)
-    add_selection(parser)
-    add_adapters(parser)
-    add_pruning(parser)
-    add_remote_source(parser)
-    add_remote_output(parser)
-    parser.set_defaults(run=run)
+    @property
+    def suffice(self) -> bool:
+        """Whether the disk has room."""
+        return self.disk_needed <= self.disk_free
 
 
-def run(arguments: argparse.Namespace) -> int:
+@command(
+    "plan",
+    short_help="show what convert would write",
+    description="Show what convert would write with the same options, and how much disk and memory "
+    "it needs. Only headers and configuration are read. The exit code is 3 if the disk has not "
+    "enough room.",
+    examples=(
+        "gpt-oss-20b gpt-oss-20b-tl",
+        "openai/gpt-oss-120b s3://bucket/gpt-oss-120b-tl --max-shard-size 1GB",
+    ),
+)
+@source_argument()
+@output_argument("where convert would write (default: a folder in the current one)")
+@conversion_options
+@workers_option
+@json_option
+@quiet_option("the plan and errors")
+@selection_options()
+@adapter_options
+@pruning_options
+@remote_source_options()
+@remote_output_options
+def plan(arguments: Arguments) -> int:
     """Run the command; return the exit code."""
     from .._utils.thread_pool import count_workers
-    from ..planning.plan import plan
+    from ..planning import plan as planning
 
-    output = open_output(arguments)
-    planned = plan(
-        open_source(arguments, is_token_for_other=output is not None),
-        to=arguments.to,
-        source_format=arguments.source_format,
-        dtype=arguments.dtype,
-        max_shard_size=arguments.max_shard_size,
-        selection=parse_selection(arguments),
-        mxfp4_rule=arguments.mxfp4_rule,
-        reference=open_reference(arguments),
-        keep_layers=arguments.keep_layers,
-        keep_experts=parse_keep_experts(arguments),
-        adapters=open_adapters(arguments),
-        merge_like_peft=bool(arguments.merge_like_peft),
-    )
+    options, adapters = conversion_arguments(arguments), named_adapters(arguments)
     workers = count_workers(arguments.workers)
-    resources = _resources(planned, output, workers, arguments)
+    found = given_output(arguments, arguments.output)
+    arguments.output = found or "."
+    refuse_swapped(arguments.source, arguments.output)
+    output = open_output(arguments)
+    planned = planning.plan(
+        open_source(arguments, is_token_for_other=output is not None),
+        **options,
+        reference=open_reference(arguments),
+        adapters=open_adapters(adapters, arguments),
+    )
+    resources, folder = _resources(planned, output, workers, arguments)
     if arguments.json:
         print_json(_as_dict(planned, resources))
-        return 0
-    _print_plan(planned, resources, workers)
-    if not arguments.quiet:
-        print_warnings(planned)
-    return 0
+    else:
+        where = "the current folder" if found is None else str(folder)
+        _print_plan(planned, resources, where, workers)
+        if not arguments.quiet:
+            print_warnings(planned)
+    return 0 if resources.suffice else MachineError.exit_code
 
 
 def _resources(
-    planned: Plan, output: WritableLocation | None, workers: int, arguments: argparse.Namespace
-) -> _Resources:
-    """Return what the conversion needs, on the disk of a local OUTPUT or of the staging folder."""
+    planned: Plan, output: WritableLocation | None, workers: int, arguments: Arguments
+) -> tuple[_Resources, Path]:
+    """Return what the conversion needs, and the folder whose disk it needs: OUTPUT or staging."""
     from ..storage.open_location import upload_nbytes
     from ..writing.disk_space import free_nbytes
     from ..writing.executor import memory_nbytes
@@ -132,10 +129,10 @@ def _resources(
         has_reference=planned.reference is not None,
         has_adapters=planned.merge is not None,
     )
-    return _Resources(needed, free_nbytes(folder), memory)
+    return _Resources(needed, free_nbytes(folder), memory), folder
 
 
-def _print_plan(planned: Plan, resources: _Resources, workers: int) -> None:
+def _print_plan(planned: Plan, resources: _Resources, where: str, workers: int) -> None:
     """Print the plan: source, model, output, resources, and a line for each shard."""
     print(
         f"source   {planned.info.location}: {planned.source_format} ({planned.detected_by})\n"
@@ -145,8 +142,9 @@ def _print_plan(planned: Plan, resources: _Resources, workers: int) -> None:
         f"{describe_format(planned.to, planned.dtype)}, "
         f"{sized(planned.nbytes)} in {counted(len(planned.shards), 'shard')}, "
         f"made from {sized(planned.source_nbytes)} of the source\n"
-        f"disk     {sized(resources.disk_needed)} needed, {sized(resources.disk_free)} free"
-        f"{': NOT ENOUGH' if resources.disk_needed > resources.disk_free else ''}\n"
+        f"disk     {sized(resources.disk_needed)} needed, {sized(resources.disk_free)} free "
+        f"in {where}"
+        f"{'' if resources.suffice else ': NOT ENOUGH'}\n"
         f"memory   {sized(resources.memory)} at most, {counted(workers, 'worker')}"
     )
     for adapter in () if planned.merge is None else planned.merge.describe():

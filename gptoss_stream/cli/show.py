@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-import argparse
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
-from ._options import add_json, add_source
-from ._parser import Commands
+from ._command import Arguments, argument, command
+from ._options import json_option, source_argument
 from ._printing import print_json
-from ._tensor_options import add_tensor_options, open_tensors
+from ._tensor_options import open_tensors, tensor_options
 
 if TYPE_CHECKING:
     from ..loading.checkpoint_tensors import CheckpointTensors
 
-__all__ = ["add_parser", "run"]
+__all__ = ["show"]
 
 
-def add_parser(commands: Commands) -> None:
-    """Add the command to the command line."""
-    parser = commands.add_parser(
-        "show",
-        help="print shape, statistics and first values of tensors",
-        description="Print shape, dtype, statistics and the first values of tensors, without "
-        "converting the checkpoint. For example: show gpt-oss-20b "
-        "blocks.3.mlp.experts.5.W_in.weight",
-    )
-    add_source(parser)
-    parser.add_argument("names", metavar="NAME", nargs="+", help="name of a tensor")
-    add_json(parser)
-    add_tensor_options(parser)
-    parser.set_defaults(run=run)
-
-
-def run(arguments: argparse.Namespace) -> int:
+@command(
+    "show",
+    short_help="print shape, statistics and first values of tensors",
+    description="Print shape, dtype, statistics and the first values of tensors, without "
+    "converting the checkpoint.",
+    examples=(
+        "gpt-oss-20b blocks.3.mlp.experts.5.W_in.weight",
+        "openai/gpt-oss-20b model.norm.weight lm_head.weight --cache 4GB",
+    ),
+)
+@source_argument()
+@argument("names", "name of a tensor", nargs=-1, required=True, metavar="NAME...")
+@json_option
+@tensor_options
+def show(arguments: Arguments) -> int:
     """Run the command; return the exit code."""
     tensors = open_tensors(arguments, arguments.names)
     try:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 from ..errors import OptionError
-from ._options import add_max_shard_size, add_overwrite, add_quiet, add_workers
-from ._parser import Commands
+from ._command import Arguments, Decorator, OptionGroup, combined, command, option
+from ._options import (
+    max_shard_size_option,
+    output_argument,
+    overwrite_option,
+    quiet_option,
+    required_output,
+    workers_option,
+)
 from ._printing import print_platform_note
-from ._progress import progress_bar
+from ._progress import progress_option, show_progress
+from ._values import FORMATS, PRESETS, TARGETS
 
-__all__ = ["add_parser", "run"]
-
+__all__ = ["synth"]
 
 _DIMENSIONS = {
     "layers": "number of layers",
@@ -29,78 +35,91 @@ _OF_CHECKPOINTS = ("format", "max_shard_size")
 _OF_ADAPTERS = ("rank", "alpha", "targets")
 
 
-def add_parser(commands: Commands) -> None:
-    """Add the command to the command line."""
-    parser = commands.add_parser(
-        "synth",
-        help="write a random checkpoint to try things with",
-        description="Write a random gpt-oss checkpoint, or a LoRA adapter for one. The same seed "
-        "gives the same model in every format.",
+_ADAPTER = OptionGroup("LoRA adapter")
+_DIMENSION = OptionGroup("Model dimensions", "The defaults are those of the preset.")
+
+_adapter_options: Decorator = combined(
+    (
+        option(
+            "--adapter",
+            is_flag=True,
+            group=_ADAPTER,
+            help="write a random adapter for such a checkpoint instead, in PEFT's files",
+        ),
+        option("--rank", type=int, metavar="R", group=_ADAPTER, help="its rank (default: 16)"),
+        option(
+            "--alpha",
+            type=int,
+            metavar="A",
+            group=_ADAPTER,
+            help="its lora_alpha (default: twice the rank)",
+        ),
+        option(
+            "--targets",
+            type=TARGETS,
+            metavar="LIST",
+            group=_ADAPTER,
+            help="what it changes: some of {choices}, with commas (default: attention,experts)",
+        ),
     )
-    parser.add_argument(
-        "output", metavar="OUTPUT", help="folder to write: new, empty, or unfinished to resume"
-    )
-    parser.add_argument(
-        "--format",
-        metavar="FORMAT",
-        help="format to write (default: hf-mxfp4); the command 'formats' lists them all",
-    )
-    parser.add_argument(
-        "--preset",
-        default="tiny",
-        metavar="NAME",
-        help="size of the model: tiny, 20b or 120b (default: tiny)",
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="random seed (default: 0)")
-    add_max_shard_size(parser)
-    add_workers(parser)
-    add_overwrite(parser)
-    add_quiet(parser)
-    _add_adapter(parser)
-    group = parser.add_argument_group("model dimensions (default: those of the preset)")
-    for name, what in _DIMENSIONS.items():
-        group.add_argument(f"--{name}", type=int, metavar="N", help=what)
-    # Without a value, so that it is known which of them were given.
-    parser.set_defaults(run=run, max_shard_size=None)
+)
 
 
-def _add_adapter(parser: argparse.ArgumentParser) -> None:
-    """Add `--adapter` and the options about it."""
-    group = parser.add_argument_group("LoRA adapter")
-    group.add_argument(
-        "--adapter",
-        action="store_true",
-        help="write a random adapter for such a checkpoint instead, in PEFT's files",
-    )
-    group.add_argument("--rank", type=int, metavar="R", help="its rank (default: 16)")
-    group.add_argument(
-        "--alpha", type=int, metavar="A", help="its lora_alpha (default: twice the rank)"
-    )
-    group.add_argument(
-        "--targets",
-        metavar="LIST",
-        help="what it changes: some of attention, router, experts and lm_head, with commas "
-        "(default: attention,experts)",
-    )
-
-
-def run(arguments: argparse.Namespace) -> int:
+@command(
+    "synth",
+    short_help="write a random checkpoint to try things with",
+    description="Write a random gpt-oss checkpoint, or a LoRA adapter for one. The same seed gives "
+    "the same model in every format.",
+    examples=(
+        "demo/checkpoint",
+        "large --preset 20b --layers 2",
+        "demo/adapter --adapter --rank 8",
+    ),
+)
+@output_argument("folder to write: new, empty, or unfinished to resume", "OUTPUT")
+@option(
+    "--format",
+    type=FORMATS,
+    metavar="FORMAT",
+    help="format to write: {choices} (default: hf-mxfp4)",
+)
+@option(
+    "--preset",
+    type=PRESETS,
+    default="tiny",
+    metavar="NAME",
+    help="size of the model: {choices} (default: tiny)",
+)
+@option("--seed", type=int, default=0, metavar="S", help="random seed (default: 0)")
+@max_shard_size_option
+@workers_option
+@overwrite_option
+@progress_option
+@quiet_option()
+@_adapter_options
+@combined(
+    option(f"--{name}", type=int, metavar="N", group=_DIMENSION, help=what)
+    for name, what in _DIMENSIONS.items()
+)
+def synth(arguments: Arguments) -> int:
     """Run the command; return the exit code."""
+    from .. import synthesis
     from ..random_adapter import DEFAULT_RANK, DEFAULT_TARGETS
     from ..random_checkpoint import DEFAULT_FORMAT
-    from ..synthesis import synth, synth_adapter
 
-    print_platform_note(arguments)
+    arguments.output = required_output(arguments)
+    print_platform_note(quiet=arguments.quiet)
     own = _own_options(arguments)
     dimensions = {name.replace("-", "_") for name in _DIMENSIONS}
     own |= {name: getattr(arguments, name) for name in (*_SHARED, *dimensions)}
-    write = synth_adapter if arguments.adapter else synth
-    with progress_bar(arguments.quiet) as (on_start, on_progress):
+    write = synthesis.synth_adapter if arguments.adapter else synthesis.synth
+    with show_progress(arguments, "writing") as progress:
         folder = write(
             arguments.output,
             arguments.preset,
-            on_start=on_start,
-            on_progress=on_progress,
+            on_start=progress.start,
+            on_progress=progress.advance,
+            on_shard=progress.count_shard,
             **own,
         )
     if arguments.quiet:
@@ -114,7 +133,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _own_options(arguments: argparse.Namespace) -> dict[str, Any]:
+def _own_options(arguments: Arguments) -> dict[str, Any]:
     """Return the given options that only checkpoints have, or only adapters; refuse the others'.
 
     Raises:

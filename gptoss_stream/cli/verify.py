@@ -2,82 +2,76 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import TYPE_CHECKING
 
 from .._utils.messages import counted, sized
 from ..errors import OptionError
-from ._adapter_options import add_adapters, open_adapters
+from ._adapter_options import adapter_options, named_adapters, open_adapters
+from ._command import Arguments, command, option
+from ._locations import open_other, open_reference, open_source, parse_selection
 from ._options import (
-    add_json,
-    add_quantization,
-    add_quiet,
-    add_remote_source,
-    add_selection,
-    add_source,
-    add_source_format,
-    add_workers,
-    open_other,
-    open_reference,
-    open_source,
-    parse_selection,
+    given_output,
+    json_option,
+    output_argument,
+    quantization_options,
+    quiet_option,
+    remote_source_options,
+    selection_options,
+    source_argument,
+    source_format_option,
+    workers_option,
 )
-from ._parser import Commands
 from ._printing import describe_selection, print_json
-from ._progress import progress_bar
+from ._progress import progress_option, show_progress
+from ._values import FORMATS
 
 if TYPE_CHECKING:
     from ..verification.differences import Verification
 
-__all__ = ["add_parser", "run"]
+__all__ = ["verify"]
+
+_MAX_LINES = 20
 
 
-def add_parser(commands: Commands) -> None:
-    """Add the command to the command line."""
-    parser = commands.add_parser(
-        "verify",
-        help="compare a converted output with its source",
-        description="Convert SOURCE again in memory and compare every byte with OUTPUT; or, with "
-        "--checksums and without SOURCE, check OUTPUT against its SHA256SUMS: its large files on "
-        "the Hub by the checksums that the Hub lists, without reading them. The exit code is 1 if "
-        "there are differences.",
-    )
-    add_source(parser, "checkpoint that was converted", is_optional=True)
-    parser.add_argument(
-        "output",
-        metavar="OUTPUT",
-        help="converted output: a folder, a Hub repository, or a URL",
-    )
-    parser.add_argument(
-        "--checksums",
-        action="store_true",
-        help="check OUTPUT against its SHA256SUMS instead of SOURCE",
-    )
-    parser.add_argument(
-        "--to",
-        metavar="FORMAT",
-        help="format of OUTPUT (default: as recorded in its gptoss_stream.json)",
-    )
-    add_source_format(parser)
-    add_quantization(parser)
-    parser.add_argument(
-        "--sample", type=int, metavar="N", help="compare the data of N random tensors only"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="random seed of --sample (default: 0)"
-    )
-    add_workers(parser)
-    add_quiet(parser, "differences and errors")
-    add_json(parser)
-    add_adapters(parser)
-    add_selection(parser, "By default as recorded in OUTPUT's gptoss_stream.json.")
-    add_remote_source(parser, or_output=True)
-    parser.set_defaults(run=run)
-
-
-def run(arguments: argparse.Namespace) -> int:
+@command(
+    "verify",
+    short_help="compare a converted output with its source",
+    description="Convert SOURCE again in memory and compare every byte with OUTPUT; or, with "
+    "--checksums and without SOURCE, check OUTPUT against its SHA256SUMS: its large files on the "
+    "Hub by the checksums that the Hub lists, without reading them. The exit code is 1 if there "
+    "are differences.",
+    examples=(
+        "gpt-oss-20b gpt-oss-20b-tl",
+        "openai/gpt-oss-20b hf://you/gpt-oss-20b-tl --sample 100",
+        "--checksums gpt-oss-20b-tl",
+    ),
+)
+@source_argument("checkpoint that was converted", is_required=False)
+@output_argument("converted output: a folder, a Hub repository, or a URL", "OUTPUT")
+@option("--checksums", is_flag=True, help="check OUTPUT against its SHA256SUMS instead of SOURCE")
+@option(
+    "--to",
+    type=FORMATS,
+    metavar="FORMAT",
+    help="format of OUTPUT: {choices} (default: as recorded in its gptoss_stream.json)",
+)
+@source_format_option
+@quantization_options
+@option("--sample", type=int, metavar="N", help="compare the data of N random tensors only")
+@option("--seed", type=int, default=0, metavar="S", help="random seed of --sample (default: 0)")
+@workers_option
+@json_option
+@progress_option
+@quiet_option("differences and errors")
+@selection_options("By default as recorded in OUTPUT's gptoss_stream.json.")
+@adapter_options
+@remote_source_options(or_output=True)
+def verify(arguments: Arguments) -> int:
     """Run the command; return the exit code, which is 1 if there are differences."""
-    if (arguments.source is None) != arguments.checksums:
+    if arguments.checksums and arguments.output is None:  # the only argument is OUTPUT
+        arguments.source, arguments.output = None, arguments.source
+    arguments.output = given_output(arguments, arguments.output)
+    if arguments.output is None or (arguments.source is None) != arguments.checksums:
         raise OptionError("verify takes either SOURCE and OUTPUT, or OUTPUT and --checksums")
     result = _verify_checksums(arguments) if arguments.checksums else _verify(arguments)
     if arguments.json:
@@ -87,44 +81,47 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if result.equal else 1
 
 
-def _verify(arguments: argparse.Namespace) -> Verification:
+def _verify(arguments: Arguments) -> Verification:
     """Compare OUTPUT with SOURCE."""
     from ..storage.open_location import is_repository
-    from ..verification.verify import verify
+    from ..verification import verify as verification
 
-    with progress_bar(arguments.quiet) as (on_start, on_progress):
-        return verify(
+    selection, adapters = parse_selection(arguments), named_adapters(arguments)
+    with show_progress(arguments, "comparing") as progress:
+        return verification.verify(
             open_source(arguments, is_token_for_other=is_repository(arguments.output)),
             open_other(arguments.output, arguments, "verifying"),
             to=arguments.to,
             source_format=arguments.source_format,
-            selection=parse_selection(arguments),
+            selection=selection,
             sample=arguments.sample,
             seed=arguments.seed,
             workers=arguments.workers,
             mxfp4_rule=arguments.mxfp4_rule,
             reference=open_reference(arguments),
-            adapters=open_adapters(arguments),
+            adapters=open_adapters(adapters, arguments),
             merge_like_peft=arguments.merge_like_peft,
-            on_start=on_start,
-            on_progress=on_progress,
+            on_start=progress.start,
+            on_progress=progress.advance,
         )
 
 
-def _verify_checksums(arguments: argparse.Namespace) -> Verification:
+def _verify_checksums(arguments: Arguments) -> Verification:
     """Check OUTPUT against its SHA256SUMS."""
     from ..verification.verify import verify_checksums
 
     arguments.source = arguments.output  # whose options the user has given
     output = open_source(arguments)
-    with progress_bar(arguments.quiet) as (on_start, on_progress):
-        return verify_checksums(output, on_start=on_start, on_progress=on_progress)
+    with show_progress(arguments, "checking") as progress:
+        return verify_checksums(output, on_start=progress.start, on_progress=progress.advance)
 
 
-def _print_result(result: Verification, arguments: argparse.Namespace) -> None:
-    """Print each difference, then a summary."""
-    for difference in result.differences:
+def _print_result(result: Verification, arguments: Arguments) -> None:
+    """Print the first differences, then a summary."""
+    for difference in result.differences[:_MAX_LINES]:
         print(difference)
+    if (left := len(result.differences) - _MAX_LINES) > 0:
+        print(f"and {left:,} more; --json lists all")
     what = (
         counted(result.files, "file") if arguments.checksums else counted(result.tensors, "tensor")
     )

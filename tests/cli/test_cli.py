@@ -85,7 +85,7 @@ def test_plan_prints_a_summary_or_the_whole_plan_as_json(checkpoints, tmp_path):
 
 
 def test_inspect_describes_a_checkpoint(checkpoints):
-    done = run("inspect", checkpoints())
+    done = run("inspect", checkpoints(), "--tensors")
     assert "hf-mxfp4" in done.stdout
     assert "model.layers.3.mlp.experts.gate_up_proj_blocks" in done.stdout
     whole = json.loads(run("inspect", checkpoints(), "--json").stdout)
@@ -209,7 +209,7 @@ def test_inspect_describes_converted_outputs(checkpoints, tmp_path):
     source, out = checkpoints(), tmp_path / "out"
     options = ["--max-shard-size", "300KB", "--to", "hf", "--layers", "1"]
     assert run("convert", source, out, *options).returncode == 0
-    shown = run("inspect", out).stdout
+    shown = run("inspect", out, "--tensors").stdout
     assert f"{out}: converted, hf in bfloat16 (layers 1)" in shown
     assert (
         f"from {source.resolve()} (hf-mxfp4) by gptoss_stream {gptoss_stream.__version__}" in shown

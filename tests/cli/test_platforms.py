@@ -18,7 +18,7 @@ MISSING = {
 }
 IMITATED = """
 import os, signal, sys
-import einops, fsspec, huggingface_hub, numpy, safetensors.numpy, tqdm  # not what is tested
+import click, einops, fsspec, huggingface_hub, numpy, safetensors.numpy, tqdm  # not what is tested
 import http.client, multiprocessing, pathlib, tempfile, urllib.request, uuid
 system, missing, action = sys.argv[1:4]
 sys.platform = system
