@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from .._utils.messages import counted
 from ..errors import OptionError
 from ._command import Arguments, Decorator, OptionGroup, combined, option
 from ._locations import open_other
@@ -85,8 +86,8 @@ def named_adapters(arguments: Arguments) -> tuple[Adapter, ...]:
             raise OptionError(f"{name} is for adapters; name one with --adapter, or remove it")
     if len(scales) not in (0, 1, len(names)):
         raise OptionError(
-            f"{len(scales)} times --adapter-scale for {len(names)} adapters; give it once for all "
-            "of them, or once for each, in order"
+            f"{len(scales)} times --adapter-scale for {counted(len(names), 'adapter')}; "
+            "give it once for all of them, or once for each, in order"
         )
     return tuple(
         Adapter(

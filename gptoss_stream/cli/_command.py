@@ -99,11 +99,7 @@ class _Command(_WithHelp):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the arguments, and the options in groups."""
-        arguments = [
-            ((p.metavar or p.human_readable_name).strip("[].").upper(), p.about)
-            for p in self.params
-            if isinstance(p, _Argument)
-        ]
+        arguments = [(_shown_name(p), p.about) for p in self.params if isinstance(p, _Argument)]
         if arguments:
             with formatter.section("Arguments"):
                 formatter.write_dl(arguments)
@@ -209,13 +205,22 @@ def usage_message(error: click.UsageError) -> str:
     """Return what is wrong with the arguments, in words."""
     if isinstance(error, click.NoSuchOption):
         known = [name for param in _params(error.ctx) for name in param.opts]
+        if error.ctx is not None and isinstance(error.ctx.command, Commands):
+            of_commands = error.ctx.command.commands.values()
+            if any(error.option_name in p.opts for one in of_commands for p in one.params):
+                return f"{error.option_name} is an option of a command; write it after the command"
         others = {word: one for word, one in _OTHER_WORDS.items() if one in known}
         advice = did_you_mean(error.option_name, known, others)
         return f"there is no option {error.option_name}; {advice or '--help lists the options'}"
     if isinstance(error, click.MissingParameter) and error.param is not None:
-        return f"{error.param.human_readable_name.upper()} is missing"
+        return f"{_shown_name(error.param)} is missing"
     message = error.format_message().rstrip(".")
-    return message[:1].lower() + message[1:]
+    return message[:1].lower() + message[1:] if message[1:2].islower() else message
+
+
+def _shown_name(param: click.Parameter) -> str:
+    """Return what the help calls an argument."""
+    return (param.metavar or param.human_readable_name).strip("[].").upper()
 
 
 def _params(context: click.Context | None) -> list[click.Parameter]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .._utils.paths import user_path
-from ..errors import OptionError
+from ..errors import OptionError, OutputError
 from ._command import Arguments
 from ._locations import parse_selection
 from ._pruning_options import parse_keep_experts
@@ -39,30 +39,39 @@ def refuse_swapped(source: str, output: str) -> None:
     """Refuse a SOURCE and an OUTPUT that are probably the other way round.
 
     Raises:
-        OptionError: If OUTPUT is a checkpoint that this tool did not write, and SOURCE is none or
-            an output of this tool.
+        OptionError: If OUTPUT is a checkpoint, and SOURCE does not exist or, unlike OUTPUT, is the
+            output of a conversion.
     """
     from ..loading.output_info import read_output_info
     from ..storage.local_folder import LocalFolder
-    from ..writing.run_state import RECORD_NAME, WORK_NAME
+    from ..storage.open_location import is_repository
 
     if "://" in source or "://" in output:
         return
     one, other = user_path(source), user_path(output)
-    if not _has(other, "config.json", "tl_config.json") or _has(other, RECORD_NAME, WORK_NAME):
+    if not any((other / name).exists() for name in ("config.json", "tl_config.json")):
         return
-    if not one.exists():
+    why = ""
+    if not one.exists() and not is_repository(source):
         why = "does not exist"
-    elif info := read_output_info(LocalFolder(one)):
+    elif not _was_converted(other) and (info := read_output_info(LocalFolder(one))):
         why = f"is already a converted output ({info.format})"
-    else:
-        return
-    raise OptionError(
-        f"{source} {why}, and {output} is a checkpoint that this tool did not write; did you swap "
-        "SOURCE and OUTPUT?"
-    )
+    if why:
+        raise OptionError(
+            f"{source} {why}, and {output} is a checkpoint; did you swap SOURCE and OUTPUT?"
+        )
 
 
-def _has(folder: Path, *names: str) -> bool:
-    """Return whether a folder has one of these."""
-    return any((folder / name).exists() for name in names)
+def _was_converted(folder: Path) -> bool:
+    """Return whether a folder is an output of `convert`, finished or not."""
+    from ..writing.run_state import RECORD_NAME, WORK_NAME, parse_state
+
+    file = folder / RECORD_NAME
+    try:
+        return (folder / WORK_NAME).exists() or (
+            "source_format" in parse_state(file.read_bytes(), str(file))
+        )
+    except FileNotFoundError:
+        return False
+    except (OSError, OutputError):
+        return True  # what is wrong with it is said later

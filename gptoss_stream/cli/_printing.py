@@ -152,8 +152,10 @@ def describe_selection(selection: Mapping[str, Any]) -> str:
 def describe_model(model: ModelConfig) -> str:
     """Return the size of a model in words."""
     count = model.num_parameters
-    parameters = f"{count / 1e9:.3g} billion" if count >= 1e9 else f"{count / 1e6:.3g} million"
+    unit, word = next(
+        (one for one in ((1e9, "billion"), (1e6, "million")) if count >= one[0]), (1e3, "thousand")
+    )
     return (
         f"{counted(model.num_layers, 'layer')}, {counted(model.num_experts, 'expert')} "
-        f"({model.experts_per_token} for each token), {parameters} parameters"
+        f"({model.experts_per_token} for each token), {count / unit:.3g} {word} parameters"
     )

@@ -48,7 +48,9 @@ def did_you_mean(text: str, known: Iterable[str], others: Mapping[str, str] | No
     from difflib import get_close_matches
 
     others = others or {}
-    near = get_close_matches(text.lower(), [*known, *others], 3, 0.6)
+    known = [*known]
+    near = [one for one in known if one.startswith(text)][:3]
+    near = near or get_close_matches(text.lower(), [*known, *others], 3, 0.6)
     found = [others[text.lower()]] if text.lower() in others else [others.get(n, n) for n in near]
     return f"did you mean {' or '.join(dict.fromkeys(found))}?" if found else ""
 

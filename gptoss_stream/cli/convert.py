@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from typing import TYPE_CHECKING
 
 from .._utils.messages import counted, sized
@@ -109,9 +110,9 @@ def _convert(arguments: Arguments, task: tuple[int, int] | None) -> Report:
 
         def on_plan(plan: Plan) -> None:
             _log.info(
-                "%s (%s) to %s: %d tensors in %d shards",
+                "%s (%s) to %s: %s in %s",
                 plan.source_format, plan.detected_by, describe_format(plan.to, plan.dtype),
-                plan.num_tensors, len(plan.shards),
+                counted(plan.num_tensors, "tensor"), counted(len(plan.shards), "shard"),
             )  # fmt: skip
             if arguments.quiet:
                 return
@@ -193,7 +194,7 @@ def _duration(seconds: float) -> str:
 
 
 def _loading(report: Report) -> str:
-    """Return the Python expression that loads an output."""
+    """Return Python that loads an output, in one line."""
     from .. import formats
 
     name, module = report.output, formats.load(report.format)
@@ -201,5 +202,9 @@ def _loading(report: Report) -> str:
         name = name.removeprefix("hf://")
     if report.partial or "://" in name:
         return f"gptoss_stream.open_state_dict({json.dumps(name)})"
-    last = next(x for x in formats.loading(module).splitlines() if x.startswith("model = "))
-    return last.removeprefix("model = ").replace("folder", json.dumps(name, ensure_ascii=False))
+    lines = formats.loading(module).splitlines()
+    call = next(line for line in lines if line.startswith("model = ")).removeprefix("model = ")
+    needed = call.partition(".")[0]
+    package = next((x.split()[1] for x in lines if re.search(rf"^from .*\b{needed}\b", x)), None)
+    prefix = f"from {package} import {needed}; " if package else ""
+    return prefix + call.replace("folder", json.dumps(name, ensure_ascii=False))

@@ -8,6 +8,7 @@ from .._utils.messages import counted, sized
 from ..errors import OptionError
 from ._adapter_options import adapter_options, named_adapters, open_adapters
 from ._command import Arguments, command, option
+from ._conversion_arguments import refuse_swapped
 from ._locations import open_other, open_reference, open_source, parse_selection
 from ._options import (
     given_output,
@@ -87,6 +88,8 @@ def _verify(arguments: Arguments) -> Verification:
     from ..verification import verify as verification
 
     selection, adapters = parse_selection(arguments), named_adapters(arguments)
+    if arguments.to is None:  # which is for outputs that do not say what they are
+        refuse_swapped(arguments.source, arguments.output)
     with show_progress(arguments, "comparing") as progress:
         return verification.verify(
             open_source(arguments, is_token_for_other=is_repository(arguments.output)),

@@ -137,6 +137,13 @@ class ResolvedSelection:
         fields = {name: getattr(self, name) for name in self.__slots__}
         return {name: list(value) for name, value in fields.items() if value not in (None, ())}
 
+    def no_match(self, to: str) -> str:
+        """Return the message for a selection that matches no tensor of a format."""
+        advice = ""
+        if self.include and not any("*" in pattern for pattern in self.include):
+            advice = f"; --include matches whole names: try '*{self.include[0]}*'"
+        return f"the selection {self.as_dict()} matches no tensor of {to}{advice}"
+
     def matches(self, name: str, model_tensor: str, layer: int | None, expert: int | None) -> bool:
         """Return whether an output tensor is selected.
 

@@ -276,7 +276,7 @@ def plan_conversion(
     }
     tensors = [tensor for tensor in every if selection.matches(tensor.name, *tensor.origin)]
     if not tensors:
-        raise OptionError(f"the selection {selection.as_dict()} matches no tensor of {to}")
+        raise OptionError(selection.no_match(to))
     max_shard_size = parse_size(options.max_shard_size)
     return Plan(
         info=info,

@@ -24,6 +24,8 @@ __all__ = [
 
 _REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://(.*)", re.DOTALL)
+_PAGE = re.compile(r"(?:www\.)?(?:huggingface|hf)\.co/([^/?#]+/[^/?#]+).*", re.DOTALL)
+_ALMOST_URL = re.compile(r"(hf|https?|s3a?|gs|gcs|az|abfss?)(:/?)([^/].*)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,7 @@ def open_location(
                 f"{_without_secrets(text)}: --{option} is only for a repository of the Hub"
             )
     if url is None:
+        _refuse_almost_url(text)
         return LocalFolder(user_path(name) / (subfolder or ""))
     full = f"{text.rstrip('/')}/{subfolder}" if subfolder else text
     if url.protocol in ("http", "https"):
@@ -117,6 +120,7 @@ def open_writable_location(
     path_text(name)
     url = _parse_url(name)
     if url is None:
+        _refuse_almost_url(os.fspath(name))
         return None
     if url.protocol == "hf":
         from .hub import HubRepository
@@ -136,6 +140,24 @@ def upload_nbytes(name: str | os.PathLike[str]) -> int:
     from .xet import XET_NBYTES, uses_xet
 
     return XET_NBYTES if uses_xet() else 0
+
+
+def _refuse_almost_url(text: str) -> None:
+    """Refuse what is no local path and nearly a URL; an output would get a folder of that name.
+
+    Raises:
+        OptionError: Saying what was probably meant.
+    """
+    if os.path.lexists(text):
+        return
+    if page := _PAGE.fullmatch(text):
+        shown, meant = text[: page.end(1)], f"hf://{page[1]}"
+    elif almost := _ALMOST_URL.fullmatch(text):
+        meant = _without_secrets(f"{almost[1]}://{almost[3]}")
+        shown = meant.replace("://", almost[2], 1)
+    else:
+        return
+    raise OptionError(f"{shown}: there is no such folder; did you mean {meant}?")
 
 
 def is_repository(name: str | os.PathLike[str]) -> bool:

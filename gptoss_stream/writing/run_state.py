@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
@@ -40,6 +41,7 @@ __all__ = [
 
 WORK_NAME = ".gptoss_stream"
 RUN_NAME = f"{WORK_NAME}/run.json"
+_HASH = re.compile(r"[0-9a-f]{64}")
 _DERIVED = ("plan", "files", "unused")  # named only if nothing else differs
 _IDENTIFY_NOTHING = (
     "schema",
@@ -151,6 +153,12 @@ def refuse_other_run(
         OutputError: Saying what differs.
     """
     differing = list(differences(found, state))
+    is_converted = "source_format" in found
+    if differing and is_converted != ("source_format" in state):
+        raise OutputError(
+            f"{where}: it holds {'a conversion' if is_converted else 'what synth has written'}; "
+            "name another output, or add --overwrite to replace it"
+        )
     if differing:
         raise OutputError(
             f"{where}: it holds {'an unfinished' if unfinished else 'a finished'} run "
@@ -171,6 +179,8 @@ def differences(found: Mapping[str, Any], state: Mapping[str, Any]) -> Iterator[
             yield f"{key} ({listed(_differing_names(old, new))})"
         elif isinstance(old, list) and isinstance(new, list):
             yield f"{key} ({listed(sorted({*map(str, old)} ^ {*map(str, new)}))})"
+        elif _HASH.fullmatch(str(old)) or _HASH.fullmatch(str(new)):
+            yield key
         else:
             yield f"{key} (was {str(old)[:24]}, now {str(new)[:24]})"
 
