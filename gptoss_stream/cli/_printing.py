@@ -36,10 +36,11 @@ __all__ = [
 def print_message(message: str) -> None:
     """Print a message as one line to stderr; line breaks in it become spaces."""
     text = "gptoss_stream: " + " ".join(message.splitlines())
-    if _write is None:
+    write = _write  # another thread may close the bar
+    if write is None:
         print(text, file=sys.stderr)
     else:
-        _write(text)
+        write(text)
 
 
 def redirect_messages(write: Callable[[str], None] | None) -> None:

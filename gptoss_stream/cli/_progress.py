@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 import time
@@ -64,6 +65,7 @@ class _Bar(Progress):
     """A progress bar, and messages above it."""
 
     _bar: Any = None
+    _began = False
 
     def start(self, total: int, done: int) -> None:
         """Create the bar."""
@@ -71,9 +73,10 @@ class _Bar(Progress):
 
         with self._lock:
             self.close()
+            self._began = True  # a signal may come before the next line has ended
             self._bar = tqdm(
                 total=total, initial=done, desc=self._phase, unit="B", unit_scale=True,
-                dynamic_ncols=True, leave=False, file=sys.stderr,
+                ncols=_width(), leave=False, file=sys.stderr,
             )  # fmt: skip
             redirect_messages(lambda text: tqdm.write(text, file=sys.stderr))
 
@@ -81,6 +84,7 @@ class _Bar(Progress):
         """Move the bar."""
         with self._lock:
             if self._bar is not None:
+                self._bar.ncols = _width()
                 self._bar.update(nbytes)
 
     def count_shard(self, finished: int, total: int) -> None:
@@ -93,13 +97,22 @@ class _Bar(Progress):
     def close(self) -> None:
         """Clear the bar, also of what the terminal shows for Ctrl-C."""
         with self._lock:
-            if self._bar is None:
+            if not self._began:
                 return
             redirect_messages(None)
-            self._bar.close()
-            self._bar = None
+            if self._bar is not None:
+                self._bar.close()
+            self._began, self._bar = False, None
             if sys.stderr.isatty():
                 print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _width() -> int:
+    """Return how wide the bar is: the terminal may show ^C after it on the same line."""
+    try:
+        return max(20, os.get_terminal_size(sys.stderr.fileno()).columns - 4)
+    except OSError:
+        return 80
 
 
 class _Lines(Progress):
