@@ -71,11 +71,19 @@ class _Option(click.Option):
         return record[0], record[1].replace("{choices}", choices_in_words(self.type.values()))
 
 
-class _WithHelp(click.Command):
-    """A command whose option `--help` is described like the others."""
+class _Base(click.Command):
+    """What the commands and their group have in common."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments; let every usage error know its command."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            error.ctx = error.ctx or ctx
+            raise
 
     def get_help_option(self, ctx: click.Context) -> click.Option | None:
-        """Return the option."""
+        """Return the option `--help`, described like the others."""
         found = super().get_help_option(ctx)
         if found is not None:
             found.help = "print this help"
@@ -90,7 +98,7 @@ class _Argument(click.Argument):
         self.about = about
 
 
-class _Command(_WithHelp):
+class _Command(_Base):
     """A command whose function takes `Arguments` and returns the exit code."""
 
     def __init__(self, *args: Any, examples: Sequence[str] = (), **kwargs: Any) -> None:
@@ -131,7 +139,7 @@ class _Command(_WithHelp):
         return self.callback(arguments)
 
 
-class Commands(_WithHelp, click.Group):
+class Commands(_Base, click.Group):
     """The commands, with a suggestion for an unknown one."""
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -37,7 +38,10 @@ __all__ = [
 ]
 
 
-def did_you_mean(text: str, known: Iterable[str], others: Mapping[str, str] | None = None) -> str:
+_NONE: Mapping[str, str] = MappingProxyType({})
+
+
+def did_you_mean(text: str, known: Iterable[str], others: Mapping[str, str] = _NONE) -> str:
     """Return "did you mean …?" for a text that is unknown; empty if nothing is like it.
 
     Args:
@@ -47,12 +51,14 @@ def did_you_mean(text: str, known: Iterable[str], others: Mapping[str, str] | No
     """
     from difflib import get_close_matches
 
-    others = others or {}
-    known = [*known]
-    near = [one for one in known if one.startswith(text)][:3]
-    near = near or get_close_matches(text.lower(), [*known, *others], 3, 0.6)
-    found = [others[text.lower()]] if text.lower() in others else [others.get(n, n) for n in near]
-    return f"did you mean {' or '.join(dict.fromkeys(found))}?" if found else ""
+    known, lower = [*known], text.lower()
+    if lower in others:
+        near = [others[lower]]
+    else:
+        near = [one for one in known if one.startswith(lower)][:3]
+        near = near or get_close_matches(lower, known, 3, 0.7)
+        near = near or [others[one] for one in get_close_matches(lower, others, 3, 0.7)]
+    return f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
 
 
 def choices_in_words(values: Sequence[str]) -> str:
@@ -75,15 +81,15 @@ class Choice(_Type):
         self,
         noun: str,
         values: Callable[[], Sequence[str]],
-        aliases: Mapping[str, str] | None = None,
-        hints: Mapping[str, str] | None = None,
+        aliases: Mapping[str, str] = _NONE,
+        hints: Mapping[str, str] = _NONE,
         *,
         is_list: bool = False,
     ) -> None:
         self.name = noun
         self.values = values
-        self.aliases = aliases or {}
-        self.hints = hints or {}
+        self.aliases = aliases
+        self.hints = hints
         self.is_list = is_list
 
     def convert(self, value: Any, param: Any, ctx: Any) -> str:

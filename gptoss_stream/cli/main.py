@@ -1,8 +1,8 @@
 """Entry point of the command line.
 
 Exit codes: 0 success; 1 `verify` found differences, or `inspect --against` rearranged tensors; 2
-bad usage or bad input; 3 system error (disk full, I/O error, out of memory); 130 interrupted; 141
-broken pipe; 143 terminated.
+bad usage or bad input; 3 system error (disk full, I/O error, out of memory), or `plan` found too
+little space; 130 interrupted; 141 broken pipe; 143 terminated.
 """
 
 from __future__ import annotations

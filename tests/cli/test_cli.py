@@ -20,6 +20,8 @@ from runs import interrupted
 
 import gptoss_stream
 
+COMMANDS = ("convert", "plan", "inspect", "show", "export", "verify", "synth", "formats")
+
 
 def run(*arguments, **options) -> subprocess.CompletedProcess:
     return subprocess.run(
@@ -31,15 +33,18 @@ def run(*arguments, **options) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["--version"], ["x"], []])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], *([name, "--help"] for name in COMMANDS), ["--version"], ["x"], []]
+)
 def test_help_and_usage_errors_import_no_large_package(arguments):
     code = (
         "import sys, gptoss_stream.cli.main as c\n"
         f"try: c.main({arguments!r})\n"
         "except SystemExit as e: print('exit', e.code)\n"
-        "print(sorted({'numpy', 'torch', 'einops', 'tqdm', 'transformers'} & set(sys.modules)))"
+        "print(sorted({*sys.argv[1].split()} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    large = "numpy torch einops tqdm transformers huggingface_hub fsspec"
+    done = subprocess.run([sys.executable, "-c", code, large], capture_output=True, text=True)
     assert done.stdout.endswith("[]\n")
     assert "exit" in done.stdout
     assert ("exit 0" in done.stdout) == bool(arguments and arguments[-1].startswith("--"))
