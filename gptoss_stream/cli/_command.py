@@ -211,15 +211,15 @@ def combined(decorators: Iterable[Decorator]) -> Decorator:
 
 def usage_message(error: click.UsageError) -> str:
     """Return what is wrong with the arguments, in words."""
-    if isinstance(error, click.NoSuchOption):
-        known = [name for param in _params(error.ctx) for name in param.opts]
-        if error.ctx is not None and isinstance(error.ctx.command, Commands):
-            of_commands = error.ctx.command.commands.values()
-            if any(error.option_name in p.opts for one in of_commands for p in one.params):
-                return f"{error.option_name} is an option of a command; write it after the command"
-        others = {word: one for word, one in _OTHER_WORDS.items() if one in known}
-        advice = did_you_mean(error.option_name, known, others)
-        return f"there is no option {error.option_name}; {advice or '--help lists the options'}"
+    if isinstance(error, click.NoSuchOption) and error.ctx is not None:
+        called, name = error.ctx.command, error.option_name
+        others = called.commands.values() if isinstance(called, Commands) else ()
+        if any(name in param.opts for one in others for param in one.params):
+            return f"{name} is an option of a command; write it after the command"
+        known = [name for param in called.get_params(error.ctx) for name in param.opts]
+        words = {word: one for word, one in _OTHER_WORDS.items() if one in known}
+        advice = did_you_mean(name, known, words)
+        return f"there is no option {name}; {advice or '--help lists the options'}"
     if isinstance(error, click.MissingParameter) and error.param is not None:
         return f"{_shown_name(error.param)} is missing"
     message = error.format_message().rstrip(".")
@@ -229,8 +229,3 @@ def usage_message(error: click.UsageError) -> str:
 def _shown_name(param: click.Parameter) -> str:
     """Return what the help calls an argument."""
     return (param.metavar or param.human_readable_name).strip("[].").upper()
-
-
-def _params(context: click.Context | None) -> list[click.Parameter]:
-    """Return the options and arguments of the command that was called."""
-    return [] if context is None else context.command.get_params(context)

@@ -197,14 +197,16 @@ def _loading(report: Report) -> str:
     """Return Python that loads an output, in one line."""
     from .. import formats
 
-    name, module = report.output, formats.load(report.format)
-    if "://" in name and formats.library(module) == "transformers":
-        name = name.removeprefix("hf://")
-    if report.partial or "://" in name:
-        return f"gptoss_stream.open_state_dict({json.dumps(name)})"
-    lines = formats.loading(module).splitlines()
-    call = next(line for line in lines if line.startswith("model = ")).removeprefix("model = ")
-    needed = call.partition(".")[0]
+    module = formats.load(report.format)
+    name, lines = report.output, formats.loading(module).splitlines()
+    repository = re.fullmatch(r"hf://([^/@]+/[^/@]+)", name)
+    if repository and formats.library(module) == "transformers":
+        name = repository[1]
+    quoted = json.dumps(name, ensure_ascii=False)
+    calls = [line.removeprefix("model = ") for line in lines if line.startswith("model = ")]
+    if report.partial or "://" in name or not calls:
+        return f"gptoss_stream.open_state_dict({quoted})"
+    needed = calls[0].partition(".")[0]
     package = next((x.split()[1] for x in lines if re.search(rf"^from .*\b{needed}\b", x)), None)
     prefix = f"from {package} import {needed}; " if package else ""
-    return prefix + call.replace("folder", json.dumps(name, ensure_ascii=False))
+    return prefix + calls[0].replace("folder", quoted)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from runs import assert_clean_error, convert_command, limit_file_size, run, run_in_process
 
 import gptoss_stream
+from gptoss_stream.cli.convert import _loading
 from gptoss_stream.tensors.raw_tensor import RawTensor
 
 
@@ -120,6 +122,21 @@ def test_how_to_load_a_part_and_nothing_that_is_not_complete(checkpoints, tmp_pa
         assert "load it" not in done.stdout
     done = run_in_process("convert", source, "memory://out", "--to", "hf")
     assert done.stdout.splitlines()[-1] == 'load it: gptoss_stream.open_state_dict("memory://out")'
+
+
+@pytest.mark.parametrize(
+    ("to", "output", "expected"),
+    [
+        ("hf", "hf://user/name", 'from_pretrained("user/name", dtype="auto")'),
+        ("hf", "hf://user/name/folder", 'open_state_dict("hf://user/name/folder")'),
+        ("hf", "s3://bucket/name", 'open_state_dict("s3://bucket/name")'),
+        ("transformer-lens", "hf://user/name", 'open_state_dict("hf://user/name")'),
+        ("hf-unfused", 'a "b"', 'load_hf_model("a \\"b\\"")'),
+    ],
+)
+def test_how_to_load_what_is_elsewhere(to, output, expected, checkpoints, tmp_path):
+    report = gptoss_stream.convert(checkpoints(), tmp_path / "out", to=to)
+    assert _loading(replace(report, output=output)).endswith(f".{expected}")
 
 
 def test_short_runs_have_a_time(checkpoints, tmp_path):
