@@ -20,8 +20,8 @@ from runs import ROOT, run_in_process
 import gptoss_stream
 from gptoss_stream.cli import _progress
 
-# Sleeps at each callback, so that the run can be looked at; warns at the third one, as the library
-# does of long waits.
+# Sleeps at the first callbacks, so that the run can be looked at, and warns at the third one, as the
+# library does of long waits.
 SLOW = """
 import itertools, logging, sys, time
 from gptoss_stream.cli import _progress
@@ -29,9 +29,12 @@ from gptoss_stream.cli.main import main
 advance, numbers = _progress._Bar.advance, itertools.count()
 def slowly(bar, nbytes):
     advance(bar, nbytes)
-    if next(numbers) == 2:
+    number = next(numbers)
+    if number == 2:
         logging.getLogger("gptoss_stream.storage").warning("a long wait")
-    time.sleep(0.1)
+        time.sleep({pause})
+    if number < 10:
+        time.sleep(0.1)
 _progress._Bar.advance = slowly
 sys.exit(main())
 """
@@ -40,10 +43,10 @@ sys.exit(main())
 class Terminal:
     """A process with a terminal as its stderr, 100 columns wide."""
 
-    def __init__(self, *arguments: object) -> None:
+    def __init__(self, *arguments: object, pause: float = 0) -> None:
         self.end, process_end = pty.openpty()
         fcntl.ioctl(process_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-        command = [sys.executable, "-c", SLOW, *map(str, arguments)]
+        command = [sys.executable, "-c", SLOW.format(pause=pause), *map(str, arguments)]
         self.process = subprocess.Popen(
             command, cwd=ROOT, stderr=process_end, stdout=subprocess.DEVNULL
         )
@@ -109,7 +112,7 @@ def test_a_bar_with_phase_and_shards_is_cleared_at_the_end(command, source, tmp_
 
 
 def test_a_message_is_above_the_bar(source, tmp_path):
-    terminal = Terminal("convert", source, tmp_path / "out")
+    terminal = Terminal("convert", source, tmp_path / "out", pause=1)
     terminal.read_until("a long wait")
     terminal.read_until("a long wait\r\n")
     while len(terminal.lines) < 2:
@@ -123,7 +126,7 @@ def test_a_message_is_above_the_bar(source, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_clears_the_bar(number, source, tmp_path):
     """Also where the terminal shows ^C after it."""
-    terminal = Terminal("convert", source, tmp_path / "out")
+    terminal = Terminal("convert", source, tmp_path / "out", pause=1)
     terminal.read_until("a long wait\r\n")
     if number == signal.SIGINT:
         shown = terminal.lines[-1]
