@@ -197,11 +197,21 @@ def test_what_is_almost_a_url(name, meant, checkpoints, tmp_path, monkeypatch):
     for command in (("inspect", name), ("convert", checkpoints(), name)):
         done = run_in_process(*command)
         assert_clean_error(done, 2)
-        assert f"{name}: there is no such folder; did you mean {meant}?" in done.stderr
+        assert done.stderr.endswith(f": there is no such folder; did you mean {meant}?\n")
     assert not [*tmp_path.iterdir()]
     Path(name).mkdir(parents=True)
     assert run_in_process("convert", checkpoints(), name, "--quiet").returncode == 0
     assert run_in_process("inspect", name).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["https:/me:secret@host/x?token=secret", "s3:me:secret@b/x", "hf.co/a/b?x=secret"]
+)
+def test_secrets_in_what_is_almost_a_url(name):
+    done = run_in_process("inspect", name)
+    assert_clean_error(done, 2)
+    assert "did you mean" in done.stderr
+    assert "secret" not in done.stderr
 
 
 def test_differences_are_capped(checkpoints, converted, tmp_path):

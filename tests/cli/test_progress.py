@@ -20,7 +20,7 @@ from runs import ROOT, run_in_process
 import gptoss_stream
 from gptoss_stream.cli import _progress
 
-# Sleeps at the first callbacks, so that the run can be looked at, and warns at the third one, as the
+# Sleeps at the first callbacks, so that the run can be looked at, and warns at the third, as the
 # library does of long waits.
 SLOW = """
 import itertools, logging, sys, time
