@@ -125,8 +125,9 @@ def verify(
         expected = {tensor.name: tensor for shard in planned.shards for tensor in shard.tensors}
         if selection is None and found.tensors and not found.tensors.keys() & expected.keys():
             raise OutputError(
-                f"{location}: none of its tensors is one of {planned.to}; name the source first "
-                "and the converted output second, or give its format with --to"
+                f"{location}: none of its tensors is one of {planned.to}; "
+                f"{'leave out' if to else 'give its format with'} --to, or name the source first "
+                "and the converted output second"
             )
         differences += compare_structure(stored, expected, planned)
         tensors = [t for t in expected.values() if is_comparable(t, found.tensors)]

@@ -226,6 +226,12 @@ def test_differences_are_capped(checkpoints, converted, tmp_path):
     assert len(json.loads(whole.stdout)["differences"]) == 20 + left
 
 
+def test_an_output_of_another_format(checkpoints, converted):
+    done = run_in_process("verify", checkpoints(), converted, "--to", "hf")
+    assert_clean_error(done, 2)
+    assert "none of its tensors is one of hf; leave out --to, or name the source" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("patterns", "advice"),
     [(["attn"], "; --include matches whole names: try '*attn*'"), (["*x", "y"], "")],
