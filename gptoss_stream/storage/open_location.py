@@ -186,10 +186,11 @@ def local_path(name: str | os.PathLike[str]) -> Path:
     """Return a local path.
 
     Raises:
-        OptionError: For a URL.
+        OptionError: For a URL, also one that is misspelled.
     """
     if _parse_url(name) is not None:
         raise OptionError(f"{_without_secrets(name)}: it must be a local folder; download it first")
+    _refuse_almost_url(os.fspath(name))
     return user_path(name)
 
 

@@ -194,7 +194,7 @@ ALMOST = {
 def test_what_is_almost_a_url(name, meant, checkpoints, tmp_path, monkeypatch):
     """As a source and as an output; an existing folder of that name is one."""
     monkeypatch.chdir(tmp_path)
-    for command in (("inspect", name), ("convert", checkpoints(), name)):
+    for command in (("inspect", name), ("convert", checkpoints(), name), ("synth", name)):
         done = run_in_process(*command)
         assert_clean_error(done, 2)
         assert done.stderr.endswith(f": there is no such folder; did you mean {meant}?\n")
