@@ -68,7 +68,9 @@ def test_a_local_folder_has_priority(hub, cli, another, released, whole, tmp_pat
     shutil.copytree(another, tmp_path / NAME)
     done = cli("convert", NAME, "out", *SIZE)
     assert done.returncode == 0
-    assert lines(done) == [f"gptoss_stream: reading the local folder {NAME}"]
+    assert lines(done) == [
+        f"gptoss_stream: reading the local folder {NAME}, not a repository of that name"
+    ]
     assert finished(tmp_path / "out") == whole(another)
     assert hub.requests == []
     refused = cli("convert", NAME, "out2", "--revision", "main")
