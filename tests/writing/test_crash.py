@@ -251,7 +251,7 @@ def test_signals_at_any_time(signals, large, tmp_path):
     assert ended > signals / 2
 
 
-@pytest.mark.parametrize("module", ["datetime", pytest.param("", marks=slow)])
+@pytest.mark.parametrize("module", ["multiarray", pytest.param("", marks=slow)])
 def test_a_signal_while_modules_load(module, strace, small, tmp_path):
     """It ends the run as at any time, although numpy replaces exceptions raised in its import."""
     opened = {}
