@@ -66,7 +66,9 @@ def synth(
         preset, format=format, seed=seed, max_shard_size=max_shard_size, **overrides
     )
     with progress_callbacks("writing", progress, on_start, on_progress) as callbacks:
-        return _write(checkpoint, output, workers, overwrite, callbacks, on_shard, is_checkpoint=True)
+        return _write(
+            checkpoint, output, workers, overwrite, callbacks, on_shard, is_checkpoint=True
+        )
 
 
 def synth_adapter(

@@ -89,7 +89,7 @@ def open_location(
                 f"{_without_secrets(text)}: --{option} is only for a repository of the Hub"
             )
     if url is None:
-        _refuse_almost_url(text)
+        _refuse_almost_url(name)
         return LocalFolder(user_path(name) / (subfolder or ""))
     full = f"{text.rstrip('/')}/{subfolder}" if subfolder else text
     if url.protocol in ("http", "https"):
@@ -120,7 +120,7 @@ def open_writable_location(
     path_text(name)
     url = _parse_url(name)
     if url is None:
-        _refuse_almost_url(os.fspath(name))
+        _refuse_almost_url(name)
         return None
     if url.protocol == "hf":
         from .hub import HubRepository
@@ -142,13 +142,13 @@ def upload_nbytes(name: str | os.PathLike[str]) -> int:
     return XET_NBYTES if uses_xet() else 0
 
 
-def _refuse_almost_url(text: str) -> None:
+def _refuse_almost_url(text: str | os.PathLike[str]) -> None:
     """Refuse what is no local path and nearly a URL; an output would get a folder of that name.
 
     Raises:
         OptionError: Saying what was probably meant.
     """
-    if os.path.lexists(text):
+    if not isinstance(text, str) or os.path.lexists(text):
         return
     if page := _PAGE.fullmatch(text):
         shown, meant = text[: page.end(1)], f"hf://{page[1]}"
@@ -190,7 +190,7 @@ def local_path(name: str | os.PathLike[str]) -> Path:
     """
     if _parse_url(name) is not None:
         raise OptionError(f"{_without_secrets(name)}: it must be a local folder; download it first")
-    _refuse_almost_url(os.fspath(name))
+    _refuse_almost_url(name)
     return user_path(name)
 
 
