@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import threading
@@ -19,7 +18,6 @@ from ._values import PROGRESS
 __all__ = ["Progress", "progress_option", "show_progress"]
 
 _LOG_SECONDS = 30.0
-_log = logging.getLogger(__name__)
 
 progress_option: Decorator = option(
     "--progress",
@@ -50,8 +48,6 @@ class Progress:
 
     def count_shard(self, finished: int, total: int) -> None:
         """Count a shard: see `on_shard` of `convert`."""
-        if finished:
-            _log.info("shard %d of %d is finished", finished, total)
         with self._lock:
             self._phase = (
                 f"{self._phase.split(',')[0]}, shard {min(finished + 1, total)} of {total}"

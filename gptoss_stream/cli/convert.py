@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 from typing import TYPE_CHECKING
 
@@ -44,8 +43,6 @@ if TYPE_CHECKING:
     from ..writing.report import Report
 
 __all__ = ["convert"]
-
-_log = logging.getLogger(__name__)
 
 
 @command(
@@ -109,11 +106,6 @@ def _convert(arguments: Arguments, task: tuple[int, int] | None) -> Report:
         source = open_source(arguments, is_token_for_other=output is not None)
 
         def on_plan(plan: Plan) -> None:
-            _log.info(
-                "%s (%s) to %s: %s in %s",
-                plan.source_format, plan.detected_by, describe_format(plan.to, plan.dtype),
-                counted(plan.num_tensors, "tensor"), counted(len(plan.shards), "shard"),
-            )  # fmt: skip
             if arguments.quiet:
                 return
             if plan.info.location is not source:
