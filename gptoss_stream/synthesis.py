@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ._utils.messages import sized
-from ._utils.progress import OnProgress, OnStart, progress_callbacks
+from ._utils.progress import OnProgress, OnStart, check_callbacks, progress_callbacks
 from .planning.shards import DEFAULT_SHARD_SIZE
 from .random_adapter import DEFAULT_RANK, DEFAULT_TARGETS, random_adapter
 from .random_checkpoint import DEFAULT_FORMAT, RandomCheckpoint, random_checkpoint
@@ -141,6 +141,7 @@ def _write(
     from .writing.thread_executor import ThreadExecutor
 
     on_start, on_progress = callbacks
+    check_callbacks(on_shard=on_shard)
     total = sum(shard.nbytes for shard in made.shards)
     folder = local_path(output)
     _log.info("writing random tensors to %s: %s", folder, sized(total))
