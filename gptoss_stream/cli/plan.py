@@ -83,6 +83,8 @@ def plan(arguments: Arguments) -> int:
     from .._utils.thread_pool import count_workers
     from ..planning import plan as planning
 
+    from ..storage.location import BatchingLocation
+
     options, adapters = conversion_arguments(arguments), named_adapters(arguments)
     workers = count_workers(arguments.workers)
     found = given_output(arguments, arguments.output)
@@ -101,6 +103,11 @@ def plan(arguments: Arguments) -> int:
     else:
         where = "the current folder" if found is None else str(folder)
         _print_plan(planned, resources, where, workers)
+        if isinstance(output, BatchingLocation):
+            print(
+                "commits  shards are uploaded as they are made, and committed together, at most "
+                "once a minute: the Hub allows 128 commits an hour"
+            )
         if not arguments.quiet:
             print_warnings(planned)
     return 0 if resources.suffice else MachineError.exit_code

@@ -264,3 +264,10 @@ def test_a_local_folder_with_the_name_of_a_repository(checkpoints, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     done = run_in_process("plan", "user/name")
     assert "reading the local folder user/name, not a repository of that name" in done.stderr
+
+
+def test_plan_says_how_often_it_commits_to_the_hub(checkpoints):
+    done = run_in_process("plan", checkpoints(), "hf://user/name")
+    assert done.returncode == 0, done.stderr
+    assert "at most once a minute: the Hub allows 128 commits an hour" in done.stdout
+    assert "commits" not in run_in_process("plan", checkpoints(), "out").stdout
