@@ -82,7 +82,6 @@ def plan(arguments: Arguments) -> int:
     """Run the command; return the exit code."""
     from .._utils.thread_pool import count_workers
     from ..planning import plan as planning
-
     from ..storage.location import BatchingLocation
 
     options, adapters = conversion_arguments(arguments), named_adapters(arguments)
