@@ -224,7 +224,7 @@ def test_pruned_models(experts, checkpoints):
 def test_formats_are_listed(capsys):
     names = ["hf", "hf-mxfp4", "hf-unfused", "openai", "transformer-lens"]
     assert main(["formats", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"formats": names}
+    assert json.loads(capsys.readouterr().out) == {"schema": 1, "formats": names}
     assert main(["formats"]) == 0
     assert capsys.readouterr().out.split() == names
     assert gptoss_stream.formats.names() == tuple(names)
