@@ -63,18 +63,19 @@ class BlockSource:
             stop: Ends the read with an error when it is set.
 
         Returns:
-            The blocks by number, and the numbers of those that are not in the cache.
+            The blocks by number, and the numbers of those that can be put in the cache.
 
         Raises:
             CheckpointError: If the file has changed since its header was read.
             MachineError: If reading fails.
         """
         blocks = dict(self._cached(shard, numbers))
-        new = [number for number in numbers if number not in blocks]
-        for run in _runs(new):
+        new: list[int] = []
+        for run in _runs(number for number in numbers if number not in blocks):
             memory = releasable_memory(self.nbytes(shard, run))
             file = self._files.file(shard)
-            file.read_into(memory.data, run.start * self._block_nbytes, stop)
+            if file.read_into(memory.data, run.start * self._block_nbytes, stop):
+                new += run
             if len(run) == 1:
                 blocks[run.start] = memory
                 continue

@@ -156,7 +156,7 @@ class TensorLoader:
 
         What they are made of is fetched at once if it is remote: each tile would else wait for a
         request. If it is local, its files must not have changed at the end; a remote file is
-        checked with each request.
+        checked with each request (see `File.read_into`).
         """
         source = self._opened().source
         if self._info.location.is_local:

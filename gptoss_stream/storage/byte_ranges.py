@@ -66,8 +66,6 @@ class _Range:
     """The size of the file."""
     where: str
     """The name of the file in messages."""
-    etag: str | None
-    etags: dict[str, str] | None
 
     @property
     def is_whole(self) -> bool:
@@ -82,8 +80,7 @@ def read_range(
     total: int,
     where: str,
     stop: threading.Event,
-    etag: str | None = None,
-    etags: dict[str, str] | None = None,
+    check: Callable[[DownloadLink, Mapping[str, str]], object] = lambda link, headers: None,
 ) -> None:
     """Fill memory with bytes of a file.
 
@@ -95,9 +92,8 @@ def read_range(
         total: The size of the file.
         where: The name of the file in messages.
         stop: Ends the read with an error when it is set.
-        etag: The ETag that each reply must have, if any.
-        etags: The ETag that each reply from an address must have, by address; the first reply from
-            another address is added.
+        check: Called with the address and the headers of each reply before its bytes are used;
+            raises an error if the file has changed.
 
     Raises:
         CheckpointError: If the file is missing, cannot be accessed, or has changed.
@@ -107,9 +103,9 @@ def read_range(
     done = 0
     renew = False
     while done < len(out):
-        requested = _Range(begin + done, len(out) - done, total, where, etag, etags)
+        requested = _Range(begin + done, len(out) - done, total, where)
         try:
-            for nbytes in _try(link(renew), out[done:], requested):
+            for nbytes in _try(link(renew), out[done:], requested, check):
                 done += nbytes
                 retries.progress()
                 if stop.is_set():
@@ -124,7 +120,12 @@ def read_range(
             retries.wait(error, failure.seconds, failure.tries)
 
 
-def _try(link: DownloadLink, out: memoryview, requested: _Range) -> Iterator[int]:
+def _try(
+    link: DownloadLink,
+    out: memoryview,
+    requested: _Range,
+    check: Callable[[DownloadLink, Mapping[str, str]], object],
+) -> Iterator[int]:
     """Send one request, and yield the number of bytes of each chunk that arrives."""
     from huggingface_hub.utils import get_session
 
@@ -138,7 +139,7 @@ def _try(link: DownloadLink, out: memoryview, requested: _Range) -> Iterator[int
             _refuse_downgrade(link.url, str(reply.url), requested.where)
             _check_status(reply, link, requested)
             _check_headers(reply, requested)
-            _check_etag(reply.headers.get("ETag"), link, requested)
+            check(link, reply.headers)
             done = 0
             for chunk in reply.iter_raw(_CHUNK_NBYTES):
                 if done + len(chunk) > len(out):
@@ -196,15 +197,6 @@ def _check_headers(reply: Any, requested: _Range) -> None:
     begin, last = requested.begin, requested.begin + requested.nbytes - 1
     if (int(match[1]), int(match[2])) != (begin, last):
         raise _FailedTry(f"the server sends bytes {match[1]}-{match[2]} for {begin}-{last}")
-
-
-def _check_etag(found: str | None, link: DownloadLink, requested: _Range) -> None:
-    """Check that a reply is of the same file as others are."""
-    expected = requested.etag
-    if found is not None and requested.etags is not None:
-        expected = requested.etags.setdefault(link.url, found)
-    if expected is not None and found is not None and found != expected:
-        raise changed(requested.where)
 
 
 def _refuse_downgrade(requested: str, got: str, where: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
@@ -17,7 +19,18 @@ from .retries import FEW_TRIES, TRIES, RetryPolicy, retry_after
 
 __all__ = ["HttpFolder"]
 
+_log = logging.getLogger(__name__)
 _SINGLE_SHARD = "model.safetensors"  # a server lists no files: without an index, try this name
+_VERSION_HEADERS = ("ETag", "Last-Modified")
+
+
+@dataclass(frozen=True, slots=True)
+class _Described:
+    """What a server says of a file before it is read."""
+
+    info: FileInfo
+    versions: dict[str, str]
+    """The headers that name its version; if there is none, those of the first reply with bytes."""
 
 
 class HttpFolder(ShownByName):
@@ -35,7 +48,8 @@ class HttpFolder(ShownByName):
         if not parts.hostname:
             raise OptionError(f"{parts.scheme}://: name a server after it")
         self._parts = parts
-        self._known: dict[str, FileInfo | None] = {}
+        self._known: dict[str, _Described | None] = {}
+        self._has_warned = False
 
     def _url(self, name: str) -> str:
         """Return the address of a file, with its secrets."""
@@ -61,7 +75,7 @@ class HttpFolder(ShownByName):
     def has(self, name: str) -> bool:
         """Return whether the server has a file."""
         if name not in self._known:
-            self._known[name] = self._request_info(name, FEW_TRIES)
+            self._known[name] = self._request(name, FEW_TRIES)
         return self._known[name] is not None
 
     def names(self, folder: str = "") -> list[str]:
@@ -70,12 +84,12 @@ class HttpFolder(ShownByName):
 
     def open(self, name: str) -> _HttpFile:
         """Open a file (see `Location.open`)."""
-        info = self._known[name] if self.has(name) else None
-        if info is None:
+        described = self._known[name] if self.has(name) else None
+        if described is None:
             raise CheckpointError(
                 f"{self.display_path(name)}: it does not exist; check the address"
             )
-        return _HttpFile(self, info)
+        return _HttpFile(self, described)
 
     def pinned_to(self, state: Mapping[str, Any] | None) -> HttpFolder:
         """Return the folder: it has no revisions."""
@@ -90,9 +104,20 @@ class HttpFolder(ShownByName):
 
     def current_info(self, name: str) -> FileInfo | None:
         """Request the current size and version of a file; return None if it does not exist."""
-        return self._request_info(name)
+        described = self._request(name)
+        return described.info if described else None
 
-    def _request_info(self, name: str, tries: int = TRIES) -> FileInfo | None:
+    def warn_of_changes(self) -> None:
+        """Warn once that a file may change unnoticed."""
+        if not self._has_warned:
+            self._has_warned = True
+            _log.warning(
+                "%s: the server sends neither ETag nor Last-Modified, so that a change of a file "
+                "while it is read is not noticed; make sure that nothing writes to it",
+                self,
+            )
+
+    def _request(self, name: str, tries: int = TRIES) -> _Described | None:
         """Request size and version of a file; return None if it does not exist."""
         retries, where = RetryPolicy(NEVER_STOP, tries), self.display_path(name)
         while True:
@@ -119,8 +144,10 @@ class HttpFolder(ShownByName):
             if status in (404, 410):
                 return None
             if status == 200 and length.isdecimal():
-                version = reply.headers.get("ETag") or reply.headers.get("Last-Modified") or ""
-                return FileInfo(name, int(length), version)
+                versions = {h: reply.headers[h] for h in _VERSION_HEADERS if reply.headers.get(h)}
+                return _Described(
+                    FileInfo(name, int(length), next(iter(versions.values()), "")), versions
+                )
             if status in (401, 403):
                 raise CheckpointError(f"{where}: no access ({status}); check the address")
             if status != 429 and status < 500:
@@ -135,13 +162,14 @@ class HttpFolder(ShownByName):
 class _HttpFile:
     """An open file of an HTTP server (see `File`)."""
 
-    def __init__(self, location: HttpFolder, info: FileInfo) -> None:
+    def __init__(self, location: HttpFolder, described: _Described) -> None:
         self._location = location
-        self.info = info
+        self.info = described.info
+        self._versions = described.versions
 
-    def read_into(self, out: memoryview, begin: int, stop: threading.Event) -> None:
+    def read_into(self, out: memoryview, begin: int, stop: threading.Event) -> bool:
         """Fill memory with the file's bytes (see `File.read_into`)."""
-        version = str(self.info.version)
+        compared: set[str | None] = set()
         read_range(
             lambda renew: self._location.link(self.info.name),
             out,
@@ -149,8 +177,29 @@ class _HttpFile:
             self.info.nbytes,
             self._location.display_path(self.info.name),
             stop,
-            etag=version if version.startswith(('"', "W/")) else None,
+            lambda link, headers: compared.add(self._check_version(headers)),
         )
+        if None in compared and self.info.version:
+            self.check_unchanged()
+        elif None in compared:
+            self._location.warn_of_changes()
+        return compared == {"ETag"}
+
+    def _check_version(self, headers: Mapping[str, str]) -> str | None:
+        """Check that a reply is of the version that was opened.
+
+        Returns:
+            The header that shows it, if there is one.
+        """
+        for header in _VERSION_HEADERS:
+            value = headers.get(header)
+            if value and not self.info.version:
+                self._versions.setdefault(header, value)
+            if value and header in self._versions:
+                if self._versions[header] != value:
+                    raise changed(self._location.display_path(self.info.name))
+                return header
+        return None
 
     def check_unchanged(self) -> None:
         """Check with the server that the file is unchanged (see `File.check_unchanged`)."""

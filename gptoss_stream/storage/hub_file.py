@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,7 +46,7 @@ class HubFile:
         self._opening = threading.Lock()
         self._has_searched_cache = False
 
-    def read_into(self, out: memoryview, begin: int, stop: threading.Event) -> None:
+    def read_into(self, out: memoryview, begin: int, stop: threading.Event) -> bool:
         """Fill memory with the file's bytes; check the checksum if that is the whole file."""
         if not self._has_searched_cache:
             with self._opening:
@@ -53,16 +54,23 @@ class HubFile:
                 self._has_searched_cache = True
         if self._cached is not None:
             self._cached.read_into(out, begin, stop)
-            return
+            self._cached.check_unchanged()
+            return True
         where = self._location.display_path(self.info.name)
         is_whole = len(out) == self.info.nbytes
         if is_whole and self.info.sha256 is None:
             self._read_small(out, where, stop)
         else:
-            etags = self._address.etags
-            read_range(self._get_link, out, begin, self.info.nbytes, where, stop, etags=etags)
+            read_range(self._get_link, out, begin, self.info.nbytes, where, stop, self._check_etag)
         if is_whole and not _has_checksum(out, self.info):
             raise changed(where)
+        return True
+
+    def _check_etag(self, link: DownloadLink, headers: Mapping[str, str]) -> None:
+        """Check that all replies from an address have the same ETag."""
+        etag = headers.get("ETag")
+        if etag is not None and self._address.etags.setdefault(link.url, etag) != etag:
+            raise changed(self._location.display_path(self.info.name))
 
     def _read_small(self, out: memoryview, where: str, stop: threading.Event) -> None:
         """Read a whole file that the Hub sends itself, without a request for its address."""

@@ -115,7 +115,7 @@ class LocalFile:
         # Not the change time: adding or removing a link to the file changes it too.
         return FileInfo(self._name, status.st_size, status.st_mtime_ns, status.st_ino)
 
-    def read_into(self, out: memoryview, begin: int, stop: threading.Event) -> None:
+    def read_into(self, out: memoryview, begin: int, stop: threading.Event) -> bool:
         """Fill memory with the file's bytes (see `File.read_into`)."""
         try:
             while out:
@@ -125,6 +125,7 @@ class LocalFile:
                 out, begin = out[count:], begin + count
         except OSError as error:
             raise machine_error(error, f"reading {self._path} at byte {begin}") from error
+        return False
 
     def map(self) -> mmap.mmap:
         """Map the file: writing to the memory copies the page and never changes the file.

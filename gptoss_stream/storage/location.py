@@ -67,13 +67,18 @@ class File(Protocol):
     def info(self) -> FileInfo:
         """The file as it was when it was opened."""
 
-    def read_into(self, out: memoryview, begin: int, stop: threading.Event) -> None:
+    def read_into(self, out: memoryview, begin: int, stop: threading.Event) -> bool:
         """Fill memory with the file's bytes.
 
         Args:
             out: The memory.
             begin: The first byte in the file.
             stop: When this is set, the read ends early with any exception.
+
+        Returns:
+            Whether the bytes are certainly those of the version that `info` names, and may be kept
+            under it. If not, only `check_unchanged` shows a change of a local file, and nothing may
+            show one of a remote file.
 
         Raises:
             CheckpointError: If the file has changed since it was opened.

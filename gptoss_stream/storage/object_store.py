@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import threading
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
@@ -26,7 +25,8 @@ from ..errors import (
     OutputError,
 )
 from .etags import PART_NBYTES, etag_matches, md5
-from .location import FileInfo, ShownByName, changed
+from .location import FileInfo, ShownByName
+from .object_file import ObjectFile
 from .object_store_errors import redacted, refused_as, retry
 from .retries import FEW_TRIES
 
@@ -60,19 +60,19 @@ class ObjectStore(ShownByName):
     is_local = False
 
     def __init__(self, url: str) -> None:
-        self._protocol, _, rest = url.partition("://")
+        self.protocol, _, rest = url.partition("://")
         host, slash, path = rest.partition("/")
-        self._shown = f"{self._protocol}://{host.rpartition('@')[2]}{slash}{path}".rstrip("/")
+        self._shown = f"{self.protocol}://{host.rpartition('@')[2]}{slash}{path}".rstrip("/")
         self._shown = self._shown.partition("?")[0]
-        if self._protocol in ("s3", "s3a") and re.match(r"(?!arn:)[^@]*:[^@]*@", rest):
+        if self.protocol in ("s3", "s3a") and re.match(r"(?!arn:)[^@]*:[^@]*@", rest):
             raise OptionError(
-                f"{self._protocol}://: a key in a URL is not used; set AWS_ACCESS_KEY_ID and "
+                f"{self.protocol}://: a key in a URL is not used; set AWS_ACCESS_KEY_ID and "
                 "AWS_SECRET_ACCESS_KEY in the environment"
             )
-        if not host and self._protocol not in _WITHOUT_HOST:
-            raise OptionError(f"{self._protocol}://: name a bucket or a server after it")
+        if not host and self.protocol not in _WITHOUT_HOST:
+            raise OptionError(f"{self.protocol}://: name a bucket or a server after it")
         try:
-            self._fs, root = url_to_fs(url)
+            self.file_system, root = url_to_fs(url)
         except ImportError as error:
             raise MissingPackageError(
                 f"{self._shown}: {redacted(error)}; install what it names"
@@ -81,7 +81,7 @@ class ObjectStore(ShownByName):
             raise OptionError(f"{self._shown}: {redacted(error)}; check the URL") from None
         self._root: str = root.rstrip("/")
         self._found: Mapping[str, FileInfo] | None = None
-        self._is_atomic = self._protocol in _ATOMIC
+        self._is_atomic = self.protocol in _ATOMIC
         self._has_md5_etags = True
 
     def __str__(self) -> str:
@@ -119,12 +119,12 @@ class ObjectStore(ShownByName):
         parents = ((name.rpartition("/"), name) for name in self._files)
         return sorted(last for (parent, _, last), _ in parents if parent == folder)
 
-    def open(self, name: str) -> _ObjectFile:
+    def open(self, name: str) -> ObjectFile:
         """Open a file (see `Location.open`)."""
         if name not in self._files:
             raise CheckpointError(f"{self.display_path(name)}: there is no such file")
         # Not the listed information: some protocols describe a file differently in a listing.
-        return _ObjectFile(self, self.info(name))
+        return ObjectFile(self, self.info(name))
 
     def pinned_to(self, state: Mapping[str, Any] | None) -> ObjectStore:
         """Return the folder: it has no revisions."""
@@ -133,19 +133,23 @@ class ObjectStore(ShownByName):
     def download(self, names: list[str]) -> None:
         """Do nothing: only the Hub has a cache."""
 
+    def path(self, name: str) -> str:
+        """Return the path of a file in its file system."""
+        return f"{self._root}/{name}"
+
     def fetch(self, name: str, begin: int, end: int) -> bytes:
         """Read bytes `begin … end` of a file in one request, without checks."""
         with refused_as(CheckpointError, self.display_path(name)):
-            data: bytes = self._fs.cat_file(f"{self._root}/{name}", start=begin, end=end)
+            data: bytes = self.file_system.cat_file(self.path(name), start=begin, end=end)
         return data
 
     def info(self, name: str) -> FileInfo:
         """Request the current size and version of a file."""
-        path = f"{self._root}/{name}"
+        path = self.path(name)
 
         def request() -> FileInfo:
-            self._fs.invalidate_cache(self._fs._parent(path))
-            return _file_info(name, self._fs.info(path))
+            self.file_system.invalidate_cache(self.file_system._parent(path))
+            return _file_info(name, self.file_system.info(path))
 
         with refused_as(CheckpointError, self.display_path(name)):
             return retry(request, self.display_path(name))
@@ -162,9 +166,9 @@ class ObjectStore(ShownByName):
         """Return all files; with `partials`, also the partial files of interrupted uploads."""
 
         def find() -> dict[str, Any]:
-            self._fs.invalidate_cache()
+            self.file_system.invalidate_cache()
             try:
-                found: dict[str, Any] = self._fs.find(self._root, detail=True)
+                found: dict[str, Any] = self.file_system.find(self._root, detail=True)
             except FileNotFoundError:
                 return {}
             return found
@@ -183,7 +187,7 @@ class ObjectStore(ShownByName):
         """Read a small file as it is now."""
         with refused_as(OutputError, self.display_path(name)):
             data: bytes = retry(
-                lambda: self._fs.cat_file(f"{self._root}/{name}"), self.display_path(name)
+                lambda: self.file_system.cat_file(self.path(name)), self.display_path(name)
             )
         return data
 
@@ -195,23 +199,23 @@ class ObjectStore(ShownByName):
 
     def _put(self, name: str, data: Path | bytes) -> None:
         """Write one file; delete it again if it has not arrived as it was sent."""
-        final = f"{self._root}/{name}"
+        final = self.path(name)
         path = final if self._is_atomic else f"{final}.{uuid.uuid4().hex}{_PARTIAL}"
         if path != final:
             # Atomic locations need no folders, and s3fs would create a missing bucket.
-            self._fs.makedirs(self._fs._parent(path), exist_ok=True)
+            self.file_system.makedirs(self.file_system._parent(path), exist_ok=True)
         if isinstance(data, bytes):
-            self._fs.pipe_file(path, data)
+            self.file_system.pipe_file(path, data)
         else:
-            self._fs.put_file(str(data), path, **_PUT_OPTIONS.get(self._protocol, {}))
+            self.file_system.put_file(str(data), path, **_PUT_OPTIONS.get(self.protocol, {}))
         if path != final:
-            self._fs.mv(path, final)
+            self.file_system.mv(path, final)
         has_arrived = False
         try:
             has_arrived = self._has_arrived(name, data)
         finally:
             if not has_arrived:  # a later run would consider it finished
-                self._fs.rm_file(final)
+                self.file_system.rm_file(final)
         if not has_arrived:
             raise OSError("the remote location has other bytes than were sent")
 
@@ -250,40 +254,11 @@ class ObjectStore(ShownByName):
         )
         for name in {*(found.keys() & {*names}), *partials}:
             with refused_as(OutputError, self.display_path(name)), suppress(FileNotFoundError):
-                retry(partial(self._fs.rm_file, f"{self._root}/{name}"), self.display_path(name))
-        if self._protocol in ("file", "local"):  # other protocols have no real folders
+                retry(partial(self.file_system.rm_file, self.path(name)), self.display_path(name))
+        if self.protocol in ("file", "local"):  # other protocols have no real folders
             for folder in {name.rpartition("/")[0] for name in names} - {""}:
                 with suppress(OSError):  # it is not empty, or does not exist
-                    self._fs.rmdir(f"{self._root}/{folder}")
-
-
-class _ObjectFile:
-    """An open file of an object store (see `File`)."""
-
-    def __init__(self, location: ObjectStore, info: FileInfo) -> None:
-        self._location = location
-        self.info = info
-
-    def read_into(self, out: memoryview, begin: int, stop: threading.Event) -> None:
-        """Fill memory with the file's bytes (see `File.read_into`)."""
-        if not out:
-            return
-
-        def fetch() -> None:
-            data = self._location.fetch(self.info.name, begin, begin + len(out))
-            if len(data) != len(out):
-                raise OSError(f"{len(data)} bytes came for {len(out)}")
-            out[:] = data
-
-        retry(fetch, self._location.display_path(self.info.name), stop)
-
-    def check_unchanged(self) -> None:
-        """Check that the file is unchanged (see `File.check_unchanged`)."""
-        if self._location.info(self.info.name) != self.info:
-            raise changed(self._location.display_path(self.info.name))
-
-    def close(self) -> None:
-        """Do nothing: each request has its own connection."""
+                    self.file_system.rmdir(f"{self._root}/{folder}")
 
 
 def _final_name(name: str) -> str | None:

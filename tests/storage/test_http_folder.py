@@ -170,10 +170,20 @@ def unfinished(tmp_path: Path) -> dict[str, str]:
     return {name: digest for name, digest in found.items() if name.startswith(".gptoss_stream/")}
 
 
-@pytest.mark.parametrize("how", [without_length, without("ETag"), without("Accept-Ranges")])
+@pytest.mark.parametrize("how", [without_length, without("Accept-Ranges")])
 def test_headers_that_a_server_may_omit(server, whole, tmp_path, how):
     server.spoil("^GET" if how is without_length else "", how)
     assert_right(convert(server.url, tmp_path / "out"), tmp_path / "out", whole)
+
+
+def test_a_server_that_names_no_version(server, whole, tmp_path):
+    """A change cannot be noticed, which is said once."""
+    server.spoil("", without("ETag"))
+    done = convert(server.url, tmp_path / "out")
+    assert done.returncode == 0
+    assert done.stderr.count("\n") == 1
+    assert f"{server.url}: the server sends neither ETag nor Last-Modified" in done.stderr
+    assert without_record(tmp_path / "out") == whole
 
 
 @pytest.mark.parametrize("code", [301, 302, 307, 308])
