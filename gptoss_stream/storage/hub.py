@@ -15,23 +15,29 @@ from typing import Any
 
 import huggingface_hub
 from huggingface_hub import constants
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import BadRequestError, EntryNotFoundError
 
 from ..errors import CheckpointError, OptionError, OutputError
 from .byte_ranges import TIMEOUT
-from .hub_additions import check_listed, check_sent, file_addition, make_receipt, uploaded_addition
+from .hub_additions import (
+    check_listed,
+    check_sent,
+    check_written,
+    file_addition,
+    make_receipt,
+    uploaded_addition,
+)
 from .hub_commits import known_commit, known_files, remember
 from .hub_file import Address, HubFile, cached_folder
 from .hub_names import parse_name
-from .hub_requests import NotFoundError, resolve, retry, source_errors, uploading
+from .hub_requests import NotFoundError, list_files, resolve, retry, source_errors, uploading
 from .local_folder import LocalFolder
 from .location import FileInfo, ShownByName, read_whole
 from .retries import FEW_TRIES
+from .tokens import check_token
 from .xet import bound_memory, send_large_file, uses_xet
 
 __all__ = ["HubRepository"]
-
-_ADDED_BY_HUB = (".gitattributes", ".gitignore")  # to a new repository
 
 
 class HubRepository(ShownByName):
@@ -54,6 +60,8 @@ class HubRepository(ShownByName):
         self._addresses: dict[str, Address] = {}
         self._exists = False
         self._is_reachable = False
+        if token is None:
+            check_token(huggingface_hub.get_token(), "HF_TOKEN or the cached login")
 
     @classmethod
     def to_read(
@@ -77,11 +85,7 @@ class HubRepository(ShownByName):
         Returns:
             The repository or, offline, its folder in the Hub's cache.
         """
-        repo, named_revision, named_folder = parse_name(name)
-        if revision and named_revision and revision != named_revision:
-            raise OptionError(f"hf://{name}: it names another revision than --revision {revision}")
-        revision = revision or named_revision
-        folder = "/".join(filter(None, (named_folder, subfolder))).strip("/")
+        repo, revision, folder = parse_name(name, revision, subfolder)
         if constants.HF_HUB_OFFLINE:
             return cached_folder(repo, revision, folder)
         location = cls(repo, None, folder, token, download)
@@ -108,7 +112,7 @@ class HubRepository(ShownByName):
         if revision:
             raise OptionError(f"hf://{name}: name no revision; outputs go to the branch main")
         bound_memory()
-        return cls(repo, None, (folder or "").strip("/"), token, False)
+        return cls(repo, None, folder, token, False)
 
     def __str__(self) -> str:
         commit = f"@{self.commit[:12]}" if self.commit else ""
@@ -194,12 +198,15 @@ class HubRepository(ShownByName):
     # --- writing -------------------------------------------------------------------------------
 
     def listing(self) -> Mapping[str, FileInfo]:
-        """Return all files (see `WritableLocation.listing`), with the SHA-256 of large ones."""
+        """Return all files, with the SHA-256 of large ones (see `WritableLocation`)."""
         try:
             with source_errors(str(self)):
                 if self.commit is None and not self._is_reachable:
                     self._check_reachable()
-                found = retry(self._tree, str(self))
+                found = retry(
+                    lambda: list_files(self._api, self.repo, self.commit, self._subfolder),
+                    str(self),
+                )
         except NotFoundError:
             if self.commit is not None:
                 raise
@@ -210,24 +217,6 @@ class HubRepository(ShownByName):
         """Check with few tries that the Hub can be reached: a listing is retried for minutes."""
         retry(lambda: self._api.repo_info(self.repo, timeout=TIMEOUT), str(self), tries=FEW_TRIES)
         self._is_reachable = True
-
-    def _tree(self) -> list[FileInfo]:
-        """Return the files that the Hub lists now, without those that it adds to an output."""
-        try:
-            entries = list(
-                self._api.list_repo_tree(
-                    self.repo, self._subfolder or None, revision=self.commit, recursive=True
-                )
-            )
-        except EntryNotFoundError:
-            return []
-        found = []
-        for entry in entries:
-            if isinstance(entry, huggingface_hub.hf_api.RepoFile):
-                name = entry.path[len(self._subfolder) :].lstrip("/")
-                sha256 = entry.lfs.sha256 if entry.lfs else None
-                found.append(FileInfo(name, entry.size, sha256 or entry.blob_id, sha256=sha256))
-        return [f for f in found if self.commit is not None or f.name not in _ADDED_BY_HUB]
 
     def read(self, name: str) -> bytes:
         """Read a small file as it is now."""
@@ -257,13 +246,12 @@ class HubRepository(ShownByName):
         addition = file_addition(self.repo_path(name), file, None if uses_xet() else checksum)
         with uploading(str(self)):
             self._create()
-            retry(lambda: send_large_file(self._api, self.repo, addition), where)
-        if not addition._is_uploaded:
-            raise OutputError(
-                f"{where}: the Hub does not take it as a large file; remove what .gitattributes "
-                "and .gitignore of the repository say of .safetensors"
-            )
-        check_sent(addition, file, checksum)
+            try:
+                retry(lambda: send_large_file(self._api, self.repo, addition), where)
+            except BadRequestError:
+                check_written(file, checksum)
+                raise
+        check_sent(addition, file, checksum, where)
         return make_receipt(addition)
 
     def publish(self, receipts: Mapping[str, bytes], files: Mapping[str, bytes]) -> None:
@@ -275,7 +263,7 @@ class HubRepository(ShownByName):
     def _add(self, additions: Mapping[str, huggingface_hub.CommitOperationAdd]) -> None:
         """Add files in one commit, and check what the Hub then lists."""
         self._commit(lambda: [*additions.values()], f"Add {', '.join(additions)}")
-        check_listed(additions, self.listing(), self.display_path)
+        check_listed(additions, self.listing, self.display_path)
 
     def delete(self, names: list[str]) -> None:
         """Delete files in one commit."""

@@ -8,15 +8,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import huggingface_hub
+from huggingface_hub.utils.sha import sha_fileobj
 
 from .._utils import strict_json
-from ..errors import MachineError
-from .location import FileInfo
+from ..errors import MachineError, OutputError
+from .location import NEVER_STOP, FileInfo
+from .retries import RetryPolicy
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
 
-__all__ = ["check_listed", "check_sent", "file_addition", "make_receipt", "uploaded_addition"]
+__all__ = [
+    "check_listed",
+    "check_sent",
+    "check_written",
+    "file_addition",
+    "make_receipt",
+    "uploaded_addition",
+]
+
+_LISTING_TRIES = 5
 
 
 def file_addition(path: str, data: Path | bytes, checksum: str | None) -> CommitOperationAdd:
@@ -35,13 +46,40 @@ def file_addition(path: str, data: Path | bytes, checksum: str | None) -> Commit
     return addition
 
 
-def check_sent(addition: CommitOperationAdd, file: Path, checksum: str) -> None:
-    """Check that what was uploaded of a file is what was written to it.
+def check_sent(addition: CommitOperationAdd, file: Path, checksum: str, where: str) -> None:
+    """Check that a file was uploaded, and that it is what was written.
+
+    Args:
+        addition: What was sent.
+        file: The local file.
+        checksum: The SHA-256 of what was written to it.
+        where: Its name at the Hub in messages.
+
+    Raises:
+        OutputError: If the Hub has not taken it.
+        MachineError: If it is not what was written.
+    """
+    if not addition._is_uploaded:
+        raise OutputError(
+            f"{where}: the Hub does not take it as a large file; remove what .gitattributes "
+            "and .gitignore of the repository say of .safetensors"
+        )
+    _compare(addition.upload_info.sha256.hex(), file, checksum)
+
+
+def check_written(file: Path, checksum: str) -> None:
+    """Read a local file, and check that it is what was written to it.
 
     Raises:
         MachineError: If it is not.
     """
-    if addition.upload_info.sha256.hex() != checksum:
+    with open(file, "rb") as opened:
+        _compare(sha_fileobj(opened).hex(), file, checksum)
+
+
+def _compare(found: str, file: Path, checksum: str) -> None:
+    """Check the SHA-256 of a local file."""
+    if found != checksum:
         raise MachineError(
             f"{file}: it is not what was written to it; check the disk, delete the folder "
             f"{file.parent} and run the same command again"
@@ -68,19 +106,34 @@ def uploaded_addition(path: str, receipt: bytes) -> CommitOperationAdd:
 
 def check_listed(
     additions: Mapping[str, CommitOperationAdd],
-    listed: Mapping[str, FileInfo],
+    listing: Callable[[], Mapping[str, FileInfo]],
     display_path: Callable[[str], str],
 ) -> None:
     """Check that the Hub lists what was added.
 
     Args:
         additions: What was added, by name.
-        listed: What the Hub lists.
+        listing: Returns what the Hub lists. It is asked again if that is not what was added: it
+            may be of the commit before.
         display_path: Returns the name of a file in messages.
 
     Raises:
         MachineError: If something is missing, or is not what was sent.
     """
+    retries = RetryPolicy(NEVER_STOP, _LISTING_TRIES)
+    while (wrong := _find_wrong(additions, listing())) is not None:
+        retries.wait(
+            MachineError(
+                f"{display_path(wrong)}: what the Hub lists is not what was sent; run the same "
+                "command again"
+            )
+        )
+
+
+def _find_wrong(
+    additions: Mapping[str, CommitOperationAdd], listed: Mapping[str, FileInfo]
+) -> str | None:
+    """Return the first name that is not listed as it was sent, if there is one."""
     for name, addition in additions.items():
         sent, found = addition.upload_info, listed.get(name)
         if (
@@ -88,7 +141,5 @@ def check_listed(
             or found.nbytes != sent.size
             or found.sha256 not in (None, sent.sha256.hex())
         ):
-            raise MachineError(
-                f"{display_path(name)}: what the Hub lists is not what was sent; run the same "
-                "command again"
-            )
+            return name
+    return None

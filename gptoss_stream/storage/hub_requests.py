@@ -23,11 +23,12 @@ from huggingface_hub.errors import (
 
 from ..errors import CheckpointError, GptOssStreamError, MachineError, OutputError
 from .byte_ranges import TIMEOUT, transport_errors
-from .location import NEVER_STOP, LostUploadError
+from .location import NEVER_STOP, FileInfo, LostUploadError
 from .retries import FEW_TRIES, TRIES, RetryPolicy, retry_after
 
 __all__ = [
     "NotFoundError",
+    "list_files",
     "resolve",
     "retry",
     "source_errors",
@@ -55,6 +56,7 @@ for _name in ("huggingface_hub.utils._http", "huggingface_hub.file_download"):
     logging.getLogger(_name).addFilter(_WithoutQueries())
 
 
+_ADDED_BY_HUB = (".gitattributes", ".gitignore")  # to a new repository
 _log = logging.getLogger(__name__)
 _SAID_SECONDS = 30.0  # longer waits are said
 _READ_TIMEOUT = 300.0  # seconds: the Hub checks large files before it answers a commit
@@ -94,12 +96,11 @@ def retry(call: Callable[[], _T], where: str, tries: int = TRIES) -> _T:
                     f"{where}: the Hub answers {status}; run the same command again later: "
                     "finished shards are kept"
                 )
-                seconds = retry_after(refusal.response.headers)
-                if seconds is not None and seconds >= _SAID_SECONDS:
-                    _log.warning(
-                        "%s: the Hub allows no more requests for %d s; waiting", where, seconds
-                    )
-                retries.wait(failure, seconds)
+                retries.wait(
+                    failure,
+                    retry_after(refusal.response.headers),
+                    announce=lambda seconds: _say_wait(where, seconds),
+                )
                 continue
             retries.wait(
                 MachineError(
@@ -114,6 +115,12 @@ def retry(call: Callable[[], _T], where: str, tries: int = TRIES) -> _T:
                 "shards are kept"
             )
             retries.wait(failure, tries=FEW_TRIES)
+
+
+def _say_wait(where: str, seconds: float) -> None:
+    """Say that the Hub has asked to wait, if that is long."""
+    if seconds >= _SAID_SECONDS:
+        _log.warning("%s: the Hub allows no more requests now; waiting %d s", where, seconds)
 
 
 def resolve(api: huggingface_hub.HfApi, repo: str, revision: str | None) -> str:
@@ -134,6 +141,31 @@ def resolve(api: huggingface_hub.HfApi, repo: str, revision: str | None) -> str:
             "--download from the Hub itself"
         )
     return str(info.sha)
+
+
+def list_files(
+    api: huggingface_hub.HfApi, repo: str, commit: str | None, folder: str
+) -> list[FileInfo]:
+    """Request the files of a repository, or of a folder of it, with the SHA-256 of large ones.
+
+    Args:
+        api: The client.
+        repo: The repository.
+        commit: The commit; None is the branch main as it is now, without the files that the Hub
+            adds to an output.
+        folder: The folder, or an empty text.
+    """
+    try:
+        entries = list(api.list_repo_tree(repo, folder or None, revision=commit, recursive=True))
+    except EntryNotFoundError:
+        return []
+    found = []
+    for entry in entries:
+        if isinstance(entry, huggingface_hub.hf_api.RepoFile):
+            name = entry.path[len(folder) :].lstrip("/")
+            sha256 = entry.lfs.sha256 if entry.lfs else None
+            found.append(FileInfo(name, entry.size, sha256 or entry.blob_id, sha256=sha256))
+    return [info for info in found if commit is not None or info.name not in _ADDED_BY_HUB]
 
 
 def _limit_timeouts() -> None:

@@ -12,6 +12,7 @@ from .._utils.paths import path_text, user_path
 from ..errors import OptionError
 from .local_folder import LocalFolder
 from .location import Location, LocationLike, WritableLocation
+from .tokens import check_token
 
 __all__ = [
     "is_repository",
@@ -23,9 +24,15 @@ __all__ = [
 ]
 
 _REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
-_URL = re.compile(r"([a-z][a-z0-9+.-]*)://(.*)", re.DOTALL)
 _PAGE = re.compile(r"(?:www\.)?(?:huggingface|hf)\.co/([^/?#]+/[^/?#]+).*", re.DOTALL)
 _ALMOST_URL = re.compile(r"(hf|https?|s3a?|gs|gcs|az|abfss?)(:/?)([^/].*)", re.DOTALL)
+_URL = re.compile(r"([a-z][a-z0-9+.-]*)://(.*)", re.DOTALL | re.IGNORECASE)
+_CHAINED = re.compile(r"(?!https?://)[^/]*://.*::|[^/]*::.*://", re.DOTALL | re.IGNORECASE)
+_WRAPPERS = {
+    *("blockcache", "cached", "dir", "filecache", "generic", "libarchive", "reference"),
+    *("simplecache", "tar", "zip"),
+}
+"""Protocols of fsspec by which files of another location are read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +41,9 @@ class _Url:
 
     protocol: str
     rest: str
+
+    def __str__(self) -> str:
+        return f"{self.protocol}://{self.rest}"
 
 
 def open_location(
@@ -76,6 +86,7 @@ def open_location(
     if not isinstance(token, (str, bool, type(None))):
         raise OptionError(f"{_without_secrets(text)}: the token is no text")
     url = _parse_url(name)
+    check_token(token)
     repository = _repository(name)
     if repository is not None:
         from .hub import HubRepository
@@ -86,12 +97,12 @@ def open_location(
     for option, value in (("revision", revision), ("token", token), ("download", download)):
         if value:
             raise OptionError(
-                f"{_without_secrets(text)}: --{option} is only for a repository of the Hub"
+                f"{_without_secrets(name)}: --{option} is only for a repository of the Hub"
             )
     if url is None:
         _refuse_almost_url(name)
         return LocalFolder(user_path(name) / (subfolder or ""))
-    full = f"{text.rstrip('/')}/{subfolder}" if subfolder else text
+    full = f"{str(url).rstrip('/')}/{subfolder}" if subfolder else str(url)
     if url.protocol in ("http", "https"):
         from .http_folder import HttpFolder
 
@@ -119,8 +130,15 @@ def open_writable_location(
     """
     path_text(name)
     url = _parse_url(name)
+    check_token(token)
     if url is None:
         _refuse_almost_url(name)
+        path = user_path(name)
+        if os.path.lexists(path) and not os.access(path, os.F_OK):
+            raise OptionError(
+                f"{path}: a link to {path.readlink()}, which does not exist or cannot be accessed; "
+                "create that folder, or remove the link"
+            )
         return None
     if url.protocol == "hf":
         from .hub import HubRepository
@@ -130,7 +148,7 @@ def open_writable_location(
         raise OptionError(f"{_without_secrets(name)}: an HTTP server cannot be written to")
     from .object_store import ObjectStore
 
-    return ObjectStore(os.fspath(name))
+    return ObjectStore(str(url))
 
 
 def upload_nbytes(name: str | os.PathLike[str]) -> int:
@@ -176,9 +194,9 @@ def _repository(name: str | os.PathLike[str]) -> str | None:
         from .hub_names import name_of_page
 
         try:
-            return name_of_page(text)
+            return name_of_page(str(url))
         except ValueError as error:
-            raise OptionError(f"{_without_secrets(text)}: not an address ({error})") from None
+            raise OptionError(f"{_without_secrets(name)}: not an address ({error})") from None
     return None
 
 
@@ -195,9 +213,21 @@ def local_path(name: str | os.PathLike[str]) -> Path:
 
 
 def _parse_url(name: str | os.PathLike[str]) -> _Url | None:
-    """Return the parts of a URL, or None for a local path or a repository."""
-    match = _URL.fullmatch(name) if isinstance(name, str) else None
-    return _Url(match[1], match[2]) if match else None
+    """Return the parts of a URL, or None for a local path or a repository.
+
+    Raises:
+        OptionError: For a URL of fsspec that is made of others.
+    """
+    if not isinstance(name, str):
+        return None
+    match = _URL.fullmatch(name)
+    url = _Url(match[1].lower(), match[2]) if match else None
+    if _CHAINED.match(name) or (url is not None and url.protocol in _WRAPPERS):
+        raise OptionError(
+            f"{name.partition(':')[0]}: such URLs, which are made of others, are not "
+            "supported; name the location itself, such as s3://bucket/folder"
+        )
+    return url
 
 
 def _without_secrets(name: str | os.PathLike[str]) -> str:

@@ -8,7 +8,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 
@@ -44,7 +44,11 @@ class RetryPolicy:
         self._failures = 0
 
     def wait(
-        self, error: GptOssStreamError, seconds: float | None = None, tries: int | None = None
+        self,
+        error: GptOssStreamError,
+        seconds: float | None = None,
+        tries: int | None = None,
+        announce: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         """Wait before the next try.
 
@@ -52,6 +56,7 @@ class RetryPolicy:
             error: What to raise if this was the last try, or if `stop` is set.
             seconds: How long the server asked to wait, if it did.
             tries: A smaller number of tries for this kind of failure.
+            announce: Called with the seconds that are waited, if the server asked to wait.
         """
         self._failures += 1
         if self._failures >= min(self._tries, tries or self._tries):
@@ -62,7 +67,8 @@ class RetryPolicy:
         if seconds is not None:  # never earlier than asked
             asked = min(seconds, _MAX_RETRY_AFTER)
             jittered = asked + random.uniform(0, delay + 0.2 * asked)
-        if seconds is None and jittered >= _LOGGED_SECONDS:
+            announce(jittered)
+        elif jittered >= _LOGGED_SECONDS:
             _log.warning("%s; trying again in %d s", error, jittered)
         if self._stop.wait(jittered):
             raise error

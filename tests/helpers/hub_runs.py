@@ -28,6 +28,7 @@ Spoiling = Callable[[Request], "Fault | None"]
 _LAUNCHER = f"""
 import gc, json, os, signal, sys
 import gptoss_stream.storage.hub
+import gptoss_stream.storage.hub_requests as hub_requests
 import gptoss_stream.storage.retries as retries
 from gptoss_stream import conversion, formats
 from gptoss_stream.checkpoint.remote_reader import BUDGET_NBYTES, RemoteReader
@@ -64,6 +65,7 @@ for line in sys.stdin:
 if run is not None:
     os.environ.update(run["environment"])
     retries._MAX_RETRY_AFTER = float(os.environ.get("MAX_RETRY_AFTER", "4000"))
+    hub_requests._SAID_SECONDS = float(os.environ.get("SAID_SECONDS", "30"))
     uploads.PUBLISH_SECONDS = float(os.environ.get("PUBLISH_SECONDS", "0"))
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(run["name"] + "." + name, os.O_WRONLY | os.O_CREAT), number)

@@ -54,6 +54,25 @@ def test_a_subfolder_of_a_folder(tmp_path):
         ("hf://datasets/openai/x", {}),
         ("hf://openai", {}),
         ("hf://openai/x@v1", {"revision": "v2"}),
+        ("HF://datasets/openai/x", {}),
+        ("hf://user/name/..", {}),
+        ("hf://user/name/a/../b", {}),
+        ("hf://user/name/./a", {}),
+        ("hf://user/name", {"subfolder": "../x"}),
+        ("hf://user/name@..", {}),
+        ("hf://user/name", {"revision": ".."}),
+        ("hf://../x", {}),
+        ("hf://a/../b", {}),
+        ("hf:///.", {}),
+        ("hf:///./a", {}),
+        ("hf://a--b/x", {}),
+        ("user/name", {"token": ""}),
+        ("folder", {"token": ""}),
+        ("user/name", {"token": "hf_secret\n"}),
+        ("user/name", {"token": "hf_secret\xe9"}),
+        ("simplecache::file:///folder", {}),
+        ("zip://x::s3://bucket/x.zip", {}),
+        ("dir:///folder", {}),
         ("folder", {"revision": "main"}),
         ("folder", {"token": "hf_secret"}),
         ("https://example.org/x", {"download": True}),
@@ -68,10 +87,65 @@ def test_invalid_names_are_refused(name, options):
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("name", ["https://example.org/x", "hf://a/b@main"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "https://example.org/x",
+            "hf://a/b@main",
+            "hf://user/name/..",
+            "hf://../x",
+            "hf://a/../b",
+        ),
+        *("hf:///.", "hf:///./a", "hf://user/name/.git", "hf://user/name/a//b"),
+        *("simplecache::file:///folder", "SimpleCache::file:///folder", "dir:///folder"),
+    ],
+)
 def test_what_cannot_be_written_to_is_refused(name):
-    with pytest.raises(OptionError):
+    with pytest.raises(OptionError) as refusal:
         open_writable_location(name)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("opened", [open_location, open_writable_location])
+def test_a_kind_before_a_repository(opened):
+    with pytest.raises(OptionError, match="hf://models/user/x: write hf://user/x"):
+        opened("hf://models/user/x")
+
+
+@pytest.mark.parametrize("token", ["", " ", "hf_secret\n", "hf_secret\r\nHost: x", "hf_\xe9"])
+def test_a_token_that_cannot_be_sent(token):
+    for opened in (open_location, open_writable_location):
+        with pytest.raises(
+            OptionError, match=r"--token: the token is (empty|malformed)"
+        ) as refusal:
+            opened("hf://user/name", token=token)
+        assert "hf_" not in str(refusal.value)
+
+
+def test_the_token_of_the_environment_is_checked(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_\xe9")
+    with pytest.raises(OptionError, match="HF_TOKEN or the cached login: the token is malformed"):
+        open_writable_location("hf://user/name")
+
+
+def test_the_case_of_a_protocol_does_not_count(tmp_path):
+    location = open_writable_location(f"FILE://{tmp_path}")
+    location.put({"x": b"data"}, {})
+    assert (tmp_path / "x").read_bytes() == b"data"
+    assert open_location(f"File://{tmp_path}").names() == ["x"]
+    assert str(open_writable_location("HF://user/name")) == "hf://user/name"
+    assert str(open_location("HTTPS://example.org/x")) == "https://example.org/x"
+
+
+def test_an_address_may_have_two_colons():
+    assert str(open_location("http://[::1]:80/x")) == "http://[::1]:80/x"
+
+
+def test_an_output_that_is_a_dangling_link(tmp_path):
+    (tmp_path / "out").symlink_to("missing/folder")
+    with pytest.raises(OptionError, match="out: a link to missing/folder, which does not exist"):
+        open_writable_location(str(tmp_path / "out"))
 
 
 def test_a_url_is_refused_where_a_local_folder_is_needed():

@@ -92,13 +92,49 @@ def test_uploaded_files_are_checked(nbytes, hub, convert, released, whole, tmp_p
     assert contents(hub) == whole(released)
 
 
+def test_a_listing_that_is_one_commit_old(hub, convert, released, whole):
+    """The Hub is asked again."""
+    newest, times = [], []
+
+    def age(request):
+        repo = hub.repos.get(OUT)
+        if newest:
+            repo.branches["main"] = newest.pop()
+        elif "/tree/" in request.path and len(shards(hub)) >= 3 and not times:
+            newest.append(repo.branches["main"])
+            times.append(request)
+            repo.branches["main"] = [*repo.commits][-2]
+
+    hub.faults.append(age)
+    done = convert(released, f"hf://{OUT}", "--workers", "1")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert times
+    assert contents(hub) == whole(released)
+
+
+def test_a_staged_shard_that_has_changed(hub, convert, released, tmp_path):
+    """The Hub refuses it without a word of why."""
+    hub.faults.append(lambda r: Fault("status", 403) if r.method == "PUT" else None)
+    assert convert(released, f"hf://{OUT}").returncode == 2
+    hub.faults.clear()
+    shard = next((tmp_path / "this").glob("gptoss_stream/*/*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    done = convert(released, f"hf://{OUT}")
+    assert_clean_error(done, 3)
+    assert f"{shard}: it is not what was written to it; check the disk" in done.stderr
+    assert shard.name not in contents(hub)
+
+
 def test_a_wait_that_the_hub_asks_for_is_said(hub, convert, released, whole):
-    """For commits beyond those that it allows in an hour; here it is over sooner."""
-    headers = {"Retry-After": "31"}
+    """For commits beyond those that it allows in an hour; and no longer time than is waited."""
+    headers = {"Retry-After": "2300492428"}
     hub.faults.append(first(1, Fault("status", 429, headers), COMMIT))
-    done = convert(released, f"hf://{OUT}", MAX_RETRY_AFTER="0.01")
+    limits = {"MAX_RETRY_AFTER": "1", "SAID_SECONDS": "1"}
+    done = convert(released, f"hf://{OUT}", **limits)
     assert done.returncode == 0, done.stderr
-    line = f"gptoss_stream: hf://{OUT}: the Hub allows no more requests for 31 s; waiting\n"
+    line = f"gptoss_stream: hf://{OUT}: the Hub allows no more requests now; waiting 1 s\n"
     assert done.stderr == line
     assert contents(hub) == whole(released)
 
