@@ -123,13 +123,19 @@ def test_a_token_that_cannot_be_sent(token):
         assert "hf_" not in str(refusal.value)
 
 
-def test_the_token_of_the_environment_is_checked(monkeypatch):
+@pytest.fixture
+def own_bounds(monkeypatch):
+    """Bounds of the user's own for hf_xet: then opening a repository changes no variable."""
+    monkeypatch.setenv("HF_XET_HIGH_PERFORMANCE", "1")
+
+
+def test_the_token_of_the_environment_is_checked(own_bounds, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_\xe9")
     with pytest.raises(OptionError, match="HF_TOKEN or the cached login: the token is malformed"):
         open_writable_location("hf://user/name")
 
 
-def test_the_case_of_a_protocol_does_not_count(tmp_path):
+def test_the_case_of_a_protocol_does_not_count(own_bounds, tmp_path):
     location = open_writable_location(f"FILE://{tmp_path}")
     location.put({"x": b"data"}, {})
     assert (tmp_path / "x").read_bytes() == b"data"
