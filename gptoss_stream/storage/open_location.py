@@ -25,7 +25,7 @@ __all__ = [
 
 _REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _PAGE = re.compile(r"(?:www\.)?(?:huggingface|hf)\.co/([^/?#]+/[^/?#]+).*", re.DOTALL)
-_ALMOST_URL = re.compile(r"(hf|https?|s3a?|gs|gcs|az|abfss?)(:/?)([^/].*)", re.DOTALL)
+_ALMOST_URL = re.compile(r"(hf|https?|s3a?|gs|gcs|az|abfss?)(:/?)([^/].*)", re.DOTALL | re.I)
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://(.*)", re.DOTALL | re.IGNORECASE)
 _CHAINED = re.compile(r"(?!https?://)[^/]*://.*::|[^/]*::.*://", re.DOTALL | re.IGNORECASE)
 _WRAPPERS = {

@@ -98,7 +98,12 @@ def test_invalid_names_are_refused(name, options):
             "hf://a/../b",
         ),
         *("hf:///.", "hf:///./a", "hf://user/name/.git", "hf://user/name/a//b"),
-        *("simplecache::file:///folder", "SimpleCache::file:///folder", "dir:///folder"),
+        *(
+            "S3:/bucket/x",
+            "simplecache::file:///folder",
+            "SimpleCache::file:///folder",
+            "dir:///folder",
+        ),
     ],
 )
 def test_what_cannot_be_written_to_is_refused(name):
