@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from memory_location import MemoryLocation
-from runs import WORK_NAME, digests, run_in_process
+from runs import WORK_NAME, assert_clean_error, digests, run_in_process
 
 import gptoss_stream
 from gptoss_stream._utils.temporary_file import TemporaryFile
@@ -99,3 +99,14 @@ def test_receipts_that_are_damaged_are_none(tmp_path):
     text = (tmp_path / "c.receipt").read_bytes()
     (tmp_path / "c.receipt").write_bytes(text.replace(b"5", b"6"))
     assert kept.read() == {"d": receipt}
+
+
+def test_an_output_in_another_output_is_refused(checkpoints, tmp_path):
+    """Neither could be resumed: the files of one would be foreign to the other."""
+    assert run_in_process("convert", checkpoints(), tmp_path / "out").returncode == 0
+    found = digests(tmp_path / "out")
+    for inner in ("sub", "sub/sub"):
+        done = run_in_process("convert", checkpoints(), tmp_path / "out" / inner)
+        assert_clean_error(done, 2)
+        assert f"in the converted output {tmp_path / 'out'}; name a folder" in done.stderr
+    assert digests(tmp_path / "out") == found
