@@ -35,7 +35,7 @@ from .storage.open_location import open_location
 from .storage.overlap import refuse_overlap
 from .tensors.dtypes import DTypeLike
 from .writing.report import Report, make_report
-from .writing.target import open_target, unfinished_state
+from .writing.target import open_target, refuse_nested, unfinished_state
 
 if TYPE_CHECKING:
     import distributed
@@ -161,6 +161,7 @@ def convert(
     plan = plan_conversion(source_model, options, read_reference(base), read_adapters(options))
     adapter = [] if plan.merge is None else [info.location for info in plan.merge.infos]
     refuse_overlap(target, source=[location], reference=[base] if base else [], adapter=adapter)
+    refuse_nested(target)
     identity = run_identity(plan)
     spec = OutputSpec(
         identity, plan.shards, output_files(plan), checksums, encoding_identity(identity)

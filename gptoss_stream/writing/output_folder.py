@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from .._utils.regular_file import NotRegularError, open_regular
-from .._utils.temporary_file import is_leftover
+from .._utils.temporary_file import file_identity, is_leftover
 from ..checkpoint.source_card import CARD_NAME
 from ..errors import OutputError
 from ..planning.model_card import is_unedited
@@ -133,6 +133,14 @@ class OutputFolder:
         """Return what encoding each shard has lost, as texts by the shards' names."""
         files = self.work.glob(f"*{LOSSES_SUFFIX}")
         return {file.name.removesuffix(LOSSES_SUFFIX): file.read_bytes() for file in files}
+
+    def identities(self, *names: str) -> dict[str, tuple[int, int]]:
+        """Return what tells files from later ones of the same names, of those that exist."""
+        found = {}
+        for name in names:
+            with suppress(FileNotFoundError):
+                found[name] = file_identity((self.path / name).lstat())
+        return found
 
     def delete_leftovers(self) -> None:
         """Delete files that a process was killed before it could take their names away."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .._utils import strict_json
+from .._utils.temporary_file import delete_own
 from ..checkpoint.auxiliary_files import CopiedFile
 from ..checkpoint.source_card import CARD_NAME
 from ..errors import OutputError
@@ -59,6 +60,7 @@ class OutputRun(OutputFolder):
         self._encoded = [
             blocks.name for shard in spec.shards for blocks, _ in shard.encoded_pairs()
         ]
+        self._outdated: dict[str, tuple[int, int]] = {}
         self._known_losses: dict[str, EncodingLoss] = {}
         self._partial_folder = self.work
         self.begun_nbytes = 0
@@ -164,6 +166,7 @@ class OutputRun(OutputFolder):
             keep_parts=not self._lock.may_be_shared,
         )
         self._read_checksums()
+        self._outdated = self.identities(INDEX_NAME, RECORD_NAME)  # of a run that lost a file
 
     def _is_kept(self, name: str) -> bool:
         """Return whether a file of the work folder is not a leftover."""
@@ -173,7 +176,7 @@ class OutputRun(OutputFolder):
     def _delete(self, names: Sequence[str]) -> None:
         """Delete the files of a run, but for a model card of the folder's users."""
         others_card = [] if self.others_card() is None else [CARD_NAME]
-        delete_run(self.path, {*names} - {*others_card})
+        delete_run(self.path, {*names} - {*others_card}, self.check_lock)
 
     def _read_checksums(self) -> None:
         with suppress(FileNotFoundError, ValueError):  # such shards are written again
@@ -200,8 +203,8 @@ class OutputRun(OutputFolder):
         with suppress(FileNotFoundError):
             self.keep_report((self.path / REPORT_NAME).read_bytes())
         self.check_lock()
-        for name in (INDEX_NAME, RECORD_NAME):  # of a finished run that has lost a file
-            (self.path / name).unlink(missing_ok=True)
+        for name, identity in self._outdated.items():
+            delete_own(self.path / name, identity)  # not those of a run that took the folder over
         if auxiliary:
             self.write_auxiliary_files()
         self._lock.release_turn()

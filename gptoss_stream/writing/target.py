@@ -14,30 +14,31 @@ from ..storage.location import WritableLocation
 from ..storage.open_location import open_writable_location
 from .run_state import RECORD_NAME, RUN_NAME, parse_state
 
-__all__ = ["open_target", "unfinished_state"]
+__all__ = ["open_target", "refuse_nested", "unfinished_state"]
 
 
 def open_target(
     output: str | os.PathLike[str] | WritableLocation,
 ) -> Path | WritableLocation:
-    """Return the folder or the remote location to write to.
+    """Return the folder or the remote location to write to."""
+    if isinstance(output, LocalFolder):
+        return output.path
+    if isinstance(output, WritableLocation):
+        return output
+    return open_writable_location(output) or user_path(output)
+
+
+def refuse_nested(target: Path | WritableLocation) -> None:
+    """Refuse a folder in another output, which could not be resumed then.
 
     Raises:
-        OutputError: For a folder in another output, which could not be resumed then.
+        OutputError: Naming the other output.
     """
-    if isinstance(output, LocalFolder):
-        target: Path | WritableLocation = output.path
-    elif isinstance(output, WritableLocation):
-        target = output
-    else:
-        target = open_writable_location(output) or user_path(output)
-    if isinstance(target, Path):
-        for folder in target.absolute().parents:
-            if any((folder / name).is_file() for name in (RECORD_NAME, RUN_NAME)):
-                raise OutputError(
-                    f"{target}: in the converted output {folder}; name a folder outside it"
-                )
-    return target
+    for folder in target.absolute().parents if isinstance(target, Path) else ():
+        if any((folder / name).is_file() for name in (RECORD_NAME, RUN_NAME)):
+            raise OutputError(
+                f"{target}: in the converted output {folder}; name a folder outside it"
+            )
 
 
 def unfinished_state(target: Path | WritableLocation) -> Mapping[str, Any] | None:

@@ -132,7 +132,6 @@ ALIASES: dict[str, Callable[[Path], Path | str]] = {
     "the folder around": lambda source: source.parent,
     "a link": link,
     "a folder behind a link": lambda source: link(source) / "out",
-    "a link to a folder inside, which does not exist yet": lambda source: link(source / "out"),
     "a slash at the end": lambda source: f"{source}/",
     "two dots": lambda source: f"{source}/../{source.name}",
     "a relative path": lambda source: os.path.relpath(source, ROOT),

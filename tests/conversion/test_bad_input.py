@@ -255,7 +255,8 @@ OUTPUTS = {
     "a file": (lambda o: o.write_bytes(b""), 2, "a file, not a folder"),
     "a folder in a file": (lambda o: (o.write_bytes(b""), o / "x")[1], 3, "Not a directory"),
     "a name that is too long": (lambda o: o / ("x" * 300), 3, "File name too long"),
-    "a loop of links": (lambda o: o.symlink_to(o), 3, "Too many levels of symbolic links"),
+    "a loop of links": (lambda o: o.symlink_to(o), 2, "which does not exist or cannot be accessed"),
+    "a link to nothing": (lambda o: o.symlink_to("x"), 2, "out: a link to x, which does not exist"),
     "a folder in /proc": (lambda o: Path("/proc/x"), 3, "/proc/x"),
 }
 # fmt: on

@@ -199,7 +199,7 @@ gptoss_stream.open_writable_location("hf://user/name")
 names = "HF_XET_CLIENT_AC_MAX_UPLOAD_CONCURRENCY", "TOKIO_WORKER_THREADS"
 print(*(os.environ.get(name) for name in names))
 """
-    variables = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TOKIO_"))}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=variables | given
     )
