@@ -45,7 +45,8 @@ def test_any_number_of_workers_gives_the_same_bytes(source, whole, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("source_format", "target"), [("transformer-lens", "hf"), ("openai", "hf-mxfp4")]
+    ("source_format", "target"),
+    [("transformer-lens", "hf"), pytest.param("openai", "hf-mxfp4", marks=pytest.mark.slow)],
 )
 def test_other_formats(source_format, target, two, checkpoints, tmp_path):
     folder = checkpoints(format=source_format)

@@ -83,7 +83,8 @@ def kill_workers(larger, folder: Path, workers: int, times: int, seed: int) -> N
             running.wait_for(workers)
 
 
-@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 3])
 def test_workers_killed_at_random(larger, tmp_path, workers):
     kill_workers(larger, tmp_path, workers, times=2, seed=workers)
 
@@ -127,6 +128,7 @@ def end_clients(larger, folder: Path, signals: list[signal.Signals], seed: int) 
             assert digests(output) == whole
 
 
+@pytest.mark.slow
 def test_clients_ended_at_random(larger, tmp_path):
     end_clients(larger, tmp_path, [signal.SIGKILL, signal.SIGINT], seed=2)
 
@@ -264,6 +266,7 @@ def test_several_threads_write_one_shard_at_once(source, whole, tmp_path):
         write_shard(spec, "another run", names[0], tmp_path, lambda n: None, lambda: None)
 
 
+@pytest.mark.slow
 def test_a_shard_that_kills_its_workers_ends_the_run(source, tmp_path, monkeypatch):
     """For example a shard that needs more memory than they have."""
     with cluster(tmp_path / "cluster", 1) as running:
@@ -279,7 +282,7 @@ def _die(*arguments: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("pause", [0, 1])
+@pytest.mark.parametrize("pause", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_worker_that_dies_after_its_shard(source, whole, tmp_path, monkeypatch, pause):
     """The worker dies before the client has handled the result; the output is complete."""
     end, killed = dask_executor.DaskExecutor._end, []

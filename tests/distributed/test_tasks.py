@@ -72,7 +72,7 @@ def command(source: Path, output: object, index: int, count: int = 3) -> list[st
     return convert_command(source, Path(str(output)), "--checksums", *numbers)
 
 
-@pytest.fixture(params=["works", "0", "ENOSYS"])
+@pytest.fixture(params=["works", "0", pytest.param("ENOSYS", marks=pytest.mark.slow)])
 def flock(request, flock_library, monkeypatch) -> None:
     """How `flock` ends in processes that the test starts: it lets everybody in, or fails."""
     if request.param != "works":

@@ -250,7 +250,7 @@ def fault(state: State, folder) -> str:
 
 
 @pytest.mark.parametrize(
-    ("seed", "count"), [(1, 300), pytest.param(2, 3000, marks=pytest.mark.slow)]
+    ("seed", "count"), [(1, 150), pytest.param(2, 3000, marks=pytest.mark.slow)]
 )
 def test_random_changes(seed, count, tmp_path):
     faults, outcomes = {}, Counter()

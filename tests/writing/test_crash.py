@@ -93,7 +93,7 @@ def test_a_kill_after_any_system_call(which, small, calls, tmp_path):
     assert len(points) >= 6
 
 
-@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=slow)])
+@pytest.mark.parametrize("kills", [10, pytest.param(200, marks=slow)])
 def test_kills_at_any_time(kills, large, tmp_path):
     """Also kill the runs that resume, up to five times; no finished shard is written again."""
     random = Random(kills)
@@ -226,7 +226,7 @@ def test_a_disk_that_fails(every, small, calls, tmp_path):
 
 
 @linux
-@pytest.mark.parametrize("signals", [10, pytest.param(100, marks=slow)])
+@pytest.mark.parametrize("signals", [6, pytest.param(100, marks=slow)])
 def test_signals_at_any_time(signals, large, tmp_path):
     """SIGINT and SIGTERM end a run within two seconds, with one line and the signal's exit code."""
     random = Random(1000 + signals)

@@ -141,7 +141,7 @@ def test_a_journal_with_any_bit_flipped_is_not_believed(killed, tmp_path, writte
     """Its own checksum does not match then. Without a flip it is believed: the control."""
     command, kept, whole = killed
     out, random = tmp_path / "out", Random(1)
-    for number in range(12):
+    for number in range(7):
         copied(kept / "out", out)
         text = (out / JOURNAL).read_bytes()
         flipped = bytearray(text)
