@@ -116,10 +116,13 @@ def _resources(
     planned: Plan, output: WritableLocation | None, workers: int, arguments: Arguments
 ) -> tuple[_Resources, Path]:
     """Return what the conversion needs, and the folder whose disk it needs: OUTPUT or staging."""
+    from ..planning.shards import decoded_nbytes
     from ..storage.open_location import upload_nbytes
+    from ..tensors.compiled import is_worthwhile
     from ..writing.disk_space import free_nbytes
     from ..writing.executor import memory_nbytes
     from ..writing.remote_output import staging_folder, staging_nbytes
+    from ..writing.spill_file import is_memory_low
 
     if output is None:
         folder = user_path(arguments.output)
@@ -134,6 +137,8 @@ def _resources(
         upload_nbytes=0 if output is None else upload_nbytes(arguments.output),
         has_reference=planned.reference is not None,
         has_adapters=planned.merge is not None,
+        is_compiled=is_worthwhile(decoded_nbytes(planned.shards))
+        and not is_memory_low(planned.spill_nbytes),
     )
     return _Resources(needed, free_nbytes(folder), memory), folder
 

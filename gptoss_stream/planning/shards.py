@@ -14,12 +14,14 @@ from itertools import accumulate, pairwise
 from .._utils.messages import counted, short_repr, sized, summary
 from ..errors import OptionError
 from ..tensors.safetensors_header import SINGLE_NAME, build_header
+from ..transforms.mxfp4_operand import Mxfp4Operand
 from ..transforms.operands import spilled_dtype
 from ..transforms.output_tensor import OutputTensor, Segment
 
 __all__ = [
     "DEFAULT_SHARD_SIZE",
     "PlannedShard",
+    "decoded_nbytes",
     "is_spilled",
     "parse_size",
     "parse_size_or_zero",
@@ -251,6 +253,17 @@ def spill_nbytes(shards: Iterable[PlannedShard]) -> int:
     shards = list(shards)
     scales = sorted((shard.scales_nbytes for shard in shards), reverse=True)
     return sum(shard.transposed_nbytes for shard in shards) + sum(scales[:2])
+
+
+def decoded_nbytes(shards: Iterable[PlannedShard]) -> int:
+    """Return the bytes of shards that are decoded from MXFP4."""
+    return sum(
+        segment.elements * tensor.dtype.itemsize
+        for shard in shards
+        for tensor in shard.tensors
+        for segment in tensor.segments
+        if segment.encoding is None and isinstance(segment.operand, Mxfp4Operand)
+    )
 
 
 def write_nbytes(shard: PlannedShard) -> int:

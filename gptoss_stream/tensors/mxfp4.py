@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from . import compiled
 from .cast import STORAGE, cast
 from .compiled import decode_pairs, is_enabled, multiply_packed
 from .dtypes import DType
 
-__all__ = ["E2M1", "NAN_SCALE", "decode", "largest_scale", "multiply"]
+__all__ = ["E2M1", "NAN_SCALE", "decode", "decode_columns", "largest_scale", "multiply"]
 
 NAN_SCALE = 255
 """E8M0's NaN, which is refused. Released weights have none; transformers would read it as 2^128."""
@@ -38,6 +39,13 @@ _memory = threading.local()
 
 # The unsigned integer for the bits of two values.
 _PAIR = {DType.BF16: np.uint32, DType.F16: np.uint32, DType.F32: np.uint64}
+
+# Bits of the mantissa, bias of the exponent, and the unsigned integer for the bits of a value.
+_FLOAT = {
+    DType.BF16: (7, 127, np.uint16),
+    DType.F16: (10, 15, np.uint16),
+    DType.F32: (23, 127, np.uint32),
+}
 
 
 def largest_scale(dtype: DType) -> int:
@@ -95,6 +103,34 @@ def decode(
         positions[...] = index
         # mode="clip" writes directly to `out`; every uint16 is a valid index anyway.
         np.take(table, positions, out=pairs[tile], mode="clip")
+
+
+def decode_columns(
+    blocks: np.ndarray[Any, Any],
+    scales: np.ndarray[Any, Any],
+    first: int,
+    out: np.ndarray[Any, Any],
+    dtype: DType,
+) -> bool:
+    """Decode columns of rows of MXFP4 as rows, if numba is enabled and the scales allow it.
+
+    Args:
+        blocks: [rows, groups, 16] uint8, of which the last axis is contiguous.
+        scales: [rows, groups] uint8.
+        first: The first column to decode.
+        out: [columns, rows] in the `STORAGE` of the dtype, of which the last axis is contiguous.
+        dtype: The dtype of `out`.
+
+    Returns:
+        Whether it was done. It is not if a value would be subnormal or infinite.
+    """
+    bits, bias, storage = _FLOAT[dtype]
+    # The least code but zero is 2^-1, whose exponent must be at least 1 - bias.
+    smallest = 127 + 2 - bias
+    if not is_enabled() or scales.min() < smallest or scales.max() > largest_scale(dtype):
+        return False
+    compiled.decode_columns(blocks, scales, first, out.view(storage), bits, bias)
+    return True
 
 
 def multiply(

@@ -19,13 +19,24 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.reader import Reader
 from ..errors import TensorError
 from ..tensors.dtypes import DType
+from .mxfp4_operand import Mxfp4Operand
 from .output_tensor import OutputTensor, Segment
-from .tiles import TILE_NBYTES, TargetRows, load_rows, row_intervals, transposed_tiles
+from .tiles import (
+    TILE_NBYTES,
+    TargetRows,
+    intervals,
+    load_rows,
+    row_intervals,
+    transposed_tiles,
+)
 
 if TYPE_CHECKING:
     import numpy as np
 
 __all__ = ["MakeRows", "materialize", "materialize_rows"]
+
+_PACKED_TILE_ROWS = 512
+"""The most rows of MXFP4 in a tile that compiled code transposes."""
 
 MakeRows = Callable[[Segment, "list[TargetRows]", DType], None]
 """Make rows of a segment in a dtype. The target rows are in order and without gaps."""
@@ -151,9 +162,15 @@ def _transpose_rows(
     operand_rows: tuple[int, int],
 ) -> None:
     """Make rows of a segment of the operand's columns with the same numbers."""
+    from ..tensors import compiled
     from ..tensors.cast import cast
 
     first, top = targets[0].first, operand_rows[0]
+    if isinstance(segment.operand, Mxfp4Operand) and compiled.is_enabled():
+        for begin, end in intervals(*operand_rows, _PACKED_TILE_ROWS):
+            outs = [(one.first, one.out[..., begin - top : end - top]) for one in targets]
+            segment.operand.load_columns(reader, (begin, end), outs, dtype)
+        return
     for (begin, end), transposed, source_dtype in transposed_tiles(
         segment, (first, targets[-1].end), operand_rows, dtype, reader
     ):

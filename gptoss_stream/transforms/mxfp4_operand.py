@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -16,6 +16,8 @@ from .operand import Interval, Loaded, Tile
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from ..tensors.dtypes import DType
 
 __all__ = ["Mxfp4Operand", "Packed"]
 
@@ -102,6 +104,38 @@ class Mxfp4Operand:
         if largest > largest_scale(dtype) and count_infinities(values, dtype):
             raise OverflowError(f"values with the scale 2^{largest - 127} exceed {dtype}")
         return values
+
+    def load_columns(
+        self,
+        reader: Reader,
+        rows: Interval,
+        outs: Iterable[tuple[int, np.ndarray[Any, Any]]],
+        dtype: DType,
+    ) -> None:
+        """Load columns of some rows as rows (see `mxfp4.decode_columns`).
+
+        Args:
+            reader: Reads the rows.
+            rows: The rows [begin, end).
+            outs: The first column, and memory for the values [columns, rows], of each run of
+                columns.
+            dtype: The dtype to decode to.
+
+        Raises:
+            OverflowError: If the dtype cannot represent a value.
+            TensorError: If a scale is NaN.
+        """
+        from ..tensors.mxfp4 import decode_columns
+
+        with self.load_packed(reader, rows) as (blocks, scales):
+            self._largest(scales)
+            for first, out in outs:
+                begin = first // BLOCK_VALUES
+                groups = slice(begin, -(-(first + len(out)) // BLOCK_VALUES))
+                packed, first = (blocks[:, groups], scales[:, groups]), first - begin * BLOCK_VALUES
+                if not decode_columns(*packed, first, out, dtype):
+                    values = self._decode(*packed, Tile(rows, None, dtype))
+                    out[...] = values[:, first : first + len(out)].T
 
     def multiply(
         self,

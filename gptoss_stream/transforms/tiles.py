@@ -18,7 +18,14 @@ from .output_tensor import Segment
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["TILE_NBYTES", "TargetRows", "load_rows", "row_intervals", "transposed_tiles"]
+__all__ = [
+    "TILE_NBYTES",
+    "TargetRows",
+    "intervals",
+    "load_rows",
+    "row_intervals",
+    "transposed_tiles",
+]
 
 TILE_NBYTES = 1 << 20
 """The most bytes in a tile that is not transposed, by default."""
@@ -68,7 +75,7 @@ def row_intervals(
     num_rows = tile_nbytes // (row_elements * dtype.itemsize)
     if isinstance(segment.operand, AdaptedOperand):
         num_rows = _ADAPTED_ELEMENTS // row_elements
-    return _intervals(target.first, target.end, num_rows)
+    return intervals(target.first, target.end, num_rows)
 
 
 @contextmanager
@@ -129,12 +136,12 @@ def transposed_tiles(
         num_rows = min(_ADAPTED_ROWS, _ADAPTED_ELEMENTS // (rows[1] - rows[0]))
     if segment.encoding is not None:
         num_rows = max(BLOCK_VALUES, num_rows // BLOCK_VALUES * BLOCK_VALUES)
-    for begin, end in _intervals(*operand_rows, num_rows):
+    for begin, end in intervals(*operand_rows, num_rows):
         with segment.operand.load(reader, Tile((begin, end), rows, dtype)) as (array, source_dtype):
             transposed = rearrange(array, segment.rearrangement.pattern)
             yield (begin, end), transposed, source_dtype
 
 
-def _intervals(begin: int, end: int, length: int) -> list[Interval]:
+def intervals(begin: int, end: int, length: int) -> list[Interval]:
     """Cut an interval into intervals [begin, end) of at most `length`, which is at least 1."""
     return list(pairwise([*range(begin, end, max(1, length)), end]))

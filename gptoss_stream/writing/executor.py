@@ -26,6 +26,7 @@ _THREAD_NBYTES = 6_000_000  # tiles, indices, a row that two chunks share
 _REFERENCE_NBYTES = 10_000_000  # of each thread: the blocks of a reference
 _ADAPTERS_NBYTES = 30_000_000  # factors in use, a tensor that is being regrouped, BLAS
 _MERGING_NBYTES = 8_000_000  # of each thread: tiles in float32
+_COMPILED_NBYTES = 130_000_000  # numba and LLVM
 _REMOTE_NBYTES = 200_000_000  # blocks that are needed at the same time, and the clients' code
 
 
@@ -36,6 +37,7 @@ def memory_nbytes(
     upload_nbytes: int = 0,
     has_reference: bool = False,
     has_adapters: bool = False,
+    is_compiled: bool = False,
 ) -> int:
     """Estimate the peak resident memory of a process that writes shards.
 
@@ -45,6 +47,7 @@ def memory_nbytes(
         upload_nbytes: What the client that uploads takes (`open_location.upload_nbytes`).
         has_reference: Whether blocks of a reference are kept.
         has_adapters: Whether adapters are merged.
+        is_compiled: Whether MXFP4 is decoded by compiled code.
 
     Returns:
         An upper estimate in bytes.
@@ -53,6 +56,8 @@ def memory_nbytes(
     nbytes = _INTERPRETER_NBYTES + threads * per_thread + upload_nbytes
     if has_adapters:
         nbytes += _ADAPTERS_NBYTES + threads * _MERGING_NBYTES
+    if is_compiled:
+        nbytes += _COMPILED_NBYTES
     return nbytes if is_local else nbytes + _REMOTE_NBYTES
 
 
