@@ -127,8 +127,9 @@ class GuardFile:
         self._token, self._path, self._renewed = process.token, path, time.time()
         self.may_be_shared = bool(chain) and self._lives(chain[-1].process, process) is None
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._renew, daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._renew, daemon=True)
+        thread.start()
+        self._thread = thread  # after its start: a signal in between ends the run by `release`
         return None
 
     def _succeeds(self, chain: list[GuardHolder], process: ProcessIdentity, now: float) -> bool:
