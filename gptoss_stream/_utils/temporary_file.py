@@ -111,7 +111,7 @@ def unnamed_file(folder: Path) -> TemporaryFile:
 
 
 def is_leftover(name: str) -> bool:
-    """Return whether a file has the name of one that was to have none, and is empty."""
+    """Return whether a file of this name is what a killed process left of an unnamed file."""
     return name.startswith(_PREFIX)
 
 

@@ -19,7 +19,6 @@ import numpy as np
 
 from . import compiled
 from .cast import STORAGE, cast
-from .compiled import decode_pairs, is_enabled, multiply_packed
 from .dtypes import DType
 
 __all__ = ["E2M1", "NAN_SCALE", "decode", "decode_columns", "largest_scale", "multiply"]
@@ -88,8 +87,8 @@ def decode(
     rows, groups, width = blocks.shape
     table = _pairs(dtype)
     pairs = out.view(table.dtype).reshape(rows, groups, width)
-    if is_enabled():
-        decode_pairs(blocks, scales, table, pairs)
+    if compiled.is_enabled():
+        compiled.decode_pairs(blocks, scales, table, pairs)
         return
     tile_rows = max(1, _TILE_LOOKUPS // (groups * width))
     narrow, wide = _indices(min(rows, tile_rows) * groups * width)
@@ -127,7 +126,7 @@ def decode_columns(
     bits, bias, storage = _FLOAT[dtype]
     # The least code but zero is 2^-1, whose exponent must be at least 1 - bias.
     smallest = 127 + 2 - bias
-    if not is_enabled() or scales.min() < smallest or scales.max() > largest_scale(dtype):
+    if not compiled.is_enabled() or scales.min() < smallest or scales.max() > largest_scale(dtype):
         return False
     compiled.decode_columns(blocks, scales, first, out.view(storage), bits, bias)
     return True
@@ -147,7 +146,7 @@ def multiply(
         tokens: [tokens, groups * 32] float32, C-contiguous.
         out: Memory for the products [tokens, rows], float32, with any strides.
     """
-    multiply_packed(blocks, scales, _pairs(DType.F32), tokens, out)
+    compiled.multiply_packed(blocks, scales, _pairs(DType.F32), tokens, out)
 
 
 def _indices(count: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
