@@ -116,7 +116,7 @@ def _resources(
     planned: Plan, output: WritableLocation | None, workers: int, arguments: Arguments
 ) -> tuple[_Resources, Path]:
     """Return what the conversion needs, and the folder whose disk it needs: OUTPUT or staging."""
-    from ..planning.shards import decoded_nbytes
+    from ..planning.shards import compiled_nbytes
     from ..storage.open_location import upload_nbytes
     from ..tensors.compiled import is_worthwhile
     from ..writing.disk_space import free_nbytes
@@ -137,7 +137,7 @@ def _resources(
         upload_nbytes=0 if output is None else upload_nbytes(arguments.output),
         has_reference=planned.reference is not None,
         has_adapters=planned.merge is not None,
-        is_compiled=is_worthwhile(decoded_nbytes(planned.shards))
+        is_compiled=is_worthwhile(compiled_nbytes(planned.shards))
         and not is_memory_low(planned.spill_nbytes),
     )
     return _Resources(needed, free_nbytes(folder), memory), folder

@@ -13,15 +13,17 @@ from itertools import accumulate, pairwise
 
 from .._utils.messages import counted, short_repr, sized, summary
 from ..errors import OptionError
+from ..tensors.dtypes import BLOCK_NBYTES, BLOCK_VALUES, DType
 from ..tensors.safetensors_header import SINGLE_NAME, build_header
 from ..transforms.mxfp4_operand import Mxfp4Operand
 from ..transforms.operands import spilled_dtype
 from ..transforms.output_tensor import OutputTensor, Segment
+from ..transforms.row_encoding import BLOCKS
 
 __all__ = [
     "DEFAULT_SHARD_SIZE",
     "PlannedShard",
-    "decoded_nbytes",
+    "compiled_nbytes",
     "is_spilled",
     "parse_size",
     "parse_size_or_zero",
@@ -255,15 +257,17 @@ def spill_nbytes(shards: Iterable[PlannedShard]) -> int:
     return sum(shard.transposed_nbytes for shard in shards) + sum(scales[:2])
 
 
-def decoded_nbytes(shards: Iterable[PlannedShard]) -> int:
-    """Return the bytes of shards that are decoded from MXFP4."""
-    return sum(
-        segment.elements * tensor.dtype.itemsize
-        for shard in shards
-        for tensor in shard.tensors
-        for segment in tensor.segments
-        if segment.encoding is None and isinstance(segment.operand, Mxfp4Operand)
-    )
+def compiled_nbytes(shards: Iterable[PlannedShard]) -> int:
+    """Return the bytes of floats that compiled code makes of MXFP4, or makes MXFP4 of."""
+    total = 0
+    for tensor in (tensor for shard in shards for tensor in shard.tensors):
+        for segment in tensor.segments:
+            if segment.encoding is None:
+                if isinstance(segment.operand, Mxfp4Operand):
+                    total += segment.elements * tensor.dtype.itemsize
+            elif segment.encoding.component == BLOCKS:
+                total += segment.elements // BLOCK_NBYTES * BLOCK_VALUES * DType.BF16.itemsize
+    return total
 
 
 def write_nbytes(shard: PlannedShard) -> int:

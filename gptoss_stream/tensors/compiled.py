@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 __all__ = [
+    "compile_for",
     "decode_columns",
     "decode_pairs",
     "enable",
@@ -28,6 +29,7 @@ __all__ = [
     "is_enabled",
     "is_worthwhile",
     "multiply_packed",
+    "readable",
 ]
 
 _Array = np.ndarray[Any, Any]
@@ -35,8 +37,8 @@ _Array = np.ndarray[Any, Any]
 _is_enabled = False
 _BLOCK_ROWS = 512
 _WORTHWHILE_NBYTES = 8_000_000_000
-"""Decoding as many bytes by numpy takes some 2 s of the processor's time longer, or 4 s if they are
-transposed; numba's import takes 0.5 s."""
+"""Decoding as many bytes by numpy takes some 2 s of the processor's time longer, 4 s if they are
+transposed or encoded; numba's import takes 0.5 s."""
 
 
 def is_available() -> bool:
@@ -56,10 +58,10 @@ def enable() -> bool:
 
 
 def enable_for(nbytes: int) -> bool:
-    """Let `mxfp4.decode` use compiled code if it is worth its import.
+    """Let MXFP4 be decoded and encoded by compiled code if it is worth its import.
 
     Args:
-        nbytes: The bytes that are decoded.
+        nbytes: The bytes of floats that are decoded or encoded.
 
     Returns:
         Whether compiled code is used from now on.
@@ -68,7 +70,7 @@ def enable_for(nbytes: int) -> bool:
 
 
 def is_worthwhile(nbytes: int) -> bool:
-    """Return whether numba is installed, and as many bytes to decode are worth its import."""
+    """Return whether numba is installed, and so many bytes of floats are worth its import."""
     return nbytes >= _WORTHWHILE_NBYTES and is_available()
 
 
@@ -138,7 +140,7 @@ def _compiled_decode(pair_nbytes: int) -> Callable[..., None]:
     from numba import types
 
     pair = {4: types.uint32, 8: types.uint64}[pair_nbytes]
-    return _compile(_decode, [*_packed(), _readable(pair, 1), pair[:, :, ::1]])
+    return compile_for(_decode, [*_packed(), readable(pair, 1), pair[:, :, ::1]])
 
 
 @lru_cache(maxsize=2)
@@ -147,9 +149,11 @@ def _compiled_columns(nbytes: int) -> Callable[..., None]:
     from numba import types
 
     floats = {2: types.uint16, 4: types.uint32}[nbytes]
-    words, scales = _readable(types.uint64, 3, "A"), _readable(types.uint8, 2, "A")
+    words, scales = readable(types.uint64, 3, "A"), readable(types.uint8, 2, "A")
     numbers = [types.int64, types.int64]
-    return _compile(_decode_columns, [words, scales, *numbers, floats[::1], *numbers, types.int64])
+    return compile_for(
+        _decode_columns, [words, scales, *numbers, floats[::1], *numbers, types.int64]
+    )
 
 
 @lru_cache(maxsize=1)
@@ -157,8 +161,8 @@ def _compiled_multiply() -> Callable[..., None]:
     """Return `_multiply`, whose sums may be reordered; infinities and NaN keep their meaning."""
     from numba import types
 
-    inputs = [*_packed(), _readable(types.uint64, 1), _readable(types.float32, 2)]
-    return _compile(
+    inputs = [*_packed(), readable(types.uint64, 1), readable(types.float32, 2)]
+    return compile_for(
         _multiply, [*inputs, types.float32[:, :]], fastmath={"reassoc", "contract", "nsz"}
     )
 
@@ -167,23 +171,30 @@ def _packed() -> list[Any]:
     """Return numba's types for blocks and scales."""
     from numba import types
 
-    return [_readable(types.uint8, 3, "A"), _readable(types.uint8, 2, "A")]
+    return [readable(types.uint8, 3, "A"), readable(types.uint8, 2, "A")]
 
 
-def _readable(dtype: Any, ndim: int, layout: str = "C") -> Any:
+def readable(dtype: Any, ndim: int, layout: str = "C") -> Any:
     """Return numba's type for an array that is read: contiguous ("C") or of any strides ("A")."""
     from numba import types
 
     return types.Array(dtype, ndim, layout, readonly=True)
 
 
-def _compile(
-    function: Callable[..., None], arguments: list[Any], **options: Any
-) -> Callable[..., None]:
-    """Compile a function for arguments of these types, or load it from numba's cache."""
+def compile_for(
+    function: Callable[..., Any], arguments: list[Any], result: Any = None, **options: Any
+) -> Callable[..., Any]:
+    """Compile a function, or load it from numba's cache.
+
+    Args:
+        function: The function.
+        arguments: numba's types of its arguments.
+        result: numba's type of its result; None if it returns nothing.
+        options: Of `numba.njit`.
+    """
     from numba import njit, void
 
-    signature = void(*arguments)
+    signature = (result or void)(*arguments)
     try:
         compiled = njit(signature, nogil=True, cache=True, **options)(function)
     except (RuntimeError, OSError):  # no folder that can be written to, or a full disk

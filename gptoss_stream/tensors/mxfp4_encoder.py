@@ -10,26 +10,26 @@ runs of memory: arrays of a tile have the axes [groups, 32, rows].
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from math import prod, sqrt
+from functools import lru_cache
+from math import prod
 from typing import Any
 
 import numpy as np
 
+from . import compiled, compiled_encoder
+from .compiled_encoder import Distances
 from .dtypes import BLOCK_VALUES, DType
+from .encoding_loss import MAGNITUDE, EncodingLoss, magnitudes
 from .mxfp4 import largest_scale
 from .mxfp4_rules import RULES, Rule
 
-__all__ = ["EncodingLoss", "encode", "measured_step"]
+__all__ = ["encode"]
 
 _Array = np.ndarray[Any, Any]
 
 _LARGEST = 576
 """The largest code's magnitude, 6, as a distance."""
-_MAGNITUDES = np.array((0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
 
-_MAGNITUDE = np.uint16(0x7FFF)
 _LARGEST_SCALE = largest_scale(DType.BF16)
 _VANISHING = (np.ldexp(np.float32(1), np.arange(256) - 277).view(np.uint32) >> 16).astype(np.uint16)
 """By scale byte, the bits of the largest magnitude that is zero when it is divided by the scale in
@@ -46,50 +46,6 @@ enough that calls cost little. The number of rows is no power of two: the lines 
 on the same places in the cache when they are transposed."""
 
 _memory = threading.local()
-
-
-_MEASURED_RUN = 32
-_MEASURED_STEP = 64
-_MEASURED_ROWS = 1 << 14
-
-
-def measured_step(rows: int) -> int:
-    """Return on how many rows of a tensor the error is measured: 1 of so many.
-
-    On all rows of a small tensor. Of a large one, 1 of 64 rows give the relative error as well, in
-    a small part of the time.
-    """
-    return 1 if rows <= _MEASURED_ROWS else _MEASURED_STEP
-
-
-@dataclass(slots=True)
-class EncodingLoss:
-    """What encoding loses of a tensor's values."""
-
-    step: int = 1
-    """The error is measured on 32 rows, then not on 32 * (step - 1), and so on."""
-    blocks: int = 0
-    """Blocks that were written."""
-    kept: int = 0
-    """Blocks of these with the bytes of the reference."""
-    flushed: int = 0
-    """Values that are not zero and became zero."""
-    clipped: int = 0
-    """Values larger than the largest code."""
-    squared_error: float = 0.0
-    """The sum of the squared errors, estimated from the rows that were measured."""
-    squared_norm: float = 0.0
-    """The sum of the squared values, from the same rows."""
-
-    def add(self, other: EncodingLoss) -> None:
-        """Add what was lost of other values."""
-        for name in (field.name for field in fields(self) if field.name != "step"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-
-    @property
-    def relative_error(self) -> float:
-        """The norm of the errors relative to that of the values."""
-        return sqrt(self.squared_error / self.squared_norm) if self.squared_norm else 0.0
 
 
 class _Scratch:
@@ -158,14 +114,58 @@ def _encode_tile(
     first_row: int,
 ) -> None:
     """Encode values [groups, 32, rows] (see `encode`)."""
+    counted = EncodingLoss() if loss is None else loss
+    if not (compiled.is_enabled() and _encode_compiled(values, rule, blocks, scales, counted)):
+        _encode_by_numpy(values, rule, blocks, scales, counted)
+    if loss is None:
+        return
+    loss.blocks += scales.size
+    loss.measure(values, blocks, scales, first_row)
+
+
+def _encode_compiled(
+    values: _Array, rule: Rule, blocks: _Array, scales: _Array, loss: EncodingLoss
+) -> bool:
+    """Encode values by compiled code, unless a block is zero, tiny, NaN, infinite or too large."""
+    groups, length, rows = values.shape
+    if values.strides[2] != values.itemsize:
+        planes, _, _ = _memory.scratch.arrays(values.shape)
+        matrix = values.transpose(2, 0, 1).reshape(rows, groups * length)
+        if not compiled_encoder.copy_transposed(matrix, planes.reshape(groups * length, rows)):
+            planes[...] = values
+        values = planes
+    limits = _LINEAR, ((_LARGEST_SCALE + 3) << 7) - rule.carry - 1
+    if not compiled_encoder.find_scales(values, rule.carry, limits, scales):
+        return False
+    flushed, clipped = compiled_encoder.encode_planes(values, scales, _distances(rule), blocks)
+    loss.flushed += flushed
+    loss.clipped += clipped
+    return True
+
+
+@lru_cache
+def _distances(rule: Rule) -> Distances:
+    """Return what compiled code must know of a rule."""
+    zeros = _VANISHING if rule.zero_is_negative else np.full(256, -1)
+    midpoints = np.array([*rule.midpoints, _LARGEST], np.int16)
+    return Distances(midpoints, zeros.astype(np.int16))
+
+
+def _encode_by_numpy(
+    values: _Array, rule: Rule, blocks: _Array, scales: _Array, loss: EncodingLoss
+) -> None:
+    """Encode any values.
+
+    Raises:
+        ValueError: See `encode`.
+    """
     wide, codes, flags = _memory.scratch.arrays(values.shape)
     is_set = flags.view(bool)
-    np.bitwise_and(values, _MAGNITUDE, out=wide)
+    np.bitwise_and(values, MAGNITUDE, out=wide)
     largest = np.maximum.reduce(wide, axis=1)  # [groups, rows]
     are_linear = int(largest.min()) >= _LINEAR
     scale = _scale(largest, rule, are_linear=are_linear)
-    if loss is not None:
-        loss.flushed += int(np.count_nonzero(wide))
+    loss.flushed += int(np.count_nonzero(wide))
     quarter = (scale if are_linear else np.maximum(scale, _LINEAR_SCALE)) - np.uint16(2)
     quarter <<= np.uint16(7)
     np.subtract(wide, quarter[:, None], out=wide)
@@ -174,21 +174,16 @@ def _encode_tile(
     # Signed: values below a quarter of their scale have a negative distance.
     distances = wide.view(np.int16)
     np.greater(distances, np.int16(rule.midpoints[0]), out=codes.view(bool))
-    if loss is not None:
-        loss.flushed -= int(np.count_nonzero(codes.view(bool)))
+    loss.flushed -= int(np.count_nonzero(codes.view(bool)))
     for midpoint in rule.midpoints[1:]:
         np.greater(distances, np.int16(midpoint), out=is_set)
         np.add(codes, flags, out=codes)
-    if loss is not None:
-        if rule.clips:
-            np.greater(distances, np.int16(_LARGEST), out=is_set)
-            loss.clipped += int(np.count_nonzero(is_set))
-        loss.blocks += scale.size
-        for run in _measured_runs(first_row, loss.step, scale.shape[1]):
-            _add_error(loss, values[..., run], scale[:, None, run], codes[..., run])
-    np.greater(values, _MAGNITUDE, out=is_set)
+    if rule.clips:
+        np.greater(distances, np.int16(_LARGEST), out=is_set)
+        loss.clipped += int(np.count_nonzero(is_set))
+    np.greater(values, MAGNITUDE, out=is_set)
     if rule.zero_is_negative:
-        np.bitwise_and(values, _MAGNITUDE, out=wide)
+        np.bitwise_and(values, MAGNITUDE, out=wide)
         is_set |= wide <= _VANISHING[scale][:, None]
     np.multiply(flags, np.uint8(8), out=flags)
     np.bitwise_or(codes, flags, out=codes)
@@ -197,23 +192,6 @@ def _encode_tile(
     packed |= codes[:, ::2]
     blocks[...] = packed.transpose(2, 0, 1)
     scales[...] = scale.T
-
-
-def _measured_runs(first_row: int, step: int, rows: int) -> Iterator[slice]:
-    """Yield the rows of a tile on which the error is measured.
-
-    Args:
-        first_row: The number of the tile's first row.
-        step: See `EncodingLoss`.
-        rows: The number of rows of the tile.
-    """
-    if step == 1:
-        yield slice(0, rows)
-        return
-    period = _MEASURED_RUN * step
-    for begin in range(-(first_row % period), rows, period):
-        if begin + _MEASURED_RUN > 0:
-            yield slice(max(begin, 0), min(begin + _MEASURED_RUN, rows))
 
 
 def _scale(largest: _Array, rule: Rule, *, are_linear: bool) -> _Array:
@@ -249,27 +227,6 @@ def _measure_tiny(values: _Array, scale: _Array, largest: _Array, distances: _Ar
     """
     group, row = np.nonzero((scale < _LINEAR_SCALE) & (largest > 0))
     exponents = 129 - scale[group, row].astype(int)[:, None]
-    relative = np.ldexp(_magnitudes(values[group, :, row]), exponents)
+    relative = np.ldexp(magnitudes(values[group, :, row]), exponents)
     mantissa, exponent = np.frexp(np.maximum(relative, 1.0))  # mantissas from 0.5 to 1
     distances[group, :, row] = 128 * (exponent + 2 * mantissa - 2)
-
-
-def _magnitudes(values: _Array) -> _Array:
-    """Return the magnitudes of bfloat16 bits as float64."""
-    bits = (values & _MAGNITUDE).astype(np.uint32) << np.uint32(16)
-    return bits.view(np.float32).astype(np.float64)
-
-
-def _add_error(loss: EncodingLoss, values: _Array, scale: _Array, codes: _Array) -> None:
-    """Add the error of values to a loss.
-
-    Args:
-        loss: The loss.
-        values: The bits of the values, [groups, 32, rows] uint16.
-        scale: The scale bytes, [groups, 1, rows] uint16.
-        codes: The codes without sign, [groups, 32, rows] uint8.
-    """
-    exact = _magnitudes(values)
-    error = exact - _MAGNITUDES[codes] * np.ldexp(1.0, scale.astype(int) - 127)
-    loss.squared_error += loss.step * float(np.vdot(error, error))
-    loss.squared_norm += loss.step * float(np.vdot(exact, exact))

@@ -17,8 +17,9 @@ from ..checkpoint.reader import Reader
 from ..errors import TensorError
 from ..tensors.cast import STORAGE, cast
 from ..tensors.dtypes import BLOCK_NBYTES, BLOCK_VALUES, DType
+from ..tensors.encoding_loss import EncodingLoss
 from ..tensors.mxfp4 import NAN_SCALE, decode
-from ..tensors.mxfp4_encoder import EncodingLoss, encode
+from ..tensors.mxfp4_encoder import encode
 from .mxfp4_operand import Packed
 from .operands import raw_tensors
 from .output_tensor import Segment

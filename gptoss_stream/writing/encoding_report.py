@@ -13,7 +13,7 @@ from typing import Any
 
 from .._utils import strict_json
 from ..tensors.dtypes import BLOCK_VALUES
-from ..tensors.mxfp4_encoder import EncodingLoss
+from ..tensors.encoding_loss import EncodingLoss
 
 __all__ = [
     "LOSSES_SUFFIX",

@@ -14,7 +14,7 @@ from .._utils.temporary_file import delete_own
 from ..checkpoint.auxiliary_files import CopiedFile
 from ..checkpoint.source_card import CARD_NAME
 from ..errors import OutputError
-from ..tensors.mxfp4_encoder import EncodingLoss
+from ..tensors.encoding_loss import EncodingLoss
 from ..tensors.safetensors_header import INDEX_NAME
 from .checksums import CHECKSUMS_NAME, build_checksums, parse_checksums
 from .deletion import delete_run

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..checkpoint.reader import Reader
 from ..planning.shards import PlannedShard
 from ..tensors.dtypes import DType
-from ..tensors.mxfp4_encoder import EncodingLoss, measured_step
+from ..tensors.encoding_loss import EncodingLoss, measured_step
 from ..transforms.encode import encode_rows
 from ..transforms.materialize import materialize_rows
 from ..transforms.output_tensor import OutputTensor, Segment

@@ -28,7 +28,7 @@ from typing import Any
 
 from .._utils import strict_json
 from ..planning.shards import PlannedShard
-from ..tensors.mxfp4_encoder import EncodingLoss
+from ..tensors.encoding_loss import EncodingLoss
 from .durable_files import remove, write_durably
 from .encoding_report import read_losses
 from .shard_file import sync_folder

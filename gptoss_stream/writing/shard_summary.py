@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..tensors.mxfp4_encoder import EncodingLoss
+from ..tensors.encoding_loss import EncodingLoss
 
 __all__ = ["ShardSummary"]
 

@@ -22,7 +22,7 @@ from .._utils.memory import peak_rss_nbytes
 from .._utils.thread_pool import Buffer, Step, run_steps
 from ..checkpoint.reader import ElementRange, Reader, ReadSchedule
 from ..errors import OutputError
-from ..planning.shards import PlannedShard, decoded_nbytes
+from ..planning.shards import PlannedShard, compiled_nbytes
 from ..tensors import compiled
 from ..transforms.materialize import materialize
 from ..transforms.output_tensor import Segment, element_ranges
@@ -118,7 +118,7 @@ class ThreadExecutor:
         self._stop = threading.Event()
         self._in_progress: dict[str, ShardInProgress] = {}
         if not self._low_memory:
-            compiled.enable_for(decoded_nbytes(shards))
+            compiled.enable_for(compiled_nbytes(shards))
         self._spilled = {shard.name: spilled_segments(shard) for shard in shards}
         self._order = self._ordered_steps(shards)
         self._reader.set_schedule(ReadSchedule(len(self._order), self._ranges_read), self._stop)

@@ -23,9 +23,11 @@ from mxfp4_oracles import (
     torchao_scales,
 )
 
+from gptoss_stream.tensors import compiled
 from gptoss_stream.tensors.dtypes import DType
+from gptoss_stream.tensors.encoding_loss import EncodingLoss, measured_step
 from gptoss_stream.tensors.mxfp4 import decode
-from gptoss_stream.tensors.mxfp4_encoder import EncodingLoss, encode, measured_step
+from gptoss_stream.tensors.mxfp4_encoder import encode
 from gptoss_stream.tensors.mxfp4_rules import DEFAULT_RULE, RULES
 
 LARGEST = 0x7F7F
@@ -33,6 +35,14 @@ NAN_AND_INFINITY = np.array([b for b in range(65536) if b & 0x7F80 == 0x7F80], n
 LARGEST_ENCODED = {"openai": 0x7F40, "modelopt": 0x7F40, "ocp": LARGEST, "even": 0x7F5F}
 """By rule, the largest magnitude with a scale byte of 252: the codes of 253 are infinite."""
 rules = pytest.mark.parametrize("rule", LARGEST_ENCODED)
+
+
+@pytest.fixture(autouse=True, params=["numpy", "compiled"])
+def arithmetic(request, monkeypatch):
+    """Every test is run by numpy and by compiled code."""
+    if request.param == "compiled":
+        pytest.importorskip("numba")
+    monkeypatch.setattr(compiled, "_is_enabled", request.param == "compiled")
 
 
 def encoded(

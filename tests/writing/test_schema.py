@@ -11,7 +11,7 @@ import gptoss_stream
 from gptoss_stream.cli.main import main
 from gptoss_stream.errors import OutputError
 from gptoss_stream.loading.output_info import read_output_info
-from gptoss_stream.tensors.mxfp4_encoder import EncodingLoss
+from gptoss_stream.tensors.encoding_loss import EncodingLoss
 from gptoss_stream.writing.encoding_report import losses_as_text, parse_losses
 
 RECORD, RUN, REPORT = "gptoss_stream.json", ".gptoss_stream/run.json", "mxfp4_encoding.json"
