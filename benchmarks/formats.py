@@ -1,110 +1,202 @@
-"""Every format to every format, each against its floor, in one run.
+"""Every format to every format, each against its floor, also at full size.
 
-    python benchmarks/formats.py --preset 20b --layers 2 --warm --folder /some/disk
+    python benchmarks/formats.py --preset 20b --layers 24 --float-layers 16 --json 20b.json
 
-Writes the same random checkpoint in each format. Then, `--runs` times in turn, measures each pair
-as `convert.py` does: floors and conversion from a cold page cache, from a warm one (`--warm`),
-and the conversion under a `--limit` of memory. The floor of a pair reads what the conversion
-reads and writes as many bytes. `--from` and `--to` choose some of the formats. Prints medians,
-and medians of the ratios within each turn: to the floor, of limited to unlimited, and of the time
-for each byte written to that of the first pair. Needs root, as `convert.py` does.
+Source by source: writes a random checkpoint, measures in `--runs` turns all conversions of it, each
+from a cold page cache, and deletes it. Then at most one source and one output are on the disk.
+`--float-layers` makes pairs of floats smaller, whose output is as large as their source: 57 GB
+together for 16 layers of 20b's shapes, as much as 24 layers of the other pairs.
+
+A turn runs, for each pair, the conversion, the same under a `--limit` of memory that counts the
+page cache, and with `--without-numba` the same as if numba were not installed, where MXFP4 is
+decoded or encoded. The floor (`floor.py`) of a pair reads what its conversion reads and writes as
+many bytes. Pairs that read and write the same number of bytes within 1 % share the floor of their
+turn. The floor is the faster of buffered and direct writing. Both run in the first turn; one that
+takes more than 1.2 times as long as the other there is left out of later turns, to save time.
+Every second turn runs the pairs in reverse order, so that none is always the last after its floor.
+
+With `--json FILE` all runs are in FILE after each turn. The same command goes on where it was
+interrupted, and with more `--runs` it adds turns. Prints medians, and medians of the ratios within
+each turn. `--from` and `--to` choose some of the formats. Needs root, as `convert.py` does.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-from contextlib import ExitStack
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
 
+import tables
 import trials
+from measure import Failed
 
-import gptoss_stream
+from gptoss_stream import formats
 
-FIRST = (trials.DEFAULT_SOURCE, "transformer-lens")
+Runs: TypeAlias = dict[str, dict[str, Any]]
+"""The measurement of each command, by name."""
+
+WAYS = ("buffered", "direct")
 
 
-def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return the summary of every pair."""
-    names = [
-        pair
-        for pair in trials.pairs()
-        if pair[0] in (arguments.sources or pair) and pair[1] in (arguments.targets or pair)
-    ]
-    names.sort(key=lambda pair: pair != FIRST)
+def is_packed(name: str) -> bool:
+    """Return whether a format stores MXFP4."""
+    return bool(formats.mxfp4_tensors(formats.load(name).TABLE))
+
+
+def sources(arguments: argparse.Namespace) -> dict[tuple[str, int], list[str]]:
+    """Return the targets for each source: a format and a number of layers."""
+    found: dict[tuple[str, int], list[str]] = {}
+    names = formats.names()
+    for source in arguments.sources or names:
+        for target in arguments.targets or names:
+            is_float = not is_packed(source) and not is_packed(target)
+            layers = arguments.float_layers if is_float else arguments.layers
+            found.setdefault((source, layers or arguments.layers), []).append(target)
+    return found
+
+
+def owners(sizes: Mapping[str, Mapping[str, int]]) -> dict[str, str]:
+    """Return for each target the first one whose floor it shares.
+
+    Args:
+        sizes: For each target the bytes that are read and the bytes that are written.
+    """
+    found: dict[str, str] = {}
+    for target, size in sizes.items():
+        for owner in dict.fromkeys(found.values()):
+            if all(abs(size[key] / sizes[owner][key] - 1) <= 0.01 for key in size):
+                found[target] = owner
+                break
+        else:
+            found[target] = target
+    return found
+
+
+def ways(turns: Sequence[Mapping[str, Any]], owner: str) -> Sequence[str]:
+    """Return how to write the floor of a target: both ways at first, then those near the faster."""
+    if not turns:
+        return WAYS
+    walls = {way: turns[0]["runs"][owner][f"floor, {way}"]["wall"] for way in WAYS}
+    return [way for way, wall in walls.items() if wall <= 1.2 * min(walls.values())]
+
+
+def one_turn(
+    cases: Mapping[str, trials.Case],
+    floors: Mapping[str, str],
+    turns: Sequence[Mapping[str, Any]],
+    arguments: argparse.Namespace,
+) -> dict[str, Runs]:
+    """Run the floors and the conversions of a source once each.
+
+    Args:
+        cases: The conversion to each target.
+        floors: For each target the one whose floor it shares.
+        turns: Earlier turns of the source.
+        arguments: Of the command.
+    """
     limit = trials.limit_nbytes(arguments.limit)
-    with ExitStack() as stack:
-        sources = {
-            name: stack.enter_context(
-                trials.checkpoint(arguments.folder, arguments.preset, arguments.layers, name)
-            )
-            for name in dict.fromkeys(source for source, _ in names)
-        }
-        cases = {pair: trials.case(sources[pair[0]], pair[1]) for pair in names}
-        turns = [
-            {
-                pair: trials.one_turn(case, limit=limit, warm=arguments.warm)
-                for pair, case in cases.items()
-            }
-            for _ in range(arguments.runs)
-        ]
-    results = []
-    for pair, case in cases.items():
-        per_byte = [
-            turn[pair]["convert"].wall / case.planned.nbytes
-            / (turn[names[0]]["convert"].wall / cases[names[0]].planned.nbytes)
-            for turn in turns
-        ]  # fmt: skip
-        results.append(
-            {"source": pair[0], "target": pair[1], **case.sizes}
-            | {"relative": statistics.median(per_byte)}
-            | trials.summary([turn[pair] for turn in turns])
-        )
-    return results
+    runs: dict[str, Runs] = {target: {} for target in cases}
+    for owner in dict.fromkeys(floors.values()):
+        for way in ways(turns, owner):
+            options = ["--direct"] if way == "direct" else []
+            runs[owner][f"floor, {way}"] = trials.as_json(trials.floor(cases[owner], *options))
+        group = [target for target in cases if floors[target] == owner]
+        for target in reversed(group) if len(turns) % 2 else group:
+            runs[target] |= conversions(cases[target], limit, arguments.without_numba)
+            walls = ", ".join(f"{name} {run['wall']:.1f} s" for name, run in runs[target].items())
+            trials.say(f"{cases[target].source.name} to {target}: {walls}")
+    return runs
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """Return the summary as a table; a dash stands for what was not measured."""
-    head = f"{'':36} {'in':>6} {'out':>6}  {'cold':>6} {'floor':>6} {'ratio':>5}"
-    head += f"  {'warm':>6} {'floor':>6} {'ratio':>5}  {'limited':>7} {'a byte':>6}"
-    head += f" {'CPU':>6} {'RSS':>5}"
-    units = f"{'':36} {'GB':>6} {'GB':>6}  {'s':>6} {'s':>6} {'':5}"
-    units += f"  {'s':>6} {'s':>6} {'':5}  {'':7} {'':6} {'s':>6} {'MB':>5}"
-    lines = [head, units]
-    for row in results:
-        line = f"{row['source']:16} to {row['target']:16} "
-        line += f"{row['bytes_in'] / 1e9:6.2f} {row['bytes_out'] / 1e9:6.2f}"
-        for cache in ("", trials.WARM):
-            line += _cells(row.get(f"convert{cache}"), row.get(f"floor{cache}"))
-        limited = row.get("convert, limited", {}).get("to_unlimited")
-        peak = max(r["peak_rss"] for name, r in row.items() if name.startswith("convert"))
-        line += f"  {'–' if limited is None else f'{limited:.2f}':>7} {row['relative']:6.2f}"
-        lines.append(f"{line} {row['convert']['cpu']:6.1f} {peak / 1e6:5.0f}")
-    return "\n".join(lines)
+def conversions(case: trials.Case, limit: int | None, without_numba: bool) -> Runs:
+    """Run a conversion, also under a limit and without numba; a limit may be too low for it."""
+    runs = {"convert": trials.as_json(trials.conversion(case))}
+    if limit is not None:
+        try:
+            runs["convert, limited"] = trials.as_json(trials.conversion(case, limit=limit))
+        except Failed as error:
+            trials.say(str(error))
+    if without_numba and is_packed(case.planned.source_format) != is_packed(case.target):
+        runs["without numba"] = trials.as_json(trials.conversion(case, has_numba=False))
+    return runs
 
 
-def _cells(convert: dict[str, Any] | None, floor: dict[str, Any] | None) -> str:
-    if convert is None or floor is None:
-        return f"  {'–':>6} {'–':>6} {'–':>5}"
-    return f"  {convert['wall']:6.1f} {floor['wall']:6.1f} {convert['to_floor']:5.2f}"
+def measured(
+    arguments: argparse.Namespace, found: dict[str, Any], save: Callable[[], None]
+) -> dict[str, Any]:
+    """Measure the turns that are missing.
+
+    Args:
+        arguments: Of the command.
+        found: What an earlier run of the same command found, or nothing; turns are added to it.
+        save: Called after each turn.
+
+    Returns:
+        `found`: for each pair its sizes, and for each turn of a source all runs.
+
+    Raises:
+        ValueError: If the earlier run had other arguments.
+    """
+    keys = ("preset", "layers", "float_layers", "limit", "without_numba", "targets")
+    chosen = {key: getattr(arguments, key) for key in keys}
+    if found.setdefault("arguments", chosen) != chosen:
+        raise ValueError(f"measured with other arguments: {found['arguments']}, not {chosen}")
+    pairs, all_turns = found.setdefault("pairs", {}), found.setdefault("turns", [])
+    for (source, layers), targets in sources(arguments).items():
+        turns = [t for t in all_turns if (t["source"], t["layers"]) == (source, layers)]
+        if len(turns) >= arguments.runs:
+            continue
+        with trials.checkpoint(arguments.folder, arguments.preset, layers, source) as folder:
+            cases = {target: trials.case(folder, target) for target in targets}
+            floors = owners({target: case.sizes for target, case in cases.items()})
+            for target, case in cases.items():
+                pairs[f"{source} to {target}"] = (
+                    {"source": source, "target": target, "layers": layers}
+                    | case.sizes | {"floor": floors[target]}
+                )  # fmt: skip
+            while len(turns) < arguments.runs:
+                runs = one_turn(cases, floors, turns, arguments)
+                turn = {"source": source, "layers": layers, "ended": trials.now(), "runs": runs}
+                turns.append(turn)
+                all_turns.append(turn)
+                save()
+    return found
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `measured` that not all benchmarks share."""
-    trials.add_turn_options(parser)
+    parser.add_argument("--limit", default="256MB", help="limit of memory; 0 for none")
     parser.add_argument("--layers", type=int, default=2)
-    names = gptoss_stream.formats.names()
+    parser.add_argument("--float-layers", type=int, help="of pairs of floats; default: --layers")
+    parser.add_argument(
+        "--without-numba", action="store_true", help="measure also as if numba were not installed"
+    )
+    names = formats.names()
     parser.add_argument("--from", nargs="+", choices=names, dest="sources", help="default: all")
     parser.add_argument("--to", nargs="+", choices=names, dest="targets", help="default: all")
 
 
 def main() -> None:
-    parser = trials.options(__doc__)
+    parser = trials.options(__doc__, runs=3)
     add_options(parser)
     arguments = parser.parse_args()
-    results = measured(arguments)
+    file = None if arguments.json in (None, "-") else Path(arguments.json)
+    found: dict[str, Any] = {}
+    if file is not None and file.exists():
+        found = trials.read_json(file)
+
+    def save() -> None:
+        if file is not None:
+            trials.write_json(found, file)
+
+    try:
+        measured(arguments, found, save)
+    except ValueError as error:
+        parser.error(f"{file}: {error}")
     label = trials.layers_text(arguments.preset, arguments.layers)
-    trials.report(results, f"{label}; turns: {arguments.runs}\n{table(results)}", arguments.json)
+    text = f"{label}; turns: {arguments.runs}\n{tables.conversions(found)}"
+    trials.report(found, text, arguments.json)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
     python benchmarks/inference.py --folder /some/disk
     python benchmarks/inference.py --folder /some/disk --preset 120b --json 120b.json
-    python benchmarks/inference.py --draw docs/inference.json
 
 Writes a random checkpoint (`--layers` makes it smaller) and, of the 20b, the folder in bfloat16 of
 the same model. Then, `--runs` times in turn and each from a cold page cache, `use_model.py` loads a
@@ -199,42 +198,11 @@ def table(rows: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(rows: Mapping[str, Any], path: Path) -> None:
-    """Draw the seconds of `direct` and `bfloat16` as bars."""
-    import pictures
-    from matplotlib import rc_context
-
-    keys = ("open to first logits", "64 tokens, warm", "256 tokens, warm", "a new token")
-    with rc_context(pictures.STYLE), pictures.picture(path, 7.5, 3.6) as axes:
-        for offset, (name, label, colour) in enumerate(
-            (
-                ("direct", "straight off MXFP4 (14 GB)", pictures.OURS),
-                (BASE, "converted to bfloat16 (42 GB)", pictures.THEIRS),
-            )
-        ):
-            values = [rows[name]["median"][key] for key in keys]
-            places = [place + 0.4 * offset for place in range(len(keys))]
-            bars = axes.barh(places, values, height=0.36, color=colour, label=label)
-            axes.bar_label(bars, [f"{value:.1f} s" for value in values], padding=4)
-        axes.set_yticks([place + 0.2 for place in range(len(keys))], keys)
-        axes.invert_yaxis()
-        axes.set_xlabel("seconds")
-        axes.set_title("gpt-oss-20b's shapes, 2 processors, 24 GB of memory", pad=14)
-        axes.legend(frameon=False, loc="lower right")
-
-
 def main() -> None:
     parser = trials.options(__doc__, runs=2)
     parser.add_argument("--layers", type=int, help="make the model smaller")
     parser.add_argument("--limit", default="8GB", help="memory limit, page cache included")
-    parser.add_argument("--draw", type=Path, metavar="JSON", help="only draw, into docs/")
     arguments = parser.parse_args()
-    if arguments.draw:
-        draw(
-            json.loads(arguments.draw.read_text()),
-            Path(__file__).parents[1] / "docs" / "inference",
-        )
-        return
     limit = trials.limit_nbytes(arguments.limit)
     assert limit is not None
     with models(arguments) as folders:

@@ -12,6 +12,7 @@ import json
 import shutil
 import statistics
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,12 @@ from gptoss_stream.transforms.output_tensor import element_ranges
 HERE = Path(__file__).parent
 DEFAULT_SOURCE = "hf-mxfp4"
 WARM = ", warm"
+WITHOUT_NUMBA = """
+import sys
+sys.modules["numba"] = None  # as if it were not installed
+from gptoss_stream.cli.main import main
+raise SystemExit(main())
+"""
 
 Turn: TypeAlias = Mapping[str, Measured]
 """The measurement of each command of a turn, by name."""
@@ -85,7 +92,31 @@ def report(results: Any, text: str, to: str | None) -> None:
         return
     print(text, flush=True)
     if to is not None:
-        Path(to).write_text(f"{found}\n")
+        write_json(results, Path(to))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the results in a file."""
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+def write_json(results: Any, file: Path) -> None:
+    """Write results to a file, which is at any time the old or the new one."""
+    temporary = file.with_name(f".{file.name}.new")
+    temporary.write_text(f"{json.dumps(results, indent=2)}\n")
+    temporary.replace(file)
+
+
+def as_json(measured: Measured) -> dict[str, Any]:
+    """Return a measurement without its samples of memory; times in ms."""
+    times = {"wall": round(measured.wall, 3), "cpu": round(measured.cpu, 3)}
+    return times | {"peak_rss": measured.peak_rss}
+
+
+def now() -> str:
+    """Return date and time in UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def say(text: str) -> None:
@@ -139,12 +170,6 @@ def case(source: Path, target: str = DEFAULT_FORMAT, *options: str) -> Case:
     return Case(source, target, gptoss_stream.plan(source, to=target), options)
 
 
-def pairs() -> list[tuple[str, str]]:
-    """Return all pairs of formats."""
-    names = gptoss_stream.formats.names()
-    return [(source, target) for source in names for target in names]
-
-
 def reads(planned: Plan) -> list[tuple[str, int, int]]:
     """Return what a conversion reads of its source, each byte once: (file, begin, end)."""
     spans = {
@@ -178,19 +203,31 @@ def floor(case: Case, *arguments: str, warm: bool = False) -> Measured:
         output.unlink(missing_ok=True)
 
 
-def convert_command(case: Case) -> list[str]:
-    """Return the command that converts, as a user runs it."""
-    command = [sys.executable, "-m", "gptoss_stream", "convert", str(case.source)]
+def convert_command(case: Case, *, has_numba: bool = True) -> list[str]:
+    """Return the command that converts, as a user runs it.
+
+    Args:
+        case: The conversion.
+        has_numba: False for a command that cannot import numba.
+    """
+    program = ["-m", "gptoss_stream"] if has_numba else ["-c", WITHOUT_NUMBA]
+    command = [sys.executable, *program, "convert", str(case.source)]
     return [*command, str(case.output), "--to", case.target, *case.options]
 
 
 def conversion(
-    case: Case, *, warm: bool = False, limit: int | None = None, sample: float = 0
+    case: Case,
+    *,
+    warm: bool = False,
+    limit: int | None = None,
+    sample: float = 0,
+    has_numba: bool = True,
 ) -> Measured:
     """Convert, and delete the output."""
     try:
+        command = convert_command(case, has_numba=has_numba)
         source = case.source if warm else None
-        return run(convert_command(case), warm=source, limit=limit, sample=sample)
+        return run(command, warm=source, limit=limit, sample=sample)
     finally:
         shutil.rmtree(case.output, ignore_errors=True)
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import adapters
 import floor
+import formats
 import growth
+import memory
 import numpy as np
 import peers
 import pictures
 import pytest
+import tables
 import trials
 from measure import Failed, Measured
 from safetensors.numpy import save_file
@@ -134,23 +137,66 @@ def test_a_merge_that_fails_is_noted_in_one_line():
     ]
 
 
+def run_of(wall: float) -> dict[str, float]:
+    return {"wall": wall, "cpu": 2 * wall, "peak_rss": 10**8}
+
+
+def conversions(turns: list[dict[str, dict[str, float]]]) -> dict:
+    """What formats.py finds for one pair, with a wall time for each command of each turn."""
+    runs = [{name: run_of(wall) for name, wall in turn.items()} for turn in turns]
+    pair = {"source": "hf", "target": "hf", "layers": 1, "bytes_in": 10**9, "bytes_out": 4 * 10**9}
+    return {
+        "arguments": {"preset": "20b"},
+        "pairs": {"hf to hf": pair | {"floor": "hf"}},
+        "turns": [{"source": "hf", "layers": 1, "runs": {"hf": one}} for one in runs],
+    }
+
+
+def test_medians_of_pairs_are_of_ratios_within_a_turn():
+    first = {"floor, buffered": 4.0, "floor, direct": 2.0, "convert": 3.0, "convert, limited": 6.0}
+    later = [{"floor, direct": f, "convert": 6.0, "convert, limited": 6.0} for f in (6.0, 3.0)]
+    [row] = tables.of_pairs(conversions([first, *later]))
+    assert (row["wall"], row["floor"], row["to_floor"]) == (6.0, 3.0, 1.5)
+    assert row["to_unlimited"] == 1.0
+    assert "without_numba" not in row
+    assert tables.conversions(conversions([first, *later])).splitlines()[-1].split(" | ") == [
+        "| `hf` to `hf`", "1.0, 4.0 GB", "6.0 s  ", "3.0 s", "1.50          ",
+        "1.00                       ", "3.00 s            ", "100 MB   |",
+    ]  # fmt: skip
+
+
+def test_a_floor_that_was_much_slower_is_left_out_of_later_turns():
+    turns = conversions([{"floor, buffered": 2.5, "floor, direct": 2.0}])["turns"]
+    assert formats.ways([], "hf") == formats.WAYS
+    assert formats.ways(turns, "hf") == ["direct"]
+    turns[0]["runs"]["hf"]["floor, buffered"]["wall"] = 2.3
+    assert formats.ways(turns, "hf") == ["buffered", "direct"]
+
+
+def test_pairs_of_the_same_sizes_share_a_floor():
+    sizes = {"a": (100, 300), "b": (100, 100), "c": (100, 302), "d": (102, 300)}
+    found = formats.owners({t: {"bytes_in": i, "bytes_out": o} for t, (i, o) in sizes.items()})
+    assert found == {"a": "a", "b": "b", "c": "a", "d": "d"}
+
+
 def test_the_same_numbers_give_the_same_pictures(tmp_path):
     samples = {"wall": 1.0, "peak_rss": 10**8, "seconds": [0.0, 0.5], "megabytes": [0, 100]}
-    times = {"convert": {"wall": 1.5, "to_floor": 1.5}, "floor": {"wall": 1.0}}
+    both = {memory.OURS: samples, memory.PEER.title: samples}
+    keys = ("open to first logits", "64 tokens, warm", "256 tokens, warm", "a new token")
     results = {
-        "preset": "20b",
-        "layers": 1,
-        "memory": {"gptoss_stream": samples, pictures.PEER.title: samples},
-        "throughput": [
-            {"source": source, "target": "hf", "bytes_in": 1, "bytes_out": 2, **times}
-            for source in gptoss_stream.formats.names()
-        ],
+        "memory": {"preset": "20b", "layers": 1, "samples": both},
+        "conversions-20b": conversions([{"floor, direct": 1.0, "convert": 1.5}]),
+        "inference-20b": {
+            way: {"median": dict.fromkeys(keys, 1.0)} for way in ("direct", "bfloat16")
+        },
     }
+    found = {"sections": {name: {"results": result} for name, result in results.items()}}
     drawn = []
     for folder in (tmp_path / "one", tmp_path / "two"):
         folder.mkdir()
-        pictures.draw(results, folder)
+        pictures.draw(found, folder)
         drawn.append({file.name: file.read_bytes() for file in folder.iterdir()})
     assert drawn[0] == drawn[1]
-    assert sorted(drawn[0]) == ["memory.png", "memory.svg", "throughput.png", "throughput.svg"]
+    names = ("inference", "memory", "throughput")
+    assert sorted(drawn[0]) == [f"{name}.{kind}" for name in names for kind in ("png", "svg")]
     assert b"<text" in drawn[0]["memory.svg"]
