@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import peers
+import tables
 import trials
 from measure import Failed, Measured, run
 
@@ -185,30 +186,6 @@ def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """Return the summary as a table."""
-    lines = []
-    for result in results:
-        lines.append(
-            f"{trials.DEFAULT_SOURCE} to {result['target']}: {result['bytes_in'] / 1e9:.2f} GB and "
-            f"an adapter of {result['adapter_bytes'] / 1e6:.0f} MB in, "
-            f"{result['bytes_out'] / 1e9:.2f} GB out"
-        )
-        lines.append(f"  {'':32} {'wall s':>8} {'to plain':>9} {'CPU s':>7} {'peak RSS MB':>12}")
-        for name, row in result["rows"].items():
-            if "wall" in row:
-                to_plain = f"{row['to_plain']:.2f}" if "to_plain" in row else "–"
-                lines.append(
-                    f"  {name:32} {row['wall']:8.1f} {to_plain:>9} {row['cpu']:7.1f} "
-                    f"{row['peak_rss'] / 1e6:12.0f}"
-                )
-            else:
-                lines.append(f"  {name}")
-            if "note" in row:
-                lines.append(f"    {row['note']}")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = trials.options(__doc__)
     parser.add_argument("--layers", type=int, default=2)
@@ -221,9 +198,9 @@ def main() -> None:
     arguments.peft = arguments.peft and PEFT_TARGET in arguments.to
     results = measured(arguments)
     label = trials.layers_text(arguments.preset, arguments.layers)
-    text = f"{label}, rank {arguments.rank}; turns: {arguments.runs}\n{table(results)}"
+    text = f"{label}, rank {arguments.rank}; turns: {arguments.runs}\n{tables.adapters(results)}"
     if arguments.peft and not find_spec("peft"):
-        text += f"\nleft out: {PEFT}, without peft"
+        trials.say(f"left out: {PEFT}, without peft")
     trials.report(results, text, arguments.json)
 
 

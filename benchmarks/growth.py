@@ -17,6 +17,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import tables
 import trials
 from measure import Failed, Measured, can_limit
 
@@ -29,7 +30,8 @@ LAYERS = {"20b": [1, 2, 4, 8, 24], "120b": [1, 2, 4]}
 def sizes(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure conversions for each number of layers."""
     rows = []
-    for layers in arguments.layers or LAYERS.get(arguments.preset, [1, 2, 4]):
+    layers_of = LAYERS.get(arguments.preset, [1, 2, 4])
+    for layers in layers_of if arguments.layers is None else arguments.layers:
         with trials.checkpoint(arguments.folder, arguments.preset, layers) as source:
             case = trials.case(source, arguments.to)
             runs = [trials.conversion(case) for _ in range(arguments.runs)]
@@ -97,40 +99,14 @@ def _tried(case: trials.Case, limit: int | None) -> Measured | None:
     return measured
 
 
-def table(results: dict[str, Any]) -> str:
-    """Return all results as tables."""
-    lines = [f"{'layers':>6} {'in GB':>7} {'out GB':>7} {'wall s':>8} {'off line s':>10} "]
-    lines[0] += f"{'CPU s':>7} {'peak RSS MB':>12}"
-    for row in results["sizes"]:
-        off = f"{row['residual']:+.1f}" if "residual" in row else "–"
-        lines.append(
-            f"{row['layers']:6} {row['bytes_in'] / 1e9:7.2f} {row['bytes_out'] / 1e9:7.2f} "
-            f"{row['wall']:8.1f} {off:>10} {row['cpu']:7.1f} {row['peak_rss'] / 1e6:12.0f}"
-        )
-    fit = results["line"]
-    if fit:
-        lines.append(
-            f"wall = {fit['intercept']:.2f} s + {fit['seconds_per_byte'] * 1e9:.3f} s for each GB "
-            f"written; at most {abs(fit['largest_residual']):.2f} s off, "
-            f"{abs(fit['largest_residual_share']):.1%}, where layers = {fit['layers_of_largest']}"
-        )
-    if results["limits"]:
-        lines.append(
-            f"\n{'limit':>8} {'wall s':>8} {'to none':>8} {'CPU s':>7} {'peak RSS MB':>12}"
-        )
-    for row in results["limits"]:
-        limit = "none" if row["limit"] is None else f"{row['limit'] / 1e6:.0f} MB"
-        cells = f"{limit:>8}"
-        if "wall" in row:
-            cells += f" {row['wall']:8.1f} {row['to_unlimited']:8.2f} {row['cpu']:7.1f}"
-            cells += f" {row['peak_rss'] / 1e6:12.0f}"
-        lines.append(cells + (f"  {row['failed']} failed" if row["failed"] else ""))
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = trials.options(__doc__, runs=3)
-    parser.add_argument("--layers", type=int, nargs="+", help="20b: 1 2 4 8 24; 120b: 1 2 4")
+    parser.add_argument(
+        "--layers",
+        type=int,
+        nargs="*",
+        help="20b: 1 2 4 8 24; 120b: 1 2 4; give no value to run only under limits",
+    )
     parser.add_argument("--to", default=DEFAULT_FORMAT)
     parser.add_argument(
         "--limits",
@@ -147,7 +123,7 @@ def main() -> None:
     what = f"{arguments.preset} to {arguments.to}; runs of each: {arguments.runs}"
     if results["limits"]:
         what += f"; limits: {trials.layers_text(arguments.preset, arguments.limit_layers)}"
-    trials.report(results, f"{what}\n{table(results)}", arguments.json)
+    trials.report(results, f"{what}\n{tables.growth(results)}", arguments.json)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ model, runs passes of 64, 64 and 256 tokens and generates some:
     dequantized   from_pretrained on the checkpoint, which dequantizes all of it to memory; once,
                   and only with `--layers 4` or fewer
     ..., limited  under a memory limit (`--limit`) that counts the page cache; once
+    direct, without numba   as if numba were not installed; once
 
 Ratios are of the same turn, and medians. Of the 120b, whose bfloat16 folder is 234 GB, only
 `direct` runs, a pass of 64 tokens, beside the time in which a plain loop reads what it uses.
@@ -36,6 +37,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import tables
 import trials
 from measure import drop_caches, limited
 
@@ -69,7 +71,7 @@ def use(way: str, folder: Path, *options: str, limit: int | None = None) -> dict
 def figures(result: Mapping[str, Any]) -> dict[str, float]:
     """Return what is compared, of one use of a model: seconds, and bytes of memory."""
     passes, new = result["passes"], result["new"]
-    found = {"open to first logits": result["load"] + passes[0]}
+    found = {"open to first logits": result["load"] + passes[0]} if passes else {}
     names = ("64 tokens, warm", "256 tokens, warm")
     found |= dict(zip(names, passes[1:], strict=False))
     if new:
@@ -109,6 +111,9 @@ def compare(
         turns.append(turn)
     rows = summary(turns)
     few = ("--tokens", "64", "64", "--new", "2")
+    result = use("direct", folders["direct"], *few, "--without-numba")
+    if result is not None:
+        rows["direct, without numba"] = {"median": figures(result)}
     for name in ("direct", BASE):
         result = use(name, folders[name], *few, limit=limit)
         if result is not None:
@@ -178,26 +183,6 @@ def large(folder: Path, runs: int) -> dict[str, Any]:
     return {"direct": {"median": medians, "to reading": ratio}}
 
 
-def table(rows: Mapping[str, Any]) -> str:
-    """Return the summary as a table."""
-    seconds = ("open to first logits", "64 tokens, warm", "256 tokens, warm", "a new token")
-    lines = [f"{'':20}" + "".join(f"{name:>22}" for name in (*seconds, "anonymous MB"))]
-    for name, row in rows.items():
-        cells = []
-        for key in seconds:
-            value, ratio = row["median"].get(key), row.get("to bfloat16", {}).get(key)
-            text = "–" if value is None else f"{value:.2f} s"
-            cells.append(text if ratio is None or name == BASE else f"{text} ({ratio:.2f})")
-        cells.append(f"{row['median']['anonymous'] / 1e6:.0f}")
-        lines.append(f"{name:20}" + "".join(f"{cell:>22}" for cell in cells))
-        if "to reading" in row:
-            lines.append(
-                f"  reading the files took {row['median']['reading']:.1f} s; "
-                f"open to first logits is {row['to reading']:.2f} times that"
-            )
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = trials.options(__doc__, runs=2)
     parser.add_argument("--layers", type=int, help="make the model smaller")
@@ -211,9 +196,8 @@ def main() -> None:
         else:
             fits_memory = arguments.layers is not None and arguments.layers <= 4
             rows = compare(folders, arguments.runs, limit, fits_memory=fits_memory)
-    trials.report(
-        rows, f"{arguments.preset}; turns: {arguments.runs}\n{table(rows)}", arguments.json
-    )
+    text = f"{arguments.preset}; turns: {arguments.runs}\n{tables.inference(rows)}"
+    trials.report(rows, text, arguments.json)
 
 
 if __name__ == "__main__":

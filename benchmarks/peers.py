@@ -31,6 +31,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import tables
 import trials
 from measure import Failed, Measured, run
 
@@ -193,43 +194,18 @@ def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             {pair: one_turn(case, rivals[pair], notes) for pair, case in cases.items()}
             for _ in range(arguments.runs)
         ]
-    results = []
+    results, titles = [], {peer.name: peer.title for peer in PEERS}
     for pair, case in cases.items():
         rows: dict[str, dict[str, Any]] = {}
         for name in ["gptoss_stream", *(peer.name for peer in rivals[pair])]:
             runs = [turn[pair][name] for turn in turns if name in turn[pair]]
-            rows[name] = {"came_to": notes[name]} if name in notes else {}
+            rows[name] = {"title": titles.get(name, name)}
+            rows[name] |= {"came_to": notes[name]} if name in notes else {}
             if len(runs) == len(turns):
                 ours = [turn[pair]["gptoss_stream"] for turn in turns]
                 rows[name] |= trials.medians(runs) | {"to_ours": trials.ratio(runs, ours)}
         results.append({"source": pair[0], "target": pair[1], **case.sizes, "rows": rows})
     return results
-
-
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """Return the summary as a table."""
-    titles = {peer.name: peer.title for peer in PEERS}
-    lines = []
-    for result in results:
-        lines.append(
-            f"{result['source']} to {result['target']}: {result['bytes_in'] / 1e9:.2f} GB in, "
-            f"{result['bytes_out'] / 1e9:.2f} GB out"
-        )
-        lines.append(f"  {'':32} {'wall s':>8} {'to ours':>8} {'CPU s':>7} {'peak RSS GB':>12}")
-        for name, row in result["rows"].items():
-            if "wall" in row:
-                lines.append(
-                    f"  {titles.get(name, name):32} {row['wall']:8.1f} {row['to_ours']:8.2f} "
-                    f"{row['cpu']:7.1f} {row['peak_rss'] / 1e9:12.2f}"
-                )
-            if "came_to" in row:
-                lines.append(f"    {row['came_to']}")
-    lines += [
-        f"left out: {peer.title}, without {' and '.join(peer.missing)}"
-        for peer in PEERS
-        if peer.missing
-    ]
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -238,7 +214,11 @@ def main() -> None:
     arguments = parser.parse_args()
     results = measured(arguments)
     label = trials.layers_text(arguments.preset, arguments.layers)
-    trials.report(results, f"{label}; turns: {arguments.runs}\n{table(results)}", arguments.json)
+    for peer in PEERS:
+        if peer.missing:
+            trials.say(f"left out: {peer.title}, without {' and '.join(peer.missing)}")
+    text = f"{label}; turns: {arguments.runs}\n{tables.peers(results)}"
+    trials.report(results, text, arguments.json)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """A conversion from a Hub to a Hub: wall time, traffic, peak memory and peak disk.
 
     python benchmarks/remote.py --preset 120b
+    python benchmarks/remote.py --preset 120b --layers 4 --xet
 
 A server on loopback (the tests' stand-in for the Hub, in its own process) generates the bytes of
 the source on request, and hashes what it receives without keeping it: neither the source nor the
-output is on a disk. The conversion is the command that a user runs. In the end some shards are
+output is on a disk. With `--xet` hf_xet uploads, to a folder on the disk that is its stand-in for a
+server. The conversion is the command that a user runs. In the end some shards are
 written again, from the same random numbers and without any network, and their SHA-256 are
 compared with those of the server.
 """
@@ -25,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import measure
+import tables
+import trials
 
 import gptoss_stream
 from gptoss_stream.planning.shards import PlannedShard
@@ -58,8 +62,14 @@ class GeneratedShard:
         return self.checkpoint.read(self.shard, begin, end)
 
 
-def serve(preset: str, layers: int | None) -> None:
-    """Run the server: print the endpoint and then, for each line on stdin, its counts."""
+def serve(preset: str, layers: int | None, xet: Path | None) -> None:
+    """Run the server: print the endpoint and then, for each line on stdin, its counts.
+
+    Args:
+        preset: Of the source.
+        layers: Of the source; None for all.
+        xet: The folder that hf_xet uploads to, if it does.
+    """
     from stand_in_hub import StandInHub  # type: ignore[import-not-found]
 
     checkpoint = random_checkpoint(preset, layers=layers)
@@ -74,6 +84,7 @@ def serve(preset: str, layers: int | None) -> None:
             },
         )
         hub.reset_counts()
+        hub.xet = xet
         print(hub.endpoint, flush=True)
         for _ in sys.stdin:
             files = hub.files(TARGET, "main")
@@ -138,25 +149,36 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="bytes of memory, page cache included")
     parser.add_argument("--folder", type=Path, default=Path("benchmark-data"))
     parser.add_argument("--check", type=int, default=3, help="the number of shards to write again")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--xet", action="store_true", help="upload by hf_xet")
+    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="see formats.py")
     arguments = parser.parse_args()
     if arguments.serve:
-        serve(arguments.preset, arguments.layers)
+        xet = arguments.serve / "xet" if arguments.xet else None
+        serve(arguments.preset, arguments.layers, xet)
         return
+    result = measured(arguments)
+    trials.report(result, tables.remote(result), arguments.json)
+
+
+def measured(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run the server and the conversion, and check some of its shards."""
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=arguments.folder))
+    folder = Path(tempfile.mkdtemp(dir=arguments.folder.resolve()))
     options = [*(["--layers", str(arguments.layers)] if arguments.layers else [])]
-    command = [sys.executable, __file__, "--serve", "--preset", arguments.preset, *options]
+    if arguments.xet:
+        (folder / "xet").mkdir()
+        options.append("--xet")
+    command = [sys.executable, __file__, "--serve", str(folder), "--preset", arguments.preset]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [*command, *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as server:
         assert server.stdin is not None
         assert server.stdout is not None
         endpoint = server.stdout.readline().strip()
         os.environ |= {
             "HF_ENDPOINT": endpoint,
-            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_XET": "0" if arguments.xet else "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HOME": str(folder / "home"),
         }
@@ -171,24 +193,16 @@ def main() -> None:
             disk.stop()
             server.stdin.close()
             shutil.rmtree(folder, ignore_errors=True)
-    result |= {
+    return result | {
+        "preset": arguments.preset,
+        "layers": arguments.layers,
+        "xet": arguments.xet,
         "sent": counted["sent"],
         "received": counted["received"],
         "traffic": counted["sent"] / result["needed"],
         "peak_disk": disk.peak,
         "checked": checked,
     }
-    if arguments.json:
-        print(json.dumps(result, indent=2))
-        return
-    print(
-        f"{arguments.preset}{f', {arguments.layers} layers' if arguments.layers else ''}: "
-        f"{result['wall']:.0f} s, CPU {result['cpu']:.0f} s; "
-        f"read {result['sent'] / 1e9:.2f} GB ({result['traffic']:.4f} of what is needed), "
-        f"sent {result['received'] / 1e9:.2f} GB in {result['shards']} shards; "
-        f"peak memory {result['peak_rss'] / 1e6:.0f} MB, peak disk {disk.peak / 1e9:.2f} GB; "
-        f"{len(checked)} shards written again: equal"
-    )
 
 
 def converted(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -204,6 +218,7 @@ def converted(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "cpu": measured.cpu,
         "peak_rss": measured.peak_rss,
         "needed": planned.source_nbytes,
+        "written": planned.nbytes,
         "shards": len(planned.shards),
     }
 

@@ -6,7 +6,7 @@ Nothing here measures, or needs more than the measurements.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 FLOORS = ("floor, buffered", "floor, direct")
@@ -73,7 +73,7 @@ def conversions(found: Mapping[str, Any]) -> str:
     for row in rows:
         cells = [
             f"`{row['source']}` to `{row['target']}`",
-            f"{row['bytes_in'] / 1e9:.1f}, {row['bytes_out'] / 1e9:.1f} GB",
+            _sizes(row),
             f"{row['wall']:.1f} s",
             f"{row['floor']:.1f} s",
             f"{row['to_floor']:.2f}",
@@ -87,3 +87,189 @@ def conversions(found: Mapping[str, Any]) -> str:
 
 def _ratio(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
+
+
+def peers(found: Sequence[Mapping[str, Any]]) -> str:
+    """Return a row for each conversion, and for other tools that make the same."""
+    head = ["", "", "time", "ratio to ours", "CPU", "peak RSS", "its tensors"]
+    body = []
+    for result in found:
+        pair = f"`{result['source']}` to `{result['target']}`"
+        for row in result["rows"].values():
+            cells = [pair, row["title"]]
+            if "wall" in row:
+                cells += [f"{row['wall']:.1f} s", f"{row['to_ours']:.1f}", f"{row['cpu']:.1f} s"]
+                cells.append(_memory(row["peak_rss"]))
+            else:
+                cells += ["–"] * 4
+            body.append([*cells, row.get("came_to", "")])
+    return markdown(head, body)
+
+
+def growth(found: Mapping[str, Any]) -> str:
+    """Return how time and memory grow with the layers, and a table for limits of memory."""
+    parts = []
+    if found["sizes"]:
+        head = ["layers", "in, out", "time", "off the line", "CPU", "peak RSS"]
+        body = [
+            [
+                f"{row['layers']}",
+                _sizes(row),
+                f"{row['wall']:.1f} s",
+                f"{row['residual']:+.1f} s" if "residual" in row else "–",
+                f"{row['cpu']:.1f} s",
+                _memory(row["peak_rss"]),
+            ]
+            for row in found["sizes"]
+        ]
+        parts.append(markdown(head, body))
+    fit = found["line"]
+    if fit:
+        parts.append(
+            f"The line is {fit['intercept']:.2f} s + {fit['seconds_per_byte'] * 1e9:.3f} s for "
+            f"each GB written; the largest distance from it is "
+            f"{abs(fit['largest_residual_share']):.1%} of the time."
+        )
+    if found["limits"]:
+        head = ["limit", "time", "ratio to no limit", "CPU", "peak RSS", "failed"]
+        body = []
+        for row in found["limits"]:
+            cells = ["none" if row["limit"] is None else _memory(row["limit"])]
+            if "wall" in row:
+                cells += [f"{row['wall']:.1f} s", f"{row['to_unlimited']:.2f}"]
+                cells += [f"{row['cpu']:.1f} s", _memory(row["peak_rss"])]
+            else:
+                cells += ["–"] * 4
+            body.append([*cells, f"{row['failed']}"])
+        parts.append(markdown(head, body))
+    return "\n\n".join(parts)
+
+
+def adapters(found: Sequence[Mapping[str, Any]]) -> str:
+    """Return a row for each conversion without and with an adapter, and for PEFT."""
+    head = ["`hf-mxfp4` to", "", "time", "ratio", "CPU", "CPU per GB written", "peak RSS", ""]
+    body = []
+    for result in found:
+        target = f"`{result['target']}` ({result['bytes_out'] / 1e9:.1f} GB)"
+        for name, row in result["rows"].items():
+            cells = [target, name]
+            if "wall" in row:
+                per_byte = row["cpu"] / result["bytes_out"]
+                cells += [f"{row['wall']:.1f} s", _ratio(row.get("to_plain"))]
+                cells += [f"{row['cpu']:.1f} s", f"{per_byte * 1e9:.2f} s"]
+                cells.append(_memory(row["peak_rss"]))
+            else:
+                cells += ["–"] * 5
+            body.append([*cells, row.get("note", "")])
+    return markdown(head, body)
+
+
+WAYS = {
+    "direct": "`load_hf_model`",
+    "hooked": "`load_hooked_transformer`",
+    "bfloat16": "transformers, bfloat16 folder",
+    "direct, without numba": "`load_hf_model` without numba (once)",
+    "direct, limited": "`load_hf_model`, limited memory (once)",
+    "bfloat16, limited": "bfloat16 folder, limited memory (once)",
+    "offload": "bfloat16 folder, left on the disk by accelerate (once)",
+    "dequantized": "transformers, MXFP4 dequantized in memory (once)",
+}
+"""The ways to run a model that `inference.py` measures."""
+
+
+def inference(found: Mapping[str, Any]) -> str:
+    """Return a row for each way to run a model, with ratios to bfloat16."""
+    keys = ("open to first logits", "64 tokens, warm", "256 tokens, warm", "a new token")
+    seconds = [key for key in keys if any(key in row["median"] for row in found.values())]
+    body, after = [], ""
+    for name, title in WAYS.items():
+        if name not in found:
+            continue
+        row, cells = found[name], [title]
+        for key in seconds:
+            value, ratio = row["median"].get(key), row.get("to bfloat16", {}).get(key)
+            text = "–" if value is None else f"{value:.2f} s"
+            cells.append(text if ratio is None or name == "bfloat16" else f"{text} ({ratio:.2f})")
+        sizes = [_memory(row["median"][key]) for key in ("anonymous", "peak RSS")]
+        body.append([*cells, *sizes])
+        if "to reading" in row:
+            after = (
+                f"\n\nA plain loop reads its files in {row['median']['reading']:.1f} s. Opening to "
+                f"first logits takes {row['to reading']:.2f} times that."
+            )
+    return markdown(["", *seconds, "anonymous memory", "peak RSS"], body) + after
+
+
+def remote(found: Mapping[str, Any]) -> str:
+    """Return what a conversion from a Hub to a Hub took."""
+    head = ["read, of what is needed", "written", "time", "CPU", "peak RSS", "most disk"]
+    cells = [
+        f"{found['sent'] / 1e9:.2f} GB, {found['traffic']:.4f}",
+        f"{found['written'] / 1e9:.2f} GB in {found['shards']} shards",
+        f"{found['wall']:.0f} s",
+        f"{found['cpu']:.0f} s",
+        _memory(found["peak_rss"]),
+        f"{found['peak_disk'] / 1e9:.1f} GB",
+    ]
+    return markdown(head, [cells])
+
+
+def opening(found: Sequence[Mapping[str, Any]]) -> str:
+    """Return the time and memory in which converted folders open."""
+    body = [
+        [
+            f"{row['layers']}",
+            f"{row['bytes'] / 1e9:.1f} GB",
+            f"{row['seconds']:.1f} s",
+            f"{row['anonymous'] / 1e6:.1f} MB",
+        ]
+        for row in found
+    ]
+    return markdown(["layers", "folder", "time", "anonymous memory"], body)
+
+
+def machine(found: Mapping[str, Any] | None) -> str:
+    """Return a sentence that names the machine."""
+    if found is None:
+        return "The machine is not known."
+    packages = ", ".join(f"{name} {version}" for name, version in found["packages"].items())
+    return (
+        f"{found['processor']} with {found['processors']} processors, "
+        f"{found['memory'] / 2**30:.0f} GiB of memory, and a disk that reads "
+        f"{found['disk']['read'] / 1e9:.1f} GB/s or writes "
+        f"{found['disk']['write'] / 1e9:.1f} GB/s; "
+        f"Linux {found['kernel']}, Python {found['python']}, {packages}."
+    )
+
+
+TABLES: dict[str, Callable[[Any], str]] = {
+    "conversions": conversions,
+    "peers": peers,
+    "growth": growth,
+    "limits": growth,
+    "adapters": adapters,
+    "inference": inference,
+    "remote": remote,
+    "opening": opening,
+}
+"""The table of each kind of section: the first word of its name."""
+
+
+def section(found: Mapping[str, Any], name: str) -> str:
+    """Return the tables of a section of `benchmarks.json`, and how and when it was measured."""
+    if name == "machine":
+        return machine(found.get("machine"))
+    entry = found["sections"].get(name)
+    if entry is None:
+        return "Not measured on this machine yet."
+    table = TABLES[name.partition("-")[0]](entry["results"])
+    commit = f", commit {entry['commit']}" if entry["commit"] else ""
+    return f"{table}\n\n`{entry['command']}`, {entry['ended'][:10]}{commit}"
+
+
+def _sizes(row: Mapping[str, Any]) -> str:
+    return f"{row['bytes_in'] / 1e9:.1f}, {row['bytes_out'] / 1e9:.1f} GB"
+
+
+def _memory(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.0f} MB"

@@ -5,14 +5,17 @@
 WAY is `direct` (`load_hf_model`), `hooked` (`load_hooked_transformer`), `transformers`
 (`from_pretrained`, which maps a folder in bfloat16 and dequantizes MXFP4 in memory) or `offload`
 (`from_pretrained` with all weights left on the disk). For each number of tokens it runs one pass
-and takes the last logits, and then it generates `--new` tokens after a prompt of 8.
+and takes the last logits, and then it generates `--new` tokens after a prompt of 8. With
+`--without-numba` it runs as if numba were not installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -38,11 +41,17 @@ def load(way: str, folder: Path, cache: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, **options)
 
 
+def vocabulary(model: Any) -> int:
+    """Return the number of tokens that a model knows."""
+    return int(model.cfg.d_vocab if hasattr(model, "cfg") else model.config.vocab_size)
+
+
 def one_pass(model: Any, count: int) -> float:
     """Return the seconds of a pass with so many tokens."""
     import torch
 
-    tokens = torch.randint(0, 200_000, (1, count), generator=torch.Generator().manual_seed(count))
+    generator = torch.Generator().manual_seed(count)
+    tokens = torch.randint(0, min(200_000, vocabulary(model)), (1, count), generator=generator)
     began = time.perf_counter()
     with torch.no_grad():
         output = model(tokens)
@@ -69,7 +78,7 @@ def new_tokens(model: Any, count: int) -> list[float]:
     import torch
 
     times = _Times()
-    prompt = torch.arange(8)[None] * 2311
+    prompt = torch.arange(8)[None] * 2311 % vocabulary(model)
     model.generate(
         prompt, max_new_tokens=count + 1, min_new_tokens=count + 1, do_sample=False, streamer=times
     )
@@ -94,17 +103,25 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="*", default=[64, 64, 256])
     parser.add_argument("--new", type=int, default=6)
     parser.add_argument("--cache", default="0", help="expert_cache")
+    parser.add_argument("--without-numba", action="store_true")
     arguments = parser.parse_args()
+    if arguments.without_numba:
+        sys.modules["numba"] = None  # type: ignore[assignment]
     import torch
-    import transformers  # noqa: F401  (its import is not the loading of a model)
+
+    # Imports are not the loading of a model.
+    importlib.import_module("transformer_lens" if arguments.way == "hooked" else "transformers")
+    import gptoss_stream  # noqa: F401
 
     torch.manual_seed(0)
+    before = memory()["anonymous"]
     began = time.perf_counter()
     model = load(arguments.way, arguments.folder, arguments.cache)
     loaded = time.perf_counter() - began
+    opened = memory()["anonymous"] - before
     passes = [one_pass(model, count) for count in arguments.tokens]
     tokens = new_tokens(model, arguments.new) if arguments.new else []
-    result = {"load": loaded, "passes": passes, "new": tokens, **memory()}
+    result = {"load": loaded, "passes": passes, "new": tokens, "opened": opened, **memory()}
     print(json.dumps(result))
 
 

@@ -1,13 +1,16 @@
 """Makes the parts of the site that follow from the code: tables of formats, API, the notebook.
 
 MkDocs calls `on_page_markdown` with the text of each page. A line in it that is one of `PARTS` is
-replaced by what its function returns.
+replaced by what its function returns, and a line such as `<!-- benchmark: peers -->` by the table
+of this section of `benchmarks.json`.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,9 @@ import gptoss_stream
 from gptoss_stream import formats
 from gptoss_stream.formats import Row, rows_by_name
 from gptoss_stream.random_checkpoint import PRESETS
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import tables
 
 AXES = {
     "v": ("V", "tokens in the vocabulary", "vocab_size"),
@@ -31,6 +37,7 @@ AXES = {
 SYMBOLS = {axis: symbol for axis, (symbol, _, _) in AXES.items()} | {"t": "2"}
 
 NOTEBOOK = Path(__file__).with_name("notebook.ipynb")
+BENCHMARKS = Path(__file__).with_name("benchmarks.json")
 
 
 def on_page_markdown(markdown: str, **page: Any) -> str:
@@ -43,9 +50,14 @@ def on_page_markdown(markdown: str, **page: Any) -> str:
     Returns:
         The text with these parts.
     """
-    return "\n".join(
-        PARTS[line]() if line in PARTS else line for line in markdown.splitlines(keepends=False)
-    )
+    return "\n".join(map(_line, markdown.splitlines(keepends=False)))
+
+
+def _line(line: str) -> str:
+    """Return a line of a page, or the part that it stands for."""
+    if match := re.fullmatch(r"<!-- benchmark: (.+) -->", line):
+        return tables.section(json.loads(BENCHMARKS.read_text()), match[1])
+    return PARTS[line]() if line in PARTS else line
 
 
 def format_tables() -> str:

@@ -128,13 +128,11 @@ def test_a_merge_that_fails_is_noted_in_one_line():
     assert rows[adapters.MERGE] == {"note": note}
     peft = {adapters.PEFT: adapters.trials.medians([plain]) | {"note": "equal"}}
     sizes = {"bytes_in": 1, "bytes_out": 2, "adapter_bytes": 3}
-    text = adapters.table([{"target": "hf", **sizes, "rows": rows | peft}])
-    assert text.splitlines()[-4:] == [
-        "  convert and merge",
-        "    failed with 1: error: no adapter",
-        f"  {adapters.PEFT:32} {2.0:8.1f} {'–':>9} {1.0:7.1f} {0:12d}",
-        "    equal",
-    ]
+    text = tables.adapters([{"target": "hf", **sizes, "rows": rows | peft}])
+    cells = [[cell.strip() for cell in line.split("|")][2:-1] for line in text.splitlines()[-2:]]
+    assert cells[0][1:] == [*["–"] * 5, note]
+    assert cells[1][1] == "2.0 s"
+    assert cells[1][-1] == "equal"
 
 
 def run_of(wall: float) -> dict[str, float]:
