@@ -45,14 +45,13 @@ STYLE: dict[Any, Any] = {
 
 def draw(found: Mapping[str, Any], folder: Path) -> None:
     """Draw the sections of `benchmarks.json` that have been measured."""
-    drawn = {
-        "memory": ("memory", draw_memory),
-        "conversions-20b": ("throughput", draw_throughput),
-        "inference-20b": ("inference", draw_inference),
-    }
-    for section, (name, function) in drawn.items():
-        if section in found["sections"]:
-            function(found["sections"][section]["results"], folder / name)
+    results = {name: entry["results"] for name, entry in found["sections"].items()}
+    if "memory" in results:
+        draw_memory(results["memory"], folder / "memory")
+    if "conversions-20b" in results:
+        draw_throughput(results["conversions-20b"], folder / "throughput")
+    if "inference-20b" in results:
+        draw_inference(results["inference-20b"], found.get("machine"), folder / "inference")
 
 
 @contextmanager
@@ -114,8 +113,11 @@ def draw_throughput(found: Mapping[str, Any], path: Path) -> None:
         )
 
 
-def draw_inference(rows: Mapping[str, Any], path: Path) -> None:
+def draw_inference(rows: Mapping[str, Any], machine: Mapping[str, Any] | None, path: Path) -> None:
     """Draw the seconds that a model takes, off MXFP4 and in bfloat16."""
+    what = "gpt-oss-20b's shapes"
+    if machine is not None:
+        what += f", {machine['processors']} processors, {machine['memory'] / 2**30:.0f} GiB"
     keys = ("open to first logits", "64 tokens, warm", "256 tokens, warm", "a new token")
     ways = (
         ("direct", "straight off MXFP4 (14 GB)", OURS),
@@ -130,7 +132,7 @@ def draw_inference(rows: Mapping[str, Any], path: Path) -> None:
         axes.set_yticks([place + 0.2 for place in range(len(keys))], keys)
         axes.invert_yaxis()
         axes.set_xlabel("seconds")
-        axes.set_title("gpt-oss-20b's shapes, 2 processors, 24 GB of memory", pad=14)
+        axes.set_title(what, pad=14)
         axes.legend(frameon=False, loc="lower right")
 
 

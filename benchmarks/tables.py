@@ -27,7 +27,8 @@ def of_pairs(found: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     Returns:
         For each pair its sizes and, where they were measured: `wall`, `floor`, `to_floor`,
-        `to_unlimited`, `without_numba` (a ratio of wall times), `cpu` and `peak_rss`.
+        `to_unlimited`, `without_numba` (a ratio of wall times), `cpu`, `cpu_without_numba` and
+        `peak_rss`.
     """
     rows = []
     for pair in found["pairs"].values():
@@ -54,6 +55,9 @@ def of_pairs(found: Mapping[str, Any]) -> list[dict[str, Any]]:
             ratios = [run[name]["wall"] / run["convert"]["wall"] for run in runs if name in run]
             if ratios:
                 row[key] = statistics.median(ratios)
+        without = [run["without numba"]["cpu"] for run in runs if "without numba" in run]
+        if without:
+            row["cpu_without_numba"] = statistics.median(without)
         rows.append(row)
     return rows
 
@@ -131,16 +135,17 @@ def growth(found: Mapping[str, Any]) -> str:
             f"{abs(fit['largest_residual_share']):.1%} of the time."
         )
     if found["limits"]:
-        head = ["limit", "time", "ratio to no limit", "CPU", "peak RSS", "failed"]
+        head = ["limit", "time", "ratio to no limit", "CPU", "peak RSS"]
         body = []
         for row in found["limits"]:
-            cells = ["none" if row["limit"] is None else _memory(row["limit"])]
+            limit = "none" if row["limit"] is None else _memory(row["limit"])
+            cells = [f"{limit} ({row['failed']} failed)" if row["failed"] else limit]
             if "wall" in row:
                 cells += [f"{row['wall']:.1f} s", f"{row['to_unlimited']:.2f}"]
                 cells += [f"{row['cpu']:.1f} s", _memory(row["peak_rss"])]
             else:
                 cells += ["–"] * 4
-            body.append([*cells, f"{row['failed']}"])
+            body.append(cells)
         parts.append(markdown(head, body))
     return "\n\n".join(parts)
 

@@ -224,6 +224,7 @@ def conversion(
     has_numba: bool = True,
 ) -> Measured:
     """Convert, and delete the output."""
+    shutil.rmtree(case.output, ignore_errors=True)  # what a killed run left would be resumed
     try:
         command = convert_command(case, has_numba=has_numba)
         source = case.source if warm else None
