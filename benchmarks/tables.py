@@ -208,9 +208,10 @@ def inference(found: Mapping[str, Any]) -> str:
 def remote(found: Mapping[str, Any]) -> str:
     """Return what a conversion from a Hub to a Hub took."""
     head = ["read, of what is needed", "written", "time", "CPU", "peak RSS", "most disk"]
+    shards = "1 shard" if found["shards"] == 1 else f"{found['shards']} shards"
     cells = [
         f"{found['sent'] / 1e9:.2f} GB, {found['traffic']:.4f}",
-        f"{found['written'] / 1e9:.2f} GB in {found['shards']} shards",
+        f"{found['written'] / 1e9:.2f} GB in {shards}",
         f"{found['wall']:.0f} s",
         f"{found['cpu']:.0f} s",
         _memory(found["peak_rss"]),

@@ -44,7 +44,9 @@ def test_an_interrupted_benchmark_of_formats_goes_on(tmp_path):
 
 
 @pytest.fixture
-def arguments(tmp_path):
+def arguments(tmp_path, monkeypatch):
+    """Those of a run of one section, whose benchmark does not exist."""
+    monkeypatch.setitem(everything.SECTIONS, "peers", "no_such_benchmark.py")
     return Namespace(
         folder=tmp_path, json=tmp_path / "all.json", only=["peers"], again=False, tiny=False
     )
@@ -65,9 +67,7 @@ def test_results_of_another_machine_are_kept_apart(arguments):
         everything.run_sections(arguments, found)
 
 
-def test_a_benchmark_that_fails_is_named_and_the_others_run(arguments, monkeypatch):
-    """Here without a benchmark that has this name, so that none needs root."""
-    monkeypatch.setitem(everything.SECTIONS, "peers", "no_such_benchmark.py")
+def test_a_benchmark_that_fails_is_named_and_the_others_run(arguments):
     found = {"machine": machine.described() | {"disk": {}}, "sections": {}}
     arguments.only = ["peers", "peers"]
     assert everything.run_sections(arguments, found) == ["peers", "peers"]
