@@ -15,6 +15,7 @@ from .._utils.messages import counted, short_repr, sized, summary
 from ..errors import OptionError
 from ..tensors.dtypes import BLOCK_NBYTES, BLOCK_VALUES, DType
 from ..tensors.safetensors_header import SINGLE_NAME, build_header
+from ..transforms.adapted_operand import AdaptedOperand
 from ..transforms.mxfp4_operand import Mxfp4Operand
 from ..transforms.operands import spilled_dtype
 from ..transforms.output_tensor import OutputTensor, Segment
@@ -41,6 +42,10 @@ columns of the source, and all of the source would be read from the disk for eac
 SPILLED_AXES = frozenset({"v"})
 """Axes of which a tensor must have one to be spilled. An expert's matrix is read again from the
 page cache for each chunk, which costs less than writing it to a spill file."""
+
+_MERGED_AS_DECODED = 3
+"""How many bytes that are decoded save as much of the processor's time, by compiled code, as one
+byte that is merged with adapters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,15 +263,22 @@ def spill_nbytes(shards: Iterable[PlannedShard]) -> int:
 
 
 def compiled_nbytes(shards: Iterable[PlannedShard]) -> int:
-    """Return the bytes of floats that compiled code makes of MXFP4, or makes MXFP4 of."""
+    """Return the bytes of floats that compiled code makes of MXFP4, or makes MXFP4 of.
+
+    Floats that are merged with adapters count several times, by what that saves.
+    """
     total = 0
     for tensor in (tensor for shard in shards for tensor in shard.tensors):
         for segment in tensor.segments:
-            if segment.encoding is None:
-                if isinstance(segment.operand, Mxfp4Operand):
-                    total += segment.elements * tensor.dtype.itemsize
-            elif segment.encoding.component == BLOCKS:
-                total += segment.elements // BLOCK_NBYTES * BLOCK_VALUES * DType.BF16.itemsize
+            nbytes = segment.elements * tensor.dtype.itemsize
+            if segment.encoding is not None:
+                is_blocks = segment.encoding.component == BLOCKS
+                values = segment.elements // BLOCK_NBYTES * BLOCK_VALUES if is_blocks else 0
+                nbytes = values * DType.BF16.itemsize
+            if isinstance(segment.operand, AdaptedOperand):
+                total += _MERGED_AS_DECODED * nbytes
+            elif segment.encoding is not None or isinstance(segment.operand, Mxfp4Operand):
+                total += nbytes
     return total
 
 

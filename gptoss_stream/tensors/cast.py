@@ -15,6 +15,7 @@ import numpy as np
 from .dtypes import DType
 
 __all__ = [
+    "ROUNDS_TO_INFINITY",
     "STORAGE",
     "as_float32",
     "cast",
@@ -35,7 +36,7 @@ _Array = np.ndarray[Any, Any]
 
 _ROUNDED_ELEMENTS = 1 << 16
 """Elements that are rounded at a time, so that the processor's cache holds what is in between."""
-_ROUNDS_TO_INFINITY = np.uint32(0x7F7F_8000).view(np.float32)
+ROUNDS_TO_INFINITY = np.uint32(0x7F7F_8000).view(np.float32)
 """The least float32 that bfloat16 cannot hold."""
 
 # The unsigned integer for the bits of each dtype, and the bits of infinity.
@@ -152,7 +153,7 @@ def is_finite_in_bfloat16(values: _Array) -> bool:
     """Return whether float32 values are finite, also once they are rounded to bfloat16."""
     if not values.size:
         return True
-    return bool(values.min() > -_ROUNDS_TO_INFINITY and values.max() < _ROUNDS_TO_INFINITY)
+    return bool(values.min() > -ROUNDS_TO_INFINITY and values.max() < ROUNDS_TO_INFINITY)
 
 
 def cast(

@@ -13,11 +13,13 @@ This is the idea of error-free matrix products by K. Ozaki, T. Ogita, S. Oishi a
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
+from . import compiled
 from .cast import is_finite_in_bfloat16, round_finite
 
 __all__ = ["add_product", "add_product_to_bfloat16", "on_grid"]
@@ -27,6 +29,8 @@ _MOST_BITS = 24  # of float32, in which the rounded values are kept
 _BLOCK_ELEMENTS = 3 << 16
 """Elements of a product that are computed at a time: 1.5 MB, which the processor's cache holds.
 With fewer, threads wait for each other between the calls."""
+
+_memory = threading.local()
 
 _Array = np.ndarray[Any, Any]
 
@@ -70,7 +74,7 @@ def add_product(
     if values.strides[0] < values.strides[1]:
         values, left, right = values.T, right, left
     with np.errstate(all="ignore"):  # values that are not finite are refused by the caller
-        for rows, delta in _products(left, right):
+        for rows, delta in _rounded_products(left, right):
             if through is not None:
                 through(delta)
             values[rows] += delta
@@ -83,16 +87,22 @@ def add_product_to_bfloat16(bits: _Array, left: _Array, right: _Array, out: _Arr
         bits: [rows, columns] uint16, the values' bits.
         left: [rank, rows] float32, rounded by `on_grid`.
         right: [rank, columns] float32, rounded by `on_grid`.
-        out: Memory for the sums' bits, of the same shape, with rows or columns contiguous.
+        out: Memory for the sums' bits, of the same shape, with rows or columns contiguous. It can
+            be `bits` itself.
 
     Returns:
         Whether all sums are finite in bfloat16; if not, `out` has no meaning.
     """
     if out.strides[0] < out.strides[1]:
         bits, out, left, right = bits.T, out.T, right, left
-    wide = np.empty((_block_rows(right), right.shape[1]), np.uint32)
     with np.errstate(all="ignore"):
-        for rows, delta in _products(left, right):
+        if compiled.is_enabled() and out.flags.aligned:
+            from .compiled_merge import add_to_bfloat16
+
+            products = _products(left, right)
+            return all(add_to_bfloat16(bits[rows], exact, out[rows]) for rows, exact in products)
+        wide = _reused("wide", (_block_rows(right), right.shape[1]), np.uint32)
+        for rows, delta in _rounded_products(left, right):
             scratch = wide[: len(delta)]
             np.left_shift(bits[rows], 16, out=scratch, dtype=np.uint32)
             np.add(delta, scratch.view(np.float32), out=delta)
@@ -102,20 +112,36 @@ def add_product_to_bfloat16(bits: _Array, left: _Array, right: _Array, out: _Arr
     return True
 
 
+def _rounded_products(left: _Array, right: _Array) -> Iterator[tuple[slice, _Array]]:
+    """Yield the same as `_products`, rounded to float32."""
+    rounded = _reused("rounded", (_block_rows(right), right.shape[1]), np.float32)
+    for rows, exact in _products(left, right):
+        delta = rounded[: len(exact)]
+        np.copyto(delta, exact, casting="same_kind")
+        yield rows, delta
+
+
 def _products(left: _Array, right: _Array) -> Iterator[tuple[slice, _Array]]:
-    """Yield some rows of `left.T @ right` at a time, float32, in memory that is used again."""
-    num_rows, step = left.shape[1], min(_block_rows(right), left.shape[1])
-    exact = np.empty((step, right.shape[1]), np.float64)
-    rounded = np.empty(exact.shape, np.float32)
+    """Yield some rows of `left.T @ right` at a time, float64, in memory that is used again."""
+    num_rows, step = left.shape[1], _block_rows(right)
+    exact = _reused("exact", (step, right.shape[1]), np.float64)
     by_row, right = np.ascontiguousarray(left.T, np.float64), right.astype(np.float64)
     for first in range(0, num_rows, step):
         rows = slice(first, min(first + step, num_rows))
-        product, delta = exact[: rows.stop - first], rounded[: rows.stop - first]
+        product = exact[: rows.stop - first]
         np.matmul(by_row[rows], right, out=product)
-        np.copyto(delta, product, casting="same_kind")
-        yield rows, delta
+        yield rows, product
 
 
 def _block_rows(right: _Array) -> int:
     """Return how many rows of a product are computed at a time."""
     return max(1, _BLOCK_ELEMENTS // int(right.shape[1]))
+
+
+def _reused(name: str, shape: tuple[int, int], dtype: type[np.generic]) -> _Array:
+    """Return this thread's memory of a name, which is reused: new pages cost as much as adding."""
+    memory: _Array | None = getattr(_memory, name, None)
+    if memory is None or memory.size < shape[0] * shape[1]:
+        memory = np.empty(shape[0] * shape[1], dtype)
+        setattr(_memory, name, memory)
+    return memory[: shape[0] * shape[1]].reshape(shape)

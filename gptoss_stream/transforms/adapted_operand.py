@@ -141,10 +141,14 @@ class AdaptedOperand:
         if dtypes != {DType.BF16} or self.dtype is not DType.F32:
             return None
         outputs, inputs = self._numbers(tile)
-        with self.base.load(reader, tile._replace(out=None)) as (array, dtype):
-            rounded = tile.out if tile.out is not None else np.empty(array.shape, np.uint16)
+        with self.base.load(reader, tile) as (array, dtype):
+            if dtype is not DType.BF16:
+                return None
+            rounded = array if array.flags.writeable else tile.out  # its own memory, or that
+            if rounded is None:
+                rounded = np.empty(array.shape, np.uint16)
             bits, out = (self._as_matrix(one, outputs) for one in (array, rounded))
-            if dtype is not DType.BF16 or not np.shares_memory(out, rounded):
+            if not np.shares_memory(out, rounded):
                 return None
             is_done = change.apply_to_bfloat16(bits, outputs, inputs, reader, out)
             return rounded if is_done else None

@@ -44,6 +44,10 @@ class Factor:
     """Which indices of the change's axis it has, such as every other one; None for all. All others
     are zero."""
 
+    def __hash__(self) -> int:
+        """Return a hash that takes little time, since each tile needs it."""
+        return hash((self.raw.name, self.first))
+
     def load(self, reader: Reader, begin: int, end: int) -> np.ndarray[Any, Any]:
         """Load what the factor has for indices `begin … end` of the change's axis.
 

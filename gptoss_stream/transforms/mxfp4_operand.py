@@ -76,7 +76,12 @@ class Mxfp4Operand:
     @contextmanager
     def load(self, reader: Reader, tile: Tile) -> Iterator[Loaded]:
         """See `Operand`; the values are decoded to the tile's dtype."""
+        from ..tensors import compiled
+
         left, right = tile.columns or (0, self.stored_shape[1])
+        if tile.by_column and compiled.is_enabled():
+            yield self._load_by_column(reader, tile.rows, (left, right), tile.dtype), tile.dtype
+            return
         groups = slice(left // BLOCK_VALUES, -(-right // BLOCK_VALUES))
         with self.load_packed(reader, tile.rows) as (blocks, scales):
             values = self._decode(blocks[:, groups], scales[:, groups], tile)
@@ -104,6 +109,18 @@ class Mxfp4Operand:
         if largest > largest_scale(dtype) and count_infinities(values, dtype):
             raise OverflowError(f"values with the scale 2^{largest - 127} exceed {dtype}")
         return values
+
+    def _load_by_column(
+        self, reader: Reader, rows: Interval, columns: Interval, dtype: DType
+    ) -> np.ndarray[Any, Any]:
+        """Load values [rows, columns] of which the columns are contiguous."""
+        import numpy as np
+
+        from ..tensors.cast import STORAGE
+
+        turned = np.empty((columns[1] - columns[0], rows[1] - rows[0]), STORAGE[dtype])
+        self.load_columns(reader, rows, [(columns[0], turned)], dtype)
+        return turned.T
 
     def load_columns(
         self,

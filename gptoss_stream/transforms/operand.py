@@ -29,6 +29,8 @@ class Tile(NamedTuple):
     """The dtype that the caller will cast to. All operands except dense ones give it."""
     out: np.ndarray[Any, Any] | None = None
     """Memory of the tile's shape and dtype that the operand may use for the result."""
+    by_column: bool = False
+    """Whether the caller transposes the result, so that columns that are contiguous save time."""
 
 
 Loaded: TypeAlias = "tuple[np.ndarray[Any, Any], DType]"

@@ -137,7 +137,8 @@ def transposed_tiles(
     if segment.encoding is not None:
         num_rows = max(BLOCK_VALUES, num_rows // BLOCK_VALUES * BLOCK_VALUES)
     for begin, end in intervals(*operand_rows, num_rows):
-        with segment.operand.load(reader, Tile((begin, end), rows, dtype)) as (array, source_dtype):
+        tile = Tile((begin, end), rows, dtype, by_column=True)
+        with segment.operand.load(reader, tile) as (array, source_dtype):
             transposed = rearrange(array, segment.rearrangement.pattern)
             yield (begin, end), transposed, source_dtype
 
