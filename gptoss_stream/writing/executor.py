@@ -47,7 +47,7 @@ def memory_nbytes(
         upload_nbytes: What the client that uploads takes (`open_location.upload_nbytes`).
         has_reference: Whether blocks of a reference are kept.
         has_adapters: Whether adapters are merged.
-        is_compiled: Whether compiled code decodes or encodes MXFP4.
+        is_compiled: Whether compiled code decodes, merges or encodes.
 
     Returns:
         An upper estimate in bytes.

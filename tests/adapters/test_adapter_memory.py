@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,17 @@ import gptoss_stream
 pytestmark = pytest.mark.slow
 
 LIMIT = 130_000_000  # with 3 threads
+COMPILED = 130_000_000  # numba and LLVM
+BY_NUMPY = (
+    "import runpy, sys; sys.modules['numba'] = None;"
+    "runpy.run_module('gptoss_stream', run_name='__main__')"
+)
 GROUP = Path("/sys/fs/cgroup/memory/gptoss_stream_test")
 WIDE = "attention,router,experts,lm_head"
 
 
-def convert(source, output, *options, prefix=()) -> dict:
-    command = [sys.executable, "-m", "gptoss_stream", "convert", source, output, "--json", *options]
+def convert(source, output, *options, prefix=(), program=("-m", "gptoss_stream")) -> dict:
+    command = [sys.executable, *program, "convert", source, output, "--json", *options]
     done = subprocess.run([*prefix, *command, "--workers", "3"], stdout=subprocess.PIPE, check=True)
     return json.loads(done.stdout)
 
@@ -35,16 +41,22 @@ def source(request, tmp_path_factory):
     shutil.rmtree(folder)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("rank", [16, 64])
 @pytest.mark.parametrize("to", ["hf", "transformer-lens", "hf-mxfp4"])
-def test_peak_memory(to, rank, source, tmp_path):
+def test_peak_memory(to, rank, compiled, source, tmp_path):
     """It grows neither with the experts nor much with the rank."""
+    if compiled and find_spec("numba") is None:
+        pytest.skip("needs numba")
     model, preset, layers = source
     adapter = gptoss_stream.synth_adapter(
         tmp_path / "adapter", preset, layers=layers, rank=rank, targets=WIDE
     )
-    report = convert(model, tmp_path / "out", "--to", to, "--adapter", adapter)
-    assert report["peak_rss"] < LIMIT + (20_000_000 if rank == 64 else 0)
+    program = ("-m", "gptoss_stream") if compiled else ("-c", BY_NUMPY)
+    options = ("--to", to, "--adapter", adapter)
+    report = convert(model, tmp_path / "out", *options, program=program)
+    limit = LIMIT + (20_000_000 if rank == 64 else 0)
+    assert report["peak_rss"] < limit + (COMPILED if compiled else 0)
 
 
 @pytest.mark.skipif(
