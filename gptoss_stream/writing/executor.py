@@ -16,10 +16,17 @@ from typing import Protocol
 from ..planning.shards import PlannedShard
 from .shard_summary import ShardSummary
 
-__all__ = ["CHUNK_NBYTES", "Callbacks", "Executor", "count_shards", "memory_nbytes"]
+__all__ = [
+    "CHUNK_NBYTES",
+    "Callbacks",
+    "Executor",
+    "count_shards",
+    "memory_nbytes",
+    "num_writers",
+]
 
 CHUNK_NBYTES = 8 << 20
-"""Bytes of a shard that a thread converts and writes at a time."""
+"""Bytes of a shard that a thread converts, and then writes, at a time."""
 
 _INTERPRETER_NBYTES = 45_000_000  # Python with numpy, einops and tqdm
 _THREAD_NBYTES = 6_000_000  # tiles, indices, a row that two chunks share
@@ -28,6 +35,16 @@ _ADAPTERS_NBYTES = 30_000_000  # factors in use, a tensor that is being regroupe
 _MERGING_NBYTES = 8_000_000  # of each thread: tiles in float32
 _COMPILED_NBYTES = 130_000_000  # numba and LLVM
 _REMOTE_NBYTES = 200_000_000  # blocks that are needed at the same time, and the clients' code
+
+
+def num_writers(threads: int) -> int:
+    """Return the number of threads that only write what others have converted.
+
+    Args:
+        threads: Threads that convert. A single one also writes, so that chunks are made and
+            written one after another.
+    """
+    return 2 if threads > 1 else 0
 
 
 def memory_nbytes(
@@ -54,6 +71,7 @@ def memory_nbytes(
     """
     per_thread = CHUNK_NBYTES + _THREAD_NBYTES + (_REFERENCE_NBYTES if has_reference else 0)
     nbytes = _INTERPRETER_NBYTES + threads * per_thread + upload_nbytes
+    nbytes += num_writers(threads) * CHUNK_NBYTES
     if has_adapters:
         nbytes += _ADAPTERS_NBYTES + threads * _MERGING_NBYTES
     if is_compiled:

@@ -1,10 +1,10 @@
 """Writes shards in threads of this process, chunk by chunk.
 
 A chunk is an aligned run of a shard's bytes, small enough for memory. Threads take chunks in
-order, make each in a buffer of their own and write it at its offset, so that some convert while
-others wait for the disk. The thread that completes a shard gives it its final name. Memory is set
-by the number of threads and the size of a chunk, not by any tensor, shard or layer. The bytes
-written depend on the plan alone.
+order, make each in a buffer and hand it to a few others, which write it at its offset, so that some
+convert while others wait for the disk. The thread that completes a shard gives it its final name.
+Memory is set by the number of threads and the size of a chunk, not by any tensor, shard or layer.
+The bytes written depend on the plan alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from .._utils.memory import peak_rss_nbytes
-from .._utils.thread_pool import Buffer, Step, run_steps
+from .._utils.thread_pool import Buffer, Rest, Step, run_steps
 from ..checkpoint.reader import ElementRange, Reader, ReadSchedule
 from ..errors import OutputError
 from ..planning.shards import PlannedShard, compiled_nbytes
@@ -123,7 +123,8 @@ class ThreadExecutor:
         self._order = self._ordered_steps(shards)
         self._reader.set_schedule(ReadSchedule(len(self._order), self._ranges_read), self._stop)
         try:
-            run_steps(self._steps(), self._threads, self._chunk_nbytes, self._stop)
+            writers = executor.num_writers(self._threads)
+            run_steps(self._steps(), self._threads, self._chunk_nbytes, self._stop, writers)
         finally:
             for progress in list(self._in_progress.values()):
                 progress.close()
@@ -183,7 +184,7 @@ class ThreadExecutor:
                     existing=self._written[shard.name].nbytes > 0,
                 )
             make = (
-                self._write_chunk if start >= self._written[shard.name].nbytes else self._read_chunk
+                self._make_chunk if start >= self._written[shard.name].nbytes else self._read_chunk
             )
             yield partial(self._run_step, number, partial(make, progress, progress.file, start))
 
@@ -201,10 +202,11 @@ class ThreadExecutor:
 
     # --- in the threads ----------------------------------------------------------------------
 
-    def _run_step(self, number: int, step: Step, buffer: Buffer) -> None:
+    def _run_step(self, number: int, step: Step, buffer: Buffer) -> Rest | None:
         self._reader.begin_step(number)
-        step(buffer)
+        rest = step(buffer)
         self._reader.end_step(number)
+        return rest
 
     def _spill(self, transpose: SpilledTranspose, block: int, buffer: Buffer) -> None:
         transpose.spill(block, self._reader, buffer, drop_cache=self._low_memory)
@@ -217,10 +219,10 @@ class ThreadExecutor:
         assert progress.checksum is not None
         progress.checksum.add(begin, buffer[: self._chunk_nbytes], self._stop)
 
-    def _write_chunk(
+    def _make_chunk(
         self, progress: ShardInProgress, file: ShardFile, begin: int, buffer: Buffer
-    ) -> None:
-        """Make the bytes of a shard from `begin` on, write them, and commit a complete shard."""
+    ) -> Rest:
+        """Make the bytes of a shard from `begin` on; returns a function that writes them."""
         shard = progress.shard
         end = min(begin + self._chunk_nbytes, shard.nbytes)
         if begin < len(shard.header):
@@ -236,9 +238,14 @@ class ThreadExecutor:
                 partial(progress.make_rows, begin, tensor, self._reader, self._stop, self._threads),
             )
             progress.end_tensor(tensor)
+        return partial(self._write_chunk, progress, file, begin, buffer, end - begin)
+
+    def _write_chunk(
+        self, progress: ShardInProgress, file: ShardFile, begin: int, buffer: Buffer, length: int
+    ) -> None:
+        """Write the bytes of a shard from `begin` on, and commit a complete shard."""
         if self._stop.is_set():
             return
-        length = end - begin
         padded = min(-(-length // 4096) * 4096, len(buffer))
         buffer[length:padded] = 0
         file.write(buffer[:padded], begin)

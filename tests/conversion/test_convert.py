@@ -191,15 +191,18 @@ def test_a_second_run_into_the_same_folder_is_refused_at_once(checkpoints, tmp_p
     assert (tmp_path / "out/model.safetensors").exists()
 
 
-def test_an_interrupted_call_ends_after_its_threads(checkpoints, tmp_path):
+@pytest.mark.parametrize("finishers", [0, 1])
+def test_an_interrupted_call_ends_after_its_threads(finishers):
     """For example in a notebook: nothing may be written any more when the exception is raised."""
     code = (
+        f"finishers = {finishers}\n"
         "import os, signal, sys, threading, time\n"
         "from gptoss_stream._utils.thread_pool import run_steps\n"
         "ended = []\n"
-        "def slow(buffer): time.sleep(1.5); ended.append(True)\n"
+        "def slow(): time.sleep(1.5); ended.append(True)\n"
+        "def step(buffer): return slow\n"
         "threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
-        "try: run_steps(iter([slow]), 1, 4096, threading.Event())\n"
+        "try: run_steps(iter([step]), 1, 4096, threading.Event(), finishers)\n"
         "except KeyboardInterrupt: print(ended)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
