@@ -7,12 +7,12 @@ from a cold page cache, and deletes it. Then at most one source and one output a
 `--float-layers` makes pairs of floats smaller, whose output is as large as their source: 57 GB
 together for 16 layers of 20b's shapes, as much as 24 layers of the other pairs.
 
-A turn runs, for each pair, the conversion, the same under a `--limit` of memory that counts the
-page cache, and with `--without-numba` the same as if numba were not installed, where MXFP4 is
-decoded or encoded. The floor (`floor.py`) of a pair reads what its conversion reads and writes as
-many bytes. Pairs that read and write the same number of bytes within 1 % share the floor of their
-turn. The floor is the faster of buffered and direct writing. Both run in the first turn; one that
-takes more than 1.2 times as long as the other there is left out of later turns, to save time.
+A turn runs, for each pair, the conversion and the same under a `--limit` of memory that counts the
+page cache. The first `--without-numba` turns run also the same as if numba were not installed,
+where MXFP4 is decoded or encoded. The floor (`floor.py`) of a pair reads what its conversion reads
+and writes as many bytes. Pairs that read and write the same number of bytes within 1 % share the
+floor of their turn. The floor is the faster of buffered and direct writing. Both run in the first
+turn; one that takes more than 1.2 times as long as the other there is left out of later turns.
 Every second turn runs the pairs in reverse order, so that none is always the last after its floor.
 
 With `--json FILE` all runs are in FILE after each turn. The same command goes on where it was
@@ -103,13 +103,14 @@ def one_turn(
             runs[owner][f"floor, {way}"] = trials.as_json(trials.floor(cases[owner], *options))
         group = [target for target in cases if floors[target] == owner]
         for target in reversed(group) if len(turns) % 2 else group:
-            runs[target] |= conversions(cases[target], limit, arguments.without_numba)
+            without_numba = len(turns) < arguments.without_numba
+            runs[target] |= conversions(cases[target], limit, without_numba=without_numba)
             walls = ", ".join(f"{name} {run['wall']:.1f} s" for name, run in runs[target].items())
             trials.say(f"{cases[target].source.name} to {target}: {walls}")
     return runs
 
 
-def conversions(case: trials.Case, limit: int | None, without_numba: bool) -> Runs:
+def conversions(case: trials.Case, limit: int | None, *, without_numba: bool) -> Runs:
     """Run a conversion, also under a limit and without numba; a limit may be too low for it."""
     runs = {"convert": trials.as_json(trials.conversion(case))}
     if limit is not None:
@@ -170,7 +171,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--float-layers", type=int, help="of pairs of floats; default: --layers")
     parser.add_argument(
-        "--without-numba", action="store_true", help="measure also as if numba were not installed"
+        "--without-numba",
+        type=int,
+        default=0,
+        metavar="TURNS",
+        help="so many turns measure also as if numba were not installed",
     )
     names = formats.names()
     parser.add_argument("--from", nargs="+", choices=names, dest="sources", help="default: all")

@@ -27,8 +27,7 @@ def of_pairs(found: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     Returns:
         For each pair its sizes and, where they were measured: `wall`, `floor`, `to_floor`,
-        `to_unlimited`, `without_numba` (a ratio of wall times), `cpu`, `cpu_without_numba` and
-        `peak_rss`.
+        `to_unlimited`, `to_floor_without_numba`, `cpu`, `cpu_without_numba` and `peak_rss`.
     """
     rows = []
     for pair in found["pairs"].values():
@@ -51,8 +50,12 @@ def of_pairs(found: Mapping[str, Any]) -> list[dict[str, Any]]:
             "cpu": statistics.median(run["convert"]["cpu"] for run in runs),
             "peak_rss": max(one["peak_rss"] for run in runs for one in _conversions(run)),
         }
-        for name, key in (("convert, limited", "to_unlimited"), ("without numba", "without_numba")):
-            ratios = [run[name]["wall"] / run["convert"]["wall"] for run in runs if name in run]
+        for name, key, bases in (
+            ("convert, limited", "to_unlimited", walls),
+            ("without numba", "to_floor_without_numba", floors),
+        ):
+            pairs = zip(runs, bases, strict=True)
+            ratios = [run[name]["wall"] / base for run, base in pairs if name in run]
             if ratios:
                 row[key] = statistics.median(ratios)
         without = [run["without numba"]["cpu"] for run in runs if "without numba" in run]
@@ -69,9 +72,12 @@ def _conversions(runs: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def conversions(found: Mapping[str, Any]) -> str:
     """Return a row for each pair of formats; a dash stands for what was not measured."""
     rows = of_pairs(found)
-    has_numba = any("without_numba" in row for row in rows)
-    head = ["", "in, out", "convert", "floor", "ratio to floor", "limited, ratio to unlimited"]
-    head += ["without numba, ratio to with"] if has_numba else []
+    optional = {
+        "limited, ratio to unlimited": "to_unlimited",
+        "without numba, ratio to floor": "to_floor_without_numba",
+    }
+    optional = {head: key for head, key in optional.items() if any(key in row for row in rows)}
+    head = ["", "in, out", "convert", "floor", "ratio to floor", *optional]
     head += ["CPU per GB written", "peak RSS"]
     body = []
     for row in rows:
@@ -81,9 +87,8 @@ def conversions(found: Mapping[str, Any]) -> str:
             f"{row['wall']:.1f} s",
             f"{row['floor']:.1f} s",
             f"{row['to_floor']:.2f}",
-            _ratio(row.get("to_unlimited")),
+            *(_ratio(row.get(key)) for key in optional.values()),
         ]
-        cells += [_ratio(row.get("without_numba"))] if has_numba else []
         cells += [f"{row['cpu'] / row['bytes_out'] * 1e9:.2f} s", f"{row['peak_rss'] / 1e6:.0f} MB"]
         body.append(cells)
     return markdown(head, body)

@@ -156,7 +156,7 @@ def test_medians_of_pairs_are_of_ratios_within_a_turn():
     [row] = tables.of_pairs(conversions([first, *later]))
     assert (row["wall"], row["floor"], row["to_floor"]) == (6.0, 3.0, 1.5)
     assert row["to_unlimited"] == 1.0
-    assert "without_numba" not in row
+    assert "to_floor_without_numba" not in row
     assert tables.conversions(conversions([first, *later])).splitlines()[-1].split(" | ") == [
         "| `hf` to `hf`", "1.0, 4.0 GB", "6.0 s  ", "3.0 s", "1.50          ",
         "1.00                       ", "3.00 s            ", "100 MB   |",
