@@ -12,7 +12,7 @@ page cache. The first `--without-numba` turns run also the same as if numba were
 where MXFP4 is decoded or encoded. The floor (`floor.py`) of a pair reads what its conversion reads
 and writes as many bytes. Pairs that read and write the same number of bytes within 1 % share the
 floor of their turn. The floor is the faster of buffered and direct writing. Both run in the first
-turn; one that takes more than 1.2 times as long as the other there is left out of later turns.
+turn of all; one that takes more than 1.2 times as long as the other there is left out afterwards.
 Every second turn runs the pairs in reverse order, so that none is always the last after its floor.
 
 With `--json FILE` all runs are in FILE after each turn. The same command goes on where it was
@@ -73,18 +73,26 @@ def owners(sizes: Mapping[str, Mapping[str, int]]) -> dict[str, str]:
     return found
 
 
-def ways(turns: Sequence[Mapping[str, Any]], owner: str) -> Sequence[str]:
-    """Return how to write the floor of a target: both ways at first, then those near the faster."""
+def ways(turns: Sequence[Mapping[str, Any]]) -> Sequence[str]:
+    """Return how to write the floor: both ways in the first turn of all, then those near the best.
+
+    Args:
+        turns: All earlier turns.
+    """
     if not turns:
         return WAYS
-    walls = {way: turns[0]["runs"][owner][f"floor, {way}"]["wall"] for way in WAYS}
+    first = turns[0]["runs"].values()
+    walls = {
+        way: sum(runs.get(f"floor, {way}", {}).get("wall", 0) for runs in first) for way in WAYS
+    }
     return [way for way, wall in walls.items() if wall <= 1.2 * min(walls.values())]
 
 
 def one_turn(
     cases: Mapping[str, trials.Case],
     floors: Mapping[str, str],
-    turns: Sequence[Mapping[str, Any]],
+    number: int,
+    chosen_ways: Sequence[str],
     arguments: argparse.Namespace,
 ) -> dict[str, Runs]:
     """Run the floors and the conversions of a source once each.
@@ -92,18 +100,19 @@ def one_turn(
     Args:
         cases: The conversion to each target.
         floors: For each target the one whose floor it shares.
-        turns: Earlier turns of the source.
+        number: How many turns of the source there are.
+        chosen_ways: How the floors are written.
         arguments: Of the command.
     """
     limit = trials.limit_nbytes(arguments.limit)
     runs: dict[str, Runs] = {target: {} for target in cases}
     for owner in dict.fromkeys(floors.values()):
-        for way in ways(turns, owner):
+        for way in chosen_ways:
             options = ["--direct"] if way == "direct" else []
             runs[owner][f"floor, {way}"] = trials.as_json(trials.floor(cases[owner], *options))
         group = [target for target in cases if floors[target] == owner]
-        for target in reversed(group) if len(turns) % 2 else group:
-            without_numba = len(turns) < arguments.without_numba
+        for target in reversed(group) if number % 2 else group:
+            without_numba = number < arguments.without_numba
             runs[target] |= conversions(cases[target], limit, without_numba=without_numba)
             walls = ", ".join(f"{name} {run['wall']:.1f} s" for name, run in runs[target].items())
             trials.say(f"{cases[target].source.name} to {target}: {walls}")
@@ -157,7 +166,7 @@ def measured(
                     | case.sizes | {"floor": floors[target]}
                 )  # fmt: skip
             while len(turns) < arguments.runs:
-                runs = one_turn(cases, floors, turns, arguments)
+                runs = one_turn(cases, floors, len(turns), ways(all_turns), arguments)
                 turn = {"source": source, "layers": layers, "ended": trials.now(), "runs": runs}
                 turns.append(turn)
                 all_turns.append(turn)

@@ -165,10 +165,10 @@ def test_medians_of_pairs_are_of_ratios_within_a_turn():
 
 def test_a_floor_that_was_much_slower_is_left_out_of_later_turns():
     turns = conversions([{"floor, buffered": 2.5, "floor, direct": 2.0}])["turns"]
-    assert formats.ways([], "hf") == formats.WAYS
-    assert formats.ways(turns, "hf") == ["direct"]
+    assert formats.ways([]) == formats.WAYS
+    assert formats.ways(turns) == ["direct"]
     turns[0]["runs"]["hf"]["floor, buffered"]["wall"] = 2.3
-    assert formats.ways(turns, "hf") == ["buffered", "direct"]
+    assert formats.ways(turns) == ["buffered", "direct"]
 
 
 def test_pairs_of_the_same_sizes_share_a_floor():
