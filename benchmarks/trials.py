@@ -27,6 +27,7 @@ from gptoss_stream._utils.thread_pool import count_workers
 from gptoss_stream.planning.options import DEFAULT_FORMAT
 from gptoss_stream.planning.shards import parse_size
 from gptoss_stream.transforms.output_tensor import element_ranges
+from gptoss_stream.writing.executor import num_writers
 
 HERE = Path(__file__).parent
 DEFAULT_SOURCE = "hf-mxfp4"
@@ -190,12 +191,14 @@ def reads(planned: Plan) -> list[tuple[str, int, int]]:
 
 
 def floor(case: Case, *arguments: str, warm: bool = False) -> Measured:
-    """Run the floor of a conversion, with options of floor.py."""
+    """Run the floor of a conversion, by as many threads, with options of floor.py."""
     listed, output = case.output.with_suffix(".reads"), case.output.with_suffix(".floor")
     spans = [(str(case.source / file), *span) for file, *span in reads(case.planned)]
     listed.write_text(json.dumps(spans))
     command = [sys.executable, str(HERE / "floor.py"), str(listed), str(output)]
-    sizes = [str(case.planned.nbytes), "--threads", str(count_workers(None))]
+    workers = count_workers(None)
+    threads = workers + num_writers(workers)
+    sizes = [str(case.planned.nbytes), "--threads", str(threads)]
     try:
         return run([*command, *sizes, *arguments], warm=case.source if warm else None)
     finally:
