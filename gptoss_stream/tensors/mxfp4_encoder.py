@@ -59,8 +59,13 @@ class _Scratch:
     def arrays(self, shape: tuple[int, ...]) -> tuple[_Array, _Array, _Array]:
         """Return an array of uint16 and two of uint8, of a shape."""
         size, (codes, flags) = prod(shape), self._narrow
-        wide = self._wide[:size].reshape(shape)
-        return wide, codes[:size].reshape(shape), flags[:size].reshape(shape)
+        return self.planes(shape), codes[:size].reshape(shape), flags[:size].reshape(shape)
+
+    def planes(self, shape: tuple[int, ...]) -> _Array:
+        """Return an array of uint16 of a shape."""
+        if prod(shape) > len(self._wide):
+            self._wide = np.empty(prod(shape), np.uint16)
+        return self._wide[: prod(shape)].reshape(shape)
 
 
 def encode(
@@ -91,45 +96,43 @@ def encode(
     planes = values.T.reshape(groups, BLOCK_VALUES, rows)
     if not hasattr(_memory, "scratch"):
         _memory.scratch = _Scratch()
+    counted = EncodingLoss() if loss is None else loss
+    counted.blocks += scales.size
+    # All at once, if possible: threads wait for each other between calls.
+    is_done = _encode_compiled(planes, RULES[rule], blocks, scales, counted)
     for first_group in range(0, groups, _TILE_GROUPS):
         some_groups = slice(first_group, first_group + _TILE_GROUPS)
         for row in range(0, rows, _TILE_ROWS):
             some_rows = slice(row, row + _TILE_ROWS)
-            _encode_tile(
-                planes[some_groups, :, some_rows],
-                RULES[rule],
-                blocks[some_rows, some_groups],
-                scales[some_rows, some_groups],
-                loss,
-                first_row + row,
-            )
+            tile = planes[some_groups, :, some_rows]
+            tile_blocks, tile_scales = (one[some_rows, some_groups] for one in (blocks, scales))
+            if not is_done:
+                _encode_tile(tile, RULES[rule], tile_blocks, tile_scales, counted)
+            if loss is not None:
+                loss.measure(tile, tile_blocks, tile_scales, first_row + row)
 
 
 def _encode_tile(
-    values: _Array,
-    rule: Rule,
-    blocks: _Array,
-    scales: _Array,
-    loss: EncodingLoss | None,
-    first_row: int,
+    values: _Array, rule: Rule, blocks: _Array, scales: _Array, loss: EncodingLoss
 ) -> None:
     """Encode values [groups, 32, rows] (see `encode`)."""
-    counted = EncodingLoss() if loss is None else loss
-    if not (compiled.is_enabled() and _encode_compiled(values, rule, blocks, scales, counted)):
-        _encode_by_numpy(values, rule, blocks, scales, counted)
-    if loss is None:
-        return
-    loss.blocks += scales.size
-    loss.measure(values, blocks, scales, first_row)
+    if not _encode_compiled(values, rule, blocks, scales, loss):
+        _encode_by_numpy(values, rule, blocks, scales, loss)
 
 
 def _encode_compiled(
     values: _Array, rule: Rule, blocks: _Array, scales: _Array, loss: EncodingLoss
 ) -> bool:
-    """Encode values by compiled code, unless a block is zero, tiny, NaN, infinite or too large."""
+    """Encode values by compiled code, if it is enabled.
+
+    Returns:
+        Whether they are encoded: not if a block is zero, tiny, NaN, infinite or too large.
+    """
+    if not compiled.is_enabled():
+        return False
     groups, length, rows = values.shape
     if values.strides[2] != values.itemsize:
-        planes, _, _ = _memory.scratch.arrays(values.shape)
+        planes = _memory.scratch.planes(values.shape)
         matrix = values.transpose(2, 0, 1).reshape(rows, groups * length)
         if not compiled_encoder.copy_transposed(matrix, planes.reshape(groups * length, rows)):
             planes[...] = values
