@@ -1,0 +1,277 @@
+"""How a conversion would grow to many cores: costs of a GB, a model, and trials of it here.
+
+    python benchmarks/cores.py --folder /some/disk --json cores.json
+
+Converts from and to memory (`--memory`), so that no disk is in the way. The checkpoint has
+`--layers` layers of the preset and as large a part of its vocabulary, so that its parts have the
+proportions of the whole model.
+
+Costs, by one thread, the start of the process left out: seconds of a processor, seconds that
+Python's lock is held and how often it is taken (`lock.c`; needs a C compiler), bytes that are read
+and written. Memory traffic is counted from the plan: what is read goes from the disk to the page
+cache, and each read copies it from there; a chunk is written, for which the processor reads it
+first, and read by the disk. Tiles stay in the processor's cache.
+
+The model is in `contention.py`. What it predicts is compared with conversions that are throttled:
+by a quota of the processors' time, by the speed of the disk in `--folder` and by the number of
+threads. This needs root and control groups, version 1; without them it is left out. Then the model
+predicts for 16 and 64 processors, with a disk that reads 7 and writes 5 GB/s and memory of 100 and
+200 GB/s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import costs
+import trials
+from contention import Cost, Machine, best_threads, bounds, rate
+from costs import DEFAULT, Case
+
+from gptoss_stream._utils.parallel import num_processors
+from gptoss_stream.tensors.compiled import is_available
+
+GROUPS = Path("/sys/fs/cgroup")
+PERIOD = 100_000
+"""Of a quota, in microseconds."""
+THREADS = (1, 2, 3, 4, 8)
+QUOTAS = (0.25, 0.5, 1.0)
+DISKS = ((1.0, 0.4), (0.1, 1.0))
+"""Limits of reading and writing, in GB/s."""
+SERVERS = {16: Machine(16, 0, read=7, write=5, memory=100)} | {
+    64: Machine(64, 0, read=7, write=5, memory=200)
+}
+MAX_WORKERS = 8
+"""The most threads by default."""
+
+
+def can_throttle() -> bool:
+    """Return whether the processors and the disk can be throttled."""
+    needed = ("cpu/cpu.cfs_quota_us", "blkio/blkio.throttle.read_bps_device")
+    return os.geteuid() == 0 and all((GROUPS / name).exists() for name in needed)
+
+
+@contextmanager
+def group(controller: str, limits: dict[str, str]) -> Iterator[Path]:
+    """Create a control group with limits; removes it afterwards."""
+    folder = GROUPS / controller / "gptoss_stream_cores"
+    folder.mkdir(exist_ok=True)
+    try:
+        for name, limit in limits.items():
+            (folder / f"{controller}.{name}").write_text(limit)
+        yield folder
+    finally:
+        folder.rmdir()
+
+
+def processors_limit(quota: float) -> dict[str, str]:
+    """Return the limits of a quota of the processors' time."""
+    return {"cfs_period_us": str(PERIOD), "cfs_quota_us": str(int(quota * PERIOD))}
+
+
+def disk_limit(folder: Path, read: float, write: float) -> dict[str, str]:
+    """Return the limits of the disk that a folder is on, in GB/s."""
+    device = os.stat(folder).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    return {
+        f"throttle.{kind}_bps_device": f"{number} {int(limit * 1e9)}"
+        for kind, limit in (("read", read), ("write", write))
+    }
+
+
+def drop_cached(folder: Path) -> None:
+    """Drop the files of a folder from the page cache."""
+    for file in folder.iterdir():
+        descriptor = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def finite(number: float) -> float | None:
+    """Return a number, or None, as JSON has no infinity."""
+    return number if math.isfinite(number) else None
+
+
+def compared(
+    case: Case,
+    source: Path,
+    tiny: Path,
+    found: dict[str, Any],
+    machine: Machine,
+    *,
+    threads: Sequence[int] = THREADS,
+    runs: int = 1,
+    groups: Sequence[Path] = (),
+) -> list[dict[str, Any]]:
+    """Measure a conversion with some numbers of threads beside what the model predicts.
+
+    Args:
+        case: The conversion.
+        source: The checkpoint.
+        tiny: A tiny checkpoint, to leave the start out.
+        found: The costs of the case (`costs.costs`).
+        machine: This machine, as it is throttled.
+        threads: The numbers of threads.
+        runs: The runs of each.
+        groups: Control groups that throttle it.
+    """
+    cost, rows = Cost(**found["cost"]), []
+    start = costs.convert(case, tiny, threads[0], groups=groups).seconds
+    for number in threads:
+        seconds = []
+        for _ in range(runs):
+            drop_cached(source)
+            seconds.append(costs.convert(case, source, number, groups=groups).seconds - start)
+        rows.append(
+            {
+                "case": str(case),
+                "processors": machine.processors,
+                "read": finite(machine.read),
+                "write": finite(machine.write),
+                "threads": number,
+                "measured": found["bytes_out"] / 1e9 / statistics.median(seconds),
+                "predicted": rate(cost, machine, number),
+                "first_bound": min(bounds(cost, machine).items(), key=lambda item: item[1])[0],
+            }
+        )
+        trials.say(
+            "{case}, {threads} threads: {measured:.2f}, {predicted:.2f} GB/s".format(**rows[-1])
+        )
+    return rows
+
+
+def predicted(found: dict[str, Any], wake: float) -> list[dict[str, Any]]:
+    """Predict for servers: by default, with a thread for each processor, and at best."""
+    cost, rows = Cost(**found["cost"]), []
+    for processors, server in SERVERS.items():
+        machine = Machine(processors, wake, server.read, server.write, server.memory)
+        best = best_threads(cost, machine)
+        every = bounds(cost, machine)
+        rows.append(
+            {
+                "case": found["case"],
+                "processors": processors,
+                "bounds": {name: finite(bound) for name, bound in every.items()},
+                "default": rate(cost, machine, min(processors + 1, MAX_WORKERS)),
+                "all": rate(cost, machine, processors + 1),
+                "best_threads": best,
+                "best": rate(cost, machine, best),
+                "without_lock": min(v for name, v in every.items() if name != "lock"),
+            }
+        )
+    return rows
+
+
+def throttled(arguments: argparse.Namespace, found: dict[Case, Any], wake: float) -> list[Any]:
+    """Compare the default conversion with the model, with the processors and the disk throttled."""
+    if not can_throttle():
+        return []
+    rows = []
+    with sources(arguments.memory, arguments, DEFAULT.source) as places:
+        for quota in QUOTAS:
+            with group("cpu", processors_limit(quota)) as limited:
+                machine = Machine(quota, wake)
+                rows += compared(DEFAULT, *places, found[DEFAULT], machine, groups=[limited])
+    with sources(arguments.folder, arguments, DEFAULT.source) as places:
+        for read, write in DISKS:
+            with group("blkio", disk_limit(arguments.folder, read, write)) as limited:
+                machine = Machine(num_processors(), wake, read, write)
+                rows += compared(DEFAULT, *places, found[DEFAULT], machine, groups=[limited])
+    return rows
+
+
+def measured(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure the costs and the machine, and compare the model with what is measured."""
+    wake = costs.wake()
+    copying = {str(threads): costs.copy_speed(threads) for threads in (1, num_processors())}
+    trials.say(f"wake {wake * 1e6:.0f} µs, copying {copying} GB/s")
+    found: dict[Case, Any] = {}
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        lock = costs.built_lock(Path(folder))
+        cases = [case for case in costs.CASES if not case.compiled or is_available()]
+        for name in dict.fromkeys(case.source for case in cases):
+            with sources(arguments.memory, arguments, name) as places:
+                for case in (one for one in cases if one.source == name):
+                    found[case] = costs.costs(case, *places, lock, arguments.runs)
+                    trials.say(f"{case}: {found[case]['cost']}")
+                    machine = Machine(num_processors(), wake)
+                    rows += compared(case, *places, found[case], machine)
+    rows += throttled(arguments, found, wake)
+    return {
+        "wake": wake,
+        "copying": copying,
+        "costs": [*found.values()],
+        "trials": rows,
+        "predictions": [row for one in found.values() for row in predicted(one, wake)],
+    }
+
+
+@contextmanager
+def sources(folder: Path, arguments: argparse.Namespace, name: str) -> Iterator[tuple[Path, Path]]:
+    """Write the checkpoint in a format, and a tiny one."""
+    with (
+        costs.checkpoint(folder, arguments.preset, arguments.layers, name) as source,
+        costs.checkpoint(folder, "tiny", 1, name) as tiny,
+    ):
+        yield source, tiny
+
+
+def tables(results: dict[str, Any]) -> str:
+    """Return all results as tables."""
+    speeds = ", ".join(f"{n} threads {speed:.1f}" for n, speed in results["copying"].items())
+    lines = [
+        f"a thread that sleeps runs {results['wake'] * 1e6:.0f} µs after it is woken; "
+        f"copying arrays, GB/s: {speeds}",
+        f"\n{'for each GB written':38} {'user s':>7} {'system s':>8} {'lock s':>7} {'times':>8} "
+        f"{'read GB':>8} {'memory GB':>10}",
+    ]
+    for row in results["costs"]:
+        cost = row["cost"]
+        lines.append(
+            f"{row['case']:38} {row['user']:7.2f} {row['system']:8.2f} {cost['lock']:7.3f} "
+            f"{cost['holds']:8.0f} {cost['read']:8.2f} {cost['traffic']:10.1f}"
+        )
+    lines.append(
+        f"\n{'trials here, GB/s':38} {'processors':>10} {'read':>5} {'write':>5} {'threads':>7} "
+        f"{'measured':>8} {'predicted':>9}"
+    )
+    lines += [
+        f"{row['case']:38} {row['processors']:10} {row['read'] or '–':>5} {row['write'] or '–':>5} "
+        f"{row['threads']:7} {row['measured']:8.2f} {row['predicted']:9.2f}"
+        for row in results["trials"]
+    ]
+    lines.append(
+        f"\n{'predicted, GB/s':38} {'processors':>10} {'by default':>10} {'all':>6} {'best':>6} "
+        f"{'threads':>7} {'without lock':>12}  bounds"
+    )
+    for row in results["predictions"]:
+        every = ", ".join(f"{name} {bound:.1f}" for name, bound in row["bounds"].items() if bound)
+        lines.append(
+            f"{row['case']:38} {row['processors']:10} {row['default']:10.2f} {row['all']:6.2f} "
+            f"{row['best']:6.2f} {row['best_threads']:7} {row['without_lock']:12.2f}  {every}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = trials.options(__doc__, runs=3)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument(
+        "--memory", type=Path, default=Path("/dev/shm"), help="folder in memory for the data"
+    )
+    arguments = parser.parse_args()
+    results = measured(arguments)
+    trials.report(results, tables(results), arguments.json)
+
+
+if __name__ == "__main__":
+    main()
