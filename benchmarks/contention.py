@@ -1,42 +1,52 @@
 """How fast threads of one process convert, by a model: the bounds, and a simulation of the lock.
 
-A thread goes through steps. It takes Python's lock for a moment, then works without it, and again;
-once it has made a chunk, it writes it. Either kind of work needs a processor. Times are random,
-exponentially distributed, with the means that were measured. A thread that finds the lock taken
-sleeps, and can take the lock again some time after it was dropped (`wake`); meanwhile a thread
-that is awake may take it, as in CPython. The disk writes one chunk after another. Reading is ahead
-of the threads and takes none of their time.
+Each thread does what one thread was measured to do, from a place of its own on: it holds Python's
+lock for some time, works without it for some time, and so on, on a processor. Whenever it has made
+a chunk, it writes it. A thread that finds the lock taken sleeps, and can take the lock some time
+after it was dropped (`wake`); meanwhile a thread that is awake may take it, as in CPython. The disk
+writes one chunk after another. Reading is ahead of the threads and takes none of their time.
 
-Memory bandwidth and reading bound the rate; they do not slow the threads before that.
+Memory bandwidth and reading bound the rate; they do not slow the threads before that. Nor does
+sleeping and waking take a processor's time.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gptoss_stream.writing.executor import CHUNK_NBYTES
 
 CHUNK_GB = CHUNK_NBYTES / 1e9
-_STEPS = 40_000
+_STEPS = 100_000
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What a conversion takes for each GB that it writes."""
+class Work:
+    """What a conversion takes."""
 
-    cpu: float
-    """Seconds of a processor, with the lock and without."""
-    lock: float
-    """Seconds that the lock is held."""
-    holds: float
-    """How often the lock is taken."""
+    held: Sequence[float]
+    """Seconds for which one thread held the lock, one time after another."""
+    free: Sequence[float]
+    """Seconds of work without it after each of these times."""
+    written: float
+    """GB that the thread wrote."""
     read: float
-    """GB that are read from the disk."""
+    """GB that are read from the disk for each GB written."""
     traffic: float
-    """GB that are read from and written to memory."""
+    """GB that are read from and written to memory for each GB written."""
+
+    @property
+    def lock(self) -> float:
+        """Seconds that the lock is held for each GB written."""
+        return sum(self.held) / self.written
+
+    @property
+    def cpu(self) -> float:
+        """Seconds of a processor for each GB written."""
+        return self.lock + sum(self.free) / self.written
 
 
 @dataclass(frozen=True)
@@ -52,58 +62,56 @@ class Machine:
     memory: float = math.inf
 
 
-def bounds(cost: Cost, machine: Machine) -> dict[str, float]:
+def bounds(work: Work, machine: Machine) -> dict[str, float]:
     """Return the most GB/s that each stage allows, if nothing ever waits for another."""
     return {
-        "processors": machine.processors / cost.cpu,
-        "lock": 1 / cost.lock if cost.lock else math.inf,
-        "memory": machine.memory / cost.traffic,
-        "reading": machine.read / cost.read,
+        "processors": machine.processors / work.cpu,
+        "lock": 1 / work.lock if work.lock else math.inf,
+        "memory": machine.memory / work.traffic,
+        "reading": machine.read / work.read,
         "writing": machine.write,
     }
 
 
-def rate(cost: Cost, machine: Machine, threads: int) -> float:
+def rate(work: Work, machine: Machine, threads: int) -> float:
     """Return GB/s written by some threads: simulated, and within the bounds."""
-    return min(simulated(cost, machine, threads), *bounds(cost, machine).values())
+    return min(simulated(work, machine, threads), *bounds(work, machine).values())
 
 
-def best_threads(cost: Cost, machine: Machine) -> int:
+def best_threads(work: Work, machine: Machine) -> int:
     """Return the fewest threads that are within 3 % of the fastest."""
     counts = sorted({1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, math.ceil(machine.processors) + 1})
-    rates = {threads: rate(cost, machine, threads) for threads in counts}
+    rates = {threads: rate(work, machine, threads) for threads in counts}
     return min(threads for threads in counts if rates[threads] > 0.97 * max(rates.values()))
 
 
-def simulated(cost: Cost, machine: Machine, threads: int) -> float:
+def simulated(work: Work, machine: Machine, threads: int) -> float:
     """Return GB/s written by some threads, once queues are as long as they stay."""
-    generator = random.Random(0)
-    holds = max(1, round(cost.holds * CHUNK_GB))
-    held = cost.lock * CHUNK_GB / holds
-    free = (cost.cpu - cost.lock) * CHUNK_GB / holds
-    writing = CHUNK_GB / machine.write
-    # When a thread is ready, its turn among those that are, and what it has done of its chunk: one
-    # for taking the lock, one for working without it, and so on.
-    ready = [(0.0, i, 2 * generator.randrange(holds)) for i in range(threads)]
-    heapq.heapify(ready)
-    turn, done, now, begin = threads, 0, 0.0, 0.0
+    count = len(work.held)
+    times = [time for pair in zip(work.held, work.free, strict=True) for time in pair]
+    chunk = max(1, round(count * CHUNK_GB / work.written)) * 2
+    # When a thread is ready, its turn among those that are, and its place in the times.
+    ready = [(0.0, i, i * count // threads * 2) for i in range(threads)]
+    turn, done, worked, begin, now = threads, 0, 0.0, 0.0, 0.0
     processors = [0.0] * math.ceil(machine.processors)  # when each is free
     lock = disk = 0.0  # when they are free
     while done < 2 * _STEPS:
-        now, order, step = heapq.heappop(ready)
-        if step == 2 * holds:
-            disk = max(disk, now) + writing
-            heapq.heappush(ready, (disk, order, 0))
-        elif processors[0] > now:
-            heapq.heappush(ready, (processors[0], order, step))
-        elif step % 2 == 0 and lock > now:
-            heapq.heappush(ready, (lock + machine.wake, order, step))
-        else:
-            end = now + generator.expovariate(1) * (free if step % 2 else held)
-            if step % 2 == 0:
-                lock = end
-            heapq.heapreplace(processors, end)
-            heapq.heappush(ready, (end, turn, step + 1))
-            turn, done = turn + 1, done + 1
-            begin = now if done == _STEPS else begin
-    return _STEPS / 2 / holds * CHUNK_GB / (now - begin)
+        now, order, place = heapq.heappop(ready)
+        if processors[0] > now:
+            heapq.heappush(ready, (processors[0], order, place))
+            continue
+        if place % 2 == 0 and lock > now:
+            heapq.heappush(ready, (lock + machine.wake, order, place))
+            continue
+        end = now + times[place]
+        heapq.heapreplace(processors, end)
+        if place % 2 == 0:
+            lock = end
+        elif place % chunk == chunk - 1 and machine.write < math.inf:
+            disk = end = max(disk, end) + CHUNK_GB / machine.write
+        heapq.heappush(ready, (end, turn, (place + 1) % len(times)))
+        worked += times[place]
+        turn, done = turn + 1, done + 1
+        if done == _STEPS:
+            begin, worked = now, 0.0
+    return worked / work.cpu / (now - begin)

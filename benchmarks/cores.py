@@ -7,10 +7,10 @@ Converts from and to memory (`--memory`), so that no disk is in the way. The che
 proportions of the whole model.
 
 Costs, by one thread, the start of the process left out: seconds of a processor, seconds that
-Python's lock is held and how often it is taken (`lock.c`; needs a C compiler), bytes that are read
-and written. Memory traffic is counted from the plan: what is read goes from the disk to the page
-cache, and each read copies it from there; a chunk is written, for which the processor reads it
-first, and read by the disk. Tiles stay in the processor's cache.
+Python's lock is held and how often it is taken (`lock.c`; needs a C compiler), and bytes. Memory
+traffic is counted from the plan: what is read goes from the disk to the page cache, and each read
+copies it from there; a chunk is written, for which the processor reads it first, and read by the
+disk. Tiles stay in the processor's cache.
 
 The model is in `contention.py`. What it predicts is compared with conversions that are throttled:
 by a quota of the processors' time, by the speed of the disk in `--folder` and by the number of
@@ -28,13 +28,14 @@ import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import costs
 import trials
-from contention import Cost, Machine, best_threads, bounds, rate
-from costs import DEFAULT, Case
+from contention import Machine, Work, best_threads, bounds, rate
+from costs import DEFAULT, Case, Checkpoints, Conversion
 
 from gptoss_stream._utils.parallel import num_processors
 from gptoss_stream.tensors.compiled import is_available
@@ -46,8 +47,9 @@ THREADS = (1, 2, 3, 4, 8)
 QUOTAS = (0.25, 0.5, 1.0)
 DISKS = ((1.0, 0.4), (0.1, 1.0))
 """Limits of reading and writing, in GB/s."""
-SERVERS = {16: Machine(16, 0, read=7, write=5, memory=100)} | {
-    64: Machine(64, 0, read=7, write=5, memory=200)
+SERVERS = {
+    16: Machine(16, 0, read=7, write=5, memory=100),
+    64: Machine(64, 0, read=7, write=5, memory=200),
 }
 MAX_WORKERS = 8
 """The most threads by default."""
@@ -102,89 +104,98 @@ def finite(number: float) -> float | None:
 
 def compared(
     case: Case,
-    source: Path,
-    tiny: Path,
-    found: dict[str, Any],
+    inputs: Checkpoints,
+    work: Work,
     machine: Machine,
-    *,
-    threads: Sequence[int] = THREADS,
-    runs: int = 1,
+    runs: int,
     groups: Sequence[Path] = (),
 ) -> list[dict[str, Any]]:
     """Measure a conversion with some numbers of threads beside what the model predicts.
 
     Args:
         case: The conversion.
-        source: The checkpoint.
-        tiny: A tiny checkpoint, to leave the start out.
-        found: The costs of the case (`costs.costs`).
+        inputs: The checkpoints.
+        work: What one thread does.
         machine: This machine, as it is throttled.
-        threads: The numbers of threads.
-        runs: The runs of each.
+        runs: The runs of each number of threads.
         groups: Control groups that throttle it.
     """
-    cost, rows = Cost(**found["cost"]), []
-    start = costs.convert(case, tiny, threads[0], groups=groups).seconds
-    for number in threads:
-        seconds = []
+    rows = []
+    for threads in THREADS:
+        found = []
         for _ in range(runs):
-            drop_cached(source)
-            seconds.append(costs.convert(case, source, number, groups=groups).seconds - start)
+            drop_cached(inputs.source)
+            found.append(costs.convert(case, inputs, threads, groups=groups))
         rows.append(
             {
                 "case": str(case),
                 "processors": machine.processors,
                 "read": finite(machine.read),
                 "write": finite(machine.write),
-                "threads": number,
-                "measured": found["bytes_out"] / 1e9 / statistics.median(seconds),
-                "predicted": rate(cost, machine, number),
-                "first_bound": min(bounds(cost, machine).items(), key=lambda item: item[1])[0],
+                "threads": threads,
+                "runs": [work.written / run.seconds for run in found],
+                "cpu": statistics.median(run.user + run.system for run in found) / work.written,
+                "measured": work.written / statistics.median(run.seconds for run in found),
+                "predicted": rate(work, machine, threads),
             }
         )
         trials.say(
-            "{case}, {threads} threads: {measured:.2f}, {predicted:.2f} GB/s".format(**rows[-1])
+            f"{case}, {threads} threads: {rows[-1]['measured']:.2f} GB/s, "
+            f"predicted {rows[-1]['predicted']:.2f}"
         )
     return rows
 
 
-def predicted(found: dict[str, Any], wake: float) -> list[dict[str, Any]]:
+def described(case: Case, work: Work, runs: Sequence[Conversion]) -> dict[str, Any]:
+    """Return what a conversion takes for each GB written."""
+    return {
+        "case": str(case),
+        "user": statistics.median(run.user for run in runs) / work.written,
+        "system": statistics.median(run.system for run in runs) / work.written,
+        "lock": work.lock,
+        "holds": len(work.held) / work.written,
+        "read": work.read,
+        "traffic": work.traffic,
+        "runs": [asdict(run) for run in runs],
+    }
+
+
+def predicted(case: Case, work: Work, wake: float) -> list[dict[str, Any]]:
     """Predict for servers: by default, with a thread for each processor, and at best."""
-    cost, rows = Cost(**found["cost"]), []
+    rows = []
     for processors, server in SERVERS.items():
-        machine = Machine(processors, wake, server.read, server.write, server.memory)
-        best = best_threads(cost, machine)
-        every = bounds(cost, machine)
+        machine = replace(server, wake=wake)
+        best = best_threads(work, machine)
+        every = bounds(work, machine)
         rows.append(
             {
-                "case": found["case"],
+                "case": str(case),
                 "processors": processors,
                 "bounds": {name: finite(bound) for name, bound in every.items()},
-                "default": rate(cost, machine, min(processors + 1, MAX_WORKERS)),
-                "all": rate(cost, machine, processors + 1),
+                "default": rate(work, machine, min(processors + 1, MAX_WORKERS)),
+                "all": rate(work, machine, processors + 1),
                 "best_threads": best,
-                "best": rate(cost, machine, best),
-                "without_lock": min(v for name, v in every.items() if name != "lock"),
+                "best": rate(work, machine, best),
+                "without_lock": min(bound for name, bound in every.items() if name != "lock"),
             }
         )
     return rows
 
 
-def throttled(arguments: argparse.Namespace, found: dict[Case, Any], wake: float) -> list[Any]:
+def throttled(arguments: argparse.Namespace, work: Work, wake: float) -> list[dict[str, Any]]:
     """Compare the default conversion with the model, with the processors and the disk throttled."""
     if not can_throttle():
         return []
-    rows = []
-    with sources(arguments.memory, arguments, DEFAULT.source) as places:
+    shape, rows = (arguments.preset, arguments.layers, DEFAULT.source), []
+    with costs.checkpoints(arguments.memory, *shape) as inputs:
         for quota in QUOTAS:
             with group("cpu", processors_limit(quota)) as limited:
-                machine = Machine(quota, wake)
-                rows += compared(DEFAULT, *places, found[DEFAULT], machine, groups=[limited])
-    with sources(arguments.folder, arguments, DEFAULT.source) as places:
+                rows += compared(DEFAULT, inputs, work, Machine(quota, wake), 1, [limited])
+    with costs.checkpoints(arguments.folder, *shape) as inputs:
         for read, write in DISKS:
             with group("blkio", disk_limit(arguments.folder, read, write)) as limited:
                 machine = Machine(num_processors(), wake, read, write)
-                rows += compared(DEFAULT, *places, found[DEFAULT], machine, groups=[limited])
+                rows += compared(DEFAULT, inputs, work, machine, 1, [limited])
     return rows
 
 
@@ -193,36 +204,26 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     wake = costs.wake()
     copying = {str(threads): costs.copy_speed(threads) for threads in (1, num_processors())}
     trials.say(f"wake {wake * 1e6:.0f} µs, copying {copying} GB/s")
-    found: dict[Case, Any] = {}
-    rows = []
+    cases = [case for case in costs.CASES if not case.compiled or is_available()]
+    works: dict[Case, Work] = {}
+    described_cases, rows = [], []
     with tempfile.TemporaryDirectory() as folder:
         lock = costs.built_lock(Path(folder))
-        cases = [case for case in costs.CASES if not case.compiled or is_available()]
-        for name in dict.fromkeys(case.source for case in cases):
-            with sources(arguments.memory, arguments, name) as places:
-                for case in (one for one in cases if one.source == name):
-                    found[case] = costs.costs(case, *places, lock, arguments.runs)
-                    trials.say(f"{case}: {found[case]['cost']}")
+        for source in dict.fromkeys(case.source for case in cases):
+            shape = arguments.preset, arguments.layers, source
+            with costs.checkpoints(arguments.memory, *shape) as inputs:
+                for case in (one for one in cases if one.source == source):
+                    works[case], runs = costs.work(case, inputs, lock, arguments.runs)
+                    described_cases.append(described(case, works[case], runs))
                     machine = Machine(num_processors(), wake)
-                    rows += compared(case, *places, found[case], machine)
-    rows += throttled(arguments, found, wake)
+                    rows += compared(case, inputs, works[case], machine, arguments.runs)
     return {
         "wake": wake,
         "copying": copying,
-        "costs": [*found.values()],
-        "trials": rows,
-        "predictions": [row for one in found.values() for row in predicted(one, wake)],
+        "costs": described_cases,
+        "trials": rows + throttled(arguments, works[DEFAULT], wake),
+        "predictions": [row for case, work in works.items() for row in predicted(case, work, wake)],
     }
-
-
-@contextmanager
-def sources(folder: Path, arguments: argparse.Namespace, name: str) -> Iterator[tuple[Path, Path]]:
-    """Write the checkpoint in a format, and a tiny one."""
-    with (
-        costs.checkpoint(folder, arguments.preset, arguments.layers, name) as source,
-        costs.checkpoint(folder, "tiny", 1, name) as tiny,
-    ):
-        yield source, tiny
 
 
 def tables(results: dict[str, Any]) -> str:
@@ -234,19 +235,19 @@ def tables(results: dict[str, Any]) -> str:
         f"\n{'for each GB written':38} {'user s':>7} {'system s':>8} {'lock s':>7} {'times':>8} "
         f"{'read GB':>8} {'memory GB':>10}",
     ]
-    for row in results["costs"]:
-        cost = row["cost"]
-        lines.append(
-            f"{row['case']:38} {row['user']:7.2f} {row['system']:8.2f} {cost['lock']:7.3f} "
-            f"{cost['holds']:8.0f} {cost['read']:8.2f} {cost['traffic']:10.1f}"
-        )
+    lines += [
+        f"{row['case']:38} {row['user']:7.2f} {row['system']:8.2f} {row['lock']:7.3f} "
+        f"{row['holds']:8.0f} {row['read']:8.2f} {row['traffic']:10.1f}"
+        for row in results["costs"]
+    ]
     lines.append(
         f"\n{'trials here, GB/s':38} {'processors':>10} {'read':>5} {'write':>5} {'threads':>7} "
-        f"{'measured':>8} {'predicted':>9}"
+        f"{'measured':>8} {'predicted':>9} {'CPU s/GB':>8}"
     )
     lines += [
         f"{row['case']:38} {row['processors']:10} {row['read'] or '–':>5} {row['write'] or '–':>5} "
-        f"{row['threads']:7} {row['measured']:8.2f} {row['predicted']:9.2f}"
+        f"{row['threads']:7} {row['measured']:8.2f} {row['predicted']:9.2f} "
+        f"{row['cpu']:8.2f}"
         for row in results["trials"]
     ]
     lines.append(

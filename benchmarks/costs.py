@@ -1,16 +1,23 @@
-"""What a conversion takes for each GB that it writes (see cores.py), and what the machine gives."""
+"""What a conversion takes for each GB that it writes (see cores.py), and what the machine gives.
+
+    python benchmarks/costs.py SOURCE TINY OUTPUT --to hf --threads 3 --compiled
+
+Converts TINY, so that everything is imported, and then SOURCE. Prints what the latter took.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,15 +25,14 @@ from typing import Any
 
 import numpy as np
 import trials
-from contention import Cost
+from contention import Work
 
 import gptoss_stream
 from gptoss_stream.random_checkpoint import PRESETS
+from gptoss_stream.tensors import compiled
 from gptoss_stream.transforms.output_tensor import element_ranges
 
-MAIN = "from gptoss_stream.cli.main import main; raise SystemExit(main())"
 _COPIES = 8
-COMPILED = f"import numba; from gptoss_stream.tensors import compiled; compiled.enable(); {MAIN}"
 
 
 @dataclass(frozen=True)
@@ -54,18 +60,11 @@ CASES = (
 
 @dataclass(frozen=True)
 class Conversion:
-    """One run: seconds of the conversion and of the processors, and of the lock if measured."""
+    """Seconds of one conversion, and of the processors."""
 
     seconds: float
     user: float
     system: float
-    lock: float = 0.0
-    holds: float = 0.0
-
-    def without(self, other: Conversion) -> Conversion:
-        """Return the run without what another one took."""
-        pairs = zip(asdict(self).values(), asdict(other).values(), strict=True)
-        return Conversion(*(max(0.0, a - b) for a, b in pairs))
 
 
 @contextmanager
@@ -83,43 +82,61 @@ def checkpoint(folder: Path, preset: str, layers: int, source: str) -> Iterator[
         shutil.rmtree(where, ignore_errors=True)
 
 
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoint to convert, and a tiny one that is converted before."""
+
+    source: Path
+    tiny: Path
+
+
+@contextmanager
+def checkpoints(folder: Path, preset: str, layers: int, source: str) -> Iterator[Checkpoints]:
+    """Write a checkpoint and a tiny one in a format; deletes them afterwards."""
+    with (
+        checkpoint(folder, preset, layers, source) as large,
+        checkpoint(folder / "tiny", "tiny", 1, source) as tiny,
+    ):
+        yield Checkpoints(large, tiny)
+
+
 def convert(
-    case: Case, source: Path, threads: int, *, lock: Path | None = None, groups: Sequence[Path] = ()
+    case: Case,
+    inputs: Checkpoints,
+    threads: int,
+    *,
+    environment: Mapping[str, str] | None = None,
+    groups: Sequence[Path] = (),
 ) -> Conversion:
     """Convert in a process of its own, and delete the output.
 
     Args:
         case: The conversion.
-        source: The checkpoint.
+        inputs: The checkpoints.
         threads: The number of threads.
-        lock: The library built from lock.c, to measure the lock.
+        environment: More variables of the environment.
         groups: Control groups for the process.
     """
-    output, held = source.with_name(f"{source.name}-out"), source.with_name(f"{source.name}-lock")
-    code = COMPILED if case.compiled else MAIN
-    command = [sys.executable, "-c", code, "convert", str(source), str(output), "--to", case.target]
-    command += ["--workers", str(threads), "--json", "--quiet"]
+    output = inputs.source.with_name(f"{inputs.source.name}-out")
     join = "".join(f"echo $$ > {group}/cgroup.procs; " for group in groups)
-    preload = {"LD_PRELOAD": str(lock), "LOCK_FILE": str(held)} if lock else {}
-    process = subprocess.Popen(
-        ["sh", "-c", f'{join}exec "$@"', "sh", *command],
-        stdout=subprocess.PIPE,
-        env={**os.environ, **preload},
-    )
-    assert process.stdout is not None
+    command = ["sh", "-c", f'{join}exec "$@"', "sh", sys.executable, __file__]
+    command += [
+        str(inputs.source),
+        str(inputs.tiny),
+        str(output),
+        "--to",
+        case.target,
+        "--threads",
+        str(threads),
+    ]
+    command += ["--compiled"] if case.compiled else []
     try:
-        with process.stdout:
-            report = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed with {process.returncode}")
-        seconds = json.loads(report)["seconds"]
-        found = held.read_text().split() if held.exists() else ["0", "0"]
-        return Conversion(seconds, usage.ru_utime, usage.ru_stime, *map(float, found))
+        done = subprocess.run(
+            command, check=True, stdout=subprocess.PIPE, env={**os.environ, **(environment or {})}
+        )
     finally:
-        held.unlink(missing_ok=True)
         shutil.rmtree(output, ignore_errors=True)
+    return Conversion(**json.loads(done.stdout))
 
 
 def built_lock(folder: Path) -> Path:
@@ -130,21 +147,26 @@ def built_lock(folder: Path) -> Path:
     return built
 
 
-def median(runs: Sequence[Conversion]) -> Conversion:
-    """Return the median of each measurement."""
-    columns = zip(*(asdict(run).values() for run in runs), strict=True)
-    return Conversion(*map(statistics.median, columns))
+def work(case: Case, inputs: Checkpoints, lock: Path, runs: int) -> tuple[Work, list[Conversion]]:
+    """Measure what one thread does.
 
+    Args:
+        case: The conversion.
+        inputs: The checkpoints.
+        lock: The library built from lock.c.
+        runs: The number of runs.
 
-def costs(case: Case, source: Path, tiny: Path, lock: Path, runs: int) -> dict[str, Any]:
-    """Return what a conversion takes for each GB written, and the cost for the model."""
-    planned = gptoss_stream.plan(source, to=case.target)
-    written = planned.nbytes / 1e9
-    turns = [
-        convert(case, source, 1, lock=lock).without(convert(case, tiny, 1, lock=lock))
-        for _ in range(runs)
-    ]
-    run = median(turns)
+    Returns:
+        The run with the median of the lock's time, and all runs.
+    """
+    planned = gptoss_stream.plan(inputs.source, to=case.target)
+    file = lock.with_suffix(".bin")
+    environment = {"LD_PRELOAD": str(lock), "LOCK_FILE": str(file)}
+    found, times = [], []
+    for _ in range(runs):
+        found.append(convert(case, inputs, 1, environment=environment))
+        times.append(np.fromfile(file, np.float32).reshape(-1, 2).astype(float))
+    held, free = sorted(times, key=lambda pairs: pairs[:, 0].sum())[runs // 2].T.tolist()
     copied = sum(
         element_range.byte_range[1]
         for shard in planned.shards
@@ -152,21 +174,8 @@ def costs(case: Case, source: Path, tiny: Path, lock: Path, runs: int) -> dict[s
         for element_range in element_ranges(tensor, 0, tensor.nbytes)
     )
     read = planned.source_nbytes / planned.nbytes
-    cost = Cost(
-        cpu=(run.user + run.system) / written,
-        lock=run.lock / written,
-        holds=run.holds / written,
-        read=read,
-        traffic=read + copied / planned.nbytes + 3,
-    )
-    return {
-        "case": str(case),
-        "bytes_out": planned.nbytes,
-        "user": run.user / written,
-        "system": run.system / written,
-        "runs": [asdict(turn) for turn in turns],
-        "cost": asdict(cost),
-    }
+    traffic = read + copied / planned.nbytes + 3
+    return Work(held, free, planned.nbytes / 1e9, read, traffic), found
 
 
 def wake(turns: int = 2000) -> float:
@@ -210,3 +219,27 @@ def copy_speed(threads: int, nbytes: int = 1 << 28) -> float:
 def _copy(source: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> None:
     for _ in range(_COPIES):
         np.copyto(out, source)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("source", "tiny", "output"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--to", required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--compiled", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.compiled:
+        compiled.enable()
+    for source in (arguments.tiny, arguments.source):
+        begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
+        gptoss_stream.convert(
+            source, arguments.output, to=arguments.to, workers=arguments.threads, overwrite=True
+        )
+        seconds, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF)
+    found = Conversion(seconds, after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime)
+    print(json.dumps(asdict(found)))
+
+
+if __name__ == "__main__":
+    main()

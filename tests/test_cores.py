@@ -8,14 +8,24 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import contention
 import cores
 import costs
+import numpy as np
 import pytest
-from contention import Cost, Machine
+from contention import Machine, Work
 
-COST = Cost(cpu=0.8, lock=0.1, holds=20_000, read=0.3, traffic=4)
+_random = np.random.default_rng(0)
+# 0.1 and 0.7 s for a GB, exponentially distributed.
+WORK = Work(
+    held=(5e-6 * _random.standard_exponential(20_000)).tolist(),
+    free=(35e-6 * _random.standard_exponential(20_000)).tolist(),
+    written=1,
+    read=0.3,
+    traffic=4,
+)
 needs_compiler = pytest.mark.skipif(
     not (sys.platform == "linux" and shutil.which("cc")),
     reason="lock.c needs Linux and a C compiler",
@@ -25,17 +35,17 @@ needs_compiler = pytest.mark.skipif(
 @pytest.mark.parametrize("threads", [1, 2, 4, 8, 16, 32])
 def test_waiting_for_the_lock_is_as_long_as_a_formula_says(threads):
     """That of one repairman for some machines: M/M/1 with a finite number of customers."""
-    work = (COST.cpu - COST.lock) / COST.lock
+    work = (WORK.cpu - WORK.lock) / WORK.lock
     states = [math.perm(threads, waiting) / work**waiting for waiting in range(threads + 1)]
-    expected = (1 - 1 / sum(states)) / COST.lock
-    found = contention.rate(COST, Machine(processors=64, wake=0), threads)
+    expected = (1 - 1 / sum(states)) / WORK.lock
+    found = contention.rate(WORK, Machine(processors=64, wake=0), threads)
     assert found == pytest.approx(expected, rel=0.03)
 
 
 def test_a_thread_that_has_to_be_woken_takes_the_lock_later():
-    rates = [contention.rate(COST, Machine(64, wake), 8) for wake in (0, 5e-6, 50e-6)]
+    rates = [contention.rate(WORK, Machine(64, wake), 8) for wake in (0, 5e-6, 50e-6)]
     assert rates[0] > 1.2 * rates[1] > 1.2 * 1.2 * rates[2]
-    alone = [contention.rate(COST, Machine(64, wake), 1) for wake in (0, 50e-6)]
+    alone = [contention.rate(WORK, Machine(64, wake), 1) for wake in (0, 50e-6)]
     assert alone[0] == alone[1]
 
 
@@ -52,65 +62,69 @@ def test_a_thread_that_has_to_be_woken_takes_the_lock_later():
     ids=["processors", "quota", "writing", "reading", "memory", "one thread waits for the disk"],
 )
 def test_what_bounds_the_rate(machine, threads, expected):
-    assert contention.rate(COST, machine, threads) == pytest.approx(expected, rel=0.03)
+    assert contention.rate(WORK, machine, threads) == pytest.approx(expected, rel=0.03)
 
 
 def test_threads_wait_for_processors_and_for_the_disk():
-    assert contention.simulated(COST, Machine(2, 0), 8) == pytest.approx(2 / 0.8, rel=0.03)
-    assert contention.simulated(COST, Machine(64, 0, write=2), 32) == pytest.approx(2, rel=0.03)
+    assert contention.simulated(WORK, Machine(2, 0), 8) == pytest.approx(2 / 0.8, rel=0.03)
+    assert contention.simulated(WORK, Machine(64, 0, write=2), 32) == pytest.approx(2, rel=0.03)
 
 
 def test_no_more_threads_than_help():
-    assert contention.best_threads(COST, Machine(64, 0, write=1)) == 2
-    assert contention.best_threads(COST, Machine(1, 0)) == 1
+    assert contention.best_threads(WORK, Machine(64, 0, write=1)) == 2
+    assert contention.best_threads(WORK, Machine(1, 0)) == 1
 
 
 @needs_compiler
-def test_the_lock_is_counted_in_threads_but_the_first(tmp_path):
+def test_the_lock_is_recorded_in_the_thread_that_takes_it_most(tmp_path):
     program = """if True:
         import threading, time
         def work(times):
             for _ in range(times):
                 time.sleep(0)  # drops the lock
         work(5000)
-        thread = threading.Thread(target=work, args=(1000,))
-        thread.start()
-        thread.join()
+        for times in (500, 1000, 10):
+            thread = threading.Thread(target=work, args=(times,))
+            thread.start()
+            thread.join()
     """
-    found = tmp_path / "lock.txt"
+    found = tmp_path / "lock.bin"
     preload = {"LD_PRELOAD": str(costs.built_lock(tmp_path)), "LOCK_FILE": str(found)}
     subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, **preload})
-    held, times = found.read_text().split()
-    assert 1000 <= int(times) < 1100
-    assert 0 < float(held) < 1
+    times = np.fromfile(found, np.float32).reshape(-1, 2)
+    assert 1000 <= len(times) < 1100
+    assert (times >= 0).all()
+    assert (times > 0).any(axis=0).all()
 
 
 @needs_compiler
-def test_costs_of_a_conversion(tmp_path):
+def test_work_of_a_conversion(tmp_path):
     case = costs.Case("hf", "hf")
-    with (
-        costs.checkpoint(tmp_path, "tiny", 1, "hf") as tiny,
-        costs.checkpoint(tmp_path, "tiny", 2, "hf") as source,
-    ):
-        found = costs.costs(case, source, tiny, costs.built_lock(tmp_path), runs=1)
-        assert {file.name for file in tmp_path.iterdir()} == {tiny.name, source.name, "lock.so"}
-    assert found["cost"]["read"] == pytest.approx(1, rel=0.02)
-    assert found["cost"]["traffic"] == pytest.approx(5, rel=0.02)
-    assert found["runs"][0]["holds"] > 0
+    lock = costs.built_lock(tmp_path)
+    with costs.checkpoints(tmp_path, "tiny", 2, "hf") as inputs:
+        before = sorted(tmp_path.rglob("*"))
+        work, runs = costs.work(case, inputs, lock, runs=2)
+        assert {*tmp_path.rglob("*")} - {*before} == {lock.with_suffix(".bin")}
+    assert work.read == pytest.approx(1, rel=0.02)
+    assert work.traffic == pytest.approx(5, rel=0.02)
+    assert len(work.held) > 10
+    assert 0 < work.lock < work.cpu
+    assert len(runs) == 2
 
 
 def test_results_are_json_and_a_table():
-    cost = {**vars(COST), "lock": 0.0}
-    found = {"case": "hf to hf", "user": 0.5, "system": 0.3, "cost": cost}
+    case = costs.Case("hf", "hf")
+    work = replace(WORK, held=[0.0] * len(WORK.held))
     trial = {"case": "hf to hf", "processors": 0.5, "read": None, "write": 0.4, "threads": 3}
     results = {
         "wake": 1e-5,
         "copying": {"1": 10.0},
-        "costs": [found],
-        "trials": [{**trial, "measured": 0.6, "predicted": 0.62}],
-        "predictions": cores.predicted(found, 1e-5),
+        "costs": [cores.described(case, work, [costs.Conversion(1, 0.5, 0.3)])],
+        "trials": [{**trial, "measured": 0.6, "predicted": 0.62, "cpu": 1.25}],
+        "predictions": cores.predicted(case, work, 1e-5),
     }
     text = cores.tables(json.loads(json.dumps(results, allow_nan=False)))
-    assert "0.5     –   0.4       3     0.60      0.62" in text
-    assert "processors 20.0, memory 25.0, reading 23.3, writing 5.0" in text
+    assert "0.50     0.30   0.000    20000" in text
+    assert "0.5     –   0.4       3     0.60      0.62     1.25" in text
+    assert "memory 25.0, reading 23.3, writing 5.0" in text
     assert results["predictions"][0]["best"] == pytest.approx(5, rel=0.05)
