@@ -2,18 +2,19 @@
 
 Each thread does what one thread was measured to do, from a place of its own on: it holds Python's
 lock for some time, works without it for some time, and so on, on a processor. Whenever it has made
-a chunk, it writes it. A thread that finds the lock taken sleeps, and can take the lock some time
-after it was dropped (`wake`); meanwhile a thread that is awake may take it, as in CPython. The disk
+a chunk, it writes it. A thread that finds the lock taken sleeps. One that drops the lock wakes the
+first that sleeps, which takes `wake` seconds of its own; the other one then tries again, `wake`
+after the lock was dropped. Meanwhile a thread that is awake may take it, as in CPython. The disk
 writes one chunk after another. Reading is ahead of the threads and takes none of their time.
 
-Memory bandwidth and reading bound the rate; they do not slow the threads before that. Nor does
-sleeping and waking take a processor's time.
+Memory bandwidth and reading bound the rate; they do not slow the threads before that.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,7 +57,7 @@ class Machine:
     processors: float
     """Those that the process may use; less than 2 by a quota of time on 2."""
     wake: float
-    """Seconds from when the lock is dropped until a thread that sleeps runs."""
+    """Seconds that waking a thread takes, and until it runs."""
     read: float = math.inf
     write: float = math.inf
     memory: float = math.inf
@@ -90,26 +91,38 @@ def simulated(work: Work, machine: Machine, threads: int) -> float:
     count = len(work.held)
     times = [time for pair in zip(work.held, work.free, strict=True) for time in pair]
     chunk = max(1, round(count * CHUNK_GB / work.written)) * 2
-    # When a thread is ready, its turn among those that are, and its place in the times.
-    ready = [(0.0, i, i * count // threads * 2) for i in range(threads)]
-    turn, done, worked, begin, now = threads, 0, 0.0, 0.0, 0.0
+    places = [i * count // threads * 2 for i in range(threads)]
+    # When a thread is ready, its turn among those that are, the thread. One that has just made a
+    # step comes first: it goes on, on its processor.
+    ready = [(0.0, i, i) for i in range(threads)]
+    sleeping: deque[int] = deque()
+    waking = [0.0] * threads  # what each has spent on waking another
     processors = [0.0] * math.ceil(machine.processors)  # when each is free
-    lock = disk = 0.0  # when they are free
+    disk = 0.0  # when it is free
+    holder = -1
+    turn, done, worked, begin, now = threads, 0, 0.0, 0.0, 0.0
     while done < 2 * _STEPS:
-        now, order, place = heapq.heappop(ready)
+        now, order, thread = heapq.heappop(ready)
+        place = places[thread]
+        if thread == holder:
+            holder = -1
+            if sleeping:
+                heapq.heappush(ready, (now + machine.wake, turn, sleeping.popleft()))
+                waking[thread], turn = machine.wake, turn + 1
         if processors[0] > now:
-            heapq.heappush(ready, (processors[0], order, place))
+            heapq.heappush(ready, (processors[0], order, thread))
             continue
-        if place % 2 == 0 and lock > now:
-            heapq.heappush(ready, (lock + machine.wake, order, place))
+        if place % 2 == 0 and holder >= 0:
+            sleeping.append(thread)
             continue
-        end = now + times[place]
+        end = now + times[place] + waking[thread]
         heapq.heapreplace(processors, end)
         if place % 2 == 0:
-            lock = end
+            holder = thread
         elif place % chunk == chunk - 1 and machine.write < math.inf:
             disk = end = max(disk, end) + CHUNK_GB / machine.write
-        heapq.heappush(ready, (end, turn, (place + 1) % len(times)))
+        heapq.heappush(ready, (end, 0, thread))
+        places[thread], waking[thread] = (place + 1) % len(times), 0.0
         worked += times[place]
         turn, done = turn + 1, done + 1
         if done == _STEPS:

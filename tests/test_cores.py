@@ -49,6 +49,13 @@ def test_a_thread_that_has_to_be_woken_takes_the_lock_later():
     assert alone[0] == alone[1]
 
 
+def test_waking_takes_a_part_of_two_processors_that_grows_with_the_threads():
+    rates = [contention.simulated(WORK, Machine(2, 5e-6), threads) for threads in (2, 3, 8)]
+    parts = [1 - found * WORK.cpu / 2 for found in rates]
+    assert 0.03 < parts[0] < parts[1] < parts[2]
+    assert parts[1] < 0.08  # a thread goes on until it waits, whoever else waits for a processor
+
+
 @pytest.mark.parametrize(
     ("machine", "threads", "expected"),
     [
