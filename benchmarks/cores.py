@@ -4,7 +4,8 @@
 
 Converts from and to memory (`--memory`), so that no disk is in the way. The checkpoint has
 `--layers` layers of the preset and as large a part of its vocabulary, so that its parts have the
-proportions of the whole model.
+proportions of the whole model. Of `--runs` runs the fastest counts: what else a machine does only
+slows them.
 
 Costs, by one thread, the start of the process left out: seconds of a processor, seconds that
 Python's lock is held and how often it is taken (`lock.c`; needs a C compiler), and bytes. Memory
@@ -24,7 +25,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -134,8 +134,8 @@ def compared(
                 "write": finite(machine.write),
                 "threads": threads,
                 "runs": [work.written / run.seconds for run in found],
-                "cpu": statistics.median(run.user + run.system for run in found) / work.written,
-                "measured": work.written / statistics.median(run.seconds for run in found),
+                "cpu": min(run.user + run.system for run in found) / work.written,
+                "measured": work.written / min(run.seconds for run in found),
                 "predicted": rate(work, machine, threads),
             }
         )
@@ -150,8 +150,8 @@ def described(case: Case, work: Work, runs: Sequence[Conversion]) -> dict[str, A
     """Return what a conversion takes for each GB written."""
     return {
         "case": str(case),
-        "user": statistics.median(run.user for run in runs) / work.written,
-        "system": statistics.median(run.system for run in runs) / work.written,
+        "user": min(run.user for run in runs) / work.written,
+        "system": min(run.system for run in runs) / work.written,
         "lock": work.lock,
         "holds": len(work.held) / work.written,
         "read": work.read,
@@ -264,7 +264,7 @@ def tables(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = trials.options(__doc__, runs=3)
+    parser = trials.options(__doc__, runs=2)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument(
         "--memory", type=Path, default=Path("/dev/shm"), help="folder in memory for the data"
