@@ -68,11 +68,13 @@ class Conversion:
 
 
 @contextmanager
-def checkpoint(folder: Path, preset: str, layers: int, source: str) -> Iterator[Path]:
+def checkpoint(
+    folder: Path, preset: str, layers: int, source: str, prefix: str = "cores"
+) -> Iterator[Path]:
     """Write a checkpoint with the proportions of the preset; deletes it afterwards."""
     whole = PRESETS[preset]
     vocabulary = max(64, whole.vocab_size * layers // whole.layers // 64 * 64)
-    where = folder / f"cores-{preset}-{layers}-{source}"
+    where = folder / f"{prefix}-{preset}-{layers}-{source}"
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield gptoss_stream.synth(
@@ -95,7 +97,7 @@ def checkpoints(folder: Path, preset: str, layers: int, source: str) -> Iterator
     """Write a checkpoint and a tiny one in a format; deletes them afterwards."""
     with (
         checkpoint(folder, preset, layers, source) as large,
-        checkpoint(folder / "tiny", "tiny", 1, source) as tiny,
+        checkpoint(folder, "tiny", 1, source, "cores-first") as tiny,
     ):
         yield Checkpoints(large, tiny)
 

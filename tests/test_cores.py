@@ -112,6 +112,7 @@ def test_work_of_a_conversion(tmp_path):
         before = sorted(tmp_path.rglob("*"))
         work, runs = costs.work(case, inputs, lock, runs=2)
         assert {*tmp_path.rglob("*")} - {*before} == {lock.with_suffix(".bin")}
+    assert {*tmp_path.iterdir()} == {lock, lock.with_suffix(".bin")}
     assert work.read == pytest.approx(1, rel=0.02)
     assert work.traffic == pytest.approx(5, rel=0.02)
     assert len(work.held) > 10
