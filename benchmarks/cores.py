@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import costs
+import tables
 import trials
 from contention import Machine, Work, best_threads, bounds, rate
 from costs import DEFAULT, Case, Checkpoints, Conversion
@@ -226,43 +227,6 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def tables(results: dict[str, Any]) -> str:
-    """Return all results as tables."""
-    speeds = ", ".join(f"{n} threads {speed:.1f}" for n, speed in results["copying"].items())
-    lines = [
-        f"a thread that sleeps runs {results['wake'] * 1e6:.0f} µs after it is woken; "
-        f"copying arrays, GB/s: {speeds}",
-        f"\n{'for each GB written':38} {'user s':>7} {'system s':>8} {'lock s':>7} {'times':>8} "
-        f"{'read GB':>8} {'memory GB':>10}",
-    ]
-    lines += [
-        f"{row['case']:38} {row['user']:7.2f} {row['system']:8.2f} {row['lock']:7.3f} "
-        f"{row['holds']:8.0f} {row['read']:8.2f} {row['traffic']:10.1f}"
-        for row in results["costs"]
-    ]
-    lines.append(
-        f"\n{'trials here, GB/s':38} {'processors':>10} {'read':>5} {'write':>5} {'threads':>7} "
-        f"{'measured':>8} {'predicted':>9} {'CPU s/GB':>8}"
-    )
-    lines += [
-        f"{row['case']:38} {row['processors']:10} {row['read'] or '–':>5} {row['write'] or '–':>5} "
-        f"{row['threads']:7} {row['measured']:8.2f} {row['predicted']:9.2f} "
-        f"{row['cpu']:8.2f}"
-        for row in results["trials"]
-    ]
-    lines.append(
-        f"\n{'predicted, GB/s':38} {'processors':>10} {'by default':>10} {'all':>6} {'best':>6} "
-        f"{'threads':>7} {'without lock':>12}  bounds"
-    )
-    for row in results["predictions"]:
-        every = ", ".join(f"{name} {bound:.1f}" for name, bound in row["bounds"].items() if bound)
-        lines.append(
-            f"{row['case']:38} {row['processors']:10} {row['default']:10.2f} {row['all']:6.2f} "
-            f"{row['best']:6.2f} {row['best_threads']:7} {row['without_lock']:12.2f}  {every}"
-        )
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = trials.options(__doc__, runs=2)
     parser.add_argument("--layers", type=int, default=2)
@@ -271,7 +235,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     results = measured(arguments)
-    trials.report(results, tables(results), arguments.json)
+    trials.report(results, tables.cores(results), arguments.json)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ SECTIONS = {
     "remote": "remote.py --preset 120b",
     "remote-xet": "remote.py --preset 120b --layers 4 --xet",
     "opening": "opening.py --preset 20b --layers 2 4 --runs 3",
+    "cores": "cores.py --preset 20b --layers 2 --runs 2",
 }
 TINY = {
     "formats.py": "--layers 1 --float-layers 1 --runs 1 --from hf-mxfp4 --to hf",

@@ -239,6 +239,48 @@ def opening(found: Sequence[Mapping[str, Any]]) -> str:
     return markdown(["layers", "folder", "time", "anonymous memory"], body)
 
 
+def cores(found: Mapping[str, Any]) -> str:
+    """Return what conversions take by one thread, trials beside the model, and its predictions."""
+    head = ["for each GB written", "CPU", "lock held", "lock taken", "read", "memory traffic"]
+    body = [
+        [
+            row["case"],
+            f"{row['user'] + row['system']:.2f} s",
+            f"{row['lock']:.3f} s",
+            f"{row['holds']:,.0f} times",
+            f"{row['read']:.2f} GB",
+            f"{row['traffic']:.1f} GB",
+        ]
+        for row in found["costs"]
+    ]
+    parts = [markdown(head, body)]
+    rows: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in found["trials"]:
+        key = row["case"], row["processors"], row["read"], row["write"]
+        rows.setdefault(key, []).append(row)
+    threads = ", ".join(str(row["threads"]) for row in next(iter(rows.values())))
+    head = ["GB/s", "processors", "disk reads, writes", f"{threads} threads", "predicted"]
+    body = [
+        [
+            case,
+            f"{processors:g}",
+            f"{read or '–'}, {write or '–'} GB/s",
+            *(", ".join(f"{r[key]:.2f}" for r in some) for key in ("measured", "predicted")),
+        ]
+        for (case, processors, read, write), some in rows.items()
+    ]
+    parts.append(markdown(head, body))
+    head = ["predicted, GB/s", "processors", "by default", "a thread each, and one", "at best"]
+    head += ["without the lock", "first bound"]
+    body = []
+    for row in found["predictions"]:
+        bounds = {name: bound for name, bound in row["bounds"].items() if bound}
+        speeds = [f"{row[key]:.1f}" for key in ("default", "all", "best", "without_lock")]
+        cells = [row["case"], f"{row['processors']}", *speeds, min(bounds, key=bounds.__getitem__)]
+        body.append(cells)
+    return "\n\n".join([*parts, markdown(head, body)])
+
+
 def machine(found: Mapping[str, Any] | None) -> str:
     """Return a sentence that names the machine."""
     if found is None:
@@ -262,6 +304,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "inference": inference,
     "remote": remote,
     "opening": opening,
+    "cores": cores,
 }
 """The table of each kind of section: the first word of its name."""
 
