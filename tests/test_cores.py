@@ -16,7 +16,6 @@ import costs
 import numpy as np
 import pytest
 import tables
-import tables
 from contention import Machine, Work
 
 _random = np.random.default_rng(0)
