@@ -11,8 +11,9 @@ A turn runs, for each pair, the conversion and the same under a `--limit` of mem
 page cache. The first `--without-numba` turns run also the same as if numba were not installed,
 where MXFP4 is decoded or encoded. The floor (`floor.py`) of a pair reads what its conversion reads
 and writes as many bytes. Pairs that read and write the same number of bytes within 1 % share the
-floor of their turn. The floor is the faster of buffered and direct writing. Both run in the first
-turn of all; one that takes more than 1.2 times as long as the other there is left out afterwards.
+floor of their turn: the mean of a run before them and one after them, since a disk's speed drifts.
+It is the faster of buffered and direct writing. Both run in the first turn of all; one that takes
+more than 1.2 times as long as the other there is left out afterwards.
 Every second turn runs the pairs in reverse order, so that none is always the last after its floor.
 
 With `--json FILE` all runs are in FILE after each turn. The same command goes on where it was
@@ -108,15 +109,22 @@ def one_turn(
     runs: dict[str, Runs] = {target: {} for target in cases}
     for owner in dict.fromkeys(floors.values()):
         for way in chosen_ways:
-            options = ["--direct"] if way == "direct" else []
-            runs[owner][f"floor, {way}"] = trials.as_json(trials.floor(cases[owner], *options))
+            runs[owner][f"floor, {way}"] = floor(cases[owner], way)
+        fastest = min(chosen_ways, key=lambda way: runs[owner][f"floor, {way}"]["wall"])
         group = [target for target in cases if floors[target] == owner]
         for target in reversed(group) if number % 2 else group:
             without_numba = number < arguments.without_numba
             runs[target] |= conversions(cases[target], limit, without_numba=without_numba)
             walls = ", ".join(f"{name} {run['wall']:.1f} s" for name, run in runs[target].items())
             trials.say(f"{cases[target].source.name} to {target}: {walls}")
+        after = runs[owner][f"floor, {fastest}, after"] = floor(cases[owner], fastest)
+        trials.say(f"floor, {fastest}, after: {after['wall']:.1f} s")
     return runs
+
+
+def floor(case: trials.Case, way: str) -> dict[str, Any]:
+    """Run the floor of a conversion, written in one of the `WAYS`."""
+    return trials.as_json(trials.floor(case, *(["--direct"] if way == "direct" else [])))
 
 
 def conversions(case: trials.Case, limit: int | None, *, without_numba: bool) -> Runs:

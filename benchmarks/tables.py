@@ -23,7 +23,8 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def of_pairs(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the medians of each pair of formats that `formats.py` measured.
 
-    The floor of a turn is the fastest floor that ran in it. Ratios are within a turn.
+    The floor of a turn is the faster way of writing it, before and after the pairs that share it.
+    Ratios are within a turn.
 
     Returns:
         For each pair its sizes and, where they were measured: `wall`, `floor`, `to_floor`,
@@ -39,7 +40,7 @@ def of_pairs(found: Mapping[str, Any]) -> list[dict[str, Any]]:
         if not turns:
             continue
         runs = [turn for turn, _ in turns]
-        floors = [min(of[way]["wall"] for way in FLOORS if way in of) for _, of in turns]
+        floors = [_floor(of) for _, of in turns]
         walls = [run["convert"]["wall"] for run in runs]
         row = {key: pair[key] for key in ("source", "target", "layers", "bytes_in", "bytes_out")}
         row |= {
@@ -65,8 +66,14 @@ def of_pairs(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def _floor(runs: Mapping[str, Any]) -> float:
+    way = min((way for way in FLOORS if way in runs), key=lambda way: float(runs[way]["wall"]))
+    names = way, f"{way}, after"
+    return statistics.mean(float(runs[name]["wall"]) for name in names if name in runs)
+
+
 def _conversions(runs: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [run for name, run in runs.items() if name not in FLOORS]
+    return [run for name, run in runs.items() if not name.startswith("floor")]
 
 
 def conversions(found: Mapping[str, Any]) -> str:
@@ -91,7 +98,8 @@ def conversions(found: Mapping[str, Any]) -> str:
         ]
         cells += [f"{row['cpu'] / row['bytes_out'] * 1e9:.2f} s", f"{row['peak_rss'] / 1e6:.0f} MB"]
         body.append(cells)
-    return markdown(head, body)
+    turns = {row["turns"] for row in rows}
+    return f"{markdown(head, body)}\n\nTurns: {' to '.join(str(n) for n in sorted(turns))}."
 
 
 def _ratio(value: float | None) -> str:

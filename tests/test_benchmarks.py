@@ -152,12 +152,15 @@ def conversions(turns: list[dict[str, dict[str, float]]]) -> dict:
 
 def test_medians_of_pairs_are_of_ratios_within_a_turn():
     first = {"floor, buffered": 4.0, "floor, direct": 2.0, "convert": 3.0, "convert, limited": 6.0}
-    later = [{"floor, direct": f, "convert": 6.0, "convert, limited": 6.0} for f in (6.0, 3.0)]
+    later = [{"floor, direct": f, "convert": 6.0, "convert, limited": 6.0} for f in (6.0, 2.0)]
+    later[1]["floor, direct, after"] = 4.0  # the mean of both is 3
     [row] = tables.of_pairs(conversions([first, *later]))
     assert (row["wall"], row["floor"], row["to_floor"]) == (6.0, 3.0, 1.5)
     assert row["to_unlimited"] == 1.0
     assert "to_floor_without_numba" not in row
-    assert tables.conversions(conversions([first, *later])).splitlines()[-1].split(" | ") == [
+    lines = tables.conversions(conversions([first, *later])).splitlines()
+    assert lines[-1] == "Turns: 3."
+    assert lines[-3].split(" | ") == [
         "| `hf` to `hf`", "1.0, 4.0 GB", "6.0 s  ", "3.0 s", "1.50          ",
         "1.00                       ", "3.00 s            ", "100 MB   |",
     ]  # fmt: skip
