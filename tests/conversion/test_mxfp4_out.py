@@ -191,9 +191,9 @@ def test_what_is_lost_is_reported(rule, sources, tmp_path):
 
 
 def test_large_tensors_are_measured_on_some_rows(checkpoints, tmp_path, monkeypatch):
-    monkeypatch.setattr("gptoss_stream.tensors.mxfp4_encoder._MEASURED_ROWS", 16)
-    monkeypatch.setattr("gptoss_stream.tensors.mxfp4_encoder._MEASURED_STEP", 4)
-    monkeypatch.setattr("gptoss_stream.tensors.mxfp4_encoder._MEASURED_RUN", 5)
+    monkeypatch.setattr("gptoss_stream.tensors.encoding_loss._MEASURED_ROWS", 16)
+    monkeypatch.setattr("gptoss_stream.tensors.encoding_loss._MEASURED_STEP", 4)
+    monkeypatch.setattr("gptoss_stream.tensors.encoding_loss._MEASURED_RUN", 5)
     source = checkpoints(layers=1, format="hf")
     tensors = independent.load_folder(source)
     for name in tensors:
