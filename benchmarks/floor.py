@@ -3,9 +3,10 @@
     python benchmarks/floor.py READS OUTPUT NBYTES --threads 3 --direct
 
 READS is a JSON file with the byte ranges to read, `[[file, begin, end], …]`. Reads them through the
-page cache, writes NBYTES to OUTPUT in chunks of 8 MiB, by as many threads, and syncs them to the
-disk as a conversion does (not with `--no-sync`). There is no header and no conversion, and reading
-and writing share nothing.
+page cache, which the system is asked to fill as many chunks ahead as there are threads, writes
+NBYTES to OUTPUT in chunks of 8 MiB, by as many threads, and syncs them to the disk as a conversion
+does (not with `--no-sync`). There is no header and no conversion, and reading and writing share
+nothing.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def main() -> None:
     output = os.open(arguments.output, flags, 0o666)
     reads = json.loads(arguments.reads.read_text())
     files = {file: os.open(file, os.O_RDONLY) for file, _, _ in reads}
-    chunks = iter(tasks(reads, arguments.nbytes))
+    chunks = tasks(reads, arguments.nbytes)
+    numbers = iter(range(len(chunks)))
     lock = threading.Lock()
 
     def work() -> None:
@@ -53,9 +55,14 @@ def main() -> None:
         buffer.write(os.urandom(1 << 20) * (CHUNK >> 20))
         while True:
             with lock:
-                file, begin, end = next(chunks, (None, -1, -1))
-            if begin < 0:
+                number = next(numbers, None)
+            if number is None:
                 return
+            ahead = number + arguments.threads
+            for later, first, last in chunks[ahead : ahead + 1]:
+                if later is not None:
+                    os.posix_fadvise(files[later], first, last - first, os.POSIX_FADV_WILLNEED)
+            file, begin, end = chunks[number]
             if file is not None:
                 os.preadv(files[file], [read_buffer[: end - begin]], begin)
             else:
