@@ -30,6 +30,7 @@ __all__ = [
     "is_worthwhile",
     "multiply_packed",
     "readable",
+    "without_axes",
 ]
 
 _Array = np.ndarray[Any, Any]
@@ -109,11 +110,10 @@ def decode_columns(
     if not words.flags.aligned:
         words = words.copy()
     step = out.strides[0] // out.itemsize
-    flat = np.lib.stride_tricks.as_strided(
-        out, ((len(out) - 1) * step + out.shape[1],), (out.itemsize,)
-    )
     compiled = _compiled_columns(out.itemsize)
-    compiled(words, scales, first, first + len(out), flat, step, mantissa_bits, 127 - bias)
+    compiled(
+        words, scales, first, first + len(out), without_axes(out), step, mantissa_bits, 127 - bias
+    )
 
 
 def multiply_packed(
@@ -179,6 +179,12 @@ def readable(dtype: Any, ndim: int, layout: str = "C") -> Any:
     from numba import types
 
     return types.Array(dtype, ndim, layout, readonly=True)
+
+
+def without_axes(array: _Array) -> _Array:
+    """Return all memory from the first element of an array to its last one, as one axis."""
+    last = sum((n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True))
+    return np.lib.stride_tricks.as_strided(array, (last // array.itemsize + 1,), (array.itemsize,))
 
 
 def compile_for(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .compiled import compile_for, readable
+from .compiled import compile_for, readable, without_axes
 
 __all__ = ["Distances", "copy_transposed", "encode_planes", "find_scales"]
 
@@ -84,7 +84,7 @@ def copy_transposed(source: _Array, out: _Array) -> bool:
     words = source.view(np.uint64)
     if not words.flags.aligned:
         return False
-    _compiled_transpose()(words, _flat(out), out.strides[0] // 2)
+    _compiled_transpose()(words, without_axes(out), out.strides[0] // 2)
     return True
 
 
@@ -92,13 +92,7 @@ def _planes(values: _Array) -> tuple[_Array, int, int]:
     """Return values [groups, 32, rows] as int16 without axes, and how far apart groups and planes
     begin there."""
     group_step, step = (stride // values.itemsize for stride in values.strides[:2])
-    return _flat(values.view(np.int16)), group_step, step
-
-
-def _flat(array: _Array) -> _Array:
-    """Return all memory from the first element of an array to its last one, without axes."""
-    last = sum((n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True))
-    return np.lib.stride_tricks.as_strided(array, (last // array.itemsize + 1,), (array.itemsize,))
+    return without_axes(values.view(np.int16)), group_step, step
 
 
 @lru_cache(maxsize=1)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .cast import ROUNDS_TO_INFINITY
-from .compiled import compile_for, readable
+from .compiled import compile_for, readable, without_axes
 
 __all__ = ["add_to_bfloat16"]
 
@@ -37,15 +37,10 @@ def add_to_bfloat16(bits: _Array, added: _Array, out: _Array) -> bool:
     """
     if bits.strides[1] != bits.itemsize or not bits.flags.aligned:
         bits = bits.copy()
-    return _compiled_add()(*_flat(bits), added, *_flat(out), ROUNDS_TO_INFINITY)
-
-
-def _flat(array: _Array) -> tuple[_Array, int]:
-    """Return the memory of rows as one array, and how far apart in it they begin."""
-    rows, columns = array.shape
-    step = array.strides[0] // array.itemsize
-    elements = (rows - 1) * step + columns
-    return np.lib.stride_tricks.as_strided(array, (elements,), (array.itemsize,)), step
+    (values, step), (sums, out_step) = (
+        (without_axes(one), one.strides[0] // one.itemsize) for one in (bits, out)
+    )
+    return _compiled_add()(values, step, added, sums, out_step, ROUNDS_TO_INFINITY)
 
 
 @lru_cache(maxsize=1)
