@@ -11,6 +11,7 @@ import pytest
 
 import gptoss_stream
 import gptoss_stream.verification.verify  # before a test patches what it imports
+from gptoss_stream.tensors import compiled_merge
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -63,3 +64,16 @@ def flock_library(tmp_path_factory):
         return str(path)
 
     return library
+
+
+@pytest.fixture
+def additions(monkeypatch) -> list[int]:
+    """The sizes of what compiled code added."""
+    sizes, add = [], compiled_merge.add_to_bfloat16
+
+    def note(bits, added, out):
+        sizes.append(added.size)
+        return add(bits, added, out)
+
+    monkeypatch.setattr(compiled_merge, "add_to_bfloat16", note)
+    return sizes

@@ -10,25 +10,12 @@ from runs import digests
 
 import gptoss_stream
 from gptoss_stream.errors import TensorError
-from gptoss_stream.tensors import compiled, compiled_merge
+from gptoss_stream.tensors import compiled
 
 pytest.importorskip("numba")
 
 CASES = ["attention, experts and head", "rsLoRA", "DoRA", "router and experts"]
 ALL = Case("attention, experts and head")
-
-
-@pytest.fixture
-def additions(monkeypatch) -> list[int]:
-    """The sizes of what compiled code added."""
-    sizes, add = [], compiled_merge.add_to_bfloat16
-
-    def note(bits, added, out):
-        sizes.append(added.size)
-        return add(bits, added, out)
-
-    monkeypatch.setattr(compiled_merge, "add_to_bfloat16", note)
-    return sizes
 
 
 def assert_alike(source, folder, monkeypatch, **options) -> None:
