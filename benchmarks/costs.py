@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,21 +67,15 @@ class Conversion:
     system: float
 
 
-@contextmanager
 def checkpoint(
     folder: Path, preset: str, layers: int, source: str, prefix: str = "cores"
-) -> Iterator[Path]:
+) -> AbstractContextManager[Path]:
     """Write a checkpoint with the proportions of the preset; deletes it afterwards."""
     whole = PRESETS[preset]
     vocabulary = max(64, whole.vocab_size * layers // whole.layers // 64 * 64)
-    where = folder / f"{prefix}-{preset}-{layers}-{source}"
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield gptoss_stream.synth(
-            where, preset, layers=layers, vocab_size=vocabulary, format=source, overwrite=True
-        )
-    finally:
-        shutil.rmtree(where, ignore_errors=True)
+    return trials.checkpoint(
+        folder, preset, layers, source, prefix=f"{prefix}-", vocabulary=vocabulary
+    )
 
 
 @dataclass(frozen=True)

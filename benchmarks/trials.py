@@ -132,14 +132,25 @@ def layers_text(preset: str, layers: int) -> str:
 
 @contextmanager
 def checkpoint(
-    folder: Path, preset: str, layers: int, source_format: str = DEFAULT_SOURCE
+    folder: Path,
+    preset: str,
+    layers: int,
+    source_format: str = DEFAULT_SOURCE,
+    *,
+    prefix: str = "",
+    vocabulary: int | None = None,
 ) -> Iterator[Path]:
-    """Write a random checkpoint to the disk; deletes it afterwards."""
-    source = folder / f"{preset}-{layers}-{source_format}"
+    """Write a random checkpoint, by default with the preset's vocabulary; deletes it afterwards."""
+    source = folder / f"{prefix}{preset}-{layers}-{source_format}"
     source.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield gptoss_stream.synth(
-            source, preset, layers=layers, format=source_format, overwrite=True
+            source,
+            preset,
+            layers=layers,
+            vocab_size=vocabulary,
+            format=source_format,
+            overwrite=True,
         )
     finally:
         shutil.rmtree(source, ignore_errors=True)
