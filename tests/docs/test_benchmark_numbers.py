@@ -108,7 +108,7 @@ def test_a_section_that_is_not_measured_is_left_out_with_a_sentence(section):
     assert text.startswith(("Not measured on this machine yet.", "The machine is not known."))
 
 
-@pytest.mark.parametrize("section", FOUND["sections"].keys() - {"memory"})
+@pytest.mark.parametrize("section", [name for name in FOUND["sections"] if name != "memory"])
 def test_tables_say_how_and_when_they_were_measured(section):
     table, caption = tables.section(FOUND, section).rsplit("\n\n", 1)
     assert table.startswith("| ")
