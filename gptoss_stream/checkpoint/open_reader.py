@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import TypeAlias
 
 from .._utils.temporary_file import scratch_folder
+from ..errors import GptOssStreamError
 from ..storage.block_cache import BlockCache
+from ..storage.local_folder import LocalFile
 from .block_reader import BlockReader
+from .disk_reader import DiskReader
 from .joined_reader import JoinedReader
 from .local_reader import LocalReader
 from .metadata import CheckpointInfo
+from .open_files import OpenFiles
 from .reader import RandomAccessReader, Reader
 from .regrouping_reader import RegroupingReader
 from .remote_reader import RemoteReader
@@ -26,18 +30,32 @@ __all__ = [
     "open_readers",
 ]
 
-CheckpointReader: TypeAlias = "LocalReader | RemoteReader"
+CheckpointReader: TypeAlias = "LocalReader | DiskReader | RemoteReader"
 
 
 def open_reader(info: CheckpointInfo, ahead: int = 0) -> AbstractContextManager[CheckpointReader]:
-    """Return the reader of a checkpoint: a `LocalReader` or a `RemoteReader`.
+    """Return the reader of a checkpoint.
 
     Args:
         info: The checkpoint.
-        ahead: How many steps the system reads ahead in a local checkpoint (see `LocalReader`). A
-            remote checkpoint is always read ahead.
+        ahead: How many steps the system reads ahead in a local checkpoint (see `LocalReader`). One
+            that is remote or on a cold disk is always read ahead.
     """
-    return LocalReader(info, ahead) if info.location.is_local else RemoteReader(info)
+    if not info.location.is_local:
+        return RemoteReader(info)
+    return DiskReader(info) if _is_on_cold_disk(info) else LocalReader(info, ahead)
+
+
+def _is_on_cold_disk(info: CheckpointInfo) -> bool:
+    """Return whether all shards are on disks and not in the page cache."""
+    files = OpenFiles(info)
+    try:
+        opened = [files.file(shard.name) for shard in info.shards]
+        return all(isinstance(file, LocalFile) and file.is_on_cold_disk() for file in opened)
+    except GptOssStreamError:  # perhaps of a shard that is not needed
+        return False
+    finally:
+        files.close()
 
 
 @contextmanager
