@@ -2,11 +2,11 @@
 
     python benchmarks/floor.py READS OUTPUT NBYTES --threads 3 --direct
 
-READS is a JSON file with the byte ranges to read, `[[file, begin, end], …]`. Reads them through the
-page cache, which the system is asked to fill as many chunks ahead as there are threads, writes
+READS is a JSON file with the byte ranges to read, `[[file, begin, end], …]`. Reads them, writes
 NBYTES to OUTPUT in chunks of 8 MiB, by as many threads, and syncs them to the disk as a conversion
 does (not with `--no-sync`). There is no header and no conversion, and reading and writing share
-nothing.
+nothing. With `--direct` both are past the page cache; without it the system is asked to fill the
+page cache as many chunks ahead as there are threads.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 CHUNK = 8 << 20
+PAGE = 4096
 
 
 def tasks(reads: Sequence[tuple[str, int, int]], nbytes: int) -> list[tuple[str | None, int, int]]:
@@ -42,16 +43,16 @@ def main() -> None:
     parser.add_argument("--direct", action="store_true")
     parser.add_argument("--no-sync", action="store_true")
     arguments = parser.parse_args()
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | (os.O_DIRECT if arguments.direct else 0)
-    output = os.open(arguments.output, flags, 0o666)
+    direct = os.O_DIRECT if arguments.direct else 0
+    output = os.open(arguments.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | direct, 0o666)
     reads = json.loads(arguments.reads.read_text())
-    files = {file: os.open(file, os.O_RDONLY) for file, _, _ in reads}
+    files = {file: os.open(file, os.O_RDONLY | direct) for file, _, _ in reads}
     chunks = tasks(reads, arguments.nbytes)
     numbers = iter(range(len(chunks)))
     lock = threading.Lock()
 
     def work() -> None:
-        buffer, read_buffer = mmap.mmap(-1, CHUNK), memoryview(mmap.mmap(-1, CHUNK))
+        buffer, read_buffer = mmap.mmap(-1, CHUNK), memoryview(mmap.mmap(-1, CHUNK + 2 * PAGE))
         buffer.write(os.urandom(1 << 20) * (CHUNK >> 20))
         while True:
             with lock:
@@ -60,11 +61,12 @@ def main() -> None:
                 return
             ahead = number + arguments.threads
             for later, first, last in chunks[ahead : ahead + 1]:
-                if later is not None:
+                if later is not None and not direct:
                     os.posix_fadvise(files[later], first, last - first, os.POSIX_FADV_WILLNEED)
             file, begin, end = chunks[number]
             if file is not None:
-                os.preadv(files[file], [read_buffer[: end - begin]], begin)
+                first, last = begin // PAGE * PAGE, -(-end // PAGE) * PAGE  # direct reads need it
+                os.preadv(files[file], [read_buffer[: last - first]], first)
             else:
                 os.pwrite(output, buffer, begin)
 

@@ -92,6 +92,9 @@ class NeededBlocks:
         self._running: dict[int, int] = {}
         """The step of each thread."""
         self._used_nbytes = 0
+        self._read: deque[Block] = deque()
+        """Blocks of which all has been read. They are dropped when memory is needed, and not at
+        once, since a step may read a row twice."""
         self._free: list[np.ndarray[Any, Any]] = []
         """Memory of whole cells, to be used again: new pages cost more than reading them."""
         self._look_ahead(0)
@@ -117,14 +120,14 @@ class NeededBlocks:
             yield Piece((one.raw.shard, number), low, high)
 
     def hold(self, piece: Piece) -> Block | None:
-        """Return a block with a piece, which is not dropped before `release`, or None.
+        """Return the block with a piece that the thread's step needs, or None.
 
-        It is one that the thread's step needs, or one before it: a later one's may have to wait
-        until this step has ended.
+        It is not dropped before `release`. What the step reads beyond the schedule is in no block
+        of its own: that of a later step may have to wait until this one has ended.
         """
-        step = self._running.get(threading.get_ident(), -1)
+        needed = self._by_step.get(self._running.get(threading.get_ident(), -1), ())
         for block in self._blocks.get(piece.cell, ()):
-            if block.first <= step and block.begin <= piece.begin and piece.end <= block.end:
+            if block in needed and block.begin <= piece.begin and piece.end <= block.end:
                 block.readers += 1
                 return block
         return None
@@ -143,6 +146,10 @@ class NeededBlocks:
             return None
         block = self._to_read[0]
         nbytes = block.end - block.begin
+        while self._used_nbytes + nbytes > self._budget_nbytes and self._read:
+            read = self._read.popleft()
+            if read.unread_nbytes <= 0 and not read.readers:
+                self._drop(read)
         is_needed_now = block.first <= min(self._running.values(), default=-1)
         if not is_needed_now and self._used_nbytes + nbytes > self._budget_nbytes:
             return None
@@ -187,9 +194,14 @@ class NeededBlocks:
         return block
 
     def _drop_unneeded(self, block: Block) -> None:
-        """Drop a block, and its memory if it has arrived, when nobody reads it any more."""
-        if block.readers or (block.steps_left and block.unread_nbytes):
-            return
+        """Drop a block that no step needs any more; note one that is read, to be dropped soon."""
+        if not block.readers and not block.steps_left:
+            self._drop(block)
+        elif block.unread_nbytes <= 0:
+            self._read.append(block)
+
+    def _drop(self, block: Block) -> None:
+        """Drop a block, and its memory unless that is being read into."""
         blocks = self._blocks.get(block.cell, [])
         if block in blocks:
             blocks.remove(block)
