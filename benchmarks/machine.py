@@ -19,7 +19,11 @@ PACKAGES = ("numpy", "torch", "numba", "safetensors", "transformers")
 
 
 def described() -> dict[str, Any]:
-    """Return the names and versions of what benchmarks depend on; memory in bytes."""
+    """Return the names and versions of what benchmarks depend on; memory in bytes.
+
+    Virtual machines of one kind differ by some pages of memory and by the number of their kernel's
+    build, which are left out.
+    """
     models = [
         line.partition(":")[2].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()
@@ -29,8 +33,8 @@ def described() -> dict[str, Any]:
     return {
         "processor": models[0] if models else platform.machine(),
         "processors": os.cpu_count(),
-        "memory": memory,
-        "kernel": platform.release(),
+        "memory": memory >> 20 << 20,
+        "kernel": platform.release().partition("-")[0],
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
     }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import mmap
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = ["ALIGNMENT", "aligned_buffer", "releasable_memory"]
 
@@ -15,6 +17,8 @@ disk's logical block."""
 
 def aligned_buffer(nbytes: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
     """Return zeroed, page-aligned uint8 memory, with `nbytes` rounded up to the alignment."""
+    import numpy as np
+
     return np.frombuffer(mmap.mmap(-1, -(-nbytes // ALIGNMENT) * ALIGNMENT), np.uint8)
 
 

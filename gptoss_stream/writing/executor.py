@@ -34,6 +34,7 @@ _REFERENCE_NBYTES = 10_000_000  # of each thread: the blocks of a reference
 _ADAPTERS_NBYTES = 30_000_000  # factors in use, a tensor that is being regrouped, BLAS
 _MERGING_NBYTES = 8_000_000  # of each thread: tiles in float32
 _COMPILED_NBYTES = 130_000_000  # numba and LLVM
+_DISK_NBYTES = 40_000_000  # what is read ahead: an expert that is transposed, or 16 MB
 _REMOTE_NBYTES = 200_000_000  # blocks that are needed at the same time, and the clients' code
 
 
@@ -60,7 +61,7 @@ def memory_nbytes(
 
     Args:
         threads: Threads that convert.
-        is_local: Whether source and output are local; a remote source is read ahead.
+        is_local: Whether source and output are local; what is remote takes more memory.
         upload_nbytes: What the client that uploads takes (`open_location.upload_nbytes`).
         has_reference: Whether blocks of a reference are kept.
         has_adapters: Whether adapters are merged.
@@ -76,7 +77,7 @@ def memory_nbytes(
         nbytes += _ADAPTERS_NBYTES + threads * _MERGING_NBYTES
     if is_compiled:
         nbytes += _COMPILED_NBYTES
-    return nbytes if is_local else nbytes + _REMOTE_NBYTES
+    return nbytes + (_DISK_NBYTES if is_local else _REMOTE_NBYTES)
 
 
 @dataclass(frozen=True, slots=True)

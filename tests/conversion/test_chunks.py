@@ -95,10 +95,10 @@ def test_reads_that_return_fewer_bytes_than_requested(checkpoints, tmp_path, mon
     gptoss_stream.convert(source, tmp_path / "whole")
     preadv, requested = os.preadv, []
 
-    def short(descriptor, views, offset):
+    def short(descriptor, views, offset, *flags):
         requested.append(len(views))
         *full, last = views[: 1 + len(requested) % 3]
-        return preadv(descriptor, [*full, last[: max(1, len(last) // 2)]], offset)
+        return preadv(descriptor, [*full, last[: max(1, len(last) // 2)]], offset, *flags)
 
     monkeypatch.setattr("gptoss_stream.planning.shards.SPILL_NBYTES", 20_000)
     monkeypatch.setattr("gptoss_stream._utils.temporary_file._MAX_VIEWS", 5)
