@@ -32,7 +32,9 @@ DOCS = trials.HERE.parent / "docs"
 RESULTS = DOCS / "benchmarks.json"
 SECTIONS = {
     "conversions-20b": "formats.py --preset 20b --layers 24 --float-layers 16 --runs 3 "
-    "--limit 0 --without-numba 1 --from hf-mxfp4 hf transformer-lens hf-unfused openai",
+    "--limit 0 --from hf-mxfp4 hf transformer-lens hf-unfused openai",
+    "conversions-numpy": "formats.py --preset 20b --layers 8 --runs 3 --limit 0 "
+    "--without-numba 3 --from hf-mxfp4 hf --to hf transformer-lens hf-mxfp4",
     "conversions-120b": "formats.py --preset 120b --layers 4 --runs 3 --limit 0",
     "conversions-limited": "formats.py --preset 20b --layers 2 --runs 5 --limit 256MB",
     "peers": "peers.py --preset 20b --layers 2 --runs 3",

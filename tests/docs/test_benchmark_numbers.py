@@ -62,7 +62,7 @@ NUMBERS = [
      samples(1), 1e9),
     ("docs/quickstart/hub-to-hub.md", r"two shards \(([\d.]+) GB", "remote",
      lambda results: results["peak_disk"], 1e9),
-    ("docs/convert.md", r"in some (\d0) % of the processor", "conversions-20b", share_of_time, 1),
+    ("docs/convert.md", r"in some (\d0) % of the processor", "conversions-numpy", share_of_time, 1),
     ("docs/adapters.md", r"about (\d+0) MB of memory", "adapters-peft", merging, 1e6),
     ("docs/inference.md", r"([\d.]+) GB in MXFP4", "conversions-20b",
      lambda results: pair(results)["bytes_in"], 1e9),
