@@ -1,9 +1,9 @@
 """Which pages of a checkpoint's files the steps of a run need soon, and the memory for them.
 
-A block has the pages of what a step reads within one cell of a grid. So blocks are large, a small
-tensor does not bring its neighbors, and steps that read the same share blocks. What steps need is
-looked at some steps ahead: a block that several steps in a row need, such as those that transpose
-an expert, is read once, and one that is needed again much later does not stay in memory.
+A block has neighbouring pages within one cell of a grid that the next steps read: few reads are
+needed, and a small tensor does not bring its neighbours. What steps need is looked at some steps
+ahead. So a block that several steps in a row need, such as those that transpose an expert, is read
+once, and one that is needed again much later does not stay in memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["Block", "NeededBlocks", "Piece"]
 
 _STEPS_AHEAD = 8
-"""Steps that are looked at before they begin: an expert is transposed in four or five."""
+"""Steps that are looked at before they begin: an expert is transposed in four or five, and what
+several read side by side is read at once."""
 
 _Cell: TypeAlias = "tuple[str, int]"  # a shard, and the number of a cell in it
 
@@ -95,8 +96,8 @@ class NeededBlocks:
         self._read: deque[Block] = deque()
         """Blocks of which all has been read. They are dropped when memory is needed, and not at
         once, since a step may read a row twice."""
-        self._free: list[np.ndarray[Any, Any]] = []
-        """Memory of whole cells, to be used again: new pages cost more than reading them."""
+        self._free: dict[int, list[np.ndarray[Any, Any]]] = {}
+        """Memory by its size, a power of 2, to be used again: new pages cost more than reading."""
         self._look_ahead(0)
 
     def begin_step(self, step: int) -> None:
@@ -154,10 +155,9 @@ class NeededBlocks:
         if not is_needed_now and self._used_nbytes + nbytes > self._budget_nbytes:
             return None
         self._to_read.popleft()
-        if nbytes <= self._cell_nbytes // 2:
-            block.memory = aligned_buffer(nbytes)
-        else:
-            block.memory = self._free.pop() if self._free else aligned_buffer(self._cell_nbytes)
+        size = 1 << (nbytes - 1).bit_length()
+        free = self._free.setdefault(size, [])
+        block.memory = free.pop() if free else aligned_buffer(size)
         self._used_nbytes += len(block.memory)
         return block
 
@@ -182,11 +182,14 @@ class NeededBlocks:
         self._next_step = max(self._next_step, end)
 
     def _block_for(self, piece: Piece, step: int) -> Block:
-        """Return the block with the pages of a piece; a new one is going to be read."""
+        """Return the block with the pages of a piece; a new or larger one is going to be read."""
         begin, end = piece.begin // ALIGNMENT * ALIGNMENT, -(-piece.end // ALIGNMENT) * ALIGNMENT
         blocks = self._blocks.setdefault(piece.cell, [])
         for block in blocks:
-            if (block.begin, block.end) == (begin, end):
+            if block.begin <= begin and end <= block.end:
+                return block
+            if block.memory is None and block.begin <= end and begin <= block.end:
+                block.begin, block.end = min(block.begin, begin), max(block.end, end)
                 return block
         block = Block(piece.cell, begin, end, step)
         blocks.append(block)
@@ -209,6 +212,5 @@ class NeededBlocks:
             self._blocks.pop(block.cell, None)
         if block.memory is not None and block.has_arrived:
             self._used_nbytes -= len(block.memory)
-            if len(block.memory) == self._cell_nbytes:
-                self._free.append(block.memory)
+            self._free[len(block.memory)].append(block.memory)
             block.memory = None

@@ -32,8 +32,7 @@ BLOCK_NBYTES = 2 << 20
 """Bytes that are read at a time, at most. With 1 MiB the system takes half as much time again."""
 BUDGET_NBYTES = 16 << 20
 """Memory for blocks by default, in bytes."""
-_THREADS = 2
-"""Threads that read. With more, reading slows writing down."""
+_THREADS = 3
 _POLL_SECONDS = 0.1  # how often waiting threads look at the stop event
 
 
