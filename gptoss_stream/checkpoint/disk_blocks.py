@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["Block", "NeededBlocks", "Piece"]
 
 _STEPS_AHEAD = 8
-"""Steps that are looked at before they begin: an expert is transposed in four or five, and what
-several read side by side is read at once."""
+"""Steps that are looked at before they begin: an expert is transposed in four or five.
+Neighbouring pages that these steps read are one block."""
 
 _Cell: TypeAlias = "tuple[str, int]"  # a shard, and the number of a cell in it
 

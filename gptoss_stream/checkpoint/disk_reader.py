@@ -21,7 +21,7 @@ from ..tensors.raw_tensor import RawTensor
 from .disk_blocks import Block, NeededBlocks, Piece
 from .metadata import CheckpointInfo
 from .open_files import OpenFiles
-from .reader import ElementRange, ReadSchedule
+from .reader import ElementRange, ReadSchedule, StoppedError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,10 +34,6 @@ BUDGET_NBYTES = 16 << 20
 """Memory for blocks by default, in bytes."""
 _THREADS = 3
 _POLL_SECONDS = 0.1  # how often waiting threads look at the stop event
-
-
-class _StoppedError(Exception):
-    """The run has ended by an error or a signal, which is reported elsewhere."""
 
 
 class DiskReader:
@@ -161,7 +157,7 @@ class DiskReader:
             if self._error is not None:
                 raise self._error
             if self._stop.is_set() or self._is_closed:
-                raise _StoppedError
+                raise StoppedError
             self._block_arrived.wait(_POLL_SECONDS)
 
     def _read_blocks(self) -> None:

@@ -17,7 +17,11 @@ from ..tensors.raw_tensor import RawTensor
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["ElementRange", "RandomAccessReader", "ReadSchedule", "Reader"]
+__all__ = ["ElementRange", "RandomAccessReader", "ReadSchedule", "Reader", "StoppedError"]
+
+
+class StoppedError(Exception):
+    """The run has ended by an error or a signal, which is reported elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from ..tensors.raw_tensor import RawTensor
 from .metadata import CheckpointInfo
 from .open_files import OpenFiles
 from .read_ahead import FETCH_NBYTES, FetchBlock, plan_fetches
-from .reader import ReadSchedule
+from .reader import ReadSchedule, StoppedError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,10 +32,6 @@ BUDGET_NBYTES = 64 << 20
 """Memory for blocks by default, in bytes."""
 _MAX_REQUESTS = 4  # at the same time
 _POLL_SECONDS = 0.1  # how often waiting threads look at the stop event
-
-
-class _StoppedError(Exception):
-    """The run has ended by an error or a signal, which is reported elsewhere."""
 
 
 class _Fetch:
@@ -152,7 +148,7 @@ class RemoteReader:
                 if self._error is not None:
                     raise self._error
                 if self._stop.is_set():
-                    raise _StoppedError
+                    raise StoppedError
             memory, until = fetch.memory, min(end, block.end)
             if memory is None or not block.begin <= begin < until:
                 raise RuntimeError(f"{shard}: bytes {begin} to {end} are not in the schedule")
