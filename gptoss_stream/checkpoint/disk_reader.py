@@ -3,7 +3,7 @@
 Filling the page cache and copying from it takes more of the processor's time than converting. So
 threads read blocks of the files (`disk_blocks`) into memory of this process, ahead of the steps
 that need them and in the order of these. Memory is bounded: blocks are read ahead within a budget,
-and beyond it only what the earliest step that is running needs.
+and beyond it only what the two earliest steps that are running need.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class DiskReader:
             thread.start()
 
     def begin_step(self, step: int) -> None:
-        """Read what this step needs, even beyond the budget once it is the earliest."""
+        """Read what this step needs, even beyond the budget once it is one of the earliest."""
         with self._lock:
             self._blocks.begin_step(step)
             self._blocks_changed.notify_all()
