@@ -25,10 +25,6 @@ _STEPS_AHEAD = 8
 """Steps that are looked at before they begin: an expert is transposed in four or five.
 Neighbouring pages that these steps read are one block."""
 
-_STEPS_BEYOND_BUDGET = 2
-"""The earliest running steps that get what they need in any case. One of them has to, or the run
-would stop. With two, the disk reads an expert while the one before is transposed."""
-
 _Cell: TypeAlias = "tuple[str, int]"  # a shard, and the number of a cell in it
 
 
@@ -81,8 +77,8 @@ class NeededBlocks:
 
     Args:
         schedule: What each step reads.
-        budget_nbytes: Memory for blocks. Beyond it the two earliest steps that are running get
-            what they need.
+        budget_nbytes: Memory for blocks. Beyond it the earliest step that is running gets what it
+            needs.
         cell_nbytes: The bytes of a cell, a multiple of 4096.
     """
 
@@ -155,8 +151,7 @@ class NeededBlocks:
             read = self._read.popleft()
             if read.unread_nbytes <= 0 and not read.readers:
                 self._drop(read)
-        earliest = sorted(self._running.values())[:_STEPS_BEYOND_BUDGET]
-        is_needed_now = block.first <= max(earliest, default=-1)
+        is_needed_now = block.first <= min(self._running.values(), default=-1)
         if not is_needed_now and self._used_nbytes + nbytes > self._budget_nbytes:
             return None
         self._to_read.popleft()

@@ -3,7 +3,7 @@
 Filling the page cache and copying from it takes more of the processor's time than converting. So
 threads read blocks of the files (`disk_blocks`) into memory of this process, ahead of the steps
 that need them and in the order of these. Memory is bounded: blocks are read ahead within a budget,
-and beyond it only what the two earliest steps that are running need.
+and beyond it only what the earliest step that is running needs.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ __all__ = ["BLOCK_NBYTES", "BUDGET_NBYTES", "DiskReader"]
 
 BLOCK_NBYTES = 2 << 20
 """Bytes that are read at a time, at most. With 1 MiB the system takes half as much time again."""
-BUDGET_NBYTES = 16 << 20
-"""Memory for blocks by default, in bytes."""
+BUDGET_NBYTES = 32 << 20
+"""Memory for blocks by default, in bytes: as much as one expert, so that the disk reads on while
+one is transposed or encoded."""
 _THREADS = 3
 _POLL_SECONDS = 0.1  # how often waiting threads look at the stop event
 
@@ -90,7 +91,7 @@ class DiskReader:
             thread.start()
 
     def begin_step(self, step: int) -> None:
-        """Read what this step needs, even beyond the budget once it is one of the earliest."""
+        """Read what this step needs, even beyond the budget once it is the earliest."""
         with self._lock:
             self._blocks.begin_step(step)
             self._blocks_changed.notify_all()

@@ -34,7 +34,7 @@ _REFERENCE_NBYTES = 10_000_000  # of each thread: the blocks of a reference
 _ADAPTERS_NBYTES = 30_000_000  # factors in use, a tensor that is being regrouped, BLAS
 _MERGING_NBYTES = 8_000_000  # of each thread: tiles in float32
 _COMPILED_NBYTES = 130_000_000  # numba and LLVM
-_DISK_NBYTES = 85_000_000  # what is read ahead: 16 MB, and two experts that are transposed
+_DISK_NBYTES = 70_000_000  # what is read ahead: an expert that is transposed, or 34 MB
 _REMOTE_NBYTES = 200_000_000  # blocks that are needed at the same time, and the clients' code
 
 
