@@ -117,16 +117,19 @@ def decode_columns(
         blocks: [rows, groups, 16] uint8, of which the last axis is contiguous.
         scales: [rows, groups] uint8.
         first: The first column to decode.
-        out: [columns, rows] in the `STORAGE` of the dtype, of which the last axis is contiguous.
+        out: [columns, rows] in the `STORAGE` of the dtype.
         dtype: The dtype of `out`.
 
     Returns:
-        Whether it was done. It is not if a value would be subnormal or infinite.
+        Whether it was done. It is not if a value would be subnormal or infinite, or if the last
+        axis of `out` is not contiguous.
     """
     bits, bias, storage = _FLOAT[dtype]
     # The least code but zero is 2^-1, whose exponent must be at least 1 - bias.
     smallest = 127 + 2 - bias
-    if not compiled.is_enabled() or scales.min() < smallest or scales.max() > largest_scale(dtype):
+    if not compiled.is_enabled() or out.strides[-1] != out.itemsize:
+        return False
+    if scales.min() < smallest or scales.max() > largest_scale(dtype):
         return False
     compiled.decode_columns(blocks, scales, first, out.view(storage), bits, bias)
     return True

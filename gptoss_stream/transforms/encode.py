@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from ..tensors.encoding_loss import EncodingLoss
 from ..tensors.mxfp4 import NAN_SCALE, decode
 from ..tensors.mxfp4_encoder import encode
 from .mxfp4_operand import Packed
-from .operands import raw_tensors
+from .operands import raw_tensors, row_parts
 from .output_tensor import Segment
 from .row_encoding import BLOCKS, RowEncoding
 from .tiles import TargetRows, load_rows, row_intervals, transposed_tiles
@@ -47,6 +47,14 @@ class _EncodedRows:
     """[rows, groups] uint8."""
     reference: Packed | None
     """The same rows of the reference."""
+
+    def some(self, rows: slice, first: int) -> _EncodedRows:
+        """Return some of these rows, which are the rows from `first` on of a part's operand."""
+        target = TargetRows(first, self.target.out[rows], self.target.begins)
+        reference = self.reference
+        if reference is not None:
+            reference = reference[0][rows], reference[1][rows]
+        return _EncodedRows(target, self.blocks[rows], self.scales[rows], reference)
 
     def encode(
         self, rows: slice, first_column: int, values: _Array, rule: str, loss: EncodingLoss | None
@@ -196,12 +204,14 @@ def _encode_in_order(
 ) -> None:
     """Encode rows that are rows of the operand."""
     assert segment.encoding is not None
-    first = encoded.target.first
-    for begin, end in row_intervals(segment, encoded.target, DType.BF16):
-        with load_rows(segment, (begin, end), DType.BF16, reader) as (tile, dtype):
-            values = _as_bfloat16(tile, dtype)
-            rows = slice(begin - first, end - first)
-            encoded.encode(rows, 0, values, segment.encoding.rule, loss)
+    target = encoded.target
+    for operand, (first, _), place in row_parts(segment.operand, (target.first, target.end)):
+        part, some = replace(segment, operand=operand), encoded.some(place, first)
+        for begin, end in row_intervals(part, some.target, DType.BF16):
+            with load_rows(part, (begin, end), DType.BF16, reader) as (tile, dtype):
+                values = _as_bfloat16(tile, dtype)
+                rows = slice(begin - first, end - first)
+                some.encode(rows, 0, values, segment.encoding.rule, loss)
 
 
 def _as_bfloat16(array: _Array, dtype: DType) -> _Array:

@@ -13,6 +13,7 @@ in memory of its own, and these bytes are copied.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from ..checkpoint.reader import Reader
 from ..errors import TensorError
 from ..tensors.dtypes import DType
 from .mxfp4_operand import Mxfp4Operand
+from .operands import row_parts
 from .output_tensor import OutputTensor, Segment
 from .tiles import (
     TILE_NBYTES,
@@ -162,6 +164,19 @@ def _transpose_rows(
     operand_rows: tuple[int, int],
 ) -> None:
     """Make rows of a segment of the operand's columns with the same numbers."""
+    for operand, rows, place in row_parts(segment.operand, operand_rows):
+        outs = [replace(one, out=one.out[..., place]) for one in targets]
+        _transpose_part(replace(segment, operand=operand), outs, dtype, reader, rows)
+
+
+def _transpose_part(
+    segment: Segment,
+    targets: list[TargetRows],
+    dtype: DType,
+    reader: Reader,
+    operand_rows: tuple[int, int],
+) -> None:
+    """Make rows of a segment of the operand's columns with the same numbers, tile by tile."""
     from ..tensors import compiled
     from ..tensors.cast import cast
 

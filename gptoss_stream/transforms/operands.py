@@ -20,7 +20,14 @@ from .adapted_operand import AdaptedOperand
 from .mxfp4_operand import Mxfp4Operand
 from .operand import Interval, Loaded, Operand, Tile
 
-__all__ = ["DenseOperand", "InterleavedOperand", "ZeroOperand", "raw_tensors", "spilled_dtype"]
+__all__ = [
+    "DenseOperand",
+    "InterleavedOperand",
+    "ZeroOperand",
+    "raw_tensors",
+    "row_parts",
+    "spilled_dtype",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +108,13 @@ class InterleavedOperand:
         begin, end = (-(-(index - number) // count) for index in interval)
         return (begin, end), slice(begin * count + number - interval[0], None, count)
 
+    def row_parts(self, rows: Interval) -> Iterator[tuple[Operand, Interval, slice]]:
+        """Yield what rows consist of (see `row_parts`), if they alternate between the operands."""
+        for number, operand in enumerate(self.operands):
+            own, place = self._indices_of(number, rows)
+            if own[0] < own[1]:
+                yield operand, own, place
+
     @contextmanager
     def load(self, reader: Reader, tile: Tile) -> Iterator[Loaded]:
         """See `Operand`; the elements are cast to the tile's dtype."""
@@ -155,6 +169,26 @@ class ZeroOperand:
     def element_ranges(self, rows: Interval) -> Iterator[ElementRange]:
         """Yield nothing, since zeros are not read."""
         return iter(())
+
+
+def row_parts(operand: Operand, rows: Interval) -> Iterator[tuple[Operand, Interval, slice]]:
+    """Yield the parts of some rows that can be loaded one after another.
+
+    Rows that alternate between operands are all of one operand and then all of the next: nothing
+    waits for the last one to be read, and no tile is put together from several.
+
+    Args:
+        operand: The operand.
+        rows: Its rows [begin, end).
+
+    Yields:
+        An operand that is not interleaved by rows, its rows [begin, end), and which of the given
+        rows these are, counted from the first one.
+    """
+    if isinstance(operand, InterleavedOperand) and operand.axis == 0:
+        yield from operand.row_parts(rows)
+    else:
+        yield operand, rows, slice(0, rows[1] - rows[0])
 
 
 def raw_tensors(operand: Operand) -> Iterator[RawTensor]:
