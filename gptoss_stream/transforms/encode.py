@@ -30,6 +30,8 @@ __all__ = ["encode_rows"]
 
 _Array = np.ndarray[Any, Any]
 
+_TILE_NBYTES = 2 << 20
+"""The most bytes of floats that are encoded at a time. With fewer, calls cost more."""
 _REFERENCE_NBYTES = 4 << 20
 """The most bytes of a reference's blocks that a thread has in memory."""
 _COMPARED_ROWS = 512
@@ -207,7 +209,7 @@ def _encode_in_order(
     target = encoded.target
     for operand, (first, _), place in row_parts(segment.operand, (target.first, target.end)):
         part, some = replace(segment, operand=operand), encoded.some(place, first)
-        for begin, end in row_intervals(part, some.target, DType.BF16):
+        for begin, end in row_intervals(part, some.target, DType.BF16, _TILE_NBYTES):
             with load_rows(part, (begin, end), DType.BF16, reader) as (tile, dtype):
                 values = _as_bfloat16(tile, dtype)
                 rows = slice(begin - first, end - first)
