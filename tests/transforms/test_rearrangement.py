@@ -13,6 +13,8 @@ from gptoss_stream.transforms.materialize import materialize, materialize_rows
 from gptoss_stream.transforms.operands import DenseOperand, InterleavedOperand, ZeroOperand
 from gptoss_stream.transforms.output_tensor import OutputTensor, Segment, element_ranges
 from gptoss_stream.transforms.rearrangement import make_rearrangement
+from gptoss_stream.transforms.row_encoding import BLOCKS, RowEncoding
+from gptoss_stream.transforms.tiles import TargetRows
 
 # axes of the input and of the output, shape of the input
 CASES = [
@@ -110,6 +112,30 @@ def test_interleaved_elements_of_two_dtypes():
 
     expected = np.stack([array[:5], np.ones(5, np.float32)], 1).reshape(10)
     check_every_byte_range(InterleavedOperand((wide, narrow), 0), "x", "x", expected, Both(array))
+
+
+@pytest.mark.parametrize("encoding", [None, RowEncoding("openai", BLOCKS)])
+def test_rows_that_alternate_are_read_operand_by_operand(encoding):
+    """In the order in which a reader reads ahead: no tile waits for the last operand."""
+    array = np.full((1500, 2048), 0x3F80, np.uint16)
+    raw, half = RawTensor("raw", DType.BF16, array.shape, "x", 0), 750 * 2048
+    reads = []
+
+    class Noting(ArrayReader):
+        def read(self, tensor, first, shape):
+            reads.append((first, int(np.prod(shape))))
+            return super().read(tensor, first, shape)
+
+    halves = tuple(DenseOperand(raw, n * half, (750, 2048)) for n in (0, 1))
+    operand, axes = InterleavedOperand(halves, 0), ("a", "b") if encoding else ("b", "a")
+    segment = Segment(operand, make_rearrangement(("a", "b"), axes, operand.shape), encoding)
+    shape = (1500, 1024) if encoding else (2048, 1500)
+    out = np.empty(shape, np.uint8 if encoding else np.uint16)
+    materialize_rows(segment, [TargetRows(0, out)], DType.BF16, Noting(array))
+    assert len(reads) > 2
+    assert reads == sorted(reads)
+    assert sum(count for _, count in reads) == array.size
+    assert [e.first for e in operand.element_ranges((0, 1500))] == [0, half]
 
 
 def test_zeros_read_nothing():
