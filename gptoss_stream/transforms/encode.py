@@ -51,7 +51,7 @@ class _EncodedRows:
     """The same rows of the reference."""
 
     def some(self, rows: slice, first: int) -> _EncodedRows:
-        """Return some of these rows, which are the rows from `first` on of a part's operand."""
+        """Return some of these rows, numbered from `first` on."""
         target = TargetRows(first, self.target.out[rows], self.target.begins)
         reference = self.reference
         if reference is not None:

@@ -137,7 +137,9 @@ def materialize_rows(
         return
     if segment.rearrangement.transposes:
         operand_rows = operand_rows or (0, segment.operand.shape[0])
-        _transpose_rows(segment, targets, dtype, reader, operand_rows)
+        for operand, rows, place in row_parts(segment.operand, operand_rows):
+            outs = [replace(target, out=target.out[..., place]) for target in targets]
+            _transpose_rows(replace(segment, operand=operand), outs, dtype, reader, rows)
         return
     for target in targets:
         _rearrange_rows(segment, target, dtype, reader, tile_nbytes)
@@ -164,19 +166,6 @@ def _transpose_rows(
     operand_rows: tuple[int, int],
 ) -> None:
     """Make rows of a segment of the operand's columns with the same numbers."""
-    for operand, rows, place in row_parts(segment.operand, operand_rows):
-        outs = [replace(one, out=one.out[..., place]) for one in targets]
-        _transpose_part(replace(segment, operand=operand), outs, dtype, reader, rows)
-
-
-def _transpose_part(
-    segment: Segment,
-    targets: list[TargetRows],
-    dtype: DType,
-    reader: Reader,
-    operand_rows: tuple[int, int],
-) -> None:
-    """Make rows of a segment of the operand's columns with the same numbers, tile by tile."""
     from ..tensors import compiled
     from ..tensors.cast import cast
 

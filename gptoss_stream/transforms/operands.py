@@ -102,18 +102,11 @@ class InterleavedOperand:
         shape[self.axis] *= len(self.operands)
         return tuple(shape)
 
-    def _indices_of(self, number: int, interval: Interval) -> tuple[Interval, slice]:
+    def indices_of(self, number: int, interval: Interval) -> tuple[Interval, slice]:
         """Return which indices of one operand are in an interval, and where they are in it."""
         count = len(self.operands)
         begin, end = (-(-(index - number) // count) for index in interval)
         return (begin, end), slice(begin * count + number - interval[0], None, count)
-
-    def row_parts(self, rows: Interval) -> Iterator[tuple[Operand, Interval, slice]]:
-        """Yield what rows consist of (see `row_parts`), if they alternate between the operands."""
-        for number, operand in enumerate(self.operands):
-            own, place = self._indices_of(number, rows)
-            if own[0] < own[1]:
-                yield operand, own, place
 
     @contextmanager
     def load(self, reader: Reader, tile: Tile) -> Iterator[Loaded]:
@@ -129,7 +122,7 @@ class InterleavedOperand:
         if out is None:
             out = np.empty([end - begin for begin, end in intervals], STORAGE[tile.dtype])
         for number, operand in enumerate(self.operands):
-            (begin, end), target = self._indices_of(number, intervals[self.axis])
+            (begin, end), target = self.indices_of(number, intervals[self.axis])
             if begin == end:
                 continue
             own = [*intervals]
@@ -142,7 +135,7 @@ class InterleavedOperand:
     def element_ranges(self, rows: Interval) -> Iterator[ElementRange]:
         """See `Operand`."""
         for number, operand in enumerate(self.operands):
-            begin, end = self._indices_of(number, rows)[0] if self.axis == 0 else rows
+            begin, end = self.indices_of(number, rows)[0] if self.axis == 0 else rows
             if begin < end:
                 yield from operand.element_ranges((begin, end))
 
@@ -185,10 +178,13 @@ def row_parts(operand: Operand, rows: Interval) -> Iterator[tuple[Operand, Inter
         An operand that is not interleaved by rows, its rows [begin, end), and which of the given
         rows these are, counted from the first one.
     """
-    if isinstance(operand, InterleavedOperand) and operand.axis == 0:
-        yield from operand.row_parts(rows)
-    else:
+    if not isinstance(operand, InterleavedOperand) or operand.axis != 0:
         yield operand, rows, slice(0, rows[1] - rows[0])
+        return
+    for number, one in enumerate(operand.operands):
+        own, place = operand.indices_of(number, rows)
+        if own[0] < own[1]:
+            yield one, own, place
 
 
 def raw_tensors(operand: Operand) -> Iterator[RawTensor]:
