@@ -31,8 +31,7 @@ __all__ = ["BLOCK_NBYTES", "BUDGET_NBYTES", "DiskReader"]
 BLOCK_NBYTES = 2 << 20
 """Bytes that are read at a time, at most. With 1 MiB the system takes half as much time again."""
 BUDGET_NBYTES = 32 << 20
-"""Memory for blocks by default, in bytes: as much as one expert, so that the disk reads on while
-one is transposed or encoded."""
+"""Memory for blocks by default, in bytes: as much as one expert of floats, or four in MXFP4."""
 _THREADS = 3
 _POLL_SECONDS = 0.1  # how often waiting threads look at the stop event
 

@@ -12,8 +12,9 @@ from .._utils.temporary_file import scratch_folder
 from ..errors import GptOssStreamError
 from ..storage.block_cache import BlockCache
 from ..storage.local_folder import LocalFile
+from ..tensors.dtypes import DType
 from .block_reader import BlockReader
-from .disk_reader import DiskReader
+from .disk_reader import BUDGET_NBYTES, DiskReader
 from .joined_reader import JoinedReader
 from .local_reader import LocalReader
 from .metadata import CheckpointInfo
@@ -39,11 +40,23 @@ def open_reader(info: CheckpointInfo, ahead: int = 0) -> AbstractContextManager[
     Args:
         info: The checkpoint.
         ahead: How many steps the system reads ahead in a local checkpoint (see `LocalReader`). One
-            that is remote or on a cold disk is always read ahead.
+            that is remote or on a cold disk is always read ahead, within less memory if this is 0.
     """
     if not info.location.is_local:
         return RemoteReader(info)
-    return DiskReader(info) if _is_on_cold_disk(info) else LocalReader(info, ahead)
+    if _is_on_cold_disk(info):
+        return DiskReader(info, _budget_nbytes(info, ahead))
+    return LocalReader(info, ahead)
+
+
+def _budget_nbytes(info: CheckpointInfo, ahead: int) -> int:
+    """Return the memory for blocks of a checkpoint on a cold disk, in bytes.
+
+    The default has several experts in MXFP4, but of floats only one. While that one is transposed
+    or encoded, the next one is read too.
+    """
+    has_floats = all(tensor.dtype is not DType.U8 for tensor in info.tensors.values())
+    return BUDGET_NBYTES * 2 if ahead and has_floats else BUDGET_NBYTES
 
 
 def _is_on_cold_disk(info: CheckpointInfo) -> bool:

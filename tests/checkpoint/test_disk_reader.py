@@ -18,6 +18,7 @@ from gptoss_stream.checkpoint.metadata import read_metadata
 from gptoss_stream.errors import CheckpointError, MachineError
 from gptoss_stream.storage import local_folder
 from gptoss_stream.storage.local_folder import LocalFile, LocalFolder
+from gptoss_stream.writing import spill_file
 from gptoss_stream.writing.executor import Callbacks
 from gptoss_stream.writing.thread_executor import ThreadExecutor
 
@@ -253,3 +254,21 @@ def test_convert_and_verify_choose_the_reader(
     assert verify(source, tmp_path / "out").equal
     needed = plan(source, to=to).source_nbytes
     assert reads["past"] > needed if is_cold else reads["past"] == 0
+
+
+@pytest.mark.parametrize("source", ["hf-mxfp4", "hf"])
+@pytest.mark.parametrize("is_low", [True, False])
+def test_floats_are_read_further_ahead_unless_memory_is_low(
+    checkpoints, tmp_path, monkeypatch, source, is_low
+):
+    monkeypatch.setattr(LocalFile, "is_on_cold_disk", lambda self: True)
+    monkeypatch.setattr(spill_file, "available_nbytes", lambda: 10**8 if is_low else 10**10)
+    budgets, init = [], DiskReader.__init__
+
+    def note(self, info, budget_nbytes):
+        budgets.append(budget_nbytes >> 20)
+        init(self, info, budget_nbytes)
+
+    monkeypatch.setattr(DiskReader, "__init__", note)
+    convert(checkpoints(format=source), tmp_path / "out", to="openai")
+    assert budgets == [64 if source == "hf" and not is_low else 32]
