@@ -15,7 +15,7 @@ import numpy as np
 
 from .compiled import compile_for, readable, without_axes
 
-__all__ = ["Distances", "copy_transposed", "encode_planes", "find_scales"]
+__all__ = ["Distances", "copy_transposed", "encode_planes", "find_scales", "sum_squares"]
 
 _Array = np.ndarray[Any, Any]
 
@@ -68,6 +68,27 @@ def encode_planes(
     return int(counts[0]), int(counts[1])
 
 
+def sum_squares(
+    values: _Array, blocks: _Array, scales: _Array, sizes: _Array, runs: tuple[int, int, int]
+) -> tuple[float, float]:
+    """Sum the squares of the errors of encoded values, and of the values.
+
+    Args:
+        values: The bits of the values, [groups, 32, rows] uint16.
+        blocks: Their blocks, [rows, groups, 16] uint8.
+        scales: Their scales, [rows, groups] uint8.
+        sizes: The magnitudes of codes, [8] float64.
+        runs: The rows that are summed: the first one of the first run, which may be negative, how
+            many a run has, and how many there are from the begin of one run to that of the next.
+
+    Returns:
+        The sum of the squared errors, and that of the squared values.
+    """
+    sums = np.zeros(2)
+    _compiled_squares()(values, blocks, scales, sizes, *runs, sums)
+    return float(sums[0]), float(sums[1])
+
+
 def copy_transposed(source: _Array, out: _Array) -> bool:
     """Copy a matrix of 16 bits an element to its transpose, where the memory allows it.
 
@@ -114,6 +135,18 @@ def _compiled_encode() -> Callable[..., Any]:
     words = types.Array(types.uint64, 3, "A", aligned=False)
     inputs = [bits, number, number, readable(types.uint8, 2, "A"), bits, bits]
     return compile_for(_encode_planes, [*inputs, words, types.int64[::1]])
+
+
+@lru_cache(maxsize=1)
+def _compiled_squares() -> Callable[..., Any]:
+    """Return `_sum_squares`."""
+    from numba import types
+
+    arrays = [
+        readable(types.uint16, 3, "A"), readable(types.uint8, 3, "A"),
+        readable(types.uint8, 2, "A"), readable(types.float64, 1),
+    ]  # fmt: skip
+    return compile_for(_sum_squares, [*arrays, *[types.int64] * 3, types.float64[::1]])
 
 
 @lru_cache(maxsize=1)
@@ -211,6 +244,34 @@ def _encode_planes(
             for row in range(rows):
                 counts[0] += flushed[row]
                 counts[1] += clipped[row]
+
+
+def _sum_squares(
+    values: _Array,
+    blocks: _Array,
+    scales: _Array,
+    sizes: _Array,
+    first: int,
+    length: int,
+    step: int,
+    sums: _Array,
+) -> None:
+    """See `sum_squares`."""
+    bits = np.zeros(32, np.uint32)
+    exact = bits.view(np.float32)
+    error, norm = 0.0, 0.0
+    for begin in range(first, scales.shape[0], step):
+        for row in range(max(begin, 0), min(begin + length, scales.shape[0])):
+            for group in range(scales.shape[1]):
+                for i in range(32):
+                    bits[i] = np.uint32(values[group, i, row] & _MAGNITUDE) << np.uint32(16)
+                scale = 2.0 ** (np.int64(scales[row, group]) - 127)
+                for i in range(32):
+                    code = blocks[row, group, i >> 1] >> (i % 2 * 4) & 7
+                    size = np.float64(exact[i])
+                    error += (size - sizes[code] * scale) ** 2
+                    norm += size * size
+    sums[0], sums[1] = error, norm
 
 
 def _copy_transposed(words: _Array, out: _Array, step: int) -> None:

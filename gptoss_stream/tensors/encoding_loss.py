@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from math import sqrt
 from typing import Any
 
 import numpy as np
 
+from . import compiled
+from .compiled_encoder import sum_squares
 from .dtypes import BLOCK_VALUES
 
 __all__ = ["MAGNITUDE", "EncodingLoss", "magnitudes", "measured_step"]
@@ -66,29 +67,37 @@ class EncodingLoss:
             scales: Their scale bytes, [rows, groups] uint8.
             first_row: The number of the first row.
         """
-        for run in self._measured_runs(first_row, len(scales)):
-            exact = magnitudes(values[..., run])
-            codes = np.stack([blocks[run] & 7, blocks[run] >> 4 & 7], axis=-1)
-            sizes = np.ldexp(1.0, scales[run].astype(int) - 127)[..., None]
-            encoded = _MAGNITUDES[codes].reshape(*sizes.shape[:2], BLOCK_VALUES) * sizes
-            error = exact - encoded.transpose(1, 2, 0)
-            self.squared_error += self.step * float(np.vdot(error, error))
-            self.squared_norm += self.step * float(np.vdot(exact, exact))
-
-    def _measured_runs(self, first_row: int, rows: int) -> Iterator[slice]:
-        """Yield the rows of these on which the error is measured."""
-        if self.step == 1:
-            yield slice(0, rows)
-            return
         period = _MEASURED_RUN * self.step
-        for begin in range(-(first_row % period), rows, period):
-            if begin + _MEASURED_RUN > 0:
-                yield slice(max(begin, 0), min(begin + _MEASURED_RUN, rows))
+        runs = -(first_row % period), _MEASURED_RUN, period
+        if compiled.is_enabled():
+            sums = sum_squares(values, blocks, scales, _MAGNITUDES, runs)
+        else:
+            sums = _sum_squares(values, blocks, scales, runs)
+        self.squared_error += self.step * sums[0]
+        self.squared_norm += self.step * sums[1]
 
     @property
     def relative_error(self) -> float:
         """The norm of the errors relative to that of the values."""
         return sqrt(self.squared_error / self.squared_norm) if self.squared_norm else 0.0
+
+
+def _sum_squares(
+    values: _Array, blocks: _Array, scales: _Array, runs: tuple[int, int, int]
+) -> tuple[float, float]:
+    """Do what `compiled_encoder.sum_squares` does."""
+    squared_error = squared_norm = 0.0
+    first, length, step = runs
+    for begin in range(first, len(scales), step):
+        run = slice(max(begin, 0), max(begin + length, 0))
+        exact = magnitudes(values[..., run])
+        codes = np.stack([blocks[run] & 7, blocks[run] >> 4 & 7], axis=-1)
+        sizes = np.ldexp(1.0, scales[run].astype(int) - 127)[..., None]
+        encoded = _MAGNITUDES[codes].reshape(*sizes.shape[:2], BLOCK_VALUES) * sizes
+        error = exact - encoded.transpose(1, 2, 0)
+        squared_error += float(np.vdot(error, error))
+        squared_norm += float(np.vdot(exact, exact))
+    return squared_error, squared_norm
 
 
 def magnitudes(values: _Array) -> _Array:

@@ -100,24 +100,24 @@ def encode(
     counted.blocks += scales.size
     # All at once, if possible: threads wait for each other between calls.
     is_done = _encode_compiled(planes, RULES[rule], blocks, scales, counted)
+    if not is_done:
+        _encode_tiles(planes, RULES[rule], blocks, scales, counted)
+    if loss is not None:
+        loss.measure(planes, blocks, scales, first_row)
+
+
+def _encode_tiles(
+    planes: _Array, rule: Rule, blocks: _Array, scales: _Array, loss: EncodingLoss
+) -> None:
+    """Encode values [groups, 32, rows], some groups and rows at a time."""
+    rows, groups = scales.shape
     for first_group in range(0, groups, _TILE_GROUPS):
         some_groups = slice(first_group, first_group + _TILE_GROUPS)
         for row in range(0, rows, _TILE_ROWS):
             some_rows = slice(row, row + _TILE_ROWS)
-            tile = planes[some_groups, :, some_rows]
-            tile_blocks, tile_scales = (one[some_rows, some_groups] for one in (blocks, scales))
-            if not is_done:
-                _encode_tile(tile, RULES[rule], tile_blocks, tile_scales, counted)
-            if loss is not None:
-                loss.measure(tile, tile_blocks, tile_scales, first_row + row)
-
-
-def _encode_tile(
-    values: _Array, rule: Rule, blocks: _Array, scales: _Array, loss: EncodingLoss
-) -> None:
-    """Encode values [groups, 32, rows] (see `encode`)."""
-    if not _encode_compiled(values, rule, blocks, scales, loss):
-        _encode_by_numpy(values, rule, blocks, scales, loss)
+            tile = planes[some_groups, :, some_rows], rule, blocks[some_rows, some_groups]
+            if not _encode_compiled(*tile, scales[some_rows, some_groups], loss):
+                _encode_by_numpy(*tile, scales[some_rows, some_groups], loss)
 
 
 def _encode_compiled(
