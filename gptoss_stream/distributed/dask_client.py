@@ -7,6 +7,7 @@ import logging
 import re
 import socket
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -24,8 +25,8 @@ __all__ = ["CONNECTION_ERRORS", "first_line", "open_client", "scheduler_errors",
 
 _ADDRESS = re.compile(r"((tcp|tls|wss?|ucx)://)?[\w.-]+:\d+/?|(tcp|tls|ucx)://\[[0-9a-f:]+\]:\d+")
 _CONNECT_TIMEOUT = 10.0  # seconds
-CONNECTION_ERRORS = (OSError, TimeoutError, RuntimeError, ValueError)
-"""What Dask raises when the scheduler is lost."""
+CONNECTION_ERRORS = (OSError, TimeoutError, RuntimeError, ValueError, CancelledError)
+"""What Dask raises when the scheduler is lost; the last one for tasks that it has dropped."""
 
 
 @contextmanager

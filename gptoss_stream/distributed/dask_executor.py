@@ -169,6 +169,8 @@ class DaskExecutor:
             self._finish(future, shard, in_flight, callbacks)
         elif future.status == "error":
             failure = future.exception()
+            if failure is None:  # it was dropped meanwhile
+                raise scheduler_lost("it has dropped its tasks")
             is_killed = isinstance(failure, distributed.scheduler.KilledWorker)
             if is_killed and len(shard.futures) > 1:
                 shard.futures.remove(future)
@@ -193,7 +195,8 @@ class DaskExecutor:
         try:
             result: ShardResult = future.result(timeout=5)
         except CONNECTION_ERRORS:
-            self._events.put(future)  # its worker died; Dask runs the task again
+            # Its worker died, and Dask runs the task again; or the scheduler did.
+            self._events.put(future)
             return
         callbacks.before_commit(shard.shard.name, result.summary)
         if result.receipt is not None:
@@ -202,7 +205,9 @@ class DaskExecutor:
         callbacks.on_progress(shard.shard.nbytes - shard.nbytes_done)
         del in_flight[shard.shard.name]
         callbacks.on_shard_finished(shard.shard.name)
-        self._client.cancel([other for other in shard.futures if other is not future], force=True)
+        others = [other for other in shard.futures if other is not future]
+        with suppress(*CONNECTION_ERRORS):
+            self._client.cancel(others, force=True)
 
     def _restart_stuck(self, in_flight: Mapping[str, _InFlightShard]) -> None:
         """Submit again the tasks that wait for a worker since the last one died.

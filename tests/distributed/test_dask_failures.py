@@ -13,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+import distributed
 import pytest
 from clusters import SIZE, assert_done, cluster
 from runs import (
@@ -156,6 +157,26 @@ def test_a_scheduler_that_ends(larger, tmp_path):
     with cluster(tmp_path / "two", 1) as running, start(running.address, source, output) as process:
         assert (process.communicate(timeout=60)[1], process.returncode) == ("", 0)
     assert digests(output) == whole
+
+
+def test_a_scheduler_that_ends_while_a_result_is_fetched(source, tmp_path, monkeypatch):
+    """The future was finished when it was looked at, and is cancelled then."""
+    result = distributed.Future.result
+    with cluster(tmp_path / "cluster", 1) as running:
+
+        def end_first(future, timeout=None):
+            if future.status == "finished":
+                running.end(running.scheduler)
+                with time_limit(30):
+                    while not future.cancelled():
+                        time.sleep(0.01)
+            return result(future, timeout)
+
+        monkeypatch.setattr(distributed.Future, "result", end_first)
+        with pytest.raises(MachineError, match=r"^the scheduler is lost \(it has dropped"):
+            gptoss_stream.convert(
+                source, tmp_path / "out", max_shard_size=SIZE, client=running.client
+            )
 
 
 def test_a_shard_of_a_hanging_worker_is_written_by_another(larger, tmp_path, monkeypatch):
