@@ -55,8 +55,8 @@ def _budget_nbytes(info: CheckpointInfo, ahead: int) -> int:
     The default has several experts in MXFP4, but of floats only one. While that one is transposed
     or encoded, the next one is read too.
     """
-    has_floats = all(tensor.dtype is not DType.U8 for tensor in info.tensors.values())
-    return BUDGET_NBYTES * 2 if ahead and has_floats else BUDGET_NBYTES
+    has_mxfp4 = any(tensor.dtype is DType.U8 for tensor in info.tensors.values())
+    return BUDGET_NBYTES * 2 if ahead and not has_mxfp4 else BUDGET_NBYTES
 
 
 def _is_on_cold_disk(info: CheckpointInfo) -> bool:
