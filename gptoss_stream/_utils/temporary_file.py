@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from contextlib import suppress
@@ -14,6 +15,7 @@ from .platforms import read_at
 
 __all__ = [
     "TemporaryFile",
+    "check_own",
     "delete_own",
     "file_identity",
     "is_leftover",
@@ -38,7 +40,9 @@ class TemporaryFile:
     def __init__(self, path: Path | None, *, existing: bool = False, descriptor: int = -1) -> None:
         self._path = path
         if path is not None:
-            create = getattr(os, "O_NOFOLLOW", 0) if existing else os.O_CREAT | os.O_TRUNC
+            if not existing:
+                path.unlink(missing_ok=True)  # a process that has it open keeps what is in it
+            create = getattr(os, "O_NOFOLLOW", 0) if existing else os.O_CREAT | os.O_EXCL
             flags = os.O_RDWR | create | getattr(os, "O_CLOEXEC", 0)
             descriptor = os.open(path, flags, 0o600)
         self._descriptor = descriptor
@@ -91,6 +95,18 @@ class TemporaryFile:
 def file_identity(status: os.stat_result) -> tuple[int, int]:
     """Return what tells a file from others."""
     return status.st_dev, status.st_ino
+
+
+def check_own(path: Path, descriptor: int) -> None:
+    """Check that a file that is open is still the one of its name.
+
+    While it is open, no other file has its identity.
+
+    Raises:
+        OSError: If another process has made another file of that name.
+    """
+    if file_identity(os.lstat(path)) != file_identity(os.fstat(descriptor)):
+        raise OSError(errno.ESTALE, "another process has replaced this file", str(path))
 
 
 def delete_own(path: Path, identity: tuple[int, int]) -> None:

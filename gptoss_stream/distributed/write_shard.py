@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from .. import __version__
@@ -150,7 +151,7 @@ def _write_local(
 
             def before_commit(name: str, summary: ShardSummary) -> None:
                 output.check_run(run)
-                output.save_summary(name, summary, partial_folder)
+                output.save_summary(name, summary, partial_folder, partial(output.check_run, run))
 
             callbacks = Callbacks(on_progress, before_commit=before_commit)
             _write(task, shard, output.path, partial_folder, callbacks, task.spec.checksums)

@@ -5,34 +5,45 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
+from .._utils.temporary_file import check_own
 from ..checkpoint.auxiliary_files import CopiedFile
 from .shard_file import sync_folder
 
 __all__ = ["copied_checksum", "remove", "write_durably"]
 
 
-def write_durably(target: Path, data: bytes | CopiedFile, partial_folder: Path) -> str:
+def write_durably(
+    target: Path,
+    data: bytes | CopiedFile,
+    partial_folder: Path,
+    check: Callable[[], None] = lambda: None,
+) -> str:
     """Write or copy a small file, durably, and completely or not at all.
 
     Args:
         target: The file.
         data: Its bytes, or the file that is copied.
         partial_folder: Where the file is written before it is renamed.
+        check: Called before that; raises if the folder is another run's now.
 
     Returns:
         The SHA-256 of the file in hexadecimal digits.
     """
     partial = partial_folder / f"{target.name}.partial"
+    partial.unlink(missing_ok=True)  # a run that has lost its folder may have it open
     digest = hashlib.sha256()
-    with open(partial, "wb") as opened:
+    with open(partial, "xb") as opened:
         for chunk in [data] if isinstance(data, bytes) else data.chunks():
             digest.update(chunk)
             opened.write(chunk)
         opened.flush()
         os.fsync(opened.fileno())
+        check_own(partial, opened.fileno())
+    check()
     os.rename(partial, target)
     sync_folder(target.parent)
     return digest.hexdigest()

@@ -22,7 +22,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -118,15 +118,24 @@ class OutputFolder:
                     self.checksums[name] = found
         return self.checksums.get(name)
 
-    def save_summary(self, name: str, summary: ShardSummary, partial_folder: Path) -> None:
-        """Keep what is known of a shard that is about to get its final name."""
+    def save_summary(
+        self, name: str, summary: ShardSummary, partial_folder: Path, check: Callable[[], None]
+    ) -> None:
+        """Keep what is known of a shard that is about to get its final name.
+
+        Args:
+            name: The shard's name.
+            summary: What is known.
+            partial_folder: The folder for partial files.
+            check: Raises an error if the folder belongs to another run.
+        """
         if summary.losses:
             text = losses_as_text(summary.losses)
-            write_durably(self.work / f"{name}{LOSSES_SUFFIX}", text, partial_folder)
+            write_durably(self.work / f"{name}{LOSSES_SUFFIX}", text, partial_folder, check)
         if summary.sha256 is not None:
             self.checksums[name] = summary.sha256
             text = f"{summary.sha256}\n".encode()
-            write_durably(self.work / f"{name}.sha256", text, partial_folder)
+            write_durably(self.work / f"{name}.sha256", text, partial_folder, check)
         _log.info("%s: shard %s is written", self.path, name)
 
     def losses(self) -> dict[str, bytes]:

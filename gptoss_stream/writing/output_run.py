@@ -99,7 +99,7 @@ class OutputRun(OutputFolder):
                 partial_folder.mkdir(exist_ok=True)
                 self._partial_folder = partial_folder
             yield partial_folder
-        except OSError:  # which may only follow from this:
+        except (OSError, OutputError):  # which may only follow from this:
             with suppress(OSError):
                 self._lock.check()
             raise
@@ -235,7 +235,7 @@ class OutputRun(OutputFolder):
     def before_commit(self, name: str, summary: ShardSummary) -> None:
         """Keep what is known of a shard, if the run still has its folder."""
         self._lock.check()
-        self.save_summary(name, summary, self._partial_folder)
+        self.save_summary(name, summary, self._partial_folder, self.check_lock)
 
     def keep_report(self, text: bytes) -> None:
         """Keep what a report says of shards that are not written again."""
@@ -307,4 +307,4 @@ class OutputRun(OutputFolder):
 
     def _write(self, target: Path, data: bytes | CopiedFile) -> str:
         self.check_lock()
-        return write_durably(target, data, self._partial_folder)
+        return write_durably(target, data, self._partial_folder, self.check_lock)

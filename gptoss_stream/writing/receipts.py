@@ -7,6 +7,7 @@ publishes the shards need not upload them again. Before each stands its SHA-256.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 from .durable_files import write_durably
@@ -21,15 +22,17 @@ class Receipts:
 
     Args:
         folder: The folder.
+        check: Called before a receipt is kept; raises if the folder is another run's.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, check: Callable[[], None] = lambda: None) -> None:
         self._folder = folder
+        self._check = check
 
     def keep(self, name: str, receipt: bytes) -> None:
         """Keep the receipt of a shard, durably."""
         text = f"{_digest(receipt)}\n".encode() + receipt
-        write_durably(self._folder / f"{name}{RECEIPT_SUFFIX}", text, self._folder)
+        write_durably(self._folder / f"{name}{RECEIPT_SUFFIX}", text, self._folder, self._check)
 
     def read(self) -> dict[str, bytes]:
         """Return all receipts but damaged ones, by the shards' names."""

@@ -209,7 +209,7 @@ class _RemoteOutput:
             run.path,
             self.max_staged,
             run.checksums.get,
-            Receipts(run.work).keep,
+            Receipts(run.work, run.check_lock).keep,
             max(uploads.PUBLISH_SECONDS, seconds),
         ) as uploading:
             for shard in staged:

@@ -17,7 +17,7 @@ import numpy as np
 
 from .._utils.buffers import ALIGNMENT
 from .._utils.platforms import read_at
-from .._utils.temporary_file import delete_own, file_identity
+from .._utils.temporary_file import check_own, delete_own, file_identity
 
 __all__ = ["ShardFile", "sync_folder"]
 
@@ -68,14 +68,16 @@ class ShardFile:
 
     def _open(self, existing: bool) -> int:
         flags = os.O_RDWR | getattr(os, "O_CLOEXEC", 0)
-        flags |= getattr(os, "O_NOFOLLOW", 0) if existing else os.O_CREAT | os.O_TRUNC
+        flags |= getattr(os, "O_NOFOLLOW", 0) if existing else os.O_CREAT
+        # A file that exists is one of another run, which has taken the folder over.
+        exclusive = 0 if existing else os.O_EXCL
         try:
-            return os.open(self._partial, flags | self._direct, 0o666)
+            return os.open(self._partial, flags | exclusive | self._direct, 0o666)
         except OSError as error:
             if error.errno != errno.EINVAL or not self._direct:
                 raise
         self._direct = 0
-        return os.open(self._partial, flags, 0o666)
+        return os.open(self._partial, flags, 0o666)  # the system may have created it before
 
     def write(self, chunk: np.ndarray[tuple[int], np.dtype[np.uint8]], offset: int) -> None:
         """Write a chunk.
@@ -152,12 +154,18 @@ class ShardFile:
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def commit(self) -> None:
-        """Cut the file to its size, sync it to the disk, check it, and give it its final name."""
+        """Cut the file to its size, sync it to the disk, check it, and give it its final name.
+
+        A file that another run has put in its place, after this one was suspended, is left alone.
+        """
         os.ftruncate(self._descriptor, self._nbytes)
         os.fsync(self._descriptor)
-        descriptor, self._descriptor = self._descriptor, -1
-        os.close(descriptor)
-        self._check(self._partial)
+        with open(self._partial, "rb") as opened:
+            check_own(self._partial, self._descriptor)
+            descriptor, self._descriptor = self._descriptor, -1
+            os.close(descriptor)
+            self._check(self._partial)
+            check_own(self._partial, opened.fileno())
         os.rename(self._partial, self._final)
         sync_folder(self._final.parent)
 

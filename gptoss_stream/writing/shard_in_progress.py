@@ -178,7 +178,7 @@ class ShardInProgress:
                     scales.sync()
                 self.file.sync()
                 check()
-                self._journal.write(written)
+                self._journal.write(written, check)
                 self._saved_nbytes = written.nbytes
             self._saved_at = time.monotonic()
         finally:

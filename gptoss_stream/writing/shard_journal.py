@@ -71,14 +71,19 @@ class ShardJournal:
             "chunk": chunk_nbytes,
         }
 
-    def write(self, part: WrittenPart) -> None:
-        """Say that a part of the shard is on the disk, durably."""
+    def write(self, part: WrittenPart, check: Callable[[], None]) -> None:
+        """Say that a part of the shard is on the disk, durably.
+
+        Args:
+            part: The part.
+            check: Raises an error if the folder is another run's.
+        """
         losses = {name: asdict(loss) for name, loss in part.losses.items()}
         content: dict[str, Any] = {"schema": strict_json.SCHEMA, **self._identity}
         content |= {"written": part.nbytes, "losses": losses}
         content["inodes"] = [file.lstat().st_ino for file, _ in self._files(part.nbytes)]
         text = strict_json.dumps({**content, "sha256": _digest(content)})
-        write_durably(self._file, text, self._folder)
+        write_durably(self._file, text, self._folder, check)
 
     def read(self) -> WrittenPart:
         """Return the part of the shard that an interrupted run has left, which may be empty."""

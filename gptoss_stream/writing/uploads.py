@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from .._utils.temporary_file import delete_own, file_identity
 from ..storage.location import WritableLocation
 from .remote_folder import RemoteFolder
 
@@ -156,6 +157,7 @@ class Uploads:
 
     def _upload(self, name: str) -> None:
         file = self._folder / name
+        identity = file_identity(file.stat())
         receipt = self._remote.upload(name, file, self._checksum_of(name))
         if receipt is not None:
             self._keep_receipt(name, receipt)
@@ -164,7 +166,7 @@ class Uploads:
                 return
             if receipt is not None:
                 self._receipts[name] = receipt
-            file.unlink()
+            delete_own(file, identity)  # not that of a run that has taken the folder over
             self._num_staged -= 1
             self._changed.notify_all()
 

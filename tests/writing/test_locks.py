@@ -14,7 +14,6 @@ import sys
 import time
 from pathlib import Path
 from random import Random
-from threading import Event
 
 import pytest
 from runs import (
@@ -22,20 +21,13 @@ from runs import (
     WORK_NAME,
     Conversion,
     assert_clean_error,
-    assert_nothing_half_written,
     assert_one_wrote,
     digests,
     finish,
     run,
-    run_in_process,
     stamps,
     wait_until,
 )
-
-import gptoss_stream
-from gptoss_stream.errors import OutputError
-from gptoss_stream.writing.output_run import OutputRun
-from gptoss_stream.writing.shard_file import ShardFile
 
 GUARD = f"{WORK_NAME}/run.guard"
 FLOCKS = ["works", "0", "ENOSYS", "EOPNOTSUPP", "ENOLCK"]
@@ -160,150 +152,6 @@ def test_a_damaged_guard(text, large, tmp_path):
     assert "another run (process 0 on host unknown, since unknown) is writing" in done.stderr
     os.utime(output / GUARD, (time.time() - 62,) * 2)
     large.assert_sound(output)
-
-
-# --- a run that was suspended for too long ------------------------------------------------------
-
-ON_HOST = """
-import sys
-from gptoss_stream.writing import guard_file, process_identity
-process_identity.kernel = lambda: sys.argv[1]
-guard_file._STALE_SECONDS, guard_file._HEARTBEAT_SECONDS = 1.0, 0.1
-from gptoss_stream.cli.main import main
-sys.exit(main(sys.argv[2:]))
-"""
-
-
-def on_host(name: str, command: list[str]) -> list[str]:
-    """Return a command line of this tool, to be run as on a host of its own."""
-    return [sys.executable, "-c", ON_HOST, name, *command[3:]]
-
-
-@pytest.mark.parametrize("flock", LYING, indirect=True)
-@pytest.mark.parametrize("files", [0, 1])
-def test_a_run_that_lost_its_folder_ends(files, flock, large, tmp_path):
-    """It wakes up when another one, with other options, has ended; it changes nothing."""
-    output, pipe = tmp_path / "out", subprocess.PIPE
-    command = on_host("A", large.command(output))
-    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
-    try:
-        began = output / f"{WORK_NAME}/run.json"
-        wait_until(lambda: began.exists() and len(stamps(output)) >= files, process)
-        process.send_signal(signal.SIGSTOP)
-        other = on_host("B", large.command(output, "--overwrite", "--dtype", "float32"))
-        done = run(other)
-        while "if it was killed, run the same command again" in done.stderr:
-            time.sleep(0.2)
-            done = run(other)
-        assert (done.returncode, done.stderr) == (0, "")
-        found = digests(output)
-        process.send_signal(signal.SIGCONT)
-        ended = finish(process, 60)
-    finally:
-        process.kill()
-        process.communicate()
-    assert_clean_error(ended, 2, 3)
-    assert "this run no longer holds it" in ended.stderr
-    assert digests(output) == found
-    assert run(large.command(tmp_path / "alone", "--dtype", "float32")).returncode == 0
-    assert found == digests(tmp_path / "alone")
-
-
-@pytest.mark.parametrize("flock", LYING[:1], indirect=True)
-def test_a_run_wakes_up_while_another_has_its_folder(flock, large, tmp_path):
-    """It ends, and the other one, or the next, completes the output."""
-    output, pipe = tmp_path / "out", subprocess.PIPE
-    processes = []
-    try:
-        for name in "AB":
-            command = on_host(name, large.command(output))
-            process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
-            processes.append(process)
-            count = len(stamps(output)) + 1
-            wait_until(lambda number=count: len(stamps(output)) >= number, process)
-            process.send_signal(signal.SIGSTOP)
-            time.sleep(1.2)
-        for process in processes:
-            process.send_signal(signal.SIGCONT)
-        first, second = (finish(process, 60) for process in processes)
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-    assert_clean_error(first, 2)
-    assert "took it over" in first.stderr
-    assert second.returncode in (0, 3), second.stderr
-    assert_nothing_half_written(output, large.whole)
-    large.assert_sound(output)
-
-
-LATE = """
-import os, signal, time
-from gptoss_stream.writing import executor, shard_in_progress
-from gptoss_stream.writing.shard_file import ShardFile
-executor.CHUNK_NBYTES, shard_in_progress.JOURNAL_SECONDS = 1 << 14, 0
-write = ShardFile.write
-def late(file, chunk, offset):
-    if offset + len(chunk) >= file._nbytes and sys.argv[1] == "A":
-        os.kill(os.getpid(), signal.SIGSTOP)
-        time.sleep(0.2)
-    write(file, chunk, offset)
-ShardFile.write = late
-"""
-
-
-@pytest.mark.parametrize("flock", LYING[:1], indirect=True)
-def test_a_run_wakes_up_in_its_last_write(flock, checkpoints, tmp_path):
-    """Which is padded to whole pages, and would make the finished shard too long. The other run has
-    begun a file of its own."""
-    output, pipe = tmp_path / "out", subprocess.PIPE
-    command = ["", "", "", "convert", str(checkpoints(layers=2)), str(output), "--workers=1"]
-    code = ON_HOST.replace("from gptoss_stream.cli", LATE + "from gptoss_stream.cli")
-    first, second = ([sys.executable, "-c", code, name, *command[3:]] for name in "AB")
-    process = subprocess.Popen(first, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
-    try:
-        stopped = Path(f"/proc/{process.pid}/stat")
-        wait_until(lambda: stopped.read_text().rpartition(") ")[2][0] == "T", process)
-        time.sleep(1.2)
-        done = run(second)
-        assert done.returncode == 0, done.stderr
-        found = digests(output)
-        process.send_signal(signal.SIGCONT)
-        ended = finish(process, 60)
-    finally:
-        process.kill()
-        process.communicate()
-    assert_clean_error(ended, 2)
-    assert digests(output) == found
-    assert gptoss_stream.verify(checkpoints(layers=2), output).equal
-
-
-def test_a_run_that_lost_its_folder_deletes_only_its_own_partial_file(tmp_path):
-    partial = tmp_path / "partial"
-    file = ShardFile(partial, tmp_path / "final", 4096)
-    partial.unlink()
-    partial.write_bytes(b"another run's")
-    file.close(keep=False)
-    assert partial.read_bytes() == b"another run's"
-    ShardFile(partial, tmp_path / "final", 4096).close(keep=False)
-    assert not partial.exists()
-
-
-def test_a_run_that_lost_its_folder_writes_no_journal(checkpoints, tmp_path, monkeypatch):
-    """What it has written is in a file that the other run has deleted."""
-    source, taken = checkpoints(layers=2), Event()
-
-    def check(run):
-        if taken.is_set():
-            raise OutputError("another run took it over")
-
-    monkeypatch.setattr("gptoss_stream.writing.executor.CHUNK_NBYTES", 1 << 14)
-    monkeypatch.setattr("gptoss_stream.writing.shard_in_progress.JOURNAL_SECONDS", 0)
-    monkeypatch.setattr(ShardFile, "sync", lambda file: taken.set())
-    monkeypatch.setattr(OutputRun, "check_lock", check)
-    done = run_in_process("convert", source, tmp_path / "out", "--workers=1")
-    assert (done.returncode, taken.is_set()) == (2, True)
-    assert not [*tmp_path.rglob("*.journal")]
 
 
 # --- the guard alone ----------------------------------------------------------------------------
