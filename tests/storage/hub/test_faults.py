@@ -133,7 +133,7 @@ def test_a_run_that_waits_for_the_network_can_be_interrupted(
     begun = time.monotonic()
     run.kill(number)
     done = run.done()
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 30
     assert_clean_error(done, code)
     assert "run the same command again to resume" in done.stderr
     hub.faults.clear()

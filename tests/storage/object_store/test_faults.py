@@ -84,7 +84,7 @@ def test_ctrl_c_during_a_slow_upload(s3, checkpoints, whole):
     until = threading.Event()
 
     def delay(request, answer):
-        until.wait(30)
+        until.wait(60)
         return Reply(0)
 
     s3.proxy.spoil("PUT .*safetensors$", delay, skip=1)
@@ -93,7 +93,7 @@ def test_ctrl_c_during_a_slow_upload(s3, checkpoints, whole):
             time.sleep(0.01)
         time.sleep(0.2)
         running.send_signal(signal.SIGINT)
-        out, err = running.communicate(timeout=5)
+        out, err = running.communicate(timeout=30)
     until.set()
     s3.proxy.mend()
     assert (running.returncode, out) == (130, "")
