@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,11 @@ def test_dropped_models_and_mappings_leave_nothing_open(load, checkpoints):
     before, threads = count(), threading.active_count()
     for _ in range(10):
         use()
+    deadline = time.monotonic() + 20  # threads that have nothing left to do end by themselves
+    while time.monotonic() < deadline and (
+        count() > before or threading.active_count() > threads + 1
+    ):
+        time.sleep(0.05)
     assert count() <= before
     assert threading.active_count() <= threads + 1
 

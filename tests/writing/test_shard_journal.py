@@ -168,7 +168,10 @@ def test_an_array_task_keeps_its_parts(checkpoints, tmp_path, written):
 
 
 def test_the_journal_is_written_after_what_it_says_is_synced(checkpoints, tmp_path, monkeypatch):
-    """Each write, sync and rename in its order: the data, then the journal."""
+    """Each write, sync and rename in its order: the data, then the journal.
+
+    How many journals a run of several threads writes is a matter of chance: up to ten run.
+    """
     events: list[tuple[str, int]] = []
 
     def noting(function, event):
@@ -186,14 +189,19 @@ def test_the_journal_is_written_after_what_it_says_is_synced(checkpoints, tmp_pa
     monkeypatch.setattr(
         ShardJournal, "write", noting(ShardJournal.write, lambda *a: ("journal", a[1].nbytes))
     )
-    gptoss_stream.convert(checkpoints(layers=2), tmp_path / "out", workers=3)
-    kinds = [kind for kind, _ in events]
-    journals = [number for number, kind in enumerate(kinds) if kind == "journal"]
-    assert len(journals) >= 2
-    for number in journals:
-        synced = max(n for n in range(number) if kinds[n] == "sync")
-        before = {offset for kind, offset in events[:synced] if kind == "write"}
-        assert before >= {*range(0, events[number][1], CHUNK)}
+    journals = 0
+    for trial in range(10):
+        events.clear()
+        gptoss_stream.convert(checkpoints(layers=2), tmp_path / f"{trial}", workers=3)
+        kinds = [kind for kind, _ in events]
+        for number in (n for n, kind in enumerate(kinds) if kind == "journal"):
+            synced = max(n for n in range(number) if kinds[n] == "sync")
+            before = {offset for kind, offset in events[:synced] if kind == "write"}
+            assert before >= {*range(0, events[number][1], CHUNK)}
+            journals += 1
+        if journals >= 2:
+            break
+    assert journals >= 2
 
 
 def test_a_source_that_changes_gets_no_journal(checkpoints, tmp_path):
