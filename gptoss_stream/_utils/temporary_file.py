@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import tempfile
 from contextlib import suppress
@@ -15,7 +14,6 @@ from .platforms import read_at
 
 __all__ = [
     "TemporaryFile",
-    "check_own",
     "delete_own",
     "file_identity",
     "is_leftover",
@@ -95,18 +93,6 @@ class TemporaryFile:
 def file_identity(status: os.stat_result) -> tuple[int, int]:
     """Return what tells a file from others."""
     return status.st_dev, status.st_ino
-
-
-def check_own(path: Path, descriptor: int) -> None:
-    """Check that a file that is open is still the one of its name.
-
-    While it is open, no other file has its identity.
-
-    Raises:
-        OSError: If another process has made another file of that name.
-    """
-    if file_identity(os.lstat(path)) != file_identity(os.fstat(descriptor)):
-        raise OSError(errno.ESTALE, "another process has replaced this file", str(path))
 
 
 def delete_own(path: Path, identity: tuple[int, int]) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-from .._utils.temporary_file import check_own
 from ..checkpoint.auxiliary_files import CopiedFile
 from .shard_file import sync_folder
 
@@ -42,7 +41,6 @@ def write_durably(
             opened.write(chunk)
         opened.flush()
         os.fsync(opened.fileno())
-        check_own(partial, opened.fileno())
     check()
     os.rename(partial, target)
     sync_folder(target.parent)

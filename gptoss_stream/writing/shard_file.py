@@ -17,7 +17,7 @@ import numpy as np
 
 from .._utils.buffers import ALIGNMENT
 from .._utils.platforms import read_at
-from .._utils.temporary_file import check_own, delete_own, file_identity
+from .._utils.temporary_file import delete_own, file_identity
 
 __all__ = ["ShardFile", "sync_folder"]
 
@@ -154,18 +154,12 @@ class ShardFile:
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def commit(self) -> None:
-        """Cut the file to its size, sync it to the disk, check it, and give it its final name.
-
-        A file that another run has put in its place, after this one was suspended, is left alone.
-        """
+        """Cut the file to its size, sync it to the disk, check it, and give it its final name."""
         os.ftruncate(self._descriptor, self._nbytes)
         os.fsync(self._descriptor)
-        with open(self._partial, "rb") as opened:
-            check_own(self._partial, self._descriptor)
-            descriptor, self._descriptor = self._descriptor, -1
-            os.close(descriptor)
-            self._check(self._partial)
-            check_own(self._partial, opened.fileno())
+        descriptor, self._descriptor = self._descriptor, -1
+        os.close(descriptor)
+        self._check(self._partial)
         os.rename(self._partial, self._final)
         sync_folder(self._final.parent)
 

@@ -180,7 +180,7 @@ class ThreadExecutor:
                     self._partial_folder / shard.name,
                     self._folder / shard.name,
                     shard.nbytes,
-                    partial(_check_header, shard),
+                    partial(self._check_file, shard),
                     existing=self._written[shard.name].nbytes > 0,
                 )
             make = (
@@ -260,6 +260,11 @@ class ThreadExecutor:
     def _check(self) -> None:
         """Raise an error if the source has changed, or the run is to end."""
         self._reader.check_unchanged()
+        self._callbacks.on_progress(0)
+
+    def _check_file(self, shard: PlannedShard, file: Path) -> None:
+        """Raise an error if a file cannot be read, or is not this run's any more."""
+        _check_header(shard, file)
         self._callbacks.on_progress(0)
 
     def _commit(self, progress: ShardInProgress, file: ShardFile) -> None:

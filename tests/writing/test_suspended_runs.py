@@ -179,17 +179,12 @@ def test_a_run_that_lost_its_folder_deletes_only_its_own_partial_file(tmp_path):
     assert not partial.exists()
 
 
-def test_a_shard_that_another_run_has_begun_gets_no_final_name(tmp_path):
-    partial, final = tmp_path / "partial", tmp_path / "final"
-    file = ShardFile(partial, final, 4096)
-    partial.unlink()
+def test_a_shard_that_another_run_has_begun_is_not_emptied(tmp_path):
+    partial = tmp_path / "partial"
     partial.write_bytes(b"another run's")
-    with pytest.raises(OSError, match="another process has replaced this file"):
-        file.commit()
-    file.close(keep=False)
-    assert (partial.read_bytes(), final.exists()) == (b"another run's", False)
     with pytest.raises(FileExistsError):
-        ShardFile(partial, final, 4096)
+        ShardFile(partial, tmp_path / "final", 4096)
+    assert partial.read_bytes() == b"another run's"
 
 
 def test_a_run_that_lost_its_folder_keeps_no_receipt(tmp_path):
