@@ -38,10 +38,12 @@ class TemporaryFile:
     def __init__(self, path: Path | None, *, existing: bool = False, descriptor: int = -1) -> None:
         self._path = path
         if path is not None:
-            if not existing:
+            flags = os.O_RDWR | getattr(os, "O_CLOEXEC", 0)
+            if existing:
+                flags |= getattr(os, "O_NOFOLLOW", 0)
+            else:
                 path.unlink(missing_ok=True)  # a process that has it open keeps what is in it
-            create = getattr(os, "O_NOFOLLOW", 0) if existing else os.O_CREAT | os.O_EXCL
-            flags = os.O_RDWR | create | getattr(os, "O_CLOEXEC", 0)
+                flags |= os.O_CREAT | os.O_EXCL
             descriptor = os.open(path, flags, 0o600)
         self._descriptor = descriptor
 

@@ -27,13 +27,15 @@ def write_durably(
         target: The file.
         data: Its bytes, or the file that is copied.
         partial_folder: Where the file is written before it is renamed.
-        check: Called before that; raises if the folder is another run's now.
+        check: Called first, and again right before the renaming; raises if the folder belongs to
+            another run by now.
 
     Returns:
         The SHA-256 of the file in hexadecimal digits.
     """
+    check()
     partial = partial_folder / f"{target.name}.partial"
-    partial.unlink(missing_ok=True)  # a run that has lost its folder may have it open
+    partial.unlink(missing_ok=True)  # left by an error, or open in a run that lost its folder
     digest = hashlib.sha256()
     with open(partial, "xb") as opened:
         for chunk in [data] if isinstance(data, bytes) else data.chunks():

@@ -306,5 +306,4 @@ class OutputRun(OutputFolder):
         self.checksums[name] = self._write(target, data)
 
     def _write(self, target: Path, data: bytes | CopiedFile) -> str:
-        self.check_lock()
         return write_durably(target, data, self._partial_folder, self.check_lock)

@@ -68,16 +68,16 @@ class ShardFile:
 
     def _open(self, existing: bool) -> int:
         flags = os.O_RDWR | getattr(os, "O_CLOEXEC", 0)
-        flags |= getattr(os, "O_NOFOLLOW", 0) if existing else os.O_CREAT
-        # A file that exists is one of another run, which has taken the folder over.
-        exclusive = 0 if existing else os.O_EXCL
+        # If a file exists that should not, another run has taken the folder over and begun it.
+        flags |= getattr(os, "O_NOFOLLOW", 0) if existing else os.O_CREAT | os.O_EXCL
         try:
-            return os.open(self._partial, flags | exclusive | self._direct, 0o666)
+            return os.open(self._partial, flags | self._direct, 0o666)
         except OSError as error:
             if error.errno != errno.EINVAL or not self._direct:
                 raise
         self._direct = 0
-        return os.open(self._partial, flags, 0o666)  # the system may have created it before
+        # The attempt that failed may have created it.
+        return os.open(self._partial, flags & ~os.O_EXCL, 0o666)
 
     def write(self, chunk: np.ndarray[tuple[int], np.dtype[np.uint8]], offset: int) -> None:
         """Write a chunk.

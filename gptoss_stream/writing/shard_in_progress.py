@@ -177,7 +177,6 @@ class ShardInProgress:
                 for scales in {*self._scales.values()}:
                     scales.sync()
                 self.file.sync()
-                check()
                 self._journal.write(written, check)
                 self._saved_nbytes = written.nbytes
             self._saved_at = time.monotonic()

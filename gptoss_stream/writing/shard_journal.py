@@ -76,7 +76,7 @@ class ShardJournal:
 
         Args:
             part: The part.
-            check: Raises an error if the folder is another run's.
+            check: Raises an error if the source has changed or the folder is another run's.
         """
         losses = {name: asdict(loss) for name, loss in part.losses.items()}
         content: dict[str, Any] = {"schema": strict_json.SCHEMA, **self._identity}

@@ -263,9 +263,9 @@ class ThreadExecutor:
         self._callbacks.on_progress(0)
 
     def _check_file(self, shard: PlannedShard, file: Path) -> None:
-        """Raise an error if a file cannot be read, or is not this run's any more."""
+        """Check that a file can be read, and that the folder is still this run's."""
         _check_header(shard, file)
-        self._callbacks.on_progress(0)
+        self._callbacks.on_progress(0)  # raises if it is not
 
     def _commit(self, progress: ShardInProgress, file: ShardFile) -> None:
         if self._stop.is_set():

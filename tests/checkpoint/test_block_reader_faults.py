@@ -110,7 +110,7 @@ def test_a_file_that_changes(copied):
 # ------------------------------------------------------------------------------------------ closing
 
 
-def test_closing_waits_no_longer_than_a_second(server, large):
+def test_closing_does_not_wait_for_the_server(server, large):
     info, gate = info_of(server), Gate()
     server.spoil(DATA, gate)
     reader = BlockReader(info)

@@ -6,16 +6,16 @@ import hashlib
 import itertools
 import subprocess
 import threading
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from loopback import Proxy, Reply, status
 from runs import (
     INDEX_NAME,
-    ROOT,
     WORK_NAME,
     convert_command,
     run_in_process,
+    started,
 )
 
 RECORD, CHECKSUMS, RUN = "gptoss_stream.json", "SHA256SUMS", f"{WORK_NAME}/run.json"
@@ -116,17 +116,9 @@ def staged(tmp_path: Path) -> list[Path]:
     return [*(tmp_path / "cache" / "gptoss_stream").rglob("*")]
 
 
-@contextmanager
-def process(source: Path, url: str, *options: str):
-    """Convert in another process, which is killed in the end."""
-    command = convert_command(source, url, *options)
-    pipe = subprocess.PIPE
-    running = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
-    try:
-        yield running
-    finally:
-        running.kill()
-        running.communicate()
+def process(source: Path, url: str, *options: str) -> AbstractContextManager[subprocess.Popen[str]]:
+    """Convert in another process, which is killed at the end of the block."""
+    return started(convert_command(source, url, *options))
 
 
 def killed(s3: Bucket, source: Path, pattern: str, skip: int, is_done: bool) -> bool:

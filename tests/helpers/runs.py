@@ -12,8 +12,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    contextmanager,
+    redirect_stderr,
+    redirect_stdout,
+)
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -228,16 +234,9 @@ class Conversion:
         """Return the command line of the same conversion into another folder."""
         return convert_command(self.source, output, *self.options, *options)
 
-    @contextmanager
-    def running(self, output: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+    def running(self, output: Path, *options: str) -> AbstractContextManager[subprocess.Popen[str]]:
         """Start it in a process, which is killed at the end of the block."""
-        pipe, command = subprocess.PIPE, self.command(output, *options)
-        process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
-        try:
-            yield process
-        finally:
-            process.kill()
-            process.communicate()
+        return started(self.command(output, *options))
 
     def race(self, output: Path, random: Random) -> list[subprocess.CompletedProcess[str]]:
         """Start several runs with --json into one folder at nearly the same time; return how each
@@ -256,6 +255,18 @@ class Conversion:
         finished = stamps(output)
         assert_resumes(self.source, output, self.whole, *self.options)
         assert finished.items() <= stamps(output).items()
+
+
+@contextmanager
+def started(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    """Start a process, which is killed at the end of the block."""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def wait_until(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:

@@ -40,14 +40,6 @@ def small(checkpoints, tmp_path_factory) -> Conversion:
     return Conversion.done(checkpoints(), tmp_path_factory.mktemp("small") / "out")
 
 
-@pytest.fixture(scope="module")
-def large(checkpoints, tmp_path_factory) -> Conversion:
-    """A conversion that spends most of its time writing shards."""
-    source = checkpoints(layers=4, experts=5, hidden_size=352, intermediate_size=288)
-    output = tmp_path_factory.mktemp("large") / "out"
-    return Conversion.done(source, output, "--workers=3", "--max-shard-size=3MB")
-
-
 @pytest.fixture
 def flock(request, flock_library, monkeypatch) -> str:
     """How `flock` ends in processes that the test starts."""

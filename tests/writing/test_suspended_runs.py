@@ -7,17 +7,14 @@ another kernel; a minute is a second there.
 from __future__ import annotations
 
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
+from contextlib import ExitStack
 from threading import Event
 
 import pytest
 from runs import (
-    ROOT,
     WORK_NAME,
-    Conversion,
     assert_clean_error,
     assert_nothing_half_written,
     digests,
@@ -25,6 +22,8 @@ from runs import (
     run,
     run_in_process,
     stamps,
+    started,
+    status,
     wait_until,
 )
 
@@ -36,14 +35,6 @@ from gptoss_stream.writing.shard_file import ShardFile
 
 LYING = ["0", pytest.param("ENOSYS", marks=pytest.mark.slow)]
 """How `flock` ends in processes that a test starts."""
-
-
-@pytest.fixture(scope="module")
-def large(checkpoints, tmp_path_factory) -> Conversion:
-    """A conversion that spends most of its time writing shards."""
-    source = checkpoints(layers=3, experts=5, hidden_size=352, intermediate_size=288)
-    output = tmp_path_factory.mktemp("large") / "out"
-    return Conversion.done(source, output, "--workers=3", "--max-shard-size=3MB")
 
 
 @pytest.fixture
@@ -71,10 +62,8 @@ def on_host(name: str, command: list[str]) -> list[str]:
 @pytest.mark.parametrize("files", [0, 1])
 def test_a_run_that_lost_its_folder_ends(files, flock, large, tmp_path):
     """It wakes up when another one, with other options, has ended; it changes nothing."""
-    output, pipe = tmp_path / "out", subprocess.PIPE
-    command = on_host("A", large.command(output))
-    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
-    try:
+    output = tmp_path / "out"
+    with started(on_host("A", large.command(output))) as process:
         began = output / f"{WORK_NAME}/run.json"
         wait_until(lambda: began.exists() and len(stamps(output)) >= files, process)
         process.send_signal(signal.SIGSTOP)
@@ -87,9 +76,6 @@ def test_a_run_that_lost_its_folder_ends(files, flock, large, tmp_path):
         found = digests(output)
         process.send_signal(signal.SIGCONT)
         ended = finish(process, 60)
-    finally:
-        process.kill()
-        process.communicate()
     assert_clean_error(ended, 2, 3)
     assert "this run no longer holds it" in ended.stderr
     assert digests(output) == found
@@ -100,12 +86,10 @@ def test_a_run_that_lost_its_folder_ends(files, flock, large, tmp_path):
 @pytest.mark.parametrize("flock", LYING[:1], indirect=True)
 def test_a_run_wakes_up_while_another_has_its_folder(flock, large, tmp_path):
     """It ends, and the other one, or the next, completes the output."""
-    output, pipe = tmp_path / "out", subprocess.PIPE
-    processes = []
-    try:
+    output, processes = tmp_path / "out", []
+    with ExitStack() as stack:
         for name in "AB":
-            command = on_host(name, large.command(output))
-            process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
+            process = stack.enter_context(started(on_host(name, large.command(output))))
             processes.append(process)
             count = len(stamps(output)) + 1
             wait_until(lambda number=count: len(stamps(output)) >= number, process)
@@ -114,10 +98,6 @@ def test_a_run_wakes_up_while_another_has_its_folder(flock, large, tmp_path):
         for process in processes:
             process.send_signal(signal.SIGCONT)
         first, second = (finish(process, 60) for process in processes)
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
     assert_clean_error(first, 2)
     assert "took it over" in first.stderr
     assert second.returncode in (0, 3), second.stderr
@@ -128,7 +108,6 @@ def test_a_run_wakes_up_while_another_has_its_folder(flock, large, tmp_path):
 LATE = """
 import os, signal, time
 from gptoss_stream.writing import executor, shard_in_progress
-from gptoss_stream.writing.receipts import Receipts
 from gptoss_stream.writing.shard_file import ShardFile
 executor.CHUNK_NBYTES, shard_in_progress.JOURNAL_SECONDS = 1 << 14, 0
 write = ShardFile.write
@@ -145,23 +124,18 @@ ShardFile.write = late
 def test_a_run_wakes_up_in_its_last_write(flock, checkpoints, tmp_path):
     """Which is padded to whole pages, and would make the finished shard too long. The other run has
     begun a file of its own."""
-    output, pipe = tmp_path / "out", subprocess.PIPE
+    output = tmp_path / "out"
     command = ["", "", "", "convert", str(checkpoints(layers=2)), str(output), "--workers=1"]
     code = ON_HOST.replace("from gptoss_stream.cli", LATE + "from gptoss_stream.cli")
     first, second = ([sys.executable, "-c", code, name, *command[3:]] for name in "AB")
-    process = subprocess.Popen(first, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
-    try:
-        stopped = Path(f"/proc/{process.pid}/stat")
-        wait_until(lambda: stopped.read_text().rpartition(") ")[2][0] == "T", process)
+    with started(first) as process:
+        wait_until(lambda: status(process, "State") == "T", process)
         time.sleep(1.2)
         done = run(second)
         assert done.returncode == 0, done.stderr
         found = digests(output)
         process.send_signal(signal.SIGCONT)
         ended = finish(process, 60)
-    finally:
-        process.kill()
-        process.communicate()
     assert_clean_error(ended, 2)
     assert digests(output) == found
     assert gptoss_stream.verify(checkpoints(layers=2), output).equal
@@ -216,7 +190,6 @@ def test_a_run_that_lost_its_folder_writes_no_journal(checkpoints, tmp_path, mon
 STOPS = """
 import os, signal, time
 from gptoss_stream.writing import executor, output_folder, shard_in_progress, thread_executor
-from gptoss_stream.writing.receipts import Receipts
 from gptoss_stream.writing.shard_file import ShardFile
 executor.CHUNK_NBYTES, shard_in_progress.JOURNAL_SECONDS = 1 << 14, 0
 stops = 1
@@ -263,17 +236,16 @@ POINTS = [
 @pytest.mark.parametrize("point", POINTS)
 def test_a_run_that_wakes_up_leaves_the_next_one_alone(point, flock, checkpoints, tmp_path):
     """Which has begun the same shard: it is neither renamed nor written to, and is completed."""
-    source, output, pipe = checkpoints(layers=2), tmp_path / "out", subprocess.PIPE
+    source, output = checkpoints(layers=2), tmp_path / "out"
     code = ON_HOST.replace("from gptoss_stream.cli", STOPS + "from gptoss_stream.cli")
     processes = []
-    try:
+    with ExitStack() as stack:
         for name, where in (("A", point), ("B", "after it has written a chunk")):
             command = [sys.executable, "-c", code, name, where, "convert", str(source), str(output)]
             command += ["--workers=1", "--max-shard-size=100KB", "--checksums"]
-            process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
+            process = stack.enter_context(started(command))
             processes.append(process)
-            status = Path(f"/proc/{process.pid}/stat")
-            wait_until(lambda file=status: file.read_text().rpartition(") ")[2][0] == "T", process)
+            wait_until(lambda process=process: status(process, "State") == "T", process)
             time.sleep(1.2)
         work = output / WORK_NAME
         [partial] = work.glob("*.safetensors")
@@ -288,9 +260,5 @@ def test_a_run_that_wakes_up_leaves_the_next_one_alone(point, flock, checkpoints
         assert not [*output.glob("*.safetensors")]
         processes[1].send_signal(signal.SIGCONT)
         second = finish(processes[1], 60)
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
     assert second.returncode == 0, second.stderr
     assert gptoss_stream.verify(source, output).equal
