@@ -16,7 +16,7 @@ from loopback import FileServer
 from outputs import same_bits
 from peft_oracles import float64_merged
 from peft_rewrites import read, write
-from runs import assert_clean_error, digests, run_in_process
+from runs import assert_clean_error, digests, run_in_process, stop_run
 from safetensors.torch import save_file
 
 import gptoss_stream
@@ -36,37 +36,12 @@ def adapter(made):
     return made.adapter(BOTH, torch.float32)
 
 
-class Stopped(Exception):
-    """Ends a run in the middle."""
-
-
-def stop_after(nbytes):
-    """Return a callback that ends a run when so many bytes are written."""
-    left = [nbytes]
-
-    def on_progress(count):
-        left[0] -= count
-        if left[0] < 0:
-            raise Stopped
-
-    return on_progress
-
-
-def interrupted(base, out, **options):
-    """Leave an unfinished run in a folder."""
-    with pytest.raises(Stopped):
-        gptoss_stream.convert(
-            base, out, to="hf", max_shard_size="200KB", on_progress=stop_after(600_000), **options
-        )
-    assert 0 < len([*out.glob("*.safetensors")]) < 5
-
-
 def test_resume(base, adapter, tmp_path):
     """The same adapter gives the same bytes, and any other one is refused."""
     whole, out = tmp_path / "whole", tmp_path / "out"
     options = {"to": "hf", "max_shard_size": "200KB"}
     gptoss_stream.convert(base, whole, adapters=[Adapter(adapter, scale=0.5)], **options)
-    interrupted(base, out, adapters=[Adapter(adapter, scale=0.5)])
+    stop_run(base, out, 2, adapters=[Adapter(adapter, scale=0.5)], **options)
     other = tmp_path / "other"
     tensors, config = read(adapter)
     write(other, tensors, config | {"lora_alpha": 17})
@@ -113,7 +88,7 @@ def test_a_card_that_changes_between_runs(made, tmp_path):
     shutil.copytree(made.adapter(Case("down", base="square"), torch.float32), adapter)
     card = "- PEFT 0.21.0\n- Transformers: "
     (adapter / "README.md").write_text(card + "5.1.0\n")
-    interrupted(source, out, adapters=[adapter])
+    stop_run(source, out, 2, adapters=[adapter], to="hf", max_shard_size="200KB")
     (adapter / "README.md").write_text(card + "4.57.0\n")
     options = {"to": "hf", "max_shard_size": "200KB", "adapters": [adapter]}
     with pytest.raises(OutputError, match=r"differs in merged \(adapter 1: orientation\)"):

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+import gptoss_stream
 from gptoss_stream.cli.main import main
 
 WORK_NAME = ".gptoss_stream"
@@ -144,6 +145,30 @@ def interrupted(source: Path, output: Path) -> None:
     done = run(convert_command(source, output), preexec_fn=limit_file_size(150_000))
     assert_clean_error(done, 3)
     assert (output / WORK_NAME).exists()
+
+
+class Stopped(Exception):
+    """Ends a run in the middle."""
+
+
+def stop_run(source: Path, output: Path, finished: int, **options) -> list[str]:
+    """End a run of one thread when so many shards are finished; return their names.
+
+    With several threads, how many shards are finished at some moment is a matter of chance.
+    """
+
+    def names() -> list[str]:
+        return sorted(file.name for file in output.glob("*.safetensors"))
+
+    def stop(nbytes: int) -> None:
+        if len(names()) == finished:
+            raise Stopped
+
+    try:
+        gptoss_stream.convert(source, output, workers=1, on_progress=stop, **options)
+    except Stopped:
+        return names()
+    raise AssertionError(f"the run ended before {finished} shards were finished")
 
 
 def disturb(

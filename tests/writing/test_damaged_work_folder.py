@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 from memory_location import MemoryLocation
-from runs import WORK_NAME, assert_clean_error, digests, run_in_process
+from runs import WORK_NAME, assert_clean_error, digests, run_in_process, stop_run
 
 import gptoss_stream
 from gptoss_stream._utils.temporary_file import TemporaryFile
@@ -16,24 +15,6 @@ from gptoss_stream.writing.receipts import Receipts
 
 SIZE = "150KB"
 DAMAGES = [b"", b"garbage\n", b"\xff" * 64 + b"\n", b"0" * 63 + b"\n", b"0" * 64]
-
-
-class Stop(Exception):
-    """Ends a run."""
-
-
-def interrupted(source: Path, output: Path) -> str:
-    """Begin a run with checksums; return the name of a shard that is finished."""
-
-    def stop(nbytes: int) -> None:
-        if len([*output.glob("*.safetensors")]) >= 2:
-            raise Stop
-
-    with pytest.raises(Stop):
-        gptoss_stream.convert(
-            source, output, max_shard_size=SIZE, checksums=True, workers=1, on_progress=stop
-        )
-    return min(file.name for file in output.glob("*.safetensors"))
 
 
 @pytest.fixture
@@ -46,7 +27,7 @@ def whole(checkpoints, tmp_path) -> dict[str, str]:
 def test_a_damaged_checksum_of_a_finished_shard(damage, checkpoints, whole, tmp_path):
     """The shard is written again."""
     out = tmp_path / "out"
-    shard = interrupted(checkpoints(), out)
+    shard = stop_run(checkpoints(), out, 2, max_shard_size=SIZE, checksums=True)[0]
     (out / WORK_NAME / f"{shard}.sha256").write_bytes(damage)
     written = (out / shard).stat().st_ino
     command = ("convert", checkpoints(), out, "--max-shard-size", SIZE, "--checksums")
@@ -60,7 +41,7 @@ def test_a_damaged_checksum_of_a_finished_shard(damage, checkpoints, whole, tmp_
 def test_a_damaged_checksum_of_an_uploaded_shard(damage, checkpoints, whole, tmp_path):
     remote = MemoryLocation()
     remote.fails_at = "model-00006-of-00011.safetensors"
-    options = {"max_shard_size": SIZE, "checksums": True}
+    options = {"max_shard_size": SIZE, "checksums": True, "workers": 1}
     with pytest.raises(MachineError):
         gptoss_stream.convert(checkpoints(), remote, staging=tmp_path / "staging", **options)
     remote.fails_at = None
@@ -73,7 +54,7 @@ def test_a_damaged_checksum_of_an_uploaded_shard(damage, checkpoints, whole, tmp
 def test_a_leftover_of_a_temporary_file_is_deleted(checkpoints, tmp_path):
     """It has a name for a moment on systems without O_TMPFILE."""
     out = tmp_path / "out"
-    interrupted(checkpoints(), out)
+    stop_run(checkpoints(), out, 2, max_shard_size=SIZE, checksums=True)
     (out / ".gptoss_stream-abcdefgh").touch()
     command = ("convert", checkpoints(), out, "--max-shard-size", SIZE, "--checksums")
     done = run_in_process(*command)

@@ -11,7 +11,7 @@ import torch
 from clusters import cluster
 from loopback import FileServer
 from memory_location import MemoryLocation
-from runs import digests, run_in_process
+from runs import digests, run_in_process, stop_run
 from safetensors.torch import load_file, save_file
 
 import gptoss_stream
@@ -60,31 +60,11 @@ def whole(trained, options, tmp_path_factory):
     return digests(output), report.mxfp4
 
 
-class Stop(Exception):
-    """Ends a run."""
-
-
-def stop_after(nbytes: int):
-    """Return a callback that ends a run after some bytes."""
-    left = [nbytes]
-
-    def on_progress(count: int) -> None:
-        left[0] -= count
-        if left[0] < 0:
-            raise Stop
-
-    return on_progress
-
-
-@pytest.mark.parametrize("share", [0.3, 0.7])
-def test_a_run_that_is_resumed_reports_all_tensors(share, trained, options, whole, tmp_path):
+@pytest.mark.parametrize("finished", [2, 5])
+def test_a_run_that_is_resumed_reports_all_tensors(finished, trained, options, whole, tmp_path):
     """Also what the shards lost that were finished before."""
     out = tmp_path / "out"
-    total = gptoss_stream.plan(trained, to="hf-mxfp4").nbytes
-    with pytest.raises(Stop):
-        gptoss_stream.convert(
-            trained, out, workers=1, on_progress=stop_after(int(share * total)), **options
-        )
+    stop_run(trained, out, finished, **options)
     assert not (out / REPORT).exists()
     report = gptoss_stream.convert(trained, out, **options)
     assert report.bytes_resumed > 0
@@ -150,14 +130,7 @@ def test_a_reference_that_changes_is_noticed(trained, base, options, tmp_path):
     """While it is read, and between a run and its resumption."""
     reference = shutil.copytree(base, tmp_path / "base")
     out = tmp_path / "out"
-    with pytest.raises(Stop):
-        gptoss_stream.convert(
-            trained,
-            out,
-            workers=1,
-            on_progress=stop_after(400_000),
-            **{**options, "reference": reference},
-        )
+    stop_run(trained, out, 2, **{**options, "reference": reference})
     file = sorted(reference.glob("*.safetensors"))[2]
     file.write_bytes(file.read_bytes())
     with pytest.raises(OutputError, match="reference_files"):
@@ -183,8 +156,7 @@ def test_the_output_must_not_be_the_reference(trained, base, options, tmp_path):
 
 def test_no_spill_file_is_left(trained, options, tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(Stop):
-        gptoss_stream.convert(trained, out, on_progress=stop_after(300_000), **options)
+    stop_run(trained, out, 2, **options)
     assert not [f for f in out.rglob("*") if "scales-" in f.name]
     state = json.loads((out / ".gptoss_stream/run.json").read_text())
     assert REPORT in state["files"]
@@ -252,11 +224,7 @@ def test_a_damaged_report_is_not_believed(text, trained, options, whole, tmp_pat
 def test_a_damaged_file_about_a_shard_is_not_believed(text, trained, options, whole, tmp_path):
     """What it was about is unknown in the report, and nothing is counted that is not written."""
     out, shards = tmp_path / "out", sorted(n for n in whole[0] if n.endswith(".safetensors"))
-    total = gptoss_stream.plan(trained, to="hf-mxfp4").nbytes
-    with pytest.raises(Stop):
-        gptoss_stream.convert(
-            trained, out, workers=1, on_progress=stop_after(int(0.8 * total)), **options
-        )
+    stop_run(trained, out, 6, **options)
     files = sorted((out / ".gptoss_stream").glob("*.mxfp4.json"))
     known = set(json.loads(files[0].read_text())["losses"])
     files[0].write_text(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from runs import stop_run
 from shards import edit_json
 
 import gptoss_stream
@@ -15,14 +16,6 @@ from gptoss_stream.tensors.encoding_loss import EncodingLoss
 from gptoss_stream.writing.encoding_report import losses_as_text, parse_losses
 
 RECORD, RUN, REPORT = "gptoss_stream.json", ".gptoss_stream/run.json", "mxfp4_encoding.json"
-
-
-class Stop(Exception):
-    pass
-
-
-def stop(nbytes):
-    raise Stop
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +42,7 @@ def test_files_and_reports_have_a_schema(source, output, tmp_path, capsys):
     for command in (*commands, ["show", str(source), "lm_head.weight"]):
         assert main([*command, "--json"]) == 0
         found.append(json.loads(capsys.readouterr().out))
-    with pytest.raises(Stop):
-        gptoss_stream.convert(source, tmp_path / "run", to="hf-mxfp4", on_progress=stop)
+    stop_run(source, tmp_path / "run", 0, to="hf-mxfp4")
     found.append(json.loads((tmp_path / "run" / RUN).read_text()))
     assert [one["schema"] for one in found] == [1] * len(found)
 
@@ -68,9 +60,8 @@ def test_an_output_without_a_schema_is_read(source, output):
 
 def test_a_run_without_a_schema_is_resumed(source, tmp_path):
     """Its record stays as it is: array tasks of one run compare it."""
-    out, options = tmp_path / "run", {"to": "hf-mxfp4", "max_shard_size": "100KB", "workers": 1}
-    with pytest.raises(Stop):
-        gptoss_stream.convert(source, out, on_progress=stop, **options)
+    out, options = tmp_path / "run", {"to": "hf-mxfp4", "max_shard_size": "100KB"}
+    stop_run(source, out, 0, **options)
     edit_json(out / RUN, lambda state: state.pop("schema"))
     expected = json.loads((out / RUN).read_text())
     assert gptoss_stream.convert(source, out, **options).complete
