@@ -12,6 +12,7 @@ from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
+from hub_runs import wait_for
 from huggingface_hub import constants
 from large_server import (
     DATA,
@@ -45,6 +46,9 @@ from gptoss_stream.storage.hub import HubRepository
 __all__ = ["large", "online", "server"]  # fixtures
 pytestmark = pytest.mark.usefixtures("online")
 SECRET = "tHeSeCrEtOfIt"
+LARGE = 10_000 * MIB
+"""A bound of the cache at which threads do not look for what to delete: while one does, blocks of
+others are not kept."""
 
 
 @pytest.fixture
@@ -223,16 +227,22 @@ def test_a_reader_is_freed_without_being_closed(server, large):
 # -------------------------------------------------------------------------------- the cache on disk
 
 
+def wait_until_cached() -> None:
+    """Wait until blocks are on the disk, for which a reader that is closed waits a second only."""
+    wait_for(lambda: not any("_fetch_all" in thread.name for thread in threading.enumerate()))
+
+
 def test_a_second_reader_needs_no_request(server, large, tmp_path):
     for turn in range(2):
-        info, cache = info_of(server), BlockCache(tmp_path / "cache", 100 * MIB)
+        info, cache = info_of(server), BlockCache(tmp_path / "cache", LARGE)
         with BlockReader(info, cache=cache) as reader, reader.prefetch(ranges_of(info, 1)):
             read_expert(reader, large, 1)
+        wait_until_cached()
         assert len(traffic(server)) == (2 if turn == 0 else 0)
 
 
 def test_damaged_blocks_are_fetched_again(server, large, tmp_path):
-    cache = BlockCache(tmp_path / "cache", 100 * MIB)
+    cache = BlockCache(tmp_path / "cache", LARGE)
     with BlockReader(info_of(server), cache=cache) as reader:
         read_expert(reader, large, 0)
     settle(server)
@@ -254,7 +264,7 @@ def test_damaged_blocks_are_fetched_again(server, large, tmp_path):
 
 
 def test_another_version_is_not_taken_from_the_cache(copied, tmp_path):
-    cache, file = BlockCache(tmp_path / "cache", 100 * MIB), copied.folder / NAME
+    cache, file = BlockCache(tmp_path / "cache", LARGE), copied.folder / NAME
     with FileServer(copied.folder) as server:
         with BlockReader(info_of(server), cache=cache) as reader:
             read_tile(reader, copied, "blocks", 0, 0)
@@ -270,14 +280,14 @@ def test_another_version_is_not_taken_from_the_cache(copied, tmp_path):
 
 def test_without_a_version_nothing_is_cached(server, large, tmp_path):
     server.spoil("HEAD", without("ETag"))
-    cache = BlockCache(tmp_path / "cache", 100 * MIB)
+    cache = BlockCache(tmp_path / "cache", LARGE)
     with BlockReader(info_of(server), cache=cache) as reader:
         read_tile(reader, large, "blocks", 0, 0)
     assert not list((tmp_path / "cache").glob("*.block"))
 
 
 def test_no_secret_is_in_the_cache(server, large, tmp_path, monkeypatch):
-    cache, keys = BlockCache(tmp_path / "cache", 100 * MIB), []
+    cache, keys = BlockCache(tmp_path / "cache", LARGE), []
     put = BlockCache.put
     monkeypatch.setattr(BlockCache, "put", lambda *a: keys.append(a[1]) or put(*a))
     with BlockReader(info_of(server, f"?token={SECRET}"), cache=cache) as reader:
@@ -307,8 +317,9 @@ def test_a_repository_of_the_hub(large, tmp_path, monkeypatch):
         info = CheckpointInfo(location, {}, (shard,), tensors)
         for turn in range(2):
             hub.reset_counts()
-            cache = BlockCache(tmp_path / "cache", 100 * MIB)
+            cache = BlockCache(tmp_path / "cache", LARGE)
             with BlockReader(info, cache=cache) as reader, reader.prefetch(ranges_of(info, 1)):
                 read_expert(reader, large, 1)
+            wait_until_cached()
             sent = [r for r in hub.requests if r.method == "GET" and r.range]
             assert len(sent) == (2 if turn == 0 else 0)

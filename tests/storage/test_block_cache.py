@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from disks import remount, tmpfs
 from memory_location import MemoryLocation
-from runs import ROOT
+from runs import ROOT, wait_until
 
 from gptoss_stream.storage import block_cache
 from gptoss_stream.storage.block_cache import BlockCache, block_key, default_cache_folder
@@ -319,6 +319,7 @@ def test_processes_share_a_folder_under_a_small_bound(folder):
 def test_a_killed_writer_leaves_no_wrong_block(folder, pause):
     process = writer(folder, 1, 10**9)
     process.stdout.readline()
+    wait_until(lambda: blocks(folder), process)
     time.sleep(pause)
     process.kill()
     process.communicate()

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import json
+import time
+from pathlib import Path
 
 from hub_cases import DATA, NAME, RECORD, SIZE, finished
 from hub_runs import after
 from runs import WORK_NAME, assert_clean_error, digests
-from stand_in_hub import Fault, StandInHub
+from stand_in_hub import Fault, Request, StandInHub
 
 
-def stop_midway(hub: StandInHub, convert, source: str, *options: str, n: int = 20):
-    """Start a conversion, and let its source fail permanently."""
-    hub.faults.append(after(n, Fault("status", 500), DATA))
-    done = convert(source, "out", "--workers", "1", *options)
+def stop_midway(hub: StandInHub, convert, output: Path) -> None:
+    """Start a conversion, and let its source fail permanently once a shard is finished."""
+    late = after(12, Fault("status", 500), DATA)
+
+    def fail(request: Request) -> Fault | None:
+        fault = late(request)
+        # The first shard may need this request: then it is answered after a while.
+        for _ in range(400 if fault is not None else 0):
+            if any(output.glob("*.safetensors")):
+                return fault
+            time.sleep(0.005)
+        return None
+
+    hub.faults.append(fail)
+    done = convert(NAME, output.name, "--workers", "1")
     assert_clean_error(done, 3)
     hub.faults.clear()
 
@@ -22,7 +35,7 @@ def test_a_resumed_run_reads_the_commit_that_it_began_with(
     hub, convert, cli, released, another, whole, tmp_path
 ):
     began = hub.add_folder(NAME, released)
-    stop_midway(hub, convert, NAME)
+    stop_midway(hub, convert, tmp_path / "out")
     assert 1 <= len(list((tmp_path / "out").glob("*.safetensors"))) < len(whole(released)) - 5
     hub.add_folder(NAME, another)
     done = cli("convert", NAME, "out", *SIZE)
@@ -60,7 +73,7 @@ def test_a_commit_during_the_run_changes_nothing(hub, convert, released, another
 
 def test_a_commit_of_other_files_changes_nothing(hub, convert, released, whole, tmp_path):
     hub.add_folder(NAME, released)
-    stop_midway(hub, convert, NAME)
+    stop_midway(hub, convert, tmp_path / "out")
     files = {f.relative_to(released).as_posix(): f for f in released.rglob("*") if f.is_file()}
     hub.add_repo(NAME, {**files, "README.md": b"# Another text"})
     assert convert(NAME, "out").returncode == 0
@@ -72,7 +85,7 @@ def test_a_commit_of_other_files_changes_nothing(hub, convert, released, whole, 
 def test_another_revision_is_refused(hub, convert, released, another, tmp_path):
     hub.add_folder(NAME, released)
     hub.add_folder(NAME, another, branch="next")
-    stop_midway(hub, convert, NAME)
+    stop_midway(hub, convert, tmp_path / "out")
     before = digests(tmp_path / "out")
     done = convert(NAME, "out", "--revision", "next")
     assert_clean_error(done, 2)
@@ -84,7 +97,7 @@ def test_another_revision_is_refused(hub, convert, released, another, tmp_path):
 def test_a_deleted_commit_is_reported(hub, convert, released, another, whole, tmp_path):
     """A branch was rewritten, and its old commit deleted."""
     began = hub.add_folder(NAME, released)
-    stop_midway(hub, convert, NAME)
+    stop_midway(hub, convert, tmp_path / "out")
     hub.add_folder(NAME, another)
     del hub.repos[NAME].commits[began]
     done = convert(NAME, "out")
@@ -98,7 +111,7 @@ def test_a_run_that_overwrites_reads_the_newest_commit(
     hub, convert, released, another, whole, tmp_path
 ):
     hub.add_folder(NAME, released)
-    stop_midway(hub, convert, NAME)
+    stop_midway(hub, convert, tmp_path / "out")
     hub.add_folder(NAME, another)
     assert convert(NAME, "out", "--overwrite").returncode == 0
     assert finished(tmp_path / "out") == whole(another)
