@@ -14,6 +14,8 @@ import gptoss_stream.verification.verify  # before a test patches what it import
 from gptoss_stream.tensors import compiled_merge
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A failure within a helper shows the values too.
+pytest.register_assert_rewrite(*(file.stem for file in Path(__file__).parent.glob("helpers/*.py")))
 
 
 @pytest.fixture(scope="session")

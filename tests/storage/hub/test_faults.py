@@ -103,7 +103,7 @@ def test_a_lasting_fault_ends_the_run(name, ended, released, whole):
 
 
 def test_some_runs_had_finished_shards(ended):
-    assert sum(bool(before) for _, before, _, _ in ended.values()) >= 5
+    assert any(before for _, before, _, _ in ended.values())
 
 
 def test_retry_after_is_respected(hub, convert, released, tmp_path):
