@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import socket
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, nullcontext, suppress
@@ -25,6 +27,8 @@ __all__ = ["CONNECTION_ERRORS", "first_line", "open_client", "scheduler_errors",
 
 _ADDRESS = re.compile(r"((tcp|tls|wss?|ucx)://)?[\w.-]+:\d+/?|(tcp|tls|ucx)://\[[0-9a-f:]+\]:\d+")
 _CONNECT_TIMEOUT = 10.0  # seconds
+_SLOW_SCRATCH = "Creating scratch directories"
+"""What a warning begins with that Dask gives on a busy disk. Nothing is kept in these folders."""
 CONNECTION_ERRORS = (OSError, TimeoutError, RuntimeError, ValueError, CancelledError)
 """What Dask raises when the scheduler is lost; the last one for tasks that it has dropped."""
 
@@ -95,8 +99,14 @@ def _no_answer(scheduler: str, error: BaseException) -> MachineError:
 @contextmanager
 def _local_cluster(workers: int) -> Iterator[distributed.LocalCluster]:
     count_workers(workers)  # refuses absurd numbers
-    # Dask's profiler can deadlock a worker before Python 3.11.9, 3.12.3 (python/cpython#106883).
-    with dask.config.set({"distributed.worker.profile.enabled": False}):
+    ignored = filter(None, [os.environ.get("PYTHONWARNINGS"), f"ignore:{_SLOW_SCRATCH}"])
+    settings = {
+        # Dask's profiler can deadlock a worker before Python 3.11.9, 3.12.3 (python/cpython#106883)
+        "distributed.worker.profile.enabled": False,
+        "distributed.nanny.pre-spawn-environ.PYTHONWARNINGS": ",".join(ignored),
+    }
+    with dask.config.set(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", _SLOW_SCRATCH)
         cluster = distributed.LocalCluster(
             n_workers=workers,
             threads_per_worker=1,

@@ -71,6 +71,24 @@ def test_local_workers(source, whole, tmp_path):
     assert digests(tmp_path / "out") == whole
 
 
+BUSY_DISK = """
+import os, time
+makedirs = os.makedirs
+def slow(name, *args, **kwargs):
+    time.sleep(1.1 if "dask-scratch-space" in str(name) else 0)
+    makedirs(name, *args, **kwargs)
+os.makedirs = slow
+"""
+
+
+def test_local_workers_on_a_busy_disk(source, whole, tmp_path):
+    """Dask's warning, in this process and in workers, is not shown: nothing is kept there."""
+    (tmp_path / "sitecustomize.py").write_text(BUSY_DISK)
+    command = convert_command(source, tmp_path / "out", "--checksums", "--scheduler", "local:1")
+    assert_done(run(command, env={**os.environ, "PYTHONPATH": str(tmp_path)}))
+    assert digests(tmp_path / "out") == whole
+
+
 def test_any_client_from_a_program(two, source, whole, tmp_path):
     reported, started, counts = [], [], []
     report = gptoss_stream.convert(
