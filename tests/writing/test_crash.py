@@ -176,7 +176,7 @@ def fail_call(number, error, small, calls, output, *, lasting=False) -> None:
         assert not (file and (output / file).exists()), (
             "the file has its final name in spite of the error"
         )
-        assert not (file and error == "EINTR") or call.name in ("close", "rename"), (
+        assert not (file and error == "EINTR") or call.name in ("close", "rename", "unlink"), (
             "the call was not repeated"
         )
     small.assert_sound(output)
