@@ -28,7 +28,8 @@ __all__ = ["CONNECTION_ERRORS", "first_line", "open_client", "scheduler_errors",
 _ADDRESS = re.compile(r"((tcp|tls|wss?|ucx)://)?[\w.-]+:\d+/?|(tcp|tls|ucx)://\[[0-9a-f:]+\]:\d+")
 _CONNECT_TIMEOUT = 10.0  # seconds
 _SLOW_SCRATCH = "Creating scratch directories"
-"""What a warning begins with that Dask gives on a busy disk. Nothing is kept in these folders."""
+"""The first words of a warning that Dask gives if its scratch folders are created slowly, as on a
+busy disk. This tool keeps nothing in them."""
 CONNECTION_ERRORS = (OSError, TimeoutError, RuntimeError, ValueError, CancelledError)
 """What Dask raises when the scheduler is lost; the last one for tasks that it has dropped."""
 
@@ -99,11 +100,11 @@ def _no_answer(scheduler: str, error: BaseException) -> MachineError:
 @contextmanager
 def _local_cluster(workers: int) -> Iterator[distributed.LocalCluster]:
     count_workers(workers)  # refuses absurd numbers
-    ignored = filter(None, [os.environ.get("PYTHONWARNINGS"), f"ignore:{_SLOW_SCRATCH}"])
+    filters = filter(None, [os.environ.get("PYTHONWARNINGS"), f"ignore:{_SLOW_SCRATCH}"])
     settings = {
         # Dask's profiler can deadlock a worker before Python 3.11.9, 3.12.3 (python/cpython#106883)
         "distributed.worker.profile.enabled": False,
-        "distributed.nanny.pre-spawn-environ.PYTHONWARNINGS": ",".join(ignored),
+        "distributed.nanny.pre-spawn-environ.PYTHONWARNINGS": ",".join(filters),  # for the workers
     }
     with dask.config.set(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", _SLOW_SCRATCH)

@@ -88,9 +88,9 @@ def test_a_card_that_changes_between_runs(made, tmp_path):
     shutil.copytree(made.adapter(Case("down", base="square"), torch.float32), adapter)
     card = "- PEFT 0.21.0\n- Transformers: "
     (adapter / "README.md").write_text(card + "5.1.0\n")
-    stop_run(source, out, 2, adapters=[adapter], to="hf", max_shard_size="200KB")
-    (adapter / "README.md").write_text(card + "4.57.0\n")
     options = {"to": "hf", "max_shard_size": "200KB", "adapters": [adapter]}
+    stop_run(source, out, 2, **options)
+    (adapter / "README.md").write_text(card + "4.57.0\n")
     with pytest.raises(OutputError, match=r"differs in merged \(adapter 1: orientation\)"):
         gptoss_stream.convert(source, out, **options)
     (adapter / "README.md").write_text(card + "5.1.0\n")

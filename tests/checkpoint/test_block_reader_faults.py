@@ -12,7 +12,6 @@ from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
-from hub_runs import wait_for
 from huggingface_hub import constants
 from large_server import (
     DATA,
@@ -34,7 +33,7 @@ from large_server import (
     traffic,
 )
 from loopback import FileServer, short, status, without
-from runs import time_limit
+from runs import time_limit, wait_for
 from stand_in_hub import StandInHub
 
 from gptoss_stream.checkpoint.block_reader import BlockReader
@@ -151,14 +150,18 @@ def test_closing_does_not_wait_for_the_server(server, large):
     assert not reader._blocks._unread
 
 
+def fetching() -> list[str]:
+    """Return the names of threads that fetch blocks."""
+    return [thread.name for thread in threading.enumerate() if "_fetch_all" in thread.name]
+
+
 def test_closing_at_rest_does_not_wait(server, large, monkeypatch):
     monkeypatch.setattr("gptoss_stream.checkpoint.block_fetcher._CLOSING_SECONDS", 60.0)
     with BlockReader(info_of(server)) as reader:
         read_expert(reader, large, 0)
         begin = time.monotonic()
     assert time.monotonic() - begin < 30
-    threads = [thread.name for thread in threading.enumerate() if "_fetch_all" in thread.name]
-    assert threads == []
+    assert fetching() == []
 
 
 # -------------------------------------------------------------------------------------------- forks
@@ -229,7 +232,7 @@ def test_a_reader_is_freed_without_being_closed(server, large):
 
 def wait_until_cached() -> None:
     """Wait until blocks are on the disk, for which a reader that is closed waits a second only."""
-    wait_for(lambda: not any("_fetch_all" in thread.name for thread in threading.enumerate()))
+    wait_for(lambda: not fetching())
 
 
 def test_a_second_reader_needs_no_request(server, large, tmp_path):

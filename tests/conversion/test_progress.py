@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from runs import stop_run
 
 import gptoss_stream
 from gptoss_stream import OptionError
@@ -78,16 +79,8 @@ def test_the_bar_of_a_run_that_fails_is_closed(checkpoints, tmp_path, capsys):
 
 def test_a_resumed_run_is_logged(checkpoints, tmp_path, caplog):
     caplog.set_level(logging.INFO, "gptoss_stream")
-    out, options = tmp_path / "out", {"max_shard_size": "500KB", "workers": 1}
-    done = []
-
-    def stop(nbytes):
-        done.append(nbytes)
-        if sum(done) > 1_000_000:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        gptoss_stream.convert(checkpoints(), out, on_progress=stop, **options)
+    out, options = tmp_path / "out", {"max_shard_size": "500KB"}
+    stop_run(checkpoints(), out, 2, **options)
     first = caplog.messages
     assert first[0].startswith(f"converting to {out}: 176 tensors, 1.5 MB in 3 shards, ")
     caplog.clear()

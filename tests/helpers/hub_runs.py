@@ -14,12 +14,11 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from itertools import count, cycle
 from pathlib import Path
 
-from runs import ROOT
+from runs import ROOT, wait_for
 from stand_in_hub import Fault, Request
 
 BLOCK_NBYTES = 40_000
@@ -113,14 +112,6 @@ class Run:
             raise
         code, out, err = (self._read(what) or "" for what in ("code", "out", "err"))
         return subprocess.CompletedProcess(self._arguments, int(code), out, err)
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 30) -> None:
-    """Wait until a condition holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it took too long"
-        time.sleep(0.003)
 
 
 class Launcher:

@@ -193,25 +193,18 @@ def disturb(
     """
     work = output / WORK_NAME
     before = _changed(work)
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
-    )
-    with process:
-        try:
-            if files is None:
-                process.wait(60)
-            else:
-                while process.poll() is None and (
-                    _changed(work) == before or len([*output.iterdir()]) <= files
-                ):
-                    time.sleep(0.0003)
-                time.sleep(pause)
-            running = process.poll() is None
-            disturbance()
-            stdout, stderr = process.communicate(timeout=60)
-        finally:
-            process.kill()
-    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr), running
+    with started(command) as process:
+        if files is None:
+            process.wait(60)
+        else:
+            while process.poll() is None and (
+                _changed(work) == before or len([*output.iterdir()]) <= files
+            ):
+                time.sleep(0.0003)
+            time.sleep(pause)
+        running = process.poll() is None
+        disturbance()
+        return finish(process, 60), running
 
 
 def seconds_of_writing(command: list[str], output: Path) -> float:
@@ -294,12 +287,17 @@ def started(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-def wait_until(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
-    """Wait until a condition is true, or the process has ended."""
-    deadline = time.monotonic() + 30
-    while process.poll() is None and not condition():
-        assert time.monotonic() < deadline
+def wait_for(condition: Callable[[], object], seconds: float = 30) -> None:
+    """Wait until a condition holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it took too long"
         time.sleep(0.001)
+
+
+def wait_until(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    """Wait until a condition holds, or the process has ended."""
+    wait_for(lambda: process.poll() is not None or condition())
 
 
 def finish(process: subprocess.Popen[str], seconds: float) -> subprocess.CompletedProcess[str]:

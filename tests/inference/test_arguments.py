@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from inference_runs import TOKENS, logits
+from runs import wait_for
 
 import gptoss_stream
 from gptoss_stream.errors import OptionError
@@ -45,11 +45,8 @@ def test_dropped_models_and_mappings_leave_nothing_open(load, checkpoints):
     before, threads = count(), threading.active_count()
     for _ in range(10):
         use()
-    deadline = time.monotonic() + 20  # threads that have nothing left to do end by themselves
-    while time.monotonic() < deadline and (
-        count() > before or threading.active_count() > threads + 1
-    ):
-        time.sleep(0.05)
+    # Threads that have nothing left to do end by themselves.
+    wait_for(lambda: count() <= before and threading.active_count() <= threads + 1)
     assert count() <= before
     assert threading.active_count() <= threads + 1
 

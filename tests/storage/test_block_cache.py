@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
+from subprocess import Popen
 
 import pytest
 from disks import remount, tmpfs
 from memory_location import MemoryLocation
-from runs import ROOT, wait_until
+from runs import started, wait_until
 
 from gptoss_stream.storage import block_cache
 from gptoss_stream.storage.block_cache import BlockCache, block_key, default_cache_folder
@@ -294,21 +294,21 @@ print(hits)
 """
 
 
-def writer(folder: Path, seed: int, rounds: int = 3000) -> subprocess.Popen[str]:
+def writer(folder: Path, seed: int, rounds: int = 3000) -> AbstractContextManager[Popen[str]]:
+    """Start a process that reads and writes blocks; it is killed at the end of the `with`."""
     arguments = [str(folder), str(BOUND), str(seed), str(rounds)]
-    return subprocess.Popen(
-        [sys.executable, "-c", WRITER, *arguments], stdout=subprocess.PIPE, text=True, cwd=ROOT
-    )
+    return started([sys.executable, "-c", WRITER, *arguments])
 
 
 def test_processes_share_a_folder_under_a_small_bound(folder):
-    processes = [writer(folder, seed) for seed in range(3)]
     most = 0
-    while any(process.poll() is None for process in processes):
-        if folder.exists():
-            most = max(most, nbytes_in(folder))
-        time.sleep(0.001)
-    outputs = [process.communicate()[0].split() for process in processes]
+    with ExitStack() as stack:
+        processes = [stack.enter_context(writer(folder, seed)) for seed in range(3)]
+        while any(process.poll() is None for process in processes):
+            if folder.exists():
+                most = max(most, nbytes_in(folder))
+            time.sleep(0.001)
+        outputs = [process.communicate()[0].split() for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert min(int(hits) for _, hits in outputs) > 100, "no block was ever found"
     assert BOUND / 2 < most <= BOUND
@@ -317,12 +317,10 @@ def test_processes_share_a_folder_under_a_small_bound(folder):
 
 @pytest.mark.parametrize("pause", [0.01, 0.03, 0.05, 0.1, 0.2])
 def test_a_killed_writer_leaves_no_wrong_block(folder, pause):
-    process = writer(folder, 1, 10**9)
-    process.stdout.readline()
-    wait_until(lambda: blocks(folder), process)
-    time.sleep(pause)
-    process.kill()
-    process.communicate()
+    with writer(folder, 1, 10**9) as process:
+        process.stdout.readline()
+        wait_until(lambda: blocks(folder), process)
+        time.sleep(pause)
     left = len(blocks(folder))
     assert left > 0
     cache = BlockCache(folder, BOUND)

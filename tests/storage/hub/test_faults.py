@@ -21,8 +21,8 @@ from hub_cases import (
     named,
     requested,
 )
-from hub_runs import after, at_first, wait_for
-from runs import INDEX_NAME, assert_clean_error, stamps
+from hub_runs import after, at_first
+from runs import INDEX_NAME, assert_clean_error, stamps, wait_for
 from stand_in_hub import Fault, every, first
 
 RESOLVE = r"hub HEAD .*/resolve/"

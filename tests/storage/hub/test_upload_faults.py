@@ -18,8 +18,8 @@ from hub_cases import (
     shards,
     staged,
 )
-from hub_runs import after, wait_for
-from runs import INDEX_NAME, WORK_NAME, assert_clean_error
+from hub_runs import after
+from runs import INDEX_NAME, WORK_NAME, assert_clean_error, wait_for
 from stand_in_hub import Fault, first
 
 REFUSED = {

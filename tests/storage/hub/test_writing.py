@@ -19,8 +19,8 @@ from hub_cases import (
     small_nbytes,
     staged,
 )
-from hub_runs import after, wait_for
-from runs import INDEX_NAME, WORK_NAME, shards_in
+from hub_runs import after
+from runs import INDEX_NAME, WORK_NAME, shards_in, wait_for
 from stand_in_hub import Fault
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from hub_cases import NAME, OUT, SIZE, commits, contents, python, requested, shards
-from hub_runs import environment, wait_for
-from runs import assert_clean_error, run_in_process
+from hub_runs import environment
+from runs import assert_clean_error, run_in_process, wait_for
 from stand_in_hub import Fault
 
 from gptoss_stream import synth
